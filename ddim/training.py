@@ -1,0 +1,96 @@
+"""Training of the embedded pixel model: eps-prediction, min-SNR weights, EMA, exact resume."""
+
+import copy
+import logging
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ddim.config import TrainingConfig
+from qdiff.files import atomic_write
+
+log = logging.getLogger(__name__)
+
+
+def learning_rate(step: int, config: TrainingConfig) -> float:
+    """Linear warm-up, a plateau, and a linear decay over the last `decay_fraction` of the steps."""
+    left = (config.steps - step) / (config.decay_fraction * config.steps)
+    return config.lr * min(1.0, (step + 1) / config.warmup_steps, max(left, 0.0))
+
+
+def training_loss(model: nn.Module, x0: Tensor, alphas_cumprod: Tensor, gamma: float, generator: torch.Generator) -> Tensor:
+    """Noise-prediction loss with min-SNR weights (arXiv 2303.09556, eq. 5) on images `x0` in [-1, 1]."""
+    t = torch.randint(0, len(alphas_cumprod), (len(x0),), generator=generator)
+    noise = torch.randn(x0.shape, generator=generator)
+    a = alphas_cumprod[t].float()
+    x_t = a.sqrt()[:, None, None, None] * x0.cpu() + (1 - a).sqrt()[:, None, None, None] * noise
+    weight = ((1 - a) / a * gamma).clamp(max=1.0).to(x0.device)  # min(SNR, gamma) / SNR
+    x_t = x_t.to(x0.device).contiguous(memory_format=torch.channels_last)
+    with torch.autocast(x0.device.type, torch.bfloat16):
+        prediction = model(x_t, t.to(x0.device))
+    return (weight * (prediction.float() - noise.to(x0.device)).square().mean(dim=(1, 2, 3))).mean()
+
+
+def train(
+    model: nn.Module,
+    images: Tensor,
+    alphas_cumprod: Tensor,
+    config: TrainingConfig,
+    state_file: Path,
+    device: torch.device,
+    save_every: int = 250,
+) -> nn.Module:
+    """Train `model` on `images` (uint8 [N, 3, H, W]) and return its EMA copy.
+
+    Step i draws from a generator seeded by (seed, i), so a run continued from `state_file` repeats
+    exactly what an uninterrupted one does.
+    """
+    model = model.to(device, memory_format=torch.channels_last).train()
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=1e-3, betas=(0.9, 0.99))
+    start = _load_state(state_file, model, ema, optimizer)
+    data = images.to(device).float().div(127.5).sub(1.0)
+    progress = tqdm(range(start, config.steps), initial=start, total=config.steps, desc="training", unit="step")
+    began, mean_loss = time.monotonic(), None
+    for step in progress:
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+        x0 = data[torch.randint(0, len(data), (config.batch_size,), generator=generator)]
+        flip = torch.rand(config.batch_size, generator=generator).to(device) < 0.5
+        x0 = torch.where(flip[:, None, None, None], x0.flip(3), x0)
+        loss = training_loss(model, x0, alphas_cumprod, config.min_snr_gamma, generator)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, config)
+        optimizer.step()
+        _update_ema(ema, model, min(config.ema_rate, (step + 1) / (step + 10)))
+        mean_loss = loss.item() if mean_loss is None else 0.99 * mean_loss + 0.01 * loss.item()
+        progress.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
+        if (step + 1) % save_every == 0 or step + 1 == config.steps:
+            _save_state(state_file, model, ema, optimizer, step + 1)
+            log.info("step %d, loss %.4f, %.0f s", step + 1, mean_loss, time.monotonic() - began)
+    return ema
+
+
+@torch.no_grad()
+def _update_ema(ema: nn.Module, model: nn.Module, rate: float) -> None:
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1.0 - rate)
+
+
+def _save_state(path: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    state = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+    with atomic_write(path) as temporary:
+        torch.save(state, temporary)
+
+
+def _load_state(path: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    if not path.is_file():
+        return 0
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    model.load_state_dict(state["model"])
+    ema.load_state_dict(state["ema"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]

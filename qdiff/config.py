@@ -1,0 +1,94 @@
+"""What is quantized and how it is calibrated: checked, immutable, and stored in every packed checkpoint."""
+
+from dataclasses import asdict, dataclass, fields
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; the message says what was found and what is expected."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """The simulated number formats.
+
+    weight_bit, act_bit: 2 to 16; sm_abit: the width of attention probabilities. quant_act: quantize
+    activations as well as weights. a_sym: symmetric activations. split: two quantizers for a
+    concatenated shortcut. *_scale_method: how the range becomes a step size (`qdiff.quantizers`).
+    quant_mode: `qdiff` reconstructs, `linear` rounds to nearest.
+    """
+
+    weight_bit: int = 8
+    act_bit: int = 8
+    quant_act: bool = False
+    sm_abit: int = 8
+    a_sym: bool = False
+    split: bool = False
+    weight_scale_method: str = "max"
+    act_scale_method: str = "max"
+    quant_mode: str = "qdiff"
+
+    def validate(self) -> "QuantConfig":
+        """Return self, or raise ConfigError naming the option."""
+        for name in ("weight_bit", "act_bit", "sm_abit"):
+            value = getattr(self, name)
+            _require(isinstance(value, int) and 2 <= value <= 16, f"--{name} {value}: expected a width of 2 to 16 bits")
+        for name in ("weight_scale_method", "act_scale_method"):
+            value = getattr(self, name)
+            _require(value in ("max", "max_scale", "mse"), f"{name} {value!r}: expected max, max_scale or mse")
+        _require(self.quant_mode in ("qdiff", "linear"), f"--quant_mode {self.quant_mode}: expected qdiff or linear")
+        return self
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "QuantConfig":
+        """Rebuild from `to_dict`; unknown or missing settings are an error."""
+        names = {field.name for field in fields(cls)}
+        _require(set(values) == names, f"quantization settings {sorted(values)}: expected {sorted(names)}")
+        return cls(**values).validate()
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """The recipe of reconstruction (Q-Diffusion section 4; BRECQ; AdaRound). Defaults: the published ones.
+
+    steps, samples: `--cali_st`, `--cali_n`: time steps used of the calibration set, samples of each.
+    iters, lr, iters_a, lr_a, p: iterations and learning rates of rounding and of the activation step
+    sizes, the norm of the latter's loss. running_stat: moving averages for the activation ranges
+    (rs_sm_only: of attention probabilities only). held_out: fraction of the rows that choose the best
+    step sizes and take no part in fitting them.
+    """
+
+    steps: int = 1
+    samples: int = 1024
+    batch_size: int = 32
+    iters: int = 20000
+    lr: float = 1e-3
+    iters_a: int = 5000
+    lr_a: float = 4e-4
+    p: float = 2.4
+    running_stat: bool = False
+    rs_sm_only: bool = False
+    rounding_weight: float = 0.01
+    warmup: float = 0.2
+    held_out: float = 0.125
+    seed: int = 0
+
+    def validate(self) -> "CalibrationConfig":
+        """Return self, or raise ConfigError naming the option."""
+        for name, option in (("steps", "cali_st"), ("samples", "cali_n"), ("batch_size", "cali_batch_size")):
+            _require(getattr(self, name) >= 1, f"--{option} {getattr(self, name)}: expected at least 1")
+        for name, option in (("iters", "cali_iters"), ("iters_a", "cali_iters_a")):
+            _require(getattr(self, name) >= 0, f"--{option} {getattr(self, name)}: expected 0 or more")
+        for name, option in (("lr", "cali_lr_w"), ("lr_a", "cali_lr"), ("p", "cali_p")):
+            _require(getattr(self, name) > 0, f"--{option} {getattr(self, name)}: expected a positive number")
+        return self
+
+    def to_dict(self) -> dict:
+        return asdict(self)

@@ -1,0 +1,222 @@
+"""Quantized layers: what replaces a convolution, a linear layer or an attention product.
+
+A layer's `weight` is what the product really uses: full precision until `set_integers`, then the
+dequantized integers, formed once. So a quantized weight costs nothing in a forward pass.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qdiff import quantizers as Q
+
+
+class ActQuantizer(nn.Module):
+    """Per-tensor activation quantizer: one step size, one zero point.
+
+    `enabled` switches it; `observer`, while set, sees every input before it is quantized.
+    """
+
+    delta: Tensor
+    zero_point: Tensor
+
+    def __init__(self, n_bits: int, symmetric: bool, always_zero: bool = False, is_softmax: bool = False) -> None:
+        super().__init__()
+        self.n_bits, self.symmetric, self.always_zero, self.is_softmax = n_bits, symmetric, always_zero, is_softmax
+        self.enabled = False
+        self.learning = False
+        self.observer: Callable[[Tensor], None] | None = None
+        self.register_buffer("delta", torch.tensor(float("nan")))
+        self.register_buffer("zero_point", torch.tensor(0.0))
+
+    def set_scale(self, delta: Tensor, zero_point: Tensor) -> None:
+        self.delta = delta.detach().to(self.delta).clone()
+        self.zero_point = zero_point.detach().to(self.zero_point).clone()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.observer is not None:
+            self.observer(x)
+        if not self.enabled:
+            return x
+        if self.learning:
+            return Q.fake_quantize(x, self.delta, self.zero_point, self.n_bits, self.symmetric)
+        # clamp(round(x / delta) + z, low, high) - z, with the zero point folded into the bounds
+        low, high = Q.integer_range(self.n_bits, self.symmetric)
+        if self.symmetric or self.always_zero:
+            return torch.div(x, self.delta).round_().clamp_(low, high).mul_(self.delta)
+        low, high = low - self.zero_point, high - self.zero_point
+        return torch.div(x, self.delta).round_().clamp_(low, high).mul_(self.delta)
+
+    def extra_repr(self) -> str:
+        return f"n_bits={self.n_bits}, symmetric={self.symmetric}, always_zero={self.always_zero}"
+
+
+class WeightQuantizer(nn.Module):
+    """Per-channel integers of one weight (or of one half of a split one): (integers - zero_point) * delta."""
+
+    delta: Tensor
+    zero_point: Tensor
+    integers: Tensor
+
+    def __init__(self, shape: tuple[int, ...], n_bits: int, device: torch.device) -> None:
+        super().__init__()
+        self.n_bits = n_bits
+        scale_shape = (shape[0],) + (1,) * (len(shape) - 1)
+        dtype = torch.uint8 if n_bits <= 8 else torch.int32
+        self.register_buffer("delta", torch.full(scale_shape, float("nan"), device=device))
+        self.register_buffer("zero_point", torch.zeros(scale_shape, device=device))
+        self.register_buffer("integers", torch.zeros(shape, dtype=dtype, device=device))
+
+    def dequantize(self) -> Tensor:
+        return (self.integers.to(self.delta.dtype) - self.zero_point) * self.delta
+
+
+class QuantLayer(nn.Module):
+    """A convolution or linear layer with quantized weight and input; subclasses give the product.
+
+    Args:
+        layer: the full-precision layer; its parameters are shared, not copied.
+        split: input channels that belong to the first half of a concatenated input; 0: no split.
+    """
+
+    def __init__(self, layer: nn.Module, weight_bit: int, act_bit: int, a_sym: bool, split: int = 0) -> None:
+        super().__init__()
+        self.split = split
+        self.quantized = False
+        self.rounding: list[Tensor] | None = None  # alpha of each half, while they are learned
+        self.register_buffer("weight", layer.weight.detach(), persistent=False)
+        self.bias = layer.bias
+        for suffix, part in zip(("", "_0"), self._parts(self.weight), strict=False):
+            setattr(self, f"weight_quantizer{suffix}", WeightQuantizer(tuple(part.shape), weight_bit, part.device))
+            setattr(self, f"act_quantizer{suffix}", ActQuantizer(act_bit, a_sym))
+        self.copy_geometry(layer)
+
+    def copy_geometry(self, layer: nn.Module) -> None:
+        """Keep what the product needs besides weight and bias."""
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    @property
+    def weight_quantizers(self) -> list[WeightQuantizer]:
+        return [self.weight_quantizer] + ([self.weight_quantizer_0] if self.split else [])
+
+    @property
+    def act_quantizers(self) -> list[ActQuantizer]:
+        return [self.act_quantizer] + ([self.act_quantizer_0] if self.split else [])
+
+    def _parts(self, tensor: Tensor) -> list[Tensor]:
+        """The halves of a weight or of an input along the input channels (dimension 1), or the whole."""
+        return [tensor[:, : self.split], tensor[:, self.split :]] if self.split else [tensor]
+
+    def _join(self, parts: list[Tensor]) -> Tensor:
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def set_integers(self, integers: list[Tensor]) -> None:
+        """Fix the weight to `integers` (one tensor a half); from now on `weight` is their dequantized value."""
+        for quantizer, values in zip(self.weight_quantizers, integers, strict=True):
+            quantizer.integers = values.detach().to(quantizer.integers.dtype)
+        self.freeze()
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """Form the dequantized weight from the integers, in the precision of the scales."""
+        self.weight = self._join([quantizer.dequantize() for quantizer in self.weight_quantizers])
+        self.quantized = True
+        self.rounding = None
+
+    @torch.no_grad()
+    def init_weight_scales(self, method: str) -> None:
+        """Step sizes from the full-precision weight, and nearest rounding."""
+        integers = []
+        for quantizer, part in zip(self.weight_quantizers, self._parts(self.weight), strict=True):
+            quantizer.delta, quantizer.zero_point = Q.find_scale(
+                part, quantizer.n_bits, channel_wise=True, method=method
+            )
+            integers.append(Q.quantize_nearest(part, quantizer.delta, quantizer.zero_point, quantizer.n_bits))
+        self.set_integers(integers)
+
+    def effective_weight(self) -> Tensor:
+        """The weight of the product: soft-rounded while alphas are learned, else `weight`."""
+        if self.rounding is None:
+            return self.weight
+        parts = zip(self.weight_quantizers, self._parts(self.weight), self.rounding, strict=True)
+        return self._join([Q.soft_round(w, alpha, q.delta, q.zero_point, q.n_bits) for q, w, alpha in parts])
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.split:
+            halves = zip(self.act_quantizers, self._parts(x), strict=True)
+            x = torch.cat([quantizer(half) for quantizer, half in halves], dim=1) if self._acts_matter() else x
+        else:
+            x = self.act_quantizer(x)
+        return self.product(x, self.effective_weight())
+
+    def _acts_matter(self) -> bool:
+        return any(q.enabled or q.observer is not None for q in self.act_quantizers)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "QuantLayer":
+        """After a change of precision or device the dequantized weight is formed anew from the integers."""
+        super()._apply(fn, recurse)
+        if self.quantized:
+            self.freeze()
+        return self
+
+    def extra_repr(self) -> str:
+        return f"weight={tuple(self.weight.shape)}, split={self.split}"
+
+
+LAYER_TYPES: dict[type[nn.Module], type[QuantLayer]] = {}
+
+
+def register_layer(float_type: type[nn.Module]) -> Callable[[type[QuantLayer]], type[QuantLayer]]:
+    """Class decorator: the quantized layer that replaces `float_type`."""
+
+    def register(quantized_type: type[QuantLayer]) -> type[QuantLayer]:
+        LAYER_TYPES[float_type] = quantized_type
+        return quantized_type
+
+    return register
+
+
+@register_layer(nn.Linear)
+class QuantLinear(QuantLayer):
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight, self.bias)
+
+
+class _QuantConv(QuantLayer):
+    def copy_geometry(self, layer: nn.Module) -> None:
+        if layer.padding_mode != "zeros":
+            raise NotImplementedError(f"padding_mode {layer.padding_mode!r}: only zeros can be quantized")
+        self.geometry = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
+
+
+@register_layer(nn.Conv1d)
+class QuantConv1d(_QuantConv):
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.conv1d(x, weight, self.bias, **self.geometry)
+
+
+@register_layer(nn.Conv2d)
+class QuantConv2d(_QuantConv):
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.conv2d(x, weight, self.bias, **self.geometry)
+
+
+class QuantMatMul(nn.Module):
+    """A matrix product with both operands quantized; `operands` names them (`act_quantizer_q`, ...)."""
+
+    def __init__(self, operands: dict[str, ActQuantizer]) -> None:
+        super().__init__()
+        for name, quantizer in operands.items():
+            self.add_module(f"act_quantizer_{name}", quantizer)
+
+    @property
+    def act_quantizers(self) -> list[ActQuantizer]:
+        return [module for module in self.children() if isinstance(module, ActQuantizer)]
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        first, second = self.act_quantizers
+        return torch.matmul(first(a), second(b))

@@ -1,0 +1,150 @@
+"""Wrapping: a full-precision network becomes a quantized one, guided by what its family registered."""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from qdiff.config import QuantConfig
+from qdiff.layers import LAYER_TYPES, ActQuantizer, QuantLayer, QuantMatMul
+
+UNQUANTIZED = (nn.GroupNorm, nn.LayerNorm, nn.Embedding)
+
+
+@dataclass(frozen=True)
+class Product:
+    """One attention product of a block.
+
+    operands: names of the two factors in order (they name the quantizers). softmax: which of them, if
+    any, holds attention probabilities (width `sm_abit`). always_zero: their zero point is forced to 0.
+    follows_a_sym: they are signed when activations are. on_block: published files name the quantizers
+    on the block, not on the product.
+    """
+
+    operands: tuple[str, str]
+    softmax: str | None = None
+    always_zero: bool = False
+    follows_a_sym: bool = True
+    on_block: bool = False
+
+    def build(self, config: QuantConfig) -> QuantMatMul:
+        return QuantMatMul({name: self._quantizer(name, config) for name in self.operands})
+
+    def _quantizer(self, name: str, config: QuantConfig) -> ActQuantizer:
+        if name != self.softmax:
+            return ActQuantizer(config.act_bit, config.a_sym)
+        symmetric = config.a_sym and self.follows_a_sym
+        return ActQuantizer(config.sm_abit, symmetric, self.always_zero, is_softmax=True)
+
+
+@dataclass(frozen=True)
+class Family:
+    """What quantization must know of a family of networks.
+
+    build: from the configuration stored in a packed file to the network. blocks: module types that are
+    reconstructed as a whole. separate: names of layers inside blocks that are reconstructed on their
+    own, before the block (time embeddings: TFMQ-DM, arXiv 2311.16503). products: for each block type,
+    its attention products by attribute name. split_points: from a network to {layer: channels of the
+    first half}. signature: a key by which a state dict of this family is recognized.
+    """
+
+    name: str
+    build: Callable[[dict], nn.Module]
+    blocks: tuple[type[nn.Module], ...]
+    separate: tuple[str, ...] = ()
+    products: dict[type[nn.Module], dict[str, Product]] = field(default_factory=dict)
+    split_points: Callable[[nn.Module], dict[str, int]] = lambda _: {}
+    signature: str = ""
+
+
+FAMILIES: dict[str, Family] = {}
+
+
+def register_family(family: Family) -> Family:
+    FAMILIES[family.name] = family
+    return family
+
+
+def quantize_model(model: nn.Module, family: Family, config: QuantConfig) -> nn.Module:
+    """A copy of `model`, in eval mode, with every registered layer and product replaced by its quantized form.
+
+    Parameters are shared with `model` until a layer's integers are set; `model` itself is not changed.
+    Nothing is quantized yet: weights are full precision and activation quantizers are off.
+
+    Raises:
+        TypeError: a layer with parameters that the registry does not know, by name and type.
+    """
+    config.validate()
+    shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    wrapped = copy.deepcopy(model, shared).eval()
+    splits = family.split_points(model) if config.split else {}
+    for path, module in list(wrapped.named_modules()):
+        if type(module) in LAYER_TYPES:
+            layer = LAYER_TYPES[type(module)](
+                module, config.weight_bit, config.act_bit, config.a_sym, splits.get(path, 0)
+            )
+            _replace(wrapped, path, layer)
+        elif list(module.parameters(recurse=False)) and not isinstance(module, UNQUANTIZED):
+            raise TypeError(f"{path or 'the network'}: no quantized form registered for {type(module).__name__}")
+        for name, product in family.products.get(type(module), {}).items():
+            setattr(module, name, product.build(config).to(next(model.parameters()).device))
+    return wrapped.eval()
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+
+
+def quant_layers(model: nn.Module) -> dict[str, QuantLayer]:
+    """Quantized layers by path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, QuantLayer)}
+
+
+def act_quantizers(model: nn.Module) -> dict[str, ActQuantizer]:
+    """Activation quantizers by path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, ActQuantizer)}
+
+
+def enable_activations(model: nn.Module, enabled: bool) -> None:
+    """Switch every activation quantizer of `model` on or off."""
+    for quantizer in act_quantizers(model).values():
+        quantizer.enabled = enabled
+
+
+def init_weights(model: nn.Module, method: str) -> None:
+    """Scales by `method` and nearest rounding for every weight: `linear` quantization of the weights."""
+    for layer in quant_layers(model).values():
+        layer.init_weight_scales(method)
+
+
+def units(model: nn.Module, family: Family) -> list[str]:
+    """Reconstruction units by path: each block, each separate layer of a block, every layer outside blocks.
+
+    The order is that of the modules; the calibration puts them in order of execution.
+    """
+    found: list[str] = []
+    blocks: list[str] = []
+    for path, module in model.named_modules():
+        inside = any(path.startswith(block + ".") for block in blocks)
+        if isinstance(module, family.blocks):
+            blocks.append(path)
+            found.append(path)
+        elif isinstance(module, QuantLayer) and (not inside or path.rpartition(".")[2] in family.separate):
+            found.append(path)
+    return found
+
+
+def unit_modules(unit: nn.Module, family: Family) -> Iterator[tuple[str, nn.Module]]:
+    """The quantized layers and products that belong to a unit: all inside it but the separate ones."""
+    for path, module in unit.named_modules():
+        if isinstance(module, QuantLayer | QuantMatMul) and (not path or path.rpartition(".")[2] not in family.separate):
+            yield path, module
+
+
+@torch.no_grad()
+def bare_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters that stay in floating point (norms, biases), by name."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}

@@ -1,0 +1,177 @@
+"""Uniform affine quantization and AdaRound as pure functions on tensors.
+
+    q = clamp(round(x / delta) + zero_point, 0, 2^b - 1),   x^ = (q - zero_point) * delta
+
+and, symmetric, zero_point = 0 with q clamped to [-L - 1, L], L = 2^(b-1) - 1. The rules for delta and
+zero_point are those of the published method (Q-Diffusion, arXiv 2302.04304, and BRECQ, 2102.05426).
+"""
+
+import logging
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+ScaleMethod = Literal["max", "max_scale", "mse"]
+MIN_DELTA = 1e-8
+MSE_STEPS = 80  # ranges shrunk by 1.00, 0.99, ... 0.21
+MSE_NORM = 2.4
+
+
+def integer_range(n_bits: int, symmetric: bool) -> tuple[int, int]:
+    """Lowest and highest integer of a `n_bits` grid."""
+    return (-(2 ** (n_bits - 1)), 2 ** (n_bits - 1) - 1) if symmetric else (0, 2**n_bits - 1)
+
+
+def round_ste(x: Tensor) -> Tensor:
+    """Round to nearest (half to even); the gradient passes straight through."""
+    return x + (x.round() - x).detach()
+
+
+def fake_quantize(x: Tensor, delta: Tensor, zero_point: Tensor, n_bits: int, symmetric: bool) -> Tensor:
+    """Quantize and dequantize `x`, differentiable in `x` and `delta` (LSQ, arXiv 1902.08153)."""
+    low, high = integer_range(n_bits, symmetric)
+    q = torch.clamp(round_ste(x / delta) + zero_point, low, high)
+    return (q - zero_point) * delta
+
+
+def quantize_nearest(x: Tensor, delta: Tensor, zero_point: Tensor, n_bits: int, symmetric: bool = False) -> Tensor:
+    """The integers of `x` by nearest rounding, as a float tensor of the shape of `x`."""
+    low, high = integer_range(n_bits, symmetric)
+    return torch.clamp((x / delta).round() + zero_point, low, high)
+
+
+# --- ranges ------------------------------------------------------------------------------------
+
+
+def find_scale(
+    x: Tensor,
+    n_bits: int,
+    *,
+    symmetric: bool = False,
+    channel_wise: bool = False,
+    method: ScaleMethod = "max",
+    always_zero: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Step size and zero point for `x` by one of the published rules.
+
+    Args:
+        x: the data; with `channel_wise`, one scale for each index of the first dimension.
+        method: `max`: the full range; `max_scale`: the range grown by (b + 2) / 8 for the zero point;
+            `mse`: of 80 shrunk ranges the one with least mean |x - x^|^2.4.
+        always_zero: force zero_point 0 (softmax outputs).
+
+    Returns:
+        (delta, zero_point), float32: scalars, or [C, 1, ...] with `channel_wise`. Zero points are signed
+        (`mse` gives negative ones for all-positive data).
+    """
+    rows = x.detach().float().reshape(len(x), -1) if channel_wise else x.detach().float().reshape(1, -1)
+    low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
+    if method == "mse":
+        delta, zero_point = _search_mse(rows, low, high, n_bits, symmetric, always_zero)
+    else:
+        growth = (n_bits + 2) / 8 if method == "max_scale" else 1.0
+        delta, zero_point = scale_from_range(low, high, n_bits, symmetric, always_zero, growth)
+    shape = (len(x),) + (1,) * (x.dim() - 1) if channel_wise else ()
+    return delta.reshape(shape), zero_point.reshape(shape)
+
+
+def scale_from_range(
+    low: Tensor, high: Tensor, n_bits: int, symmetric: bool, always_zero: bool = False, growth: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """(delta, zero_point) of the range [low, high] by the `max` rules; formed in float64, returned in float32."""
+    low, high = low.double(), high.double()
+    if symmetric:
+        limit = torch.maximum(high, -low).clamp(min=0.0) * growth
+        delta = limit / (2 ** (n_bits - 1) - 1)
+    else:
+        delta = (high - low) / (2**n_bits - 1)
+    if bool((delta < MIN_DELTA).any()):
+        log.warning("degenerate range: %d of %d step sizes set to %g", int((delta < MIN_DELTA).sum()), delta.numel(), MIN_DELTA)
+        delta = delta.clamp(min=MIN_DELTA)
+    if symmetric or always_zero:
+        return delta.float(), torch.zeros_like(delta, dtype=torch.float32)
+    return delta.float(), torch.round(-(low.clamp(max=0.0) * growth) / delta).float()
+
+
+def _search_mse(
+    rows: Tensor, low: Tensor, high: Tensor, n_bits: int, symmetric: bool, always_zero: bool
+) -> tuple[Tensor, Tensor]:
+    """For each row the shrunk range of least error; every candidate is one operation over all rows."""
+    limit = torch.maximum(high, -low)
+    best = torch.full_like(low, math.inf)
+    best_delta, best_zero = torch.full_like(low, MIN_DELTA), torch.zeros_like(low)
+    for step in range(MSE_STEPS):
+        shrink = 1.0 - step * 0.01
+        if symmetric:
+            delta, zero = limit * shrink / (2 ** (n_bits - 1) - 1), torch.zeros_like(low)
+        elif always_zero:
+            delta, zero = high * shrink / (2**n_bits - 1), torch.zeros_like(low)
+        else:
+            delta = (high * shrink - low * shrink) / (2**n_bits - 1)
+            zero = torch.round(-(low * shrink) / delta.clamp(min=MIN_DELTA))
+        delta = delta.clamp(min=MIN_DELTA)
+        q = quantize_nearest(rows, delta, zero, n_bits, symmetric)
+        error = (rows - (q - zero) * delta).abs().pow(MSE_NORM).mean(1, keepdim=True)
+        better = error < best
+        best = torch.where(better, error, best)
+        best_delta, best_zero = torch.where(better, delta, best_delta), torch.where(better, zero, best_zero)
+    return best_delta, best_zero
+
+
+def running_range(low: Tensor | None, high: Tensor | None, x: Tensor, momentum: float = 0.95) -> tuple[Tensor, Tensor]:
+    """Running minimum and maximum: the first batch sets them, each further one moves them by 1 - momentum."""
+    new_low, new_high = x.detach().amin().float(), x.detach().amax().float()
+    if low is None or high is None:
+        return new_low, new_high
+    return momentum * low + (1 - momentum) * new_low, momentum * high + (1 - momentum) * new_high
+
+
+# --- AdaRound (arXiv 2004.10568) -----------------------------------------------------------------
+
+GAMMA, ZETA = -0.1, 1.1  # the stretch of the rectified sigmoid, eq. 23
+ALPHA_SATURATED = math.log((1 - GAMMA) / (ZETA - 1))  # h(alpha) = 1, and h(-alpha) = 0
+
+
+def rectified_sigmoid(alpha: Tensor) -> Tensor:
+    """h(alpha) = clamp(sigmoid(alpha) * 1.2 - 0.1, 0, 1), eq. 23."""
+    return torch.clamp(torch.sigmoid(alpha) * (ZETA - GAMMA) + GAMMA, 0.0, 1.0)
+
+
+def init_alpha(weight: Tensor, delta: Tensor) -> Tensor:
+    """The alpha for which h(alpha) is the fractional part of weight / delta."""
+    fraction = weight / delta - torch.floor(weight / delta)
+    return -torch.log((ZETA - GAMMA) / (fraction - GAMMA) - 1)
+
+
+def soft_round(weight: Tensor, alpha: Tensor, delta: Tensor, zero_point: Tensor, n_bits: int) -> Tensor:
+    """Dequantized weight under soft rounding, differentiable in `alpha`, eq. 22."""
+    q = torch.clamp(torch.floor(weight / delta) + rectified_sigmoid(alpha) + zero_point, 0, 2**n_bits - 1)
+    return (q - zero_point) * delta
+
+
+def hard_integers(weight: Tensor, alpha: Tensor, delta: Tensor, zero_point: Tensor, n_bits: int) -> Tensor:
+    """The final integers: up where alpha >= 0, down elsewhere; a float tensor of the shape of `weight`."""
+    return torch.clamp(torch.floor(weight / delta) + (alpha >= 0) + zero_point, 0, 2**n_bits - 1)
+
+
+def alpha_from_integers(weight: Tensor, integers: Tensor, delta: Tensor, zero_point: Tensor) -> Tensor:
+    """A saturated alpha with which `hard_integers` (and `soft_round`) give back `integers`."""
+    up = integers - zero_point > torch.floor(weight / delta)
+    return torch.where(up, ALPHA_SATURATED, -ALPHA_SATURATED).to(torch.float32)
+
+
+def rounding_regularizer(alpha: Tensor, beta: float) -> Tensor:
+    """sum(1 - |2 h(alpha) - 1|^beta), eq. 24: pulls h to 0 or 1 as beta falls."""
+    return (1 - (2 * rectified_sigmoid(alpha) - 1).abs().pow(beta)).sum()
+
+
+def beta_schedule(step: int, total: int, warmup: float = 0.2, start: float = 20.0, end: float = 2.0) -> float:
+    """beta at `step` of `total`: `start` during the warm-up, then linear to `end`."""
+    begin = warmup * total
+    if step < begin:
+        return start
+    return end + (start - end) * max(0.0, 1 - (step - begin) / (total - begin))

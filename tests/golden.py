@@ -1,0 +1,39 @@
+"""The folder of reference numbers: `$QDIFF_GOLDEN`, or `../shared/golden` beside the checkout."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(os.environ.get("QDIFF_GOLDEN") or Path(__file__).resolve().parents[2] / "shared" / "golden")
+
+
+def path(name: str) -> Path:
+    """A file or folder of the golden data; the test is skipped where it is absent."""
+    target = ROOT / name
+    if not target.exists():
+        pytest.skip(f"no reference data at {target} (set QDIFF_GOLDEN)")
+    return target
+
+
+def tensors(name: str) -> dict[str, torch.Tensor]:
+    return load_file(path(name))
+
+
+def read_json(name: str):
+    return json.loads(path(name).read_text())
+
+
+def cases(family: str) -> list[str]:
+    """Names of the whole-network cases of one family, discovered; [""] (to be skipped) where there are none."""
+    found = sorted(p.parent.name for p in ROOT.glob("cases/*/case.json") if json.loads(p.read_text())["family"] == family)
+    return found or [""]
+
+
+def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
+    """Relative L2 error, computed in float64."""
+    value, reference = value.double(), reference.double()
+    return ((value - reference).norm() / reference.norm().clamp(min=1e-300)).item()
