@@ -1,0 +1,134 @@
+"""The calibration set: (x_t, t[, context]) from the model's own sampling trajectory, over all time steps."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from qdiff.checkpoint import CheckpointError, load_object, tensor_hash
+from qdiff.files import atomic_write
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """The published structure: a list over time steps, in the order in which sampling visits them.
+
+    xs: [N, C, H, W] each; ts: [N] each; cs, ucs: conditional and unconditional contexts [N, L, D]
+    each, for guided models only.
+    """
+
+    xs: list[Tensor]
+    ts: list[Tensor]
+    cs: list[Tensor] | None = None
+    ucs: list[Tensor] | None = None
+
+    def select(self, steps: int, samples: int) -> "Rows":
+        """`steps` time steps spread evenly, the first `samples` samples of each (`--cali_st`, `--cali_n`).
+
+        Raises:
+            CheckpointError: the set holds fewer.
+        """
+        if steps > len(self.ts):
+            raise CheckpointError(f"--cali_st {steps}: the calibration set holds {len(self.ts)} time steps")
+        if samples > len(self.xs[0]):
+            raise CheckpointError(f"--cali_n {samples}: the calibration set holds {len(self.xs[0])} samples of each time step")
+        chosen = range(0, len(self.ts), len(self.ts) // steps)[:steps]
+        x = torch.cat([self.xs[i][:samples] for i in chosen])
+        t = torch.cat([self.ts[i][:samples] for i in chosen])
+        if self.cs is None:
+            return Rows((x.float(), t.float()))
+        context = [torch.cat([part[i][:samples] for i in chosen]).float() for part in (self.cs, self.ucs)]
+        return Rows((torch.cat([x, x]).float(), torch.cat([t, t]).float(), torch.cat(context)))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows that the network is calibrated on: its positional inputs, each with the rows first."""
+
+    inputs: tuple[Tensor, ...]
+
+    def __len__(self) -> int:
+        return len(self.inputs[0])
+
+    def __getitem__(self, index: Tensor | slice) -> tuple[Tensor, ...]:
+        return tuple(tensor[index] for tensor in self.inputs)
+
+    def hash(self) -> str:
+        return tensor_hash(torch.cat([tensor.flatten() for tensor in self.inputs]))
+
+
+class Recorder:
+    """A sampler's callback that keeps x_t and t of `steps` evaluations spread evenly over `total`."""
+
+    def __init__(self, steps: int, total: int) -> None:
+        if steps > total:
+            raise CheckpointError(f"--cali_st {steps}: the sampler makes only {total} steps")
+        self.keep = set(range(0, total, total // steps)[:steps])
+        self.seen = 0
+        self.xs: list[Tensor] = []
+        self.ts: list[Tensor] = []
+
+    def __call__(self, x: Tensor, t: Tensor, eps: Tensor) -> None:
+        if self.seen in self.keep:
+            self.xs.append(x.detach().float().cpu().clone())
+            self.ts.append(t.detach().float().cpu().clone())
+        self.seen += 1
+
+
+def generate(
+    run_sampler: Callable[[list[int], Callable], object], steps: int, evaluations: int, samples: int, batch_size: int
+) -> CalibrationSet:
+    """Draw a calibration set: run the full-precision sampler and keep `steps` of its evaluations.
+
+    Args:
+        run_sampler: samples the images of the given indices, calling the callback at each evaluation.
+        evaluations: how many the sampler makes for one image.
+    """
+    chunks = []
+    for start in tqdm(range(0, samples, batch_size), desc="calibration set", unit="batch"):
+        recorder = Recorder(steps, evaluations)
+        run_sampler(list(range(start, min(start + batch_size, samples))), recorder)
+        chunks.append(recorder)
+    return CalibrationSet(
+        xs=[torch.cat(parts) for parts in zip(*(chunk.xs for chunk in chunks), strict=True)],
+        ts=[torch.cat(parts) for parts in zip(*(chunk.ts for chunk in chunks), strict=True)],
+    )
+
+
+def save_set(path: str | Path, data: CalibrationSet) -> None:
+    """Write the published file: a dict of lists of tensors."""
+    content = {"xs": data.xs, "ts": data.ts}
+    if data.cs is not None:
+        content |= {"cs": data.cs, "ucs": data.ucs}
+    with atomic_write(path) as temporary:
+        torch.save(content, temporary)
+
+
+def load_set(path: str | Path, shape: Iterable[int]) -> CalibrationSet:
+    """Read a published calibration file and check it against the network's input `shape` (C, H, W).
+
+    Raises:
+        CheckpointError: not a calibration set, damaged, or for another network.
+    """
+    content = load_object(path)
+    if not isinstance(content, dict) or not {"xs", "ts"} <= set(content):
+        found = f"a dict with {', '.join(map(str, list(content)[:4]))}" if isinstance(content, dict) else type(content).__name__
+        raise CheckpointError(f"{path}: expected a calibration set (a dict with xs and ts), found {found}")
+    parts = {name: _as_list(content[name]) for name in ("xs", "ts", "cs", "ucs") if name in content}
+    lengths = {name: len(part) for name, part in parts.items()}
+    if len(set(lengths.values())) != 1 or not parts["xs"]:
+        raise CheckpointError(f"{path}: lists of different lengths or empty: {lengths}")
+    shape = tuple(shape)
+    for x, t in zip(parts["xs"], parts["ts"], strict=True):
+        if tuple(x.shape[1:]) != shape or len(t) != len(x):
+            raise CheckpointError(f"{path}: rows of shape {tuple(x.shape[1:])} with {len(t)} times: expected {shape}, one time for each")
+        if not torch.isfinite(x).all():
+            raise CheckpointError(f"{path}: damaged: rows that are not finite numbers")
+    return CalibrationSet(parts["xs"], parts["ts"], parts.get("cs"), parts.get("ucs"))
+
+
+def _as_list(values: object) -> list[Tensor]:
+    return list(values) if isinstance(values, list | tuple | Tensor) else []

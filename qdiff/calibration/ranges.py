@@ -1,0 +1,59 @@
+"""Activation ranges: from rows of all time steps, in shuffled order."""
+
+import torch
+from torch import Tensor, nn
+
+from qdiff import quantizers as Q
+from qdiff.calibration.dataset import Rows
+from qdiff.config import CalibrationConfig, QuantConfig
+from qdiff.layers import ActQuantizer
+from qdiff.model import act_quantizers, enable_activations
+
+RANGE_ROWS = 256  # rows, drawn from all time steps, that the first ranges come from
+STAT_BATCH = 64
+
+
+@torch.no_grad()
+def init_activation_ranges(model: nn.Module, rows: Rows, quant: QuantConfig, config: CalibrationConfig, device: torch.device) -> None:
+    """Set the step size and zero point of every activation quantizer, in order of execution.
+
+    Each range is found on inputs that the quantizers before it have already quantized. With
+    `running_stat`, moving averages over shuffled batches of all rows follow (attention probabilities
+    only, with `rs_sm_only`). Afterwards all quantizers are on.
+    """
+    enable_activations(model, True)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed))
+    for quantizer in act_quantizers(model).values():
+        quantizer.observer = _FirstRange(quantizer, quant.act_scale_method)
+    model(*(part.to(device) for part in rows[order[:RANGE_ROWS]]))
+    if unseen := [name for name, q in act_quantizers(model).items() if not torch.isfinite(q.delta)]:
+        raise RuntimeError(f"activation quantizers never reached by a forward pass: {', '.join(unseen[:3])}")
+    for quantizer in act_quantizers(model).values():
+        averaged = config.running_stat and (quantizer.is_softmax or not config.rs_sm_only)
+        quantizer.observer = _RunningRange(quantizer) if averaged else None
+    if config.running_stat:
+        for start in range(0, len(order), STAT_BATCH):
+            model(*(part.to(device) for part in rows[order[start : start + STAT_BATCH]]))
+    for quantizer in act_quantizers(model).values():
+        quantizer.observer = None
+
+
+class _FirstRange:
+    def __init__(self, quantizer: ActQuantizer, method: Q.ScaleMethod) -> None:
+        self.quantizer, self.method = quantizer, method
+
+    def __call__(self, x: Tensor) -> None:
+        q = self.quantizer
+        q.set_scale(*Q.find_scale(x, q.n_bits, symmetric=q.symmetric, method=self.method, always_zero=q.always_zero))
+
+
+class _RunningRange:
+    def __init__(self, quantizer: ActQuantizer) -> None:
+        self.quantizer = quantizer
+        self.low: Tensor | None = None
+        self.high: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> None:
+        self.low, self.high = Q.running_range(self.low, self.high, x)
+        q = self.quantizer
+        q.set_scale(*Q.scale_from_range(self.low, self.high, q.n_bits, q.symmetric, q.always_zero))
