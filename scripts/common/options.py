@@ -1,0 +1,148 @@
+"""Options: one parser for all scripts, bad input ends in one line on stderr."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+import torch
+
+from qdiff.checkpoint import CheckpointError
+from qdiff.config import CalibrationConfig, ConfigError, QuantConfig
+
+log = logging.getLogger(__name__)
+
+FILE_STEPS, FILE_SAMPLES = 1, 1024  # the published defaults, for a calibration file
+OWN_STEPS, OWN_SAMPLES = 20, 256  # for a set that is generated: the paper's
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def __init__(self, description: str) -> None:
+        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    value = int(text) if text.lstrip("-").isdigit() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
+    return value
+
+
+def seed(text: str) -> int:
+    """A seed: 0 to 2^63 - 1."""
+    value = int(text) if text.isdigit() else -1
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of 0 to 2^63 - 1")
+    return value
+
+
+def add_run_options(parser: Parser) -> None:
+    group = parser.add_argument_group("run")
+    group.add_argument("--ckpt", help="local full-precision checkpoint (.ckpt, .pth, .safetensors)")
+    group.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto: the best one present")
+    group.add_argument(
+        "--threads", type=positive, default=os.cpu_count() or 1, help="CPU threads of each process; the same number gives the same bits"
+    )
+    group.add_argument("--continue", dest="continue_run", action="store_true", help="continue the newest run in the output folder")
+    group.add_argument("--verbose", action="store_true", help="log details")
+
+
+def add_quant_options(parser: Parser) -> None:
+    """The shared quantization options, published names and defaults."""
+    group = parser.add_argument_group("quantization")
+    group.add_argument("--ptq", action="store_true", help="quantize the network")
+    group.add_argument("--quant_act", action="store_true", help="quantize activations too")
+    group.add_argument("--weight_bit", type=int, default=8)
+    group.add_argument("--act_bit", type=int, default=8)
+    group.add_argument("--sm_abit", type=int, default=8, help="bits of the attention probabilities")
+    group.add_argument("--quant_mode", default="qdiff", choices=["qdiff", "linear"], help="linear: nearest rounding, no reconstruction")
+    group.add_argument("--a_sym", action="store_true", help="symmetric activations")
+    group.add_argument("--a_min_max", action="store_true", help="min-max activation ranges")
+    group.add_argument("--running_stat", action="store_true", help="moving averages for the activation ranges")
+    group.add_argument("--rs_sm_only", action="store_true", help="moving averages for attention probabilities only")
+    group.add_argument("--split", action="store_true", help="two quantizers for concatenated shortcuts")
+    group.add_argument("--cond", action="store_true", help="the model is conditional (accepted for the published commands)")
+    group.add_argument("--cali_ckpt", help="calibrated checkpoint, published (.pth) or packed (.safetensors)")
+    group.add_argument("--cali_data_path", help="calibration set; without it and --cali_ckpt one is generated")
+    group.add_argument("--resume", action="store_true", help="accepted beside --cali_ckpt, changes nothing")
+    group.add_argument("--resume_w", action="store_true", help="weights from --cali_ckpt, calibrate activations only")
+    group.add_argument("--cali_st", type=positive, help=f"time steps used of the calibration set (default: {FILE_STEPS} of a file, {OWN_STEPS} of a generated one)")
+    group.add_argument("--cali_n", type=positive, help=f"samples of each time step (default: {FILE_SAMPLES} of a file, {OWN_SAMPLES} of a generated one)")
+    group.add_argument("--cali_batch_size", type=positive, default=32)
+    group.add_argument("--cali_iters", type=int, default=20000, help="iterations of AdaRound per unit")
+    group.add_argument("--cali_iters_a", type=int, default=5000, help="iterations of the activation step sizes per unit")
+    group.add_argument("--cali_lr", type=float, default=4e-4, help="learning rate of the activation step sizes")
+    group.add_argument("--cali_lr_w", type=float, default=1e-3, help="learning rate of AdaRound")
+    group.add_argument("--cali_p", type=float, default=2.4, help="norm of the activation reconstruction loss")
+
+
+def quant_config(args: argparse.Namespace, weight_method: str, act_method: str) -> QuantConfig:
+    """The number formats asked for; `linear` always takes min-max ranges."""
+    linear = args.quant_mode == "linear"
+    return QuantConfig(
+        weight_bit=args.weight_bit,
+        act_bit=args.act_bit,
+        quant_act=args.quant_act,
+        sm_abit=args.sm_abit,
+        a_sym=args.a_sym,
+        split=args.split,
+        weight_scale_method="max" if linear else weight_method,
+        act_scale_method="max" if linear or args.a_min_max else act_method,
+        quant_mode=args.quant_mode,
+    ).validate()
+
+
+def calibration_config(args: argparse.Namespace) -> CalibrationConfig:
+    """The recipe asked for. The number of steps and samples depends on where the set comes from."""
+    own = args.cali_data_path is None
+    return CalibrationConfig(
+        steps=args.cali_st or (OWN_STEPS if own else FILE_STEPS),
+        samples=args.cali_n or (OWN_SAMPLES if own else FILE_SAMPLES),
+        batch_size=args.cali_batch_size,
+        iters=args.cali_iters,
+        lr=args.cali_lr_w,
+        iters_a=args.cali_iters_a,
+        lr_a=args.cali_lr,
+        p=args.cali_p,
+        running_stat=args.running_stat,
+        rs_sm_only=args.rs_sm_only,
+        seed=args.seed,
+    ).validate()
+
+
+def check_quant_options(args: argparse.Namespace) -> None:
+    """Combinations that cannot be meant."""
+    if args.resume_w and not args.cali_ckpt:
+        raise ConfigError("--resume_w: expected --cali_ckpt FILE to take the weights from")
+    if not args.ptq and (args.cali_ckpt or args.cali_data_path or args.quant_act):
+        raise ConfigError("--cali_ckpt, --cali_data_path and --quant_act need --ptq")
+
+
+def select_device(name: str) -> torch.device:
+    """The device of `--device`; ConfigError where it is not there."""
+    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if present[kind]))
+    if not present[name]:
+        raise ConfigError(f"--device {name}: not present here; found {', '.join(kind for kind, there in present.items() if there)}")
+    return torch.device(name)
+
+
+def run_main(main: Callable[[list[str] | None], None]) -> None:
+    """Call `main`; what a user can mend ends in one line on stderr and status 1."""
+    try:
+        main(None)
+    except (ConfigError, CheckpointError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted; the same command with --continue goes on", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,132 @@
+"""From options to a network: full precision, loaded from a calibrated checkpoint, or calibrated now."""
+
+import argparse
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from common.options import calibration_config, check_quant_options, quant_config
+from common.running import Ranks
+from qdiff.calibration.dataset import CalibrationSet, load_set, save_set
+from qdiff.calibration.run import calibrate
+from qdiff.checkpoint import (
+    CheckpointError,
+    PackedInfo,
+    is_packed,
+    load_packed,
+    load_published,
+    read_packed_info,
+    save_packed,
+    save_published,
+    state_hash,
+)
+from qdiff.config import CalibrationConfig, QuantConfig
+from qdiff.model import Family
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a family's script knows and the shared steps need.
+
+    build: the network's configuration for `family.build`. input_shape: (C, H, W) of x_t. load: the
+    full-precision network on the CPU. generate: draws a calibration set from it (network, steps, samples).
+    weight_method, act_method: the family's published scale rules.
+    """
+
+    family: Family
+    build: dict
+    input_shape: tuple[int, ...]
+    load: Callable[[], nn.Module]
+    generate: Callable[[nn.Module, CalibrationConfig], CalibrationSet]
+    weight_method: str = "max"
+    act_method: str = "max"
+
+
+def check(args: argparse.Namespace, task: Task) -> None:
+    """Everything about the quantization options that can be checked before work starts."""
+    check_quant_options(args)
+    if args.ptq:
+        quant_config(args, task.weight_method, task.act_method)
+        calibration_config(args)
+
+
+def prepare_network(args: argparse.Namespace, task: Task, device: torch.device, folder: Path, ranks: Ranks) -> nn.Module:
+    """The network that is to sample, in eval mode on `device`; a calibration's results go to `folder`.
+
+    Of several processes the first one calibrates, the others wait and read what it wrote.
+    """
+    if ranks.rank > 0:
+        ranks.barrier()
+    network = _prepare(args, task, device, folder, reuse=args.continue_run or ranks.rank > 0)
+    if ranks.rank == 0:
+        ranks.barrier()
+    return network
+
+
+def _prepare(args: argparse.Namespace, task: Task, device: torch.device, folder: Path, reuse: bool) -> nn.Module:
+    if not args.ptq:
+        return task.load().to(device).eval()
+    quant = quant_config(args, task.weight_method, task.act_method)
+    calibrated = folder / "ckpt.safetensors"
+    if reuse and calibrated.is_file():
+        return load_packed(calibrated)[0].to(device)
+    if args.cali_ckpt and not args.resume_w:
+        return load_calibrated(args.cali_ckpt, task, quant).to(device)
+    return _calibrate(args, task, quant, device, folder)
+
+
+def load_calibrated(path: str, task: Task, quant: QuantConfig) -> nn.Module:
+    """A calibrated checkpoint of either format, compared with the options given; CheckpointError if they differ."""
+    if not is_packed(path):
+        return load_published(path, task.build, task.family, quant)
+    _compare(path, read_packed_info(path), task, quant)
+    return load_packed(path, activations=quant.quant_act)[0]
+
+
+def _compare(path: str, info: PackedInfo, task: Task, quant: QuantConfig) -> None:
+    if info.family != task.family.name:
+        raise CheckpointError(f"{path}: a network of the {info.family} family, expected {task.family.name}")
+    stored, expected = _comparable(info.build), _comparable(task.build)
+    for key in sorted({*stored, *expected}):
+        if stored.get(key) != expected.get(key):
+            raise CheckpointError(f"{path}: another network: {key} is {stored.get(key)}, the configuration says {expected.get(key)}")
+    names = ["weight_bit", "split"] + (["act_bit", "a_sym", "sm_abit"] if quant.quant_act else [])
+    for name in names:
+        stored, given = getattr(info.config, name), getattr(quant, name)
+        if stored != given:
+            raise CheckpointError(f"{path}: --{name}: the file has {stored}, called with {given}")
+
+
+def _comparable(values: dict) -> dict:
+    """Lists as tuples, so that a configuration read from JSON compares with one from code."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+
+def _calibrate(args: argparse.Namespace, task: Task, quant: QuantConfig, device: torch.device, folder: Path) -> nn.Module:
+    config = calibration_config(args)
+    weights_from = None
+    if args.resume_w:
+        weights = replace(quant, quant_act=False)
+        weights_from = load_calibrated(args.cali_ckpt, task, weights).to(device)
+    data = load_set(args.cali_data_path, task.input_shape) if args.cali_data_path else None
+    model = task.load().to(device).eval()
+    if data is None:
+        data = task.generate(model, config)
+        save_set(folder / "calibration_set.pt", data)
+    if config.samples > len(data.xs[0]):
+        log.warning("--cali_n %d: the calibration set holds %d samples of each time step, all are used", config.samples, len(data.xs[0]))
+        config = replace(config, samples=len(data.xs[0]))
+    rows = data.select(config.steps, config.samples)
+    wrapped = calibrate(model, task.family, quant, config, rows, weights_from)
+    state = model.state_dict()
+    info = PackedInfo(task.family.name, task.build, quant, config.to_dict() | {"rows_sha256": rows.hash()}, state_hash(state))
+    save_published(folder / "ckpt.pth", wrapped, task.family, state, activations=quant.quant_act)
+    save_packed(folder / "ckpt.safetensors", wrapped, info)
+    log.info("calibrated checkpoint: %s (published format), %s (packed)", folder / "ckpt.pth", folder / "ckpt.safetensors")
+    return wrapped

@@ -1,0 +1,72 @@
+"""Sample images from a pixel-space DDPM, in full precision or quantized, calibrating it first if needed.
+
+    python scripts/sample_diffusion_ddim.py --config configs/cifar10.yml --use_pretrained \
+        --timesteps 100 --eta 0 --skip_type quad --ptq --weight_bit 4 --quant_mode qdiff \
+        --quant_act --act_bit 8 --a_sym --split -l results --cali_ckpt ckpt.pth
+
+Images go to <logdir>/samples/<timestamp>/img/0.png, ...; the same command with --continue makes those
+that are missing. Image i depends on (--seed, i) only.
+"""
+
+import argparse
+from pathlib import Path
+
+from common.images import to_uint8  # first: it makes the packages importable
+from common.options import Parser, add_quant_options, add_run_options, positive, run_main, seed, select_device
+from common.quantize import Task, check, prepare_network
+from common.running import Ranks, log_to, open_run, sample_missing, setup_threads
+from ddim.config import PixelConfig, load_config
+from ddim.sampling import PixelSampler, SamplerSettings, pixel_task_parts
+from qdiff.config import ConfigError
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True, help="YAML file of the model")
+    parser.add_argument("-l", "--logdir", default="results", help="output folder")
+    parser.add_argument("--use_pretrained", action="store_true", help="the weights that the configuration names")
+    parser.add_argument("--seed", type=seed, default=1234)
+    parser.add_argument("--sample_type", default="generalized", choices=["generalized", "dpm_solver", "ddpm_noisy"])
+    parser.add_argument("--skip_type", default="uniform", choices=["uniform", "quad"], help="spacing of the time steps")
+    parser.add_argument("--timesteps", type=positive, default=1000, help="sampling steps")
+    parser.add_argument("--eta", type=float, default=0.0, help="noise of DDIM: 0 none, 1 as DDPM")
+    parser.add_argument("--max_images", type=positive, default=50000)
+    add_run_options(parser)
+    add_quant_options(parser)
+    return parser.parse_args(argv)
+
+
+def make_task(args: argparse.Namespace, config: PixelConfig, sampler: PixelSampler) -> Task:
+    if not (args.ckpt or args.use_pretrained or args.cali_ckpt):
+        raise ConfigError("no weights: expected --use_pretrained, --ckpt FILE or --cali_ckpt FILE")
+    return Task(**pixel_task_parts(config, args.ckpt, sampler, args.seed))
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    ranks = Ranks.from_environment()
+    setup_threads(args.threads)
+    device = select_device(args.device)
+    config = load_config(args.config)
+    settings = SamplerSettings(args.sample_type, args.skip_type, args.timesteps, args.eta).validate(config.diffusion)
+    sampler = PixelSampler(config, settings, device)
+    task = make_task(args, config, sampler)
+    check(args, task)
+
+    parent = Path(args.logdir) / "samples"
+    folder = ranks.from_first(lambda: open_run(parent, vars(args), args.continue_run))
+    log_to(folder if ranks.rank == 0 else None, args.verbose)
+    network = prepare_network(args, task, device, folder, ranks)
+    sample_missing(
+        folder / "img",
+        args.max_images,
+        config.batch_size,
+        lambda indices: to_uint8(sampler(network, indices, args.seed)),
+        ranks,
+    )
+    if ranks.rank == 0:
+        print(f"{args.max_images} images in {folder / 'img'}")
+
+
+if __name__ == "__main__":
+    run_main(main)
