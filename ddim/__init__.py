@@ -1,0 +1,1 @@
+"""The pixel family: DDPM UNets, their schedule, samplers and public weights."""

@@ -126,9 +126,7 @@ def _public_model(data: dict[str, Any]) -> str | None:
 
 def _fill(kind: type, values: dict[str, Any], section: str) -> Any:
     names = {field.name: field for field in fields(kind)}
-    missing = [
-        name for name, field in names.items() if field.default is MISSING and values.get(name) is None
-    ]
+    missing = [name for name, field in names.items() if field.default is MISSING and values.get(name) is None]
     if missing:
         raise ConfigError(f"section {section}: missing {', '.join(missing)}")
     given = {name: value for name, value in values.items() if name in names}

@@ -69,7 +69,9 @@ def fetch(url: str, path: Path, md5: str) -> Path:
         _download(url, partial)
     except (urllib.error.URLError, OSError) as error:
         reason = getattr(error, "reason", error)
-        raise ConfigError(f"no weights at {path}, and {url} cannot be reached ({reason}); put the file there or give one with --ckpt") from None
+        raise ConfigError(
+            f"no weights at {path}, and {url} cannot be reached ({reason}); put the file there or give one with --ckpt"
+        ) from None
     _check_md5(partial, md5, url)
     partial.replace(path)
     return path

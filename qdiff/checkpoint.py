@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from qdiff import quantizers as Q
 from qdiff.config import ConfigError, QuantConfig
 from qdiff.files import atomic_write, describe_foreign_file
-from qdiff.layers import QuantLayer, QuantMatMul
 from qdiff.model import FAMILIES, Family, act_quantizers, enable_activations, quant_layers, quantize_model
 
 PACKED_VERSION = 1
@@ -221,6 +220,15 @@ def save_published(path: str | Path, model: nn.Module, family: Family, weights: 
         torch.save({PREFIX + name: tensor.cpu().contiguous() for name, tensor in state.items()}, temporary)
 
 
+def midpoint_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Stand-ins for lost full-precision weights: the middle of each rounding interval, robust against its ends."""
+    weights = {}
+    for name, layer in quant_layers(model).items():
+        parts = [(q.integers.float() - q.zero_point + 0.5) * q.delta for q in layer.weight_quantizers]
+        weights[f"{name}.weight"] = torch.cat(parts, dim=1)
+    return weights
+
+
 def load_published(path: str | Path, build: dict, family: Family, config: QuantConfig) -> nn.Module:
     """A quantized network from a published file: no forward pass, no random data, no second copy.
 
@@ -316,7 +324,9 @@ def infer_weight_bits(model: nn.Module, state: Mapping[str, Tensor]) -> int | No
 def _check_weight_bits(path: str | Path, model: nn.Module, state: Mapping[str, Tensor], weight_bit: int) -> None:
     found = infer_weight_bits(model, state)
     if found is not None and found != weight_bit:
-        raise CheckpointError(f"{path}: --weight_bit {weight_bit} was given, but the step sizes of the file are those of {found}-bit weights")
+        raise CheckpointError(
+            f"{path}: --weight_bit {weight_bit} was given, but the step sizes of the file are those of {found}-bit weights"
+        )
 
 
 def _check_activations(path: str | Path, state: Mapping[str, Tensor], config: QuantConfig) -> None:
@@ -331,7 +341,9 @@ def _check_activations(path: str | Path, state: Mapping[str, Tensor], config: Qu
     if steps and config.sm_abit == 16 and max(steps) > 2 / 32767:
         raise CheckpointError(f"{path}: --sm_abit 16 was given, but a softmax step size of {max(steps):.2g} is too coarse for 16 bits")
     if steps and config.sm_abit <= 8 and max(steps) <= 1 / 32767:
-        raise CheckpointError(f"{path}: --sm_abit {config.sm_abit} was given, but softmax step sizes of {max(steps):.2g} are those of 16 bits")
+        raise CheckpointError(
+            f"{path}: --sm_abit {config.sm_abit} was given, but softmax step sizes of {max(steps):.2g} are those of 16 bits"
+        )
 
 
 # --- the packed format ---------------------------------------------------------------------------------
@@ -526,12 +538,3 @@ def _fill_packed(model: nn.Module, tensors: Mapping[str, Tensor], info: PackedIn
         stored = info.config.quant_act
         quantizer.delta = tensors[f"{name}.delta"].clone() if stored else torch.tensor(float("nan"))
         quantizer.zero_point = tensors[f"{name}.zero_point"].clone() if stored else torch.tensor(0.0)
-
-
-def product_paths(model: nn.Module) -> list[str]:
-    """Paths of the quantized attention products."""
-    return [name for name, module in model.named_modules() if isinstance(module, QuantMatMul)]
-
-
-def is_quantized(model: nn.Module) -> bool:
-    return any(isinstance(module, QuantLayer) for module in model.modules())

@@ -132,9 +132,7 @@ class QuantLayer(nn.Module):
         """Step sizes from the full-precision weight, and nearest rounding."""
         integers = []
         for quantizer, part in zip(self.weight_quantizers, self._parts(self.weight), strict=True):
-            quantizer.delta, quantizer.zero_point = Q.find_scale(
-                part, quantizer.n_bits, channel_wise=True, method=method
-            )
+            quantizer.delta, quantizer.zero_point = Q.find_scale(part, quantizer.n_bits, channel_wise=True, method=method)
             integers.append(Q.quantize_nearest(part, quantizer.delta, quantizer.zero_point, quantizer.n_bits))
         self.set_integers(integers)
 

@@ -4,7 +4,6 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-import torch
 from torch import nn
 
 from qdiff.config import QuantConfig
@@ -82,9 +81,7 @@ def quantize_model(model: nn.Module, family: Family, config: QuantConfig) -> nn.
     splits = family.split_points(model) if config.split else {}
     for path, module in list(wrapped.named_modules()):
         if type(module) in LAYER_TYPES:
-            layer = LAYER_TYPES[type(module)](
-                module, config.weight_bit, config.act_bit, config.a_sym, splits.get(path, 0)
-            )
+            layer = LAYER_TYPES[type(module)](module, config.weight_bit, config.act_bit, config.a_sym, splits.get(path, 0))
             _replace(wrapped, path, layer)
         elif list(module.parameters(recurse=False)) and not isinstance(module, UNQUANTIZED):
             raise TypeError(f"{path or 'the network'}: no quantized form registered for {type(module).__name__}")
@@ -142,9 +139,3 @@ def unit_modules(unit: nn.Module, family: Family) -> Iterator[tuple[str, nn.Modu
     for path, module in unit.named_modules():
         if isinstance(module, QuantLayer | QuantMatMul) and (not path or path.rpartition(".")[2] not in family.separate):
             yield path, module
-
-
-@torch.no_grad()
-def bare_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters that stay in floating point (norms, biases), by name."""
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}

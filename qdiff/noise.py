@@ -36,5 +36,3 @@ class NoiseSource:
     def __call__(self) -> Tensor:
         draws = [generator.standard_normal(self.shape, dtype=np.float32) for generator in self.generators]
         return torch.from_numpy(np.stack(draws)).to(self.device)
-
-

@@ -97,9 +97,7 @@ def scale_from_range(
     return delta.float(), torch.round(-(low.clamp(max=0.0) * growth) / delta).float()
 
 
-def _search_mse(
-    rows: Tensor, low: Tensor, high: Tensor, n_bits: int, symmetric: bool, always_zero: bool
-) -> tuple[Tensor, Tensor]:
+def _search_mse(rows: Tensor, low: Tensor, high: Tensor, n_bits: int, symmetric: bool, always_zero: bool) -> tuple[Tensor, Tensor]:
     """For each row the shrunk range of least error; every candidate is one operation over all rows."""
     limit = torch.maximum(high, -low)
     best = torch.full_like(low, math.inf)

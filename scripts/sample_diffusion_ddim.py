@@ -14,7 +14,7 @@ from pathlib import Path
 from common.images import to_uint8  # first: it makes the packages importable
 from common.options import Parser, add_quant_options, add_run_options, positive, run_main, seed, select_device
 from common.quantize import Task, check, prepare_network
-from common.running import Ranks, log_to, open_run, sample_missing, setup_threads
+from common.running import Ranks, discard_on_error, log_to, open_run, sample_missing, setup_threads
 from ddim.config import PixelConfig, load_config
 from ddim.sampling import PixelSampler, SamplerSettings, pixel_task_parts
 from qdiff.config import ConfigError
@@ -56,7 +56,8 @@ def main(argv: list[str] | None = None) -> None:
     parent = Path(args.logdir) / "samples"
     folder = ranks.from_first(lambda: open_run(parent, vars(args), args.continue_run))
     log_to(folder if ranks.rank == 0 else None, args.verbose)
-    network = prepare_network(args, task, device, folder, ranks)
+    with discard_on_error(folder):
+        network = prepare_network(args, task, device, folder, ranks)
     sample_missing(
         folder / "img",
         args.max_images,

@@ -2,11 +2,11 @@
 
 import json
 
+import golden
 import pytest
 import torch
 from safetensors.torch import load_file
 
-import golden
 from ddim.config import load_config, model_config_from_dict
 from ddim.family import PIXEL, describe
 from ddim.unet import UNet

@@ -2,14 +2,14 @@
 
 import re
 
+import golden
 import pytest
 import torch
+from test_pixel_cases import Case
 
-import golden
 from ddim.config import DiffusionConfig
 from ddim.samplers import ddim_steps, dpm_solver_orders, sample_ddim, sample_ddpm, sample_dpm_solver
 from ddim.schedule import make_alphas_cumprod
-from test_pixel_cases import Case
 
 ALPHAS = make_alphas_cumprod(DiffusionConfig())
 

@@ -1,9 +1,9 @@
 import math
 
+import golden
 import pytest
 import torch
 
-import golden
 from qdiff import quantizers as Q
 
 

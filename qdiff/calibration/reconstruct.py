@@ -100,8 +100,7 @@ def _start_rounding(layers: list[QuantLayer], weights: list[Tensor]) -> list[Ten
     for layer, weight in zip(layers, weights, strict=True):
         layer.weight, layer.quantized = weight, False
         layer.rounding = [
-            Q.init_alpha(part, q.delta).requires_grad_()
-            for q, part in zip(layer.weight_quantizers, layer._parts(weight), strict=True)
+            Q.init_alpha(part, q.delta).requires_grad_() for q, part in zip(layer.weight_quantizers, layer._parts(weight), strict=True)
         ]
         alphas += layer.rounding
     return alphas

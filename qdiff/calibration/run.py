@@ -65,7 +65,14 @@ class _Run:
     """What the two passes over the units share."""
 
     def __init__(
-        self, model: nn.Module, wrapped: nn.Module, family: Family, rows: Rows, config: CalibrationConfig, device: torch.device, progress: tqdm
+        self,
+        model: nn.Module,
+        wrapped: nn.Module,
+        family: Family,
+        rows: Rows,
+        config: CalibrationConfig,
+        device: torch.device,
+        progress: tqdm,
     ) -> None:
         self.model, self.wrapped, self.family, self.rows = model, wrapped, family, rows
         self.config, self.device, self.progress = config, device, progress

@@ -44,14 +44,15 @@ def seed(text: str) -> int:
     return value
 
 
-def add_run_options(parser: Parser) -> None:
+def add_run_options(parser: Parser, resumable: bool = True) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--ckpt", help="local full-precision checkpoint (.ckpt, .pth, .safetensors)")
     group.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto: the best one present")
     group.add_argument(
         "--threads", type=positive, default=os.cpu_count() or 1, help="CPU threads of each process; the same number gives the same bits"
     )
-    group.add_argument("--continue", dest="continue_run", action="store_true", help="continue the newest run in the output folder")
+    if resumable:
+        group.add_argument("--continue", dest="continue_run", action="store_true", help="continue the newest run in the output folder")
     group.add_argument("--verbose", action="store_true", help="log details")
 
 
@@ -74,8 +75,14 @@ def add_quant_options(parser: Parser) -> None:
     group.add_argument("--cali_data_path", help="calibration set; without it and --cali_ckpt one is generated")
     group.add_argument("--resume", action="store_true", help="accepted beside --cali_ckpt, changes nothing")
     group.add_argument("--resume_w", action="store_true", help="weights from --cali_ckpt, calibrate activations only")
-    group.add_argument("--cali_st", type=positive, help=f"time steps used of the calibration set (default: {FILE_STEPS} of a file, {OWN_STEPS} of a generated one)")
-    group.add_argument("--cali_n", type=positive, help=f"samples of each time step (default: {FILE_SAMPLES} of a file, {OWN_SAMPLES} of a generated one)")
+    group.add_argument(
+        "--cali_st",
+        type=positive,
+        help=f"time steps used of the calibration set (default: {FILE_STEPS} of a file, {OWN_STEPS} of a generated one)",
+    )
+    group.add_argument(
+        "--cali_n", type=positive, help=f"samples of each time step (default: {FILE_SAMPLES} of a file, {OWN_SAMPLES} of a generated one)"
+    )
     group.add_argument("--cali_batch_size", type=positive, default=32)
     group.add_argument("--cali_iters", type=int, default=20000, help="iterations of AdaRound per unit")
     group.add_argument("--cali_iters_a", type=int, default=5000, help="iterations of the activation step sizes per unit")

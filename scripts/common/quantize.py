@@ -77,16 +77,17 @@ def _prepare(args: argparse.Namespace, task: Task, device: torch.device, folder:
     if reuse and calibrated.is_file():
         return load_packed(calibrated)[0].to(device)
     if args.cali_ckpt and not args.resume_w:
-        return load_calibrated(args.cali_ckpt, task, quant).to(device)
+        return load_calibrated(args.cali_ckpt, task, quant)[0].to(device)
     return _calibrate(args, task, quant, device, folder)
 
 
-def load_calibrated(path: str, task: Task, quant: QuantConfig) -> nn.Module:
+def load_calibrated(path: str, task: Task, quant: QuantConfig) -> tuple[nn.Module, PackedInfo]:
     """A calibrated checkpoint of either format, compared with the options given; CheckpointError if they differ."""
     if not is_packed(path):
-        return load_published(path, task.build, task.family, quant)
+        network = load_published(path, task.build, task.family, quant)
+        return network, PackedInfo(task.family.name, task.build, quant, {"published": Path(path).name}, "")
     _compare(path, read_packed_info(path), task, quant)
-    return load_packed(path, activations=quant.quant_act)[0]
+    return load_packed(path, activations=quant.quant_act)
 
 
 def _compare(path: str, info: PackedInfo, task: Task, quant: QuantConfig) -> None:
@@ -113,7 +114,7 @@ def _calibrate(args: argparse.Namespace, task: Task, quant: QuantConfig, device:
     weights_from = None
     if args.resume_w:
         weights = replace(quant, quant_act=False)
-        weights_from = load_calibrated(args.cali_ckpt, task, weights).to(device)
+        weights_from = load_calibrated(args.cali_ckpt, task, weights)[0].to(device)
     data = load_set(args.cali_data_path, task.input_shape) if args.cali_data_path else None
     model = task.load().to(device).eval()
     if data is None:

@@ -3,8 +3,10 @@
 import json
 import logging
 import os
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +19,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from common.images import save_png
+from qdiff.checkpoint import CheckpointError
 from qdiff.config import ConfigError
 from qdiff.files import atomic_write
 
@@ -51,7 +54,7 @@ class Ranks:
         if self.rank == 0:
             try:
                 outcome[0] = make()
-            except Exception as error:  # noqa: BLE001 - handed to every rank
+            except Exception as error:
                 outcome[1] = error
         dist.broadcast_object_list(outcome, src=0)
         if outcome[1] is not None:
@@ -90,6 +93,17 @@ def open_run(parent: Path, settings: dict[str, Any], continue_run: bool) -> Path
     except OSError as error:
         raise ConfigError(f"{parent}: cannot be written ({error.strerror or error})") from None
     return folder
+
+
+@contextmanager
+def discard_on_error(folder: Path) -> Iterator[None]:
+    """Remove a run's folder again if the work inside the `with` fails before it has written anything else."""
+    try:
+        yield
+    except (ConfigError, CheckpointError, OSError):
+        if folder.is_dir() and {path.name for path in folder.iterdir()} <= {"run.json", "run.log"}:
+            shutil.rmtree(folder)
+        raise
 
 
 def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
