@@ -84,7 +84,9 @@ def _load_pickle(path: Path) -> Any:
             if name:
                 raise CheckpointError(f"{path}: refused: its pickle asks for {name}, which is not plain tensors") from None
             raise CheckpointError(f"{path}: damaged or not a PyTorch checkpoint ({_first_line(error)})") from None
-        except (RuntimeError, EOFError, KeyError, ValueError, AttributeError, IndexError, TypeError) as error:
+        except PermissionError:
+            raise CheckpointError(f"{path}: cannot be read (permission denied)") from None
+        except (OSError, RuntimeError, EOFError, KeyError, ValueError, AttributeError, IndexError, TypeError) as error:
             if mmap and "mmap" in str(error):
                 continue
             raise CheckpointError(f"{path}: damaged or not a PyTorch checkpoint ({_first_line(error)})") from None

@@ -18,6 +18,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIG = load_config(REPOSITORY / "configs/cifar10.yml")
 QUANT = QuantConfig(weight_bit=4, quant_act=True, a_sym=True, split=True)
 
+
 @pytest.fixture(scope="module")
 def published(tmp_path_factory) -> Path:
     torch.manual_seed(0)

@@ -1,0 +1,270 @@
+"""Wrapping, calibration sets, ranges and reconstruction on a tiny network of our own."""
+
+import golden
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from ddim.family import PIXEL
+from qdiff.calibration.capture import capture, execution_order
+from qdiff.calibration.dataset import CalibrationSet, Recorder, Rows, load_set, save_set
+from qdiff.calibration.ranges import init_activation_ranges
+from qdiff.calibration.reconstruct import UnitData, reconstruct_activations, reconstruct_weights
+from qdiff.calibration.run import calibrate
+from qdiff.checkpoint import CheckpointError
+from qdiff.config import CalibrationConfig, ConfigError, QuantConfig
+from qdiff.layers import QuantConv2d, QuantLinear
+from qdiff.model import Family, act_quantizers, enable_activations, quant_layers, quantize_model, units
+
+CPU = torch.device("cpu")
+W4A8 = QuantConfig(weight_bit=4, quant_act=True, a_sym=True, split=True)
+SHORT = CalibrationConfig(steps=4, samples=16, batch_size=8, iters=60, lr=1e-2, iters_a=40)
+
+
+@pytest.fixture(scope="module")
+def network():
+    return tiny.unet()
+
+
+@pytest.fixture(scope="module")
+def rows(network):
+    return tiny.rows(network)
+
+
+def error(model, network, rows):
+    with torch.no_grad():
+        return golden.relative_error(model(*rows.inputs), network(*rows.inputs))
+
+
+def test_wrapping_changes_nothing_until_something_is_quantized(network, rows):
+    model = quantize_model(network, PIXEL, W4A8)
+    assert torch.equal(model(*rows.inputs), network(*rows.inputs))
+    shared = {p.data_ptr() for p in network.parameters()}
+    assert all(layer.weight.data_ptr() in shared for layer in quant_layers(model).values())
+    assert not any(isinstance(m, QuantConv2d) for m in network.modules())
+
+
+def test_split_layers_are_the_concatenated_shortcuts(network):
+    model = quantize_model(network, PIXEL, W4A8)
+    splits = {name: layer.split for name, layer in quant_layers(model).items() if layer.split}
+    assert splits and all(".nin_shortcut" in name and name.startswith("up.") for name in splits)
+    for name, split in splits.items():
+        layer = quant_layers(model)[name]
+        assert layer.weight_quantizer.integers.shape[1] == split
+        assert layer.weight_quantizer_0.integers.shape[1] == layer.weight.shape[1] - split
+
+
+def test_a_split_layer_quantizes_its_halves_apart():
+    torch.manual_seed(0)
+    layer = QuantConv2d(nn.Conv2d(6, 4, 1), 4, 8, True, split=2)
+    x = torch.cat([torch.randn(3, 2, 5, 5) * 10, torch.randn(3, 4, 5, 5) * 0.1], dim=1)
+    halves = []
+    for part, (low, high) in zip(layer._parts(layer.weight), ((0, 2), (2, 6)), strict=True):
+        lone = QuantConv2d(nn.Conv2d(high - low, 4, 1, bias=False), 4, 8, True)
+        lone.weight = part.clone()
+        lone.init_weight_scales("mse")
+        lone.act_quantizer.set_scale(x[:, low:high].abs().max() / 127, torch.tensor(0.0))
+        lone.act_quantizer.enabled = True
+        halves.append((lone, x[:, low:high]))
+    layer.init_weight_scales("mse")
+    for quantizer, (lone, _) in zip(layer.act_quantizers, halves, strict=True):
+        quantizer.set_scale(lone.act_quantizer.delta, torch.tensor(0.0))
+        quantizer.enabled = True
+    expected = sum(lone(part) for lone, part in halves) + layer.bias[None, :, None, None]
+    assert golden.relative_error(layer(x), expected) < 1e-6
+
+
+def test_double_precision_forms_the_weight_anew():
+    layer = QuantLinear(nn.Linear(5, 7), 4, 8, True)
+    layer.init_weight_scales("max")
+    q = layer.weight_quantizer
+    layer.double()
+    assert torch.equal(layer.weight, (q.integers.double() - q.zero_point) * q.delta)
+    assert q.integers.dtype == torch.uint8 and layer.weight.dtype == torch.float64
+
+
+def test_an_unknown_layer_is_named():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.deconv = nn.ConvTranspose2d(3, 3, 2)
+
+    family = Family("odd", build=lambda _: Odd(), blocks=())
+    with pytest.raises(TypeError, match=r"deconv.*ConvTranspose2d"):
+        quantize_model(Odd(), family, W4A8)
+
+
+def test_time_projections_are_units_of_their_own(network, rows):
+    model = quantize_model(network, PIXEL, W4A8)
+    order = execution_order(model, units(model, PIXEL), rows, CPU)
+    assert order[0] == "temb.dense.0" and order[-1] == "conv_out"
+    assert order.index("mid.block_1.temb_proj") < order.index("mid.block_1") < order.index("mid.attn_1")
+    covered = [name for name in quant_layers(model) if name in order or any(name.startswith(unit + ".") for unit in order)]
+    assert set(covered) == set(quant_layers(model))
+
+
+@torch.no_grad()
+def test_capture_equals_a_hook_on_a_whole_pass(network, rows):
+    seen = {}
+    handle = network.mid.block_1.register_forward_hook(lambda _, args, out: seen.update(args=args, out=out))
+    network(*rows.inputs)
+    handle.remove()
+    x, temb = capture(network, "mid.block_1", rows, 16, CPU, inputs=True)
+    (out,) = capture(network, "mid.block_1", rows, 16, CPU, inputs=False)
+    for found, expected in ((x, seen["args"][0]), (temb, seen["args"][1]), (out, seen["out"])):
+        assert golden.relative_error(found, expected) < 1e-5
+
+
+def test_ranges_come_from_all_time_steps(network, rows):
+    """One huge row of the last time step must widen the first quantizer's range, with running statistics or not."""
+    x, t = (tensor.clone() for tensor in rows.inputs)
+    x[-1] *= 50
+    for running in (False, True):
+        model = quantize_model(network, PIXEL, W4A8)
+        init_activation_ranges(model, Rows((x, t)), W4A8, CalibrationConfig(running_stat=running), CPU)
+        plain = quantize_model(network, PIXEL, W4A8)
+        init_activation_ranges(plain, rows, W4A8, CalibrationConfig(running_stat=running), CPU)
+        grown, before = (m.conv_in.act_quantizer.delta.item() for m in (model, plain))
+        assert grown > (10 if not running else 1.5) * before
+
+
+def test_running_statistics_of_softmax_only(network, rows):
+    deltas = {}
+    for only in (False, True):
+        model = quantize_model(network, PIXEL, W4A8)
+        init_activation_ranges(model, rows, W4A8, CalibrationConfig(running_stat=True, rs_sm_only=only), CPU)
+        deltas[only] = {name: q.delta.item() for name, q in act_quantizers(model).items()}
+    plain = quantize_model(network, PIXEL, W4A8)
+    init_activation_ranges(plain, rows, W4A8, CalibrationConfig(), CPU)
+    assert deltas[True]["conv_in.act_quantizer"] == plain.conv_in.act_quantizer.delta.item()
+    assert len(rows) <= 64 or deltas[False]["conv_in.act_quantizer"] != deltas[True]["conv_in.act_quantizer"]
+
+
+def test_calibration_beats_nearest_rounding_and_leaves_the_model_alone(network, rows):
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    nearest = calibrate(network, PIXEL, QuantConfig(**{**W4A8.to_dict(), "quant_mode": "linear"}), SHORT, rows)
+    calibrated = calibrate(network, PIXEL, W4A8, SHORT, rows)
+    assert error(calibrated, network, rows) < 0.9 * error(nearest, network, rows)
+    for model in (calibrated, nearest):
+        enable_activations(model, False)
+    assert error(calibrated, network, rows) < 0.9 * error(nearest, network, rows)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    assert not calibrated.training and not network.training
+
+
+def test_calibration_repeats_bit_for_bit(network, rows):
+    config = CalibrationConfig(steps=4, samples=16, batch_size=8, iters=5, lr=1e-2, iters_a=5)
+    first, second = (calibrate(network, PIXEL, W4A8, config, rows).state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_dropout_is_off_while_calibrating(network, rows):
+    training = tiny.unet()
+    training.train()
+    calibrated = calibrate(training, PIXEL, W4A8, CalibrationConfig(steps=4, samples=16, iters=3, iters_a=0), rows)
+    assert not any(module.training for module in calibrated.modules())
+    reference = calibrate(network, PIXEL, W4A8, CalibrationConfig(steps=4, samples=16, iters=3, iters_a=0), rows)
+    assert torch.equal(calibrated(*rows.inputs), reference(*rows.inputs))
+
+
+def _unit(n_bits=4):
+    torch.manual_seed(0)
+    layer = QuantLinear(nn.Linear(16, 8), n_bits, 8, True)
+    x = torch.randn(128, 4) @ torch.randn(4, 16)  # few directions, as the activations of a trained network have
+    return layer, UnitData((x,), nn.functional.linear(x, layer.weight, layer.bias), CPU, 32, 112)
+
+
+def test_adaround_beats_nearest_on_one_layer():
+    layer, data = _unit()
+    result = reconstruct_weights(layer, [layer], data, "max", CalibrationConfig(iters=400, lr=1e-2), 0, lambda: None)
+    assert result.after < 0.8 * result.before
+    assert result.after == pytest.approx(data.held_out_error(layer, 2.0))
+
+
+def test_a_diverging_activation_phase_keeps_the_start():
+    layer, data = _unit(8)
+    layer.init_weight_scales("max")
+    layer.act_quantizer.set_scale(data.inputs[0].abs().max() / 127, torch.tensor(0.0))
+    layer.act_quantizer.enabled = True
+    start = layer.act_quantizer.delta.clone()
+    wild = CalibrationConfig(iters_a=10, lr_a=1e3)
+    result = reconstruct_activations(layer, layer.act_quantizers, data, wild, 0, lambda: None)
+    assert result.after == result.before and torch.equal(layer.act_quantizer.delta, start)
+
+
+def test_activation_phase_mends_a_bad_step_size():
+    layer, data = _unit(8)
+    layer.init_weight_scales("max")
+    layer.act_quantizer.set_scale(data.inputs[0].abs().max() / 127 * 4, torch.tensor(0.0))
+    layer.act_quantizer.enabled = True
+    config = CalibrationConfig(iters_a=200, lr_a=1e-2)
+    result = reconstruct_activations(layer, layer.act_quantizers, data, config, 0, lambda: None)
+    assert result.after < 0.5 * result.before
+    assert result.after == pytest.approx(data.held_out_error(layer, config.p))
+
+
+def test_sixteen_bit_softmax_stays_fixed(network, rows):
+    quant = QuantConfig(weight_bit=4, quant_act=True, sm_abit=16, split=True)
+    model = calibrate(network, PIXEL, quant, CalibrationConfig(steps=4, samples=16, iters=2, iters_a=0), rows)
+    kept = {name: q.delta.clone() for name, q in act_quantizers(model).items() if q.is_softmax}
+    block = model.mid.attn_1
+    data = UnitData(capture(model, "mid.attn_1", rows, 16, CPU, True), capture(network, "mid.attn_1", rows, 16, CPU, False)[0], CPU, 16, 48)
+    quantizers = list(act_quantizers(block).values())
+    reconstruct_activations(block, quantizers, data, CalibrationConfig(iters_a=10, lr_a=1e-2), 0, lambda: None)
+    assert kept and all(torch.equal(act_quantizers(model)[name].delta, delta) for name, delta in kept.items())
+
+
+# --- calibration sets ---------------------------------------------------------------------------
+
+
+def test_recorder_keeps_steps_spread_over_the_whole_trajectory():
+    recorder = Recorder(4, 50)
+    for step in range(50):
+        recorder(torch.full((2, 1), float(step)), torch.full((2,), float(step)), torch.zeros(2, 1))
+    assert [t[0].item() for t in recorder.ts] == [0, 12, 24, 36]
+
+
+def test_sets_round_trip_and_select(tmp_path):
+    data = CalibrationSet([torch.randn(5, 3, 8, 8) for _ in range(6)], [torch.full((5,), float(i)) for i in range(6)])
+    save_set(tmp_path / "set.pt", data)
+    loaded = load_set(tmp_path / "set.pt", (3, 8, 8))
+    chosen = loaded.select(3, 2)
+    assert chosen.inputs[1].tolist() == [0, 0, 2, 2, 4, 4]
+    assert torch.equal(chosen.inputs[0][2:4], data.xs[2][:2])
+
+
+def test_conditional_and_unconditional_rows_are_both_used(tmp_path):
+    cs, ucs = ([torch.full((4, 7, 2), value) for _ in range(2)] for value in (1.0, 2.0))
+    data = CalibrationSet([torch.randn(4, 3, 8, 8) for _ in range(2)], [torch.zeros(4)] * 2, cs, ucs)
+    save_set(tmp_path / "set.pt", data)
+    x, t, context = load_set(tmp_path / "set.pt", (3, 8, 8)).select(2, 3).inputs
+    assert len(x) == len(t) == len(context) == 12
+    assert context[:6].eq(1).all() and context[6:].eq(2).all() and torch.equal(x[:6], x[6:])
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"a": 1}, "xs and ts"),
+        ({"xs": [torch.zeros(2, 3, 4, 4)], "ts": [torch.zeros(2)]}, "expected"),
+        ({"xs": [torch.zeros(2, 3, 8, 8)], "ts": []}, "different lengths"),
+        ({"xs": [torch.full((2, 3, 8, 8), float("nan"))], "ts": [torch.zeros(2)]}, "finite"),
+    ],
+)
+def test_bad_sets_are_refused(tmp_path, content, words):
+    torch.save(content, tmp_path / "set.pt")
+    with pytest.raises(CheckpointError, match=words):
+        load_set(tmp_path / "set.pt", (3, 8, 8))
+
+
+def test_too_few_steps_in_a_set():
+    data = CalibrationSet([torch.zeros(2, 3, 8, 8)], [torch.zeros(2)])
+    with pytest.raises(CheckpointError, match="cali_st"):
+        data.select(2, 1)
+
+
+@pytest.mark.parametrize("settings", [{"weight_bit": 1}, {"weight_bit": 17}, {"act_bit": 0}, {"quant_mode": "x"}])
+def test_bad_widths_are_refused(settings):
+    with pytest.raises(ConfigError):
+        QuantConfig(**settings).validate()

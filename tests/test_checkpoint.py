@@ -1,0 +1,215 @@
+"""Both checkpoint formats: round trips, damage, foreign files, wrong options."""
+
+import json
+import os
+import pickle
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import save_file
+
+from ddim.family import PIXEL, describe
+from qdiff.checkpoint import (
+    CheckpointError,
+    PackedInfo,
+    load_packed,
+    load_published,
+    midpoint_weights,
+    pack_integers,
+    published_shapes,
+    read_tensors,
+    save_packed,
+    save_published,
+    state_hash,
+    unpack_integers,
+)
+from qdiff.config import ConfigError, QuantConfig
+from qdiff.model import act_quantizers, enable_activations, init_weights, quantize_model
+
+BUILD = describe(tiny.MODEL)
+X, T = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([10.0, 800.0])
+
+
+def quantized(**settings):
+    quant = QuantConfig(**{"weight_bit": 4, "quant_act": True, "a_sym": True, "split": True} | settings)
+    unet = tiny.unet()
+    model = quantize_model(unet, PIXEL, quant)
+    init_weights(model, quant.weight_scale_method)
+    torch.manual_seed(3)
+    for quantizer in act_quantizers(model).values():
+        zero = torch.tensor(0.0 if quant.a_sym else float(torch.randint(1, 200, ())))
+        quantizer.set_scale(torch.rand(()) * 0.02 + 0.01, zero)
+    enable_activations(model, True)
+    return unet, model, quant
+
+
+@pytest.fixture
+def files(tmp_path):
+    unet, model, quant = quantized()
+    save_published(tmp_path / "q.pth", model, PIXEL, unet.state_dict(), activations=True)
+    save_packed(tmp_path / "q.safetensors", model, PackedInfo("pixel", BUILD, quant, {"iters": 1}, state_hash(unet.state_dict())))
+    return tmp_path, model, quant
+
+
+@pytest.mark.parametrize("n_bits", range(2, 17))
+@pytest.mark.parametrize("count", [1, 7, 64])
+def test_any_width_packs_and_unpacks(n_bits, count):
+    values = torch.randint(0, 2**n_bits, (count,), dtype=torch.int32)
+    packed = pack_integers(values, n_bits)
+    assert packed.dtype == torch.uint8 and len(packed) == -(-count * n_bits // 8)
+    assert torch.equal(unpack_integers(packed, n_bits, (count,)).int(), values)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"weight_bit": 8}, {"weight_bit": 3, "split": False}, {"a_sym": False, "sm_abit": 16}, {"weight_bit": 12}],
+)
+def test_round_trips_give_the_same_bits(tmp_path, settings):
+    unet, model, quant = quantized(**settings)
+    expected = model(X, T)
+    save_published(tmp_path / "q.pth", model, PIXEL, unet.state_dict(), activations=True)
+    save_packed(tmp_path / "q.safetensors", model, PackedInfo("pixel", BUILD, quant, {}, ""))
+    if quant.sm_abit != 16:  # random step sizes are no 16-bit ones, and are refused as such
+        assert torch.equal(load_published(tmp_path / "q.pth", BUILD, PIXEL, quant)(X, T), expected)
+    packed, info = load_packed(tmp_path / "q.safetensors")
+    assert torch.equal(packed(X, T), expected) and info.config == quant
+    # published again, without the full-precision weights
+    save_published(tmp_path / "again.pth", packed, PIXEL, midpoint_weights(packed), activations=True)
+    weights_only = QuantConfig(**{**quant.to_dict(), "quant_act": False})
+    again = load_published(tmp_path / "again.pth", BUILD, PIXEL, weights_only)
+    enable_activations(packed, False)
+    assert torch.equal(again(X, T), packed(X, T))
+
+
+def test_published_file_has_exactly_the_published_keys(files):
+    folder, model, _ = files
+    state = read_tensors(folder / "q.pth")
+    assert {name: tensor.shape for name, tensor in state.items()} == published_shapes(model, PIXEL)
+    assert state["model.up.0.block.0.nin_shortcut.weight_quantizer.alpha"].shape[1] == 32  # channels of h
+    assert "model.mid.attn_1.act_quantizer_w.delta" in state
+
+
+def test_packed_serves_weights_only_too(files):
+    folder, model, _ = files
+    enable_activations(model, False)
+    alone, info = load_packed(folder / "q.safetensors", activations=False)
+    assert torch.equal(alone(X, T), model(X, T)) and not info.config.quant_act
+
+
+def test_every_flipped_byte_of_a_packed_file_is_noticed(files):
+    folder, _, _ = files
+    content = (folder / "q.safetensors").read_bytes()
+    generator = torch.Generator().manual_seed(0)
+    for position in torch.randint(8, len(content), (40,), generator=generator).tolist():
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << (position % 8)
+        (folder / "damaged.safetensors").write_bytes(damaged)
+        with pytest.raises((CheckpointError, ConfigError)):
+            load_packed(folder / "damaged.safetensors")
+
+
+@pytest.mark.parametrize("name", ["q.pth", "q.safetensors"])
+def test_truncation_is_noticed(files, name):
+    folder, _, quant = files
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_published(folder / name, BUILD, PIXEL, quant) if name.endswith("pth") else load_packed(folder / name)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"<!DOCTYPE html><html>sign in</html>", "HTML"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git-LFS"),
+        (b"", "empty"),
+        (b"just some text that is no checkpoint", "damaged or not"),
+        (pickle.dumps({"a": [1, 2]}, protocol=2), "damaged or not"),
+    ],
+)
+def test_impostors_are_named(tmp_path, content, words):
+    path = tmp_path / "model.pth"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=words):
+        read_tensors(path)
+
+
+def test_another_kind_of_object_is_described(tmp_path):
+    torch.save({"epoch": 3, "loss": [1.0]}, tmp_path / "log.pth")
+    with pytest.raises(CheckpointError, match="expected a state dict of tensors, found a dict with epoch, loss"):
+        read_tensors(tmp_path / "log.pth")
+
+
+class Payload:
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self):
+        return (os.system, (self.command,))
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize(("writer", "protocol"), [("torch", 2), ("pickle", 2), ("pickle", 4)])
+def test_a_pickle_that_runs_code_does_not(tmp_path, writer, protocol):
+    path, mark = tmp_path / "evil.pth", tmp_path / "ran"
+    content = {"state_dict": {"w": torch.zeros(1)}, "callback": Payload(f"touch {mark}")}
+    if writer == "torch":
+        torch.save(content, path)
+    else:
+        path.write_bytes(pickle.dumps({"callback": Payload(f"touch {mark}")}, protocol=protocol))
+    with pytest.raises(CheckpointError, match="refused" if protocol == 2 else "not a PyTorch checkpoint"):
+        read_tensors(path)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"weight_bit": 8}, "4-bit"),
+        ({"split": False}, "--split"),
+        ({"a_sym": False}, "--a_sym"),
+        ({"sm_abit": 16}, "--sm_abit"),
+    ],
+)
+def test_wrong_options_for_a_published_file_are_refused(files, change, words):
+    folder, _, quant = files
+    with pytest.raises(CheckpointError, match=words):
+        load_published(folder / "q.pth", BUILD, PIXEL, QuantConfig(**{**quant.to_dict(), **change}))
+
+
+def test_other_channels_and_other_families_are_refused(files):
+    folder, _, quant = files
+    with pytest.raises(CheckpointError, match="expected"):
+        load_published(folder / "q.pth", {**BUILD, "ch": 32}, PIXEL, quant)
+    save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(1)}, folder / "latent.safetensors")
+    with pytest.raises(CheckpointError, match="latent"):
+        load_published(folder / "latent.safetensors", BUILD, PIXEL, quant)
+
+
+def test_weights_only_file_and_activations_asked_for(tmp_path):
+    unet, model, quant = quantized()
+    save_published(tmp_path / "w.pth", model, PIXEL, unet.state_dict(), activations=False)
+    assert not any("act_quantizer" in name for name in read_tensors(tmp_path / "w.pth"))
+    with pytest.raises(CheckpointError, match="weights only"):
+        load_published(tmp_path / "w.pth", BUILD, PIXEL, quant)
+    plain = load_published(tmp_path / "w.pth", BUILD, PIXEL, QuantConfig(weight_bit=4, split=True))
+    enable_activations(model, False)
+    assert torch.equal(plain(X, T), model(X, T))
+
+
+def test_not_finite_values_are_named(files):
+    folder, _, quant = files
+    state = read_tensors(folder / "q.pth")
+    state = {name: tensor.clone() for name, tensor in state.items()}
+    state["model.conv_in.weight"][0, 0, 0, 0] = float("nan")
+    torch.save(state, folder / "nan.pth")
+    with pytest.raises(CheckpointError, match=r"conv_in\.weight"):
+        load_published(folder / "nan.pth", BUILD, PIXEL, quant)
+
+
+def test_header_tells_how_it_was_made(files):
+    folder, _, quant = files
+    _, info = load_packed(folder / "q.safetensors")
+    assert info.calibration == {"iters": 1} and info.config == quant and len(info.source_sha256) == 64
+    assert json.loads(json.dumps(info.build))["ch"] == tiny.MODEL.ch

@@ -1,0 +1,234 @@
+"""The scripts as users run them: subprocesses, on the tiny network and on the embedded one."""
+
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from PIL import Image
+from test_checkpoint import Payload, quantized
+
+SAMPLE = "sample_diffusion_ddim.py"
+PUBLISHED = [
+    "--config {config} --use_pretrained --timesteps 100 --eta 0 --skip_type quad --ptq --weight_bit 4 --quant_mode qdiff --split "
+    "-l {out} --cali_ckpt {ckpt}",
+    "--config {config} --use_pretrained --timesteps 100 --eta 0 --skip_type quad --ptq --weight_bit 4 --quant_mode qdiff "
+    "--quant_act --act_bit 8 --a_sym --split -l {out} --cali_ckpt {ckpt}",
+    "--config {config} --use_pretrained --timesteps 100 --eta 0 --skip_type quad --ptq --weight_bit 4 --quant_mode qdiff --cali_st 20 "
+    "--cali_batch_size 32 --cali_n 256 --quant_act --act_bit 8 --a_sym --split --cali_data_path {data} -l {out}",
+]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, Path]:
+    """Configuration, weights and a calibrated checkpoint of the tiny network."""
+    from ddim.family import PIXEL
+    from qdiff.checkpoint import save_published
+
+    folder = tmp_path_factory.mktemp("tiny")
+    unet, model, _ = quantized()
+    save_published(folder / "q.pth", model, PIXEL, unet.state_dict(), activations=True)
+    return {"config": tiny.config_file(folder), "ckpt": tiny.weights_file(folder), "q": folder / "q.pth", "folder": folder}
+
+
+def base(files, out, *more, images=6):
+    return ["--config", files["config"], "--timesteps", 5, "--max_images", images, "--threads", 1, "-l", out, *more]
+
+
+def run_folder(out: Path) -> Path:
+    (folder,) = (out / "samples").iterdir()
+    return folder
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (folder / "img").iterdir()}
+
+
+def fails(result: subprocess.CompletedProcess, *words: str) -> None:
+    """One clear line on stderr, no traceback, a status that is not 0."""
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert result.returncode not in (0, None), result.stdout
+    assert len(lines) == 1 and "Traceback" not in result.stderr, result.stderr
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+@pytest.mark.parametrize("sample_type", ["generalized", "dpm_solver", "ddpm_noisy"])
+def test_full_precision_sampling(files, tmp_path, sample_type):
+    result = tiny.script(SAMPLE, *base(files, tmp_path, "--ckpt", files["ckpt"], "--sample_type", sample_type, "--eta", 0.5))
+    assert result.returncode == 0, result.stderr
+    names = sorted(content(run_folder(tmp_path)))
+    assert names == [f"{i}.png" for i in range(6)]
+    image = Image.open(run_folder(tmp_path) / "img/0.png")
+    assert image.size == (8, 8) and image.mode == "RGB"
+
+
+def test_interruption_and_ranks_change_no_bit(files, tmp_path):
+    more = ("--ckpt", files["ckpt"], "--eta", 1.0)
+    assert tiny.script(SAMPLE, *base(files, tmp_path / "a", *more, images=10)).returncode == 0
+    whole = content(run_folder(tmp_path / "a"))
+
+    assert tiny.script(SAMPLE, *base(files, tmp_path / "b", *more, images=10)).returncode == 0
+    folder = run_folder(tmp_path / "b")
+    for name in ("1.png", "4.png", "5.png", "9.png"):
+        (folder / "img" / name).unlink()
+    kept = (folder / "img/0.png").stat().st_mtime_ns
+    assert tiny.script(SAMPLE, *base(files, tmp_path / "b", *more, "--continue", images=10)).returncode == 0
+    assert content(folder) == whole and (folder / "img/0.png").stat().st_mtime_ns == kept
+
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29617"]
+    command += [str(tiny.REPOSITORY / "scripts" / SAMPLE), *map(str, base(files, tmp_path / "c", *more, images=10))]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tiny.REPOSITORY, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert content(run_folder(tmp_path / "c")) == whole
+
+
+def test_a_killed_run_continues(files, tmp_path):
+    arguments = base(files, tmp_path / "a", "--ckpt", files["ckpt"], images=200)
+    process = subprocess.Popen([sys.executable, str(tiny.REPOSITORY / "scripts" / SAMPLE), *map(str, arguments)], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "a").glob("samples/*/img/9.png")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    made = len(list((tmp_path / "a").glob("samples/*/img/*.png")))
+    assert 0 < made < 200
+    assert tiny.script(SAMPLE, *arguments, "--continue").returncode == 0
+    assert tiny.script(SAMPLE, *base(files, tmp_path / "b", "--ckpt", files["ckpt"], images=200)).returncode == 0
+    assert content(run_folder(tmp_path / "a")) == content(run_folder(tmp_path / "b"))
+
+
+def test_other_settings_do_not_continue(files, tmp_path):
+    assert tiny.script(SAMPLE, *base(files, tmp_path, "--ckpt", files["ckpt"], images=1)).returncode == 0
+    result = tiny.script(SAMPLE, *base(files, tmp_path, "--ckpt", files["ckpt"], "--continue", "--seed", 5, images=1))
+    fails(result, "seed is 5", "1234")
+
+
+def test_calibration_then_both_formats_then_weights_reused(files, tmp_path):
+    data = tmp_path / "set.pt"
+    made = tiny.script(
+        "make_calibration_set.py",
+        "--config",
+        files["config"],
+        "--ckpt",
+        files["ckpt"],
+        "--timesteps",
+        8,
+        "--cali_st",
+        4,
+        "--cali_n",
+        8,
+        "-o",
+        data,
+    )
+    assert made.returncode == 0, made.stderr
+    assert len(torch.load(data, weights_only=True)["xs"]) == 4
+    quant = ("--ptq", "--weight_bit", 4, "--quant_act", "--a_sym", "--split")
+    short = ("--cali_st", 2, "--cali_n", 8, "--cali_iters", 3, "--cali_iters_a", 3, "--cali_batch_size", 4)
+    first = tiny.script(SAMPLE, *base(files, tmp_path / "a", "--ckpt", files["ckpt"], *quant, *short, "--cali_data_path", data))
+    assert first.returncode == 0, first.stderr
+    folder = run_folder(tmp_path / "a")
+    for i, name in enumerate(("ckpt.pth", "ckpt.safetensors")):
+        again = tiny.script(SAMPLE, *base(files, tmp_path / f"b{i}", *quant, "--cali_ckpt", folder / name, "--resume"))
+        assert again.returncode == 0, again.stderr
+        assert content(run_folder(tmp_path / f"b{i}")) == content(folder)
+    more = ("--resume_w", "--cali_ckpt", folder / "ckpt.pth", "--ckpt", files["ckpt"])
+    reused = tiny.script(SAMPLE, *base(files, tmp_path / "c", *quant, *short, *more))
+    assert reused.returncode == 0, reused.stderr
+    from qdiff.checkpoint import read_tensors
+
+    old, new = (read_tensors(run_folder(tmp_path / part) / "ckpt.safetensors") for part in ("a", "c"))
+    assert all(torch.equal(old[name], new[name]) for name in old if name.endswith("integers"))
+
+
+def test_ptq_alone_generates_the_set_and_calibrates(files, tmp_path):
+    short = ("--cali_st", 2, "--cali_n", 4, "--cali_iters", 1, "--cali_iters_a", 1)
+    result = tiny.script(SAMPLE, *base(files, tmp_path, "--ckpt", files["ckpt"], "--ptq", "--quant_act", *short))
+    assert result.returncode == 0, result.stderr
+    assert {"ckpt.pth", "ckpt.safetensors", "calibration_set.pt", "run.log"} <= {p.name for p in run_folder(tmp_path).iterdir()}
+    assert re.search(r"weights 1/\d+ temb.dense.0: held-out error", (run_folder(tmp_path) / "run.log").read_text())
+
+
+@pytest.mark.parametrize("command", PUBLISHED)
+def test_published_commands_parse_and_stop_at_the_missing_files(tmp_path, command):
+    words = command.format(config="configs/cifar10.yml", out=tmp_path / "out", ckpt=tmp_path / "no.pth", data=tmp_path / "no.pt")
+    fails(tiny.script(SAMPLE, *shlex.split(words), env={"XDG_CACHE_HOME": str(tmp_path / "cache")}), "no such file")
+
+
+def test_offline_without_cached_weights(tmp_path):
+    result = tiny.script(
+        SAMPLE, "--config", "configs/cifar10.yml", "--use_pretrained", "-l", tmp_path / "out",
+        env={"XDG_CACHE_HOME": str(tmp_path / "cache"), "https_proxy": "http://127.0.0.1:9"},
+    )  # fmt: skip
+    fails(result, "no weights at", "cannot be reached")
+    assert not list((tmp_path / "out" / "samples").iterdir())
+
+
+def _evil(folder: Path) -> Path:
+    torch.save({"state_dict": {"w": torch.zeros(1)}, "x": Payload(f"touch {folder / 'ran'}")}, folder / "evil.pth")
+    return folder / "evil.pth"
+
+
+def _html(folder: Path) -> Path:
+    (folder / "page.pth").write_text("<!doctype html><title>404</title>")
+    return folder / "page.pth"
+
+
+def _truncated(files, folder: Path) -> Path:
+    (folder / "cut.pth").write_bytes(files["q"].read_bytes()[:5000])
+    return folder / "cut.pth"
+
+
+QUANT = ("--ptq", "--weight_bit", 4, "--quant_act", "--a_sym", "--split")
+BAD = {
+    "unknown config": (lambda f, d: ["--config", d / "no.yml"], "no such file"),
+    "config of another family": (lambda f, d: ["--config", tiny.REPOSITORY / "environment.yml"], "expected the sections"),
+    "width 1": (lambda f, d: ["--ptq", "--weight_bit", 1, "--cali_ckpt", f["q"]], "--weight_bit 1"),
+    "width 17": (lambda f, d: ["--ptq", "--weight_bit", 17, "--cali_ckpt", f["q"]], "--weight_bit 17"),
+    "no steps": (lambda f, d: ["--ckpt", f["ckpt"], "--timesteps", 0], "--timesteps"),
+    "too many steps": (lambda f, d: ["--ckpt", f["ckpt"], "--timesteps", 1001], "--timesteps 1001"),
+    "unwritable output": (lambda f, d: ["--ckpt", f["ckpt"], "-l", f["ckpt"]], "cannot be written"),
+    "no weights": (lambda f, d: [], "no weights"),
+    "wrong width": (lambda f, d: ["--ptq", "--weight_bit", 8, "--split", "--cali_ckpt", f["q"]], "--weight_bit 8"),
+    "not split": (lambda f, d: ["--ptq", "--weight_bit", 4, "--cali_ckpt", f["q"]], "--split"),
+    "other channels": (lambda f, d: ["--config", tiny.config_file(d, ch=32), *QUANT, "--cali_ckpt", f["q"]], "expected"),
+    "truncated": (lambda f, d: [*QUANT, "--cali_ckpt", _truncated(f, d)], "damaged"),
+    "web page": (lambda f, d: [*QUANT, "--cali_ckpt", _html(d)], "HTML"),
+    "code": (lambda f, d: [*QUANT, "--cali_ckpt", _evil(d)], "refused"),
+    "unknown option": (lambda f, d: ["--bits", 4], "unrecognized"),
+    "quantization without --ptq": (lambda f, d: ["--cali_ckpt", f["q"]], "--ptq"),
+    "no such device": (lambda f, d: ["--ckpt", f["ckpt"], "--device", "mps"], "not present"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_clear_line(files, tmp_path, name):
+    make, word = BAD[name]
+    fails(tiny.script(SAMPLE, *base(files, tmp_path / "out"), *make(files, tmp_path)), word)
+    assert not (tmp_path / "ran").exists()
+
+
+EMBEDDED = tiny.REPOSITORY / "models/ddim/emoji32"
+
+
+def test_the_embedded_model_runs_quantized(tmp_path):
+    words = "--config configs/emoji32.yml --use_pretrained --timesteps 10 --skip_type quad --max_images 2"
+    quant = ["--ptq", "--weight_bit", 4, "--quant_act", "--a_sym", "--split", "--cali_ckpt", EMBEDDED / "w4a8.safetensors"]
+    for i, more in enumerate(([], quant)):
+        result = tiny.script(SAMPLE, *shlex.split(words), *more, "-l", tmp_path / str(i))
+        assert result.returncode == 0, result.stderr
+        assert len(content(run_folder(tmp_path / str(i)))) == 2
+
+
+def test_one_flipped_byte_of_the_embedded_checkpoint_is_named(tmp_path):
+    damaged = bytearray((EMBEDDED / "w4a8.safetensors").read_bytes())
+    damaged[len(damaged) // 2] ^= 4
+    (tmp_path / "w4a8.safetensors").write_bytes(damaged)
+    words = ["--config", "configs/emoji32.yml", *QUANT, "--cali_ckpt", tmp_path / "w4a8.safetensors", "-l", tmp_path / "out"]
+    fails(tiny.script(SAMPLE, *words), "sha256")
