@@ -11,6 +11,7 @@ from qdiff.model import act_quantizers, enable_activations
 
 RANGE_ROWS = 256  # rows, drawn from all time steps, that the first ranges come from
 STAT_BATCH = 64
+SEARCH_ELEMENTS = 2**20  # of one activation, that the `mse` search looks at; the range itself is that of all
 
 
 @torch.no_grad()
@@ -44,7 +45,18 @@ class _FirstRange:
 
     def __call__(self, x: Tensor) -> None:
         q = self.quantizer
+        if self.method == "mse":
+            x = _thin(x)
         q.set_scale(*Q.find_scale(x, q.n_bits, symmetric=q.symmetric, method=self.method, always_zero=q.always_zero))
+
+
+def _thin(x: Tensor) -> Tensor:
+    """At most SEARCH_ELEMENTS random elements of `x`, with its least and greatest."""
+    flat = x.flatten()
+    if len(flat) <= SEARCH_ELEMENTS:
+        return flat
+    chosen = torch.randint(0, len(flat), (SEARCH_ELEMENTS,), generator=torch.Generator().manual_seed(0))
+    return torch.cat([flat[chosen.to(flat.device)], flat.amin()[None], flat.amax()[None]])
 
 
 class _RunningRange:
