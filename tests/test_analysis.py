@@ -5,9 +5,9 @@ import subprocess
 import sys
 
 import pytest
+import tiny
 import torch
 
-import tiny
 from qdiff.analysis import psnr, ssim, trajectory_errors
 
 

@@ -65,6 +65,11 @@ def add_quant_options(parser: Parser) -> None:
     group.add_argument("--act_bit", type=int, default=8)
     group.add_argument("--sm_abit", type=int, default=8, help="bits of the attention probabilities")
     group.add_argument("--quant_mode", default="qdiff", choices=["qdiff", "linear"], help="linear: nearest rounding, no reconstruction")
+    group.add_argument(
+        "--weight_scale_method",
+        choices=["max", "max_scale", "mse"],
+        help="step sizes of the weights (default: the family's published rule)",
+    )
     group.add_argument("--a_sym", action="store_true", help="symmetric activations")
     group.add_argument("--a_min_max", action="store_true", help="min-max activation ranges")
     group.add_argument("--running_stat", action="store_true", help="moving averages for the activation ranges")
@@ -101,7 +106,7 @@ def quant_config(args: argparse.Namespace, weight_method: str, act_method: str) 
         sm_abit=args.sm_abit,
         a_sym=args.a_sym,
         split=args.split,
-        weight_scale_method="max" if linear else weight_method,
+        weight_scale_method="max" if linear else args.weight_scale_method or weight_method,
         act_scale_method="max" if linear or args.a_min_max else act_method,
         quant_mode=args.quant_mode,
     ).validate()
