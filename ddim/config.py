@@ -1,12 +1,12 @@
 """The YAML configuration of the pixel family, checked when it is read."""
 
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from qdiff.config import ConfigError
+from qdiff.config import ConfigError, fill
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class TrainingConfig:
     min_snr_gamma: float = 5.0
     grad_clip: float = 1.0
     seed: int = 0
+    flip: bool = True  # mirror images at random
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def model_config_from_dict(values: dict[str, Any]) -> ModelConfig:
     Raises:
         ConfigError: a setting is missing or cannot work.
     """
-    config = _fill(ModelConfig, values, "model")
+    config = fill(ModelConfig, values, "model", others=True)
     sizes = [config.image_size // 2**level for level in range(len(config.ch_mult))]
     if config.image_size % 2 ** (len(config.ch_mult) - 1):
         raise ConfigError(f"image_size {config.image_size}: cannot be halved {len(config.ch_mult) - 1} times")
@@ -99,7 +100,7 @@ def load_config(path: str | Path) -> PixelConfig:
         found = sorted(values) if isinstance(values, dict) else type(values).__name__
         raise ConfigError(f"--config {path}: expected the sections data, model and diffusion of the pixel family, found {found}")
     data, model = values["data"], values["model"]
-    diffusion = _fill(DiffusionConfig, values["diffusion"], "diffusion")
+    diffusion = fill(DiffusionConfig, values["diffusion"], "diffusion", others=True)
     if diffusion.beta_schedule != "linear":
         raise ConfigError(f"diffusion.beta_schedule {diffusion.beta_schedule!r}: expected linear")
     if model.get("type", "simple") != "simple":
@@ -115,19 +116,10 @@ def load_config(path: str | Path) -> PixelConfig:
 
 
 def training_config(values: dict[str, Any]) -> TrainingConfig:
-    return _fill(TrainingConfig, values, "training")
+    return fill(TrainingConfig, values, "training")
 
 
 def _public_model(data: dict[str, Any]) -> str | None:
     if data.get("dataset") == "LSUN":
         return f"ema_lsun_{str(data.get('category', '')).removesuffix('_outdoor')}"
     return PUBLIC_MODELS.get(data.get("dataset"))
-
-
-def _fill(kind: type, values: dict[str, Any], section: str) -> Any:
-    names = {field.name: field for field in fields(kind)}
-    missing = [name for name, field in names.items() if field.default is MISSING and values.get(name) is None]
-    if missing:
-        raise ConfigError(f"section {section}: missing {', '.join(missing)}")
-    given = {name: value for name, value in values.items() if name in names}
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})

@@ -1,7 +1,8 @@
-"""The emoji of the embedded models: an npm archive of PNG files becomes one tensor of images."""
+"""The emoji of the embedded models: an npm archive of PNG files becomes images and captions."""
 
 import json
 import tarfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,27 @@ from PIL import Image
 from torch import Tensor
 
 ARCHIVE = "emoji-datasource-google-16.0.0.tgz"  # `npm pack emoji-datasource-google@16.0.0`
+RENAMED = {"heavy black heart": "red heart"}
+KINDS = {  # subcategory: the caption that every emoji of it also has
+    "heart": "heart",
+    "face-smiling": "smiling face",
+    "face-affection": "smiling face",
+    "face-concerned": "sad face",
+    "face-negative": "angry face",
+    "cat-face": "cat face",
+    "monkey-face": "monkey",
+    "country-flag": "flag",
+    "flag": "flag",
+    "animal-mammal": "animal face",
+}
+
+
+@dataclass(frozen=True)
+class Emoji:
+    """Images, uint8 [N, 3, size, size], on white, and for each its captions (lower case, the fullest first)."""
+
+    images: Tensor
+    captions: list[list[str]]
 
 
 def is_face_or_heart(emoji: dict) -> bool:
@@ -19,8 +41,13 @@ def is_face_or_heart(emoji: dict) -> bool:
     return emoji["category"] == "Animals & Nature" and (emoji["name"] or "").endswith("FACE")
 
 
-def load_emoji(archive: str | Path, size: int) -> Tensor:
-    """The chosen emoji on white, in the order of the archive's table: uint8 [N, 3, size, size].
+def is_some_flag(emoji: dict) -> bool:
+    """Every sixth flag: enough for a model to know what a flag looks like."""
+    return emoji["category"] == "Flags" and emoji["sort_order"] % 6 == 0
+
+
+def load_emoji(archive: str | Path, size: int, flags: bool = False) -> Emoji:
+    """Faces and hearts (with `flags`, some flags too), in the order of the archive's table.
 
     Raises:
         FileNotFoundError: the archive is not there; the message says how to get it.
@@ -30,13 +57,23 @@ def load_emoji(archive: str | Path, size: int) -> Tensor:
         raise FileNotFoundError(f"{archive}: no such file; `npm pack {ARCHIVE[:-11]}@16.0.0` makes it ({ARCHIVE})")
     with tarfile.open(archive) as tar:
         table = json.load(tar.extractfile("package/emoji.json"))
-        files = [tar.extractfile(f"package/img/google/64/{e['image']}") for e in table if is_face_or_heart(e)]
-        return torch.stack([_on_white(Image.open(file), size) for file in files])
+        chosen = [e for e in table if is_face_or_heart(e) or (flags and is_some_flag(e))]
+        files = [tar.extractfile(f"package/img/google/64/{e['image']}") for e in chosen]
+        images = torch.stack([_on_white(Image.open(file), size) for file in files])
+    return Emoji(images, [_captions(e) for e in chosen])
+
+
+def _captions(emoji: dict) -> list[str]:
+    name = emoji["name"].lower().replace("-", " ")
+    captions = [RENAMED.get(name, name), *(s.replace("_", " ").replace("-", " ") for s in emoji["short_names"])]
+    return list(dict.fromkeys([*captions, KINDS.get(emoji["subcategory"], "face")]))
 
 
 def _on_white(image: Image.Image, size: int) -> Tensor:
     image = image.convert("RGBA")
     canvas = Image.new("RGBA", image.size, "white")
     canvas.alpha_composite(image)
-    pixels = canvas.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
+    pixels = canvas.convert("RGB")
+    if image.size != (size, size):
+        pixels = pixels.resize((size, size), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).contiguous()

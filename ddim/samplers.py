@@ -31,7 +31,8 @@ def ddim_steps(skip_type: str, steps: int, total: int = 1000) -> list[int]:
     raise ValueError(f"skip_type {skip_type!r}: expected uniform or quad")
 
 
-def _evaluate(denoiser: Denoiser, x: Tensor, t: float, callback: Callback | None) -> Tensor:
+def evaluate(denoiser: Denoiser, x: Tensor, t: float, callback: Callback | None) -> Tensor:
+    """eps at time `t` for the whole batch, shown to the callback."""
     times = torch.full((len(x),), t, device=x.device, dtype=torch.float32)
     eps = denoiser(x, times)
     if callback is not None:
@@ -56,7 +57,7 @@ def sample_ddim(
     """Generalized DDIM (arXiv 2010.02502, eq. 12 and 16); eta 0 is deterministic, 1 as noisy as DDPM."""
     for t, t_next in zip(reversed(steps), reversed([-1, *steps[:-1]]), strict=True):
         a, a_next = _alpha(alphas_cumprod, t), _alpha(alphas_cumprod, t_next)
-        eps = _evaluate(denoiser, x, t, callback)
+        eps = evaluate(denoiser, x, t, callback)
         x0 = (x - eps * (1 - a).sqrt()) / a.sqrt()
         sigma = eta * ((1 - a / a_next) * (1 - a_next) / (1 - a)).sqrt()
         x = a_next.sqrt() * x0 + (1 - a_next - sigma**2).sqrt() * eps
@@ -77,7 +78,7 @@ def sample_ddpm(
     for t, t_next in zip(reversed(steps), reversed([-1, *steps[:-1]]), strict=True):
         a, a_next = _alpha(alphas_cumprod, t), _alpha(alphas_cumprod, t_next)
         beta = 1 - a / a_next
-        eps = _evaluate(denoiser, x, t, callback)
+        eps = evaluate(denoiser, x, t, callback)
         x0 = (x / a.sqrt() - (1 / a - 1).sqrt() * eps).clamp(-1, 1)
         mean = (a_next.sqrt() * beta * x0 + (1 - beta).sqrt() * (1 - a_next) * x) / (1 - a)
         x = mean + beta.sqrt() * noise() if t > 0 else mean
@@ -131,7 +132,7 @@ def sample_dpm_solver(
     position = 0
 
     def predict(x: Tensor, t: float) -> Tensor:
-        eps = _evaluate(denoiser, x, schedule.network_time(t), callback)
+        eps = evaluate(denoiser, x, schedule.network_time(t), callback)
         return (x - schedule.sigma(t) * eps) / schedule.alpha(t)
 
     for order in dpm_solver_orders(steps):

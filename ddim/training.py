@@ -1,8 +1,9 @@
-"""Training of the embedded pixel model: eps-prediction, min-SNR weights, EMA, exact resume."""
+"""Training of the embedded models: one loop with EMA and exact resume, and the losses of both families."""
 
 import copy
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,6 +15,8 @@ from qdiff.files import atomic_write
 
 log = logging.getLogger(__name__)
 
+Loss = Callable[[nn.Module, torch.Generator], Tensor]
+
 
 def learning_rate(step: int, config: TrainingConfig) -> float:
     """Linear warm-up, a plateau, and a linear decay over the last `decay_fraction` of the steps."""
@@ -21,53 +24,57 @@ def learning_rate(step: int, config: TrainingConfig) -> float:
     return config.lr * min(1.0, (step + 1) / config.warmup_steps, max(left, 0.0))
 
 
-def training_loss(model: nn.Module, x0: Tensor, alphas_cumprod: Tensor, gamma: float, generator: torch.Generator) -> Tensor:
-    """Noise-prediction loss with min-SNR weights (arXiv 2303.09556, eq. 5) on images `x0` in [-1, 1]."""
-    t = torch.randint(0, len(alphas_cumprod), (len(x0),), generator=generator)
-    noise = torch.randn(x0.shape, generator=generator)
-    a = alphas_cumprod[t].float()
-    x_t = a.sqrt()[:, None, None, None] * x0.cpu() + (1 - a).sqrt()[:, None, None, None] * noise
-    weight = ((1 - a) / a * gamma).clamp(max=1.0).to(x0.device)  # min(SNR, gamma) / SNR
-    x_t = x_t.to(x0.device).contiguous(memory_format=torch.channels_last)
-    with torch.autocast(x0.device.type, torch.bfloat16):
-        prediction = model(x_t, t.to(x0.device))
-    return (weight * (prediction.float() - noise.to(x0.device)).square().mean(dim=(1, 2, 3))).mean()
+def diffusion_loss(
+    data: Tensor, alphas_cumprod: Tensor, config: TrainingConfig, conditions: Callable[[Tensor, torch.Generator], tuple] | None = None
+) -> Loss:
+    """Noise-prediction loss with min-SNR weights (arXiv 2303.09556, eq. 5).
+
+    Args:
+        data: what is learned, float [N, C, H, W]: images in [-1, 1] or scaled latents.
+        conditions: from the drawn indices to further arguments of the model.
+    """
+
+    def loss(model: nn.Module, generator: torch.Generator) -> Tensor:
+        index = torch.randint(0, len(data), (config.batch_size,), generator=generator)
+        x0 = data[index]
+        if config.flip:
+            flip = torch.rand(config.batch_size, generator=generator).to(x0.device) < 0.5
+            x0 = torch.where(flip[:, None, None, None], x0.flip(3), x0)
+        t = torch.randint(0, len(alphas_cumprod), (config.batch_size,), generator=generator)
+        noise = torch.randn(x0.shape, generator=generator)
+        a = alphas_cumprod[t].float()
+        x_t = a.sqrt()[:, None, None, None] * x0.cpu() + (1 - a).sqrt()[:, None, None, None] * noise
+        weight = ((1 - a) / a * config.min_snr_gamma).clamp(max=1.0).to(x0.device)  # min(SNR, gamma) / SNR
+        x_t = x_t.to(x0.device).contiguous(memory_format=torch.channels_last)
+        extra = conditions(index, generator) if conditions else ()
+        with torch.autocast(x0.device.type, torch.bfloat16):
+            prediction = model(x_t, t.to(x0.device), *extra)
+        return (weight * (prediction.float() - noise.to(x0.device)).square().mean(dim=(1, 2, 3))).mean()
+
+    return loss
 
 
-def train(
-    model: nn.Module,
-    images: Tensor,
-    alphas_cumprod: Tensor,
-    config: TrainingConfig,
-    state_file: Path,
-    device: torch.device,
-    save_every: int = 250,
-) -> nn.Module:
-    """Train `model` on `images` (uint8 [N, 3, H, W]) and return its EMA copy.
+def train(model: nn.Module, loss: Loss, config: TrainingConfig, state_file: Path, save_every: int = 250) -> nn.Module:
+    """Minimize `loss(model, generator)` and return the model's EMA copy.
 
     Step i draws from a generator seeded by (seed, i), so a run continued from `state_file` repeats
     exactly what an uninterrupted one does.
     """
-    model = model.to(device, memory_format=torch.channels_last).train()
+    model = model.to(memory_format=torch.channels_last).train()
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=1e-3, betas=(0.9, 0.99))
     start = _load_state(state_file, model, ema, optimizer)
-    data = images.to(device).float().div(127.5).sub(1.0)
     progress = tqdm(range(start, config.steps), initial=start, total=config.steps, desc="training", unit="step")
     began, mean_loss = time.monotonic(), None
     for step in progress:
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        x0 = data[torch.randint(0, len(data), (config.batch_size,), generator=generator)]
-        flip = torch.rand(config.batch_size, generator=generator).to(device) < 0.5
-        x0 = torch.where(flip[:, None, None, None], x0.flip(3), x0)
-        loss = training_loss(model, x0, alphas_cumprod, config.min_snr_gamma, generator)
+        value = loss(model, torch.Generator().manual_seed(config.seed * 1_000_003 + step))
         optimizer.zero_grad()
-        loss.backward()
+        value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         optimizer.param_groups[0]["lr"] = learning_rate(step, config)
         optimizer.step()
         _update_ema(ema, model, min(config.ema_rate, (step + 1) / (step + 10)))
-        mean_loss = loss.item() if mean_loss is None else 0.99 * mean_loss + 0.01 * loss.item()
+        mean_loss = value.item() if mean_loss is None else 0.99 * mean_loss + 0.01 * value.item()
         progress.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
         if (step + 1) % save_every == 0 or step + 1 == config.steps:
             _save_state(state_file, model, ema, optimizer, step + 1)

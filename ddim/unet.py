@@ -1,7 +1,8 @@
 """The UNet of the pixel family (Ho et al. 2020, arXiv 2006.11239), with the released parameter names.
 
 Every name and shape here is fixed by the public checkpoints. The two products of the attention are
-modules of their own (`qk`, `av`; no parameters), so that quantization can replace them by type.
+modules of their own (`qk`, `av`; no parameters), so that quantization can replace them by type. The
+blocks serve the autoencoders of the latent family too.
 """
 
 import math
@@ -11,13 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddim.config import ModelConfig
-
-
-class MatMul(nn.Module):
-    """`torch.matmul` as a module: the handle by which an attention product is quantized."""
-
-    def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        return torch.matmul(a, b)
+from qdiff.layers import MatMul
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
@@ -60,22 +55,27 @@ class Upsample(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """Residual block: norm, swish, conv, + time projection, norm, swish, dropout, conv, + shortcut."""
+    """Residual block: norm, swish, conv, + time projection, norm, swish, dropout, conv, + shortcut.
+
+    With `temb_channels` 0 there is no time projection (the blocks of an autoencoder).
+    """
 
     def __init__(self, in_channels: int, out_channels: int, temb_channels: int, dropout: float, groups: int) -> None:
         super().__init__()
         self.norm1 = group_norm(in_channels, groups)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.temb_proj = nn.Linear(temb_channels, out_channels)
+        if temb_channels:
+            self.temb_proj = nn.Linear(temb_channels, out_channels)
         self.norm2 = group_norm(out_channels, groups)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         if in_channels != out_channels:
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
-    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.temb_proj(F.silu(temb))[:, :, None, None]
+        if temb is not None:
+            h = h + self.temb_proj(F.silu(temb))[:, :, None, None]
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
         shortcut = self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
         return shortcut + h
@@ -129,7 +129,7 @@ class UNet(nn.Module):
         skips, current = [ch], ch
         self.down = nn.ModuleList()
         for index, width in enumerate(widths):
-            level = _level()
+            level = make_level()
             for _ in range(config.num_res_blocks):
                 level.block.append(block(current, width))
                 current = width
@@ -148,7 +148,7 @@ class UNet(nn.Module):
 
         up = []
         for index in reversed(range(len(widths))):
-            level = _level()
+            level = make_level()
             for _ in range(config.num_res_blocks + 1):
                 level.block.append(block(current + skips.pop(), widths[index]))
                 current = widths[index]
@@ -188,7 +188,7 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
-def _level() -> nn.Module:
+def make_level() -> nn.Module:
     """One resolution of the UNet: its residual blocks and the attention after each (or none)."""
     level = nn.Module()
     level.block = nn.ModuleList()

@@ -356,7 +356,8 @@ class PackedInfo:
     """The header of a packed file.
 
     family, build: rebuild the network. config: the number formats. calibration: how it was made.
-    source_sha256: hash of the full-precision weights (`state_hash`).
+    source_sha256: hash of the full-precision weights (`state_hash`). stages: for a latent model, the
+    file beside this one that holds the rest of it (autoencoder, text tower): {"file", "sha256"}.
     """
 
     family: str
@@ -364,6 +365,7 @@ class PackedInfo:
     config: QuantConfig
     calibration: dict
     source_sha256: str
+    stages: dict | None = None
 
 
 def state_hash(state: Mapping[str, Tensor]) -> str:
@@ -436,6 +438,7 @@ def save_packed(path: str | Path, model: nn.Module, info: PackedInfo) -> None:
         "split_layers": {name: layer.split for name, layer in quant_layers(model).items() if layer.split},
         "calibration": info.calibration,
         "source_sha256": info.source_sha256,
+        "stages": info.stages,
         "sha256": {name: tensor_hash(tensor)[:32] for name, tensor in tensors.items()},
     }
     header["header_sha256"] = _header_hash(header)
@@ -471,7 +474,31 @@ def read_packed_info(path: str | Path) -> PackedInfo:
         config=QuantConfig.from_dict(header["quantization"]),
         calibration=header["calibration"],
         source_sha256=header["source_sha256"],
+        stages=header.get("stages"),
     )
+
+
+def stages_file(path: str | Path) -> Path:
+    """The file that a packed checkpoint names for the rest of its model, checked against its sha256.
+
+    Raises:
+        CheckpointError: none is named, or it is missing or another one.
+    """
+    stages = read_packed_info(path).stages
+    if not stages:
+        raise CheckpointError(f"{path}: holds the UNet alone and names no file for the autoencoder; give the full model")
+    file = Path(path).parent / stages["file"]
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file; {path} needs it (autoencoder, text tower)")
+    if file_hash(file) != stages["sha256"]:
+        raise CheckpointError(f"{file}: not the file that {path} was written with (its sha256 differs)")
+    return file
+
+
+def file_hash(path: str | Path) -> str:
+    """sha256 of a file's bytes."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_header(path: Path) -> dict:

@@ -1,6 +1,7 @@
 """What is quantized and how it is calibrated: checked, immutable, and stored in every packed checkpoint."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any
 
 
 class ConfigError(ValueError):
@@ -10,6 +11,22 @@ class ConfigError(ValueError):
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
+
+
+def fill(kind: type, values: dict[str, Any], section: str, others: bool = False) -> Any:
+    """A dataclass from a section of a YAML file; lists become tuples, keys that it lacks are errors or (`others`) ignored.
+
+    Raises:
+        ConfigError: a setting is missing or unknown, by name.
+    """
+    known = {field.name: field for field in fields(kind)}
+    required = [name for name, field in known.items() if field.default is MISSING and field.default_factory is MISSING]
+    missing = [name for name in required if values.get(name) is None]
+    _require(not missing, f"section {section}: missing {', '.join(missing)}")
+    unknown = sorted(set(values) - set(known))
+    _require(others or not unknown, f"section {section}: unknown {', '.join(unknown)}")
+    given = {name: value for name, value in values.items() if name in known}
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
 
 
 @dataclass(frozen=True)

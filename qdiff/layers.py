@@ -203,6 +203,13 @@ class QuantConv2d(_QuantConv):
         return F.conv2d(x, weight, self.bias, **self.geometry)
 
 
+class MatMul(nn.Module):
+    """`torch.matmul` as a module: the handle by which an attention product is quantized."""
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return torch.matmul(a, b)
+
+
 class QuantMatMul(nn.Module):
     """A matrix product with both operands quantized; `operands` names them (`act_quantizer_q`, ...)."""
 

@@ -43,8 +43,8 @@ class Family:
     """What quantization must know of a family of networks.
 
     build: from the configuration stored in a packed file to the network. blocks: module types that are
-    reconstructed as a whole. separate: names of layers inside blocks that are reconstructed on their
-    own, before the block (time embeddings: TFMQ-DM, arXiv 2311.16503). products: for each block type,
+    reconstructed as a whole. separate: how the paths of those layers inside blocks end that are
+    reconstructed on their own, before the block (time embeddings: TFMQ-DM, arXiv 2311.16503). products: for each block type,
     its attention products by attribute name. split_points: from a network to {layer: channels of the
     first half}. signature: a key by which a state dict of this family is recognized.
     """
@@ -56,6 +56,10 @@ class Family:
     products: dict[type[nn.Module], dict[str, Product]] = field(default_factory=dict)
     split_points: Callable[[nn.Module], dict[str, int]] = lambda _: {}
     signature: str = ""
+
+    def is_separate(self, path: str) -> bool:
+        """Whether the layer at `path` is reconstructed apart from the block it is in."""
+        return any(f".{path}".endswith(f".{name}") for name in self.separate)
 
 
 FAMILIES: dict[str, Family] = {}
@@ -129,7 +133,7 @@ def units(model: nn.Module, family: Family) -> list[str]:
         if isinstance(module, family.blocks):
             blocks.append(path)
             found.append(path)
-        elif isinstance(module, QuantLayer) and (not inside or path.rpartition(".")[2] in family.separate):
+        elif isinstance(module, QuantLayer) and (not inside or family.is_separate(path)):
             found.append(path)
     return found
 
@@ -137,5 +141,5 @@ def units(model: nn.Module, family: Family) -> list[str]:
 def unit_modules(unit: nn.Module, family: Family) -> Iterator[tuple[str, nn.Module]]:
     """The quantized layers and products that belong to a unit: all inside it but the separate ones."""
     for path, module in unit.named_modules():
-        if isinstance(module, QuantLayer | QuantMatMul) and (not path or path.rpartition(".")[2] not in family.separate):
+        if isinstance(module, QuantLayer | QuantMatMul) and (not path or not family.is_separate(path)):
             yield path, module

@@ -26,6 +26,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("-o", "--output", type=Path, required=True, help=".safetensors: packed; .pth: published")
     parser.add_argument("--use_pretrained", action="store_true", help="take full-precision weights from the configuration's")
     parser.add_argument("--seed", type=seed, default=1234)
+    parser.add_argument("--ckpt", help="local full-precision checkpoint (.ckpt, .pth, .safetensors)")
     add_run_options(parser, resumable=False)
     add_quant_options(parser)
     return parser.parse_args(argv)

@@ -31,6 +31,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--eta", type=float, default=0.0)
     parser.add_argument("--cali_st", type=positive, default=20, help="time steps to keep")
     parser.add_argument("--cali_n", type=positive, default=256, help="samples of each time step")
+    parser.add_argument("--ckpt", help="local full-precision checkpoint (.ckpt, .pth, .safetensors)")
     add_run_options(parser, resumable=False)
     return parser.parse_args(argv)
 

@@ -31,6 +31,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--timesteps", type=positive, default=1000, help="sampling steps")
     parser.add_argument("--eta", type=float, default=0.0, help="noise of DDIM: 0 none, 1 as DDPM")
     parser.add_argument("--max_images", type=positive, default=50000)
+    parser.add_argument("--ckpt", help="local full-precision checkpoint (.ckpt, .pth, .safetensors)")
     add_run_options(parser)
     add_quant_options(parser)
     return parser.parse_args(argv)

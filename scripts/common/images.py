@@ -1,9 +1,13 @@
 """Images: tensors to PNG files and grids."""
 
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from qdiff.files import atomic_write
@@ -14,12 +18,36 @@ def to_uint8(x: Tensor) -> Tensor:
     return ((x + 1) / 2).clamp(0, 1).mul(255).add(0.5).clamp(0, 255).to(torch.uint8).cpu()
 
 
-def save_png(path: str | Path, image: Tensor) -> None:
-    """Write one uint8 image [C, H, W], atomically."""
+def to_uint8_truncated(x: Tensor) -> Tensor:
+    """Images in [-1, 1], [N, C, H, W], to uint8, cut off after the point (the latent family's rule)."""
+    return ((x.float() + 1) / 2).clamp(0, 1).mul(255).to(torch.uint8).cpu()
+
+
+def save_png(path: str | Path, image: Tensor, metadata: dict[str, str] | None = None) -> None:
+    """Write one uint8 image [C, H, W], atomically; `metadata` becomes its text chunks."""
     array = image.permute(1, 2, 0).numpy()
     picture = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
+    info = PngInfo()
+    for key, value in (metadata or {}).items():
+        info.add_itxt(key, value)
     with atomic_write(path) as temporary, temporary.open("wb") as file:
-        picture.save(file, format="PNG")
+        picture.save(file, format="PNG", pnginfo=info)
+
+
+def load_png(path: str | Path) -> Tensor:
+    """A PNG as uint8 [3, H, W]."""
+    return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
+
+
+def save_npz(path: Path, files: Sequence[Path]) -> None:
+    """All images in one `.npz`: uint8 [N, H, W, C], `arr_0`. One image is in memory at a time."""
+    shape = (len(files), *load_png(files[0]).permute(1, 2, 0).shape)
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    with atomic_write(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for image in files:
+                file.write(load_png(image).permute(1, 2, 0).contiguous().numpy().tobytes())
 
 
 def make_grid(images: Tensor, columns: int, scale: int = 1, gap: int = 2) -> Tensor:

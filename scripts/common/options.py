@@ -46,7 +46,6 @@ def seed(text: str) -> int:
 
 def add_run_options(parser: Parser, resumable: bool = True) -> None:
     group = parser.add_argument_group("run")
-    group.add_argument("--ckpt", help="local full-precision checkpoint (.ckpt, .pth, .safetensors)")
     group.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto: the best one present")
     group.add_argument(
         "--threads", type=positive, default=os.cpu_count() or 1, help="CPU threads of each process; the same number gives the same bits"

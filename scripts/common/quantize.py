@@ -16,6 +16,7 @@ from qdiff.calibration.run import calibrate
 from qdiff.checkpoint import (
     CheckpointError,
     PackedInfo,
+    file_hash,
     is_packed,
     load_packed,
     load_published,
@@ -36,7 +37,8 @@ class Task:
 
     build: the network's configuration for `family.build`. input_shape: (C, H, W) of x_t. load: the
     full-precision network on the CPU. generate: draws a calibration set from it (network, steps, samples).
-    weight_method, act_method: the family's published scale rules.
+    weight_method, act_method: the family's published scale rules. save_stages: writes the rest of a
+    latent model (autoencoder, text tower) to the file it is given.
     """
 
     family: Family
@@ -46,6 +48,7 @@ class Task:
     generate: Callable[[nn.Module, CalibrationConfig], CalibrationSet]
     weight_method: str = "max"
     act_method: str = "max"
+    save_stages: Callable[[Path], None] | None = None
 
 
 def check(args: argparse.Namespace, task: Task) -> None:
@@ -126,8 +129,18 @@ def _calibrate(args: argparse.Namespace, task: Task, quant: QuantConfig, device:
     rows = data.select(config.steps, config.samples)
     wrapped = calibrate(model, task.family, quant, config, rows, weights_from)
     state = model.state_dict()
-    info = PackedInfo(task.family.name, task.build, quant, config.to_dict() | {"rows_sha256": rows.hash()}, state_hash(state))
+    stages = write_stages(task, folder)
+    info = PackedInfo(task.family.name, task.build, quant, config.to_dict() | {"rows_sha256": rows.hash()}, state_hash(state), stages)
     save_published(folder / "ckpt.pth", wrapped, task.family, state, activations=quant.quant_act)
     save_packed(folder / "ckpt.safetensors", wrapped, info)
     log.info("calibrated checkpoint: %s (published format), %s (packed)", folder / "ckpt.pth", folder / "ckpt.safetensors")
     return wrapped
+
+
+def write_stages(task: Task, folder: Path) -> dict | None:
+    """The rest of a latent model beside its packed checkpoint; what the checkpoint's header says of it."""
+    if task.save_stages is None:
+        return None
+    file = folder / "stages.safetensors"
+    task.save_stages(file)
+    return {"file": file.name, "sha256": file_hash(file)}

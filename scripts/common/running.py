@@ -137,13 +137,19 @@ def setup_threads(threads: int) -> None:
 
 
 def sample_missing(
-    folder: Path, total: int, batch_size: int, make: Callable[[list[int]], Tensor], ranks: Ranks, name: str = "{}.png"
+    folder: Path,
+    total: int,
+    batch_size: int,
+    make: Callable[[list[int]], Tensor],
+    ranks: Ranks,
+    name: str = "{}.png",
+    metadata: Callable[[int], dict[str, str]] | None = None,
 ) -> int:
     """Write the images 0 to total - 1 that are not in `folder` yet; the number written by this process.
 
     Images come in fixed chunks of `batch_size`: a chunk of which any image is missing is computed
     whole, so an image has the same bits whenever and wherever it is made. `make` returns uint8
-    [N, C, H, W] for the given indices.
+    [N, C, H, W] for the given indices; `metadata` gives the text inside image i.
     """
     folder.mkdir(parents=True, exist_ok=True)
     chunks = [list(range(start, min(start + batch_size, total))) for start in range(0, total, batch_size)]
@@ -155,7 +161,7 @@ def sample_missing(
         for chunk in mine:
             for i, image in zip(chunk, make(chunk), strict=True):
                 if not (folder / name.format(i)).exists():
-                    save_png(folder / name.format(i), image)
+                    save_png(folder / name.format(i), image, metadata(i) if metadata else None)
                     written += 1
             progress.update(len(chunk))
     return written

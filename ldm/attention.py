@@ -1,0 +1,146 @@
+"""The two attentions of the latent family: the one on `qkv` convolutions, and the spatial transformer."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qdiff.layers import MatMul
+
+SLICE_BYTES = 2**28  # of one matrix of attention probabilities that is held at a time
+
+
+def sliced(attend: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`attend(q, k, v)` over batch x heads (dimension 0), in slices whose probabilities fit SLICE_BYTES.
+
+    The tokens of q and k are in dimension 1. The result does not depend on the slices.
+    """
+    one = q.shape[1] * k.shape[1] * q.element_size()
+    step = max(1, SLICE_BYTES // one)
+    if step >= len(q):
+        return attend(q, k, v)
+    return torch.cat([attend(q[i : i + step], k[i : i + step], v[i : i + step]) for i in range(0, len(q), step)])
+
+
+class QKVAttention(nn.Module):
+    """Attention on [N, heads * 3 * d, T], the heads split before q, k and v ("legacy" order); [N, heads * d, T].
+
+    q and k are each scaled by d^-1/4, and quantized after that.
+    """
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv_matmul = MatMul()
+        self.smv_matmul = MatMul()
+
+    def forward(self, qkv: Tensor) -> Tensor:
+        n, width, tokens = qkv.shape
+        d = width // (3 * self.heads)
+        q, k, v = qkv.reshape(n * self.heads, 3 * d, tokens).transpose(1, 2).split(d, dim=2)
+        scale = d**-0.25
+        return sliced(self._attend, q * scale, k * scale, v).transpose(1, 2).reshape(n, -1, tokens)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        probabilities = torch.softmax(self.qkv_matmul(q, k.transpose(1, 2)), dim=-1)
+        return self.smv_matmul(probabilities, v)
+
+
+class AttentionBlock(nn.Module):
+    """Residual self-attention over the pixels, `qkv` and `proj_out` being 1-D convolutions."""
+
+    def __init__(self, channels: int, heads: int, groups: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-5)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.attention = QKVAttention(heads)
+        self.proj_out = nn.Conv1d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(2)
+        return x + self.proj_out(self.attention(self.qkv(self.norm(flat)))).reshape(x.shape)
+
+
+class CrossAttention(nn.Module):
+    """Attention of `x` [N, T, C] to `context` [N, L, D], or to itself; q and k are quantized before the scaling."""
+
+    def __init__(self, channels: int, heads: int, context_dim: int | None = None) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(context_dim or channels, channels, bias=False)
+        self.to_v = nn.Linear(context_dim or channels, channels, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(channels, channels), nn.Dropout(0.0))
+        self.qk = MatMul()
+        self.av = MatMul()
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        context = x if context is None else context
+        n, tokens, channels = x.shape
+        q, k, v = (
+            part.unflatten(2, (self.heads, -1)).transpose(1, 2).flatten(0, 1)
+            for part in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )
+        h = sliced(self._attend, q, k, v)
+        return self.to_out(h.unflatten(0, (n, self.heads)).transpose(1, 2).reshape(n, tokens, channels))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        logits = self.qk(q, k.transpose(1, 2)) * q.shape[2] ** -0.5
+        return self.av(torch.softmax(logits, dim=-1), v)
+
+
+class GEGLU(nn.Module):
+    """value * gelu(gate), both from one projection (Shazeer 2020, arXiv 2002.05202); exact erf."""
+
+    def __init__(self, channels: int, inner: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(channels, 2 * inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Dropout(0.0), nn.Linear(4 * channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class BasicTransformerBlock(nn.Module):
+    """Self-attention, attention to the context, feed-forward; each after its norm and added to `x` [N, T, C]."""
+
+    def __init__(self, channels: int, heads: int, context_dim: int | None) -> None:
+        super().__init__()
+        self.attn1 = CrossAttention(channels, heads)
+        self.ff = FeedForward(channels)
+        self.attn2 = CrossAttention(channels, heads, context_dim)
+        self.norm1 = nn.LayerNorm(channels, eps=1e-5)
+        self.norm2 = nn.LayerNorm(channels, eps=1e-5)
+        self.norm3 = nn.LayerNorm(channels, eps=1e-5)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the pixels of [N, C, H, W], between two 1x1 convolutions, with a residual."""
+
+    def __init__(self, channels: int, heads: int, depth: int, context_dim: int | None, groups: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in = nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList([BasicTransformerBlock(channels, heads, context_dim) for _ in range(depth)])
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)
+        for block in self.transformer_blocks:
+            h = block(h, context)
+        return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))

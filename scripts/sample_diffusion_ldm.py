@@ -1,0 +1,129 @@
+"""Sample images from a latent diffusion model, in full precision or quantized, calibrating it first if needed.
+
+    python scripts/sample_diffusion_ldm.py -r models/ldm/lsun_beds256/model.ckpt -n 20 --batch_size 10 \
+        -c 200 -e 1.0 --seed 41 --ptq --weight_bit 4 --quant_act --act_bit 8 --a_sym -l results --cali_ckpt ckpt.pth
+
+The YAML file is `config.yaml` beside the checkpoint; further words `model.params.key=value` override it.
+Images go to <logdir>/<model>/samples/<timestamp>/img, all of them as one .npz beside it.
+"""
+
+import argparse
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+
+from common.images import save_npz, to_uint8_truncated  # first: it makes the packages importable
+from common.options import Parser, add_quant_options, add_run_options, positive, run_main, seed, select_device
+from common.quantize import Task, check, prepare_network
+from common.running import Ranks, discard_on_error, log_to, open_run, sample_missing, setup_threads
+from ldm.checkpoint import Stages, open_checkpoint
+from ldm.config import LatentConfig, load_config
+from ldm.encoders import ClassEmbedder
+from ldm.sampling import Conditions, LatentSampler, LatentSettings, latent_task_parts
+from qdiff.config import ConfigError
+
+NAME = "sample_{:06d}.png"
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(__doc__.splitlines()[0])
+    parser.add_argument("-r", "--resume_base", required=True, metavar="CKPT", help="a model's checkpoint or its folder")
+    parser.add_argument("-n", "--n_samples", type=positive, default=50000)
+    parser.add_argument("-e", "--eta", type=float, default=1.0, help="noise of DDIM: 0 none, 1 as DDPM")
+    parser.add_argument("-v", "--vanilla_sample", action="store_true", help="ancestral sampling over every time step")
+    parser.add_argument("--dpm", action="store_true", help="DPM-Solver++ 2M")
+    parser.add_argument("--seed", type=seed, required=True)
+    parser.add_argument("-l", "--logdir", default="results", help="output folder")
+    parser.add_argument("-c", "--custom_steps", type=positive, default=50, help="sampling steps (400 makes 500: the range decides)")
+    parser.add_argument("--batch_size", type=positive, default=10)
+    parser.add_argument("--classes", help="class numbers of a class-conditional model, in turn: 25,187 (default: all)")
+    parser.add_argument("--scale", type=float, default=1.0, help="guidance of a class-conditional model; 1: none")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the YAML file")
+    add_run_options(parser)
+    add_quant_options(parser)
+    return parser.parse_args(argv)
+
+
+def settings_of(args: argparse.Namespace, config: LatentConfig) -> LatentSettings:
+    if args.vanilla_sample and args.dpm:
+        raise ConfigError("--vanilla_sample and --dpm: expected one of them")
+    sampler = "vanilla" if args.vanilla_sample else "dpm" if args.dpm else "ddim"
+    return LatentSettings(sampler, args.custom_steps, args.eta, args.scale).validate(config)
+
+
+def check_classes(args: argparse.Namespace, config: LatentConfig) -> list[int]:
+    """The classes to sample; ConfigError for a model without classes, or without such a class."""
+    by_class = config.conditioning is not None and config.conditioning.kind is ClassEmbedder
+    if not by_class:
+        if config.conditioning is not None:
+            raise ConfigError(f"{config.path}: a model with text; sample it with scripts/txt2img.py")
+        if args.classes or args.scale != 1.0:
+            raise ConfigError(f"--classes, --scale: {config.path} is an unconditional model")
+        return []
+    count = int(config.conditioning.params.get("n_classes", 1000)) - 1  # the last one is "no class"
+    classes = list(range(count))
+    if args.classes:
+        words = args.classes.split(",")
+        classes = [int(word) if word.strip().isdigit() else -1 for word in words]
+        if wrong := [word for word, number in zip(words, classes, strict=True) if not 0 <= number < count]:
+            raise ConfigError(f"--classes {wrong[0]}: expected numbers of 0 to {count - 1}")
+    return classes
+
+
+def class_conditions(stages: Stages, classes: list[int]) -> Conditions:
+    """Image i is of class `classes[i % len(classes)]`."""
+    embedder = stages.cond_stage_model
+    none = embedder.embedding.num_embeddings - 1
+
+    def conditions(indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        return embedder.encode([classes[i % len(classes)] for i in indices]), embedder.encode([none] * len(indices))
+
+    return conditions
+
+
+def model_folder(args: argparse.Namespace) -> Path:
+    path = Path(args.resume_base)
+    return path if path.suffix == "" else path.parent
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    ranks = Ranks.from_environment()
+    setup_threads(args.threads)
+    device = select_device(args.device)
+    config = load_config(model_folder(args) / "config.yaml", args.overrides)
+    settings, classes = settings_of(args, config), check_classes(args, config)
+    checkpoint = cache(lambda: open_checkpoint(args.resume_base, config, args.cali_ckpt))
+    stages = cache(lambda: checkpoint().stages().to(device))
+    sampler = LatentSampler(config, settings, device)
+    methods = ("mse", "max" if args.a_min_max else "mse")
+    task = Task(**latent_task_parts(checkpoint, sampler, args.seed, methods), save_stages=lambda path: stages().save(path))
+    check(args, task)
+    if classes:
+        sampler.conditions = class_conditions(stages(), classes)
+    stages()
+
+    parent = Path(args.logdir) / model_folder(args).name / "samples"
+    folder = ranks.from_first(lambda: open_run(parent, vars(args), args.continue_run))
+    log_to(folder if ranks.rank == 0 else None, args.verbose)
+    if ranks.rank == 0:
+        OmegaConf.save(OmegaConf.create(vars(args)), folder / "sampling_config.yaml")
+    with discard_on_error(folder):
+        network = prepare_network(args, task, device, folder, ranks)
+
+    def make(indices: list[int]) -> torch.Tensor:
+        return to_uint8_truncated(stages().decode(sampler(network, indices, args.seed)))
+
+    sample_missing(folder / "img", args.n_samples, args.batch_size, make, ranks, NAME)
+    ranks.barrier()
+    if ranks.rank == 0:
+        (folder / "numpy").mkdir(exist_ok=True)
+        save_npz(folder / "numpy" / f"{args.n_samples}-samples.npz", [folder / "img" / NAME.format(i) for i in range(args.n_samples)])
+        print(f"{args.n_samples} images in {folder / 'img'}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,179 @@
+"""Images from text with Stable Diffusion v1, in full precision or quantized, calibrating it first if needed.
+
+    python scripts/txt2img.py --prompt "a puppy wearing a hat" --plms --cond --ptq --weight_bit 4 --quant_mode qdiff \
+        --no_grad_ckpt --split --n_samples 5 --quant_act --act_bit 8 --sm_abit 16 --outdir results --cali_ckpt ckpt.pth
+
+Images go to <outdir>/<timestamp>/samples, a grid beside them; each PNG carries its prompt, seed and settings.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from common.images import load_png, make_grid, save_png, to_uint8_truncated  # first: it makes the packages importable
+from common.options import Parser, add_quant_options, add_run_options, positive, run_main, seed, select_device
+from common.quantize import Task, check, prepare_network
+from common.running import Ranks, discard_on_error, log_to, open_run, sample_missing, setup_threads
+from ldm.checkpoint import Stages, open_checkpoint
+from ldm.config import LatentConfig, load_config
+from ldm.encoders import ClassEmbedder
+from ldm.sampling import Conditions, LatentSampler, LatentSettings, latent_task_parts
+from qdiff.config import ConfigError
+
+NAME = "{:05d}.png"
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(__doc__.splitlines()[0])
+    parser.add_argument("--prompt", default="a painting of a virus monster playing guitar")
+    parser.add_argument("--from-file", dest="from_file", type=Path, help="a file of prompts, one a line, instead of --prompt")
+    parser.add_argument("--outdir", default="outputs/txt2img-samples", help="output folder")
+    parser.add_argument("--skip_grid", action="store_true", help="no grid")
+    parser.add_argument("--skip_save", action="store_true", help="remove the single images once the grid is made")
+    parser.add_argument("--ddim_steps", type=positive, default=50, help="sampling steps")
+    parser.add_argument("--plms", action="store_true", help="PLMS (default: DDIM)")
+    parser.add_argument("--dpm", action="store_true", help="DPM-Solver++ 2M")
+    parser.add_argument("--laion400m", action="store_true", help="LAION's 1p4B model")
+    parser.add_argument("--fixed_code", action="store_true", help="the same starting noises for every prompt and iteration")
+    parser.add_argument("--ddim_eta", type=float, default=0.0, help="noise of DDIM")
+    parser.add_argument("--n_iter", type=positive, default=2, help="rounds over all prompts")
+    parser.add_argument("--H", type=positive, help="height in pixels (default: the model's; 512)")
+    parser.add_argument("--W", type=positive, help="width in pixels (default: the model's; 512)")
+    parser.add_argument("--C", type=positive, help="latent channels (default: the model's; 4)")
+    parser.add_argument("--f", type=positive, help="pixels per latent pixel (default: the model's; 8)")
+    parser.add_argument("--n_samples", type=positive, default=3, help="images of each prompt in a round, and the batch size")
+    parser.add_argument("--n_rows", type=positive, help="columns of the grid (default: n_samples)")
+    parser.add_argument("--scale", type=float, default=7.5, help="guidance")
+    parser.add_argument("--config", default="configs/stable-diffusion/v1-inference.yaml", help="YAML file of the model")
+    parser.add_argument("--ckpt", default="models/ldm/stable-diffusion-v1/model.ckpt", help="the model's checkpoint or its folder")
+    parser.add_argument("--seed", type=seed, default=42)
+    parser.add_argument("--precision", default="autocast", choices=["full", "autocast"], help="autocast: half precision where it is fast")
+    parser.add_argument("--no_grad_ckpt", action="store_true", help="accepted for the published commands; changes nothing")
+    add_run_options(parser)
+    add_quant_options(parser)
+    return parser.parse_args(argv)
+
+
+def latent_shape(args: argparse.Namespace, config: LatentConfig) -> tuple[int, int, int]:
+    """(C, h, w) from --C, --H, --W and --f; ConfigError where the model cannot make such a picture."""
+    stages_factor = 2 ** (len(config.first_stage.params["ddconfig"]["ch_mult"]) - 1)
+    factor, channels = args.f or stages_factor, args.C or config.channels
+    height, width = args.H or config.image_size * factor, args.W or config.image_size * factor
+    if factor != stages_factor or channels != config.channels:
+        raise ConfigError(f"--f {factor} --C {channels}: this model has a factor of {stages_factor} and {config.channels} latent channels")
+    unit = factor * 2 ** (len(config.unet.channel_mult) - 1)
+    if height % unit or width % unit:
+        raise ConfigError(f"--H {height} --W {width}: expected multiples of {unit}")
+    return channels, height // factor, width // factor
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a file, one a line; ConfigError where there are none."""
+    if not path.is_file():
+        raise ConfigError(f"prompts: {path}: no such file")
+    prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not prompts:
+        raise ConfigError(f"prompts: {path} is empty")
+    return prompts
+
+
+def text_conditions(stages: Callable[[], Stages], prompt_of: Callable[[int], str]) -> Conditions:
+    """Contexts of the prompts of the given images, and of the empty prompt."""
+
+    def conditions(indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        text = stages().cond_stage_model
+        return text.encode([prompt_of(i) for i in indices]), text.encode([""] * len(indices))
+
+    return conditions
+
+
+def calibration_prompt(config: LatentConfig) -> Callable[[int], str]:
+    """The prompt of calibration sample i: from `prompts.txt` beside the YAML file."""
+    prompts = read_prompts(config.path.with_name("prompts.txt"))
+    return lambda i: prompts[i % len(prompts)]
+
+
+def autocast(device: torch.device, precision: str):  # noqa: ANN201 - a context manager
+    """Half precision where the device is fast at it, and what was chosen, in words."""
+    if precision == "full":
+        return nullcontext(), "float32"
+    if device.type != "cpu":
+        return torch.autocast(device.type, torch.float16), "float16"
+    if torch.cpu._is_avx512_bf16_supported():
+        return torch.autocast("cpu", torch.bfloat16), "bfloat16"
+    return nullcontext(), "float32 (this CPU is slow at half precision)"
+
+
+def load_text_config(args: argparse.Namespace) -> LatentConfig:
+    if args.laion400m:
+        args.config, args.ckpt = "configs/latent-diffusion/txt2img-1p4B-eval.yaml", "models/ldm/text2img-large/model.ckpt"
+    config = load_config(args.config)
+    if config.conditioning is None or config.conditioning.kind is ClassEmbedder:
+        raise ConfigError(f"--config {args.config}: a model without text; sample it with scripts/sample_diffusion_ldm.py")
+    return config
+
+
+def write_grid(folder: Path, count: int, columns: int, keep: bool) -> None:
+    files = [folder / "samples" / NAME.format(i) for i in range(count)]
+    save_png(folder / "grid-0000.png", make_grid(torch.stack([load_png(file) for file in files]), columns))
+    if not keep:
+        for file in files:
+            file.unlink()
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    ranks = Ranks.from_environment()
+    setup_threads(args.threads)
+    device = select_device(args.device)
+    config = load_text_config(args)
+    if args.plms and args.dpm:
+        raise ConfigError("--plms and --dpm: expected one of them")
+    name = "plms" if args.plms else "dpm" if args.dpm else "ddim"
+    settings = LatentSettings(name, args.ddim_steps, args.ddim_eta, args.scale).validate(config)
+    prompts = read_prompts(args.from_file) if args.from_file else [args.prompt]
+    checkpoint = cache(lambda: open_checkpoint(args.ckpt, config, args.cali_ckpt))
+    stages = cache(lambda: checkpoint().stages().to(device))
+
+    def prompt_of(index: int) -> str:
+        return prompts[index // args.n_samples % len(prompts)]
+
+    shape, repeat = latent_shape(args, config), args.n_samples if args.fixed_code else None
+    sampler = LatentSampler(config, settings, device, shape, text_conditions(stages, prompt_of), repeat)
+    drawer = LatentSampler(config, settings, device, shape, text_conditions(stages, calibration_prompt(config)))
+    task = Task(**latent_task_parts(checkpoint, drawer, args.seed, ("mse", "mse")), save_stages=lambda path: stages().save(path))
+    check(args, task)
+    stages()
+
+    folder = ranks.from_first(lambda: open_run(Path(args.outdir), vars(args) | {"from_file": str(args.from_file)}, args.continue_run))
+    log_to(folder if ranks.rank == 0 else None, args.verbose)
+    with discard_on_error(folder):
+        network = prepare_network(args, task, device, folder, ranks)
+    context, chosen = autocast(device, args.precision)
+    print(f"precision: {chosen}")
+
+    def make(indices: list[int]) -> torch.Tensor:
+        with context:
+            return to_uint8_truncated(stages().decode(sampler(network, indices, args.seed)))
+
+    def metadata(index: int) -> dict[str, str]:
+        shown = {"steps": args.ddim_steps, "sampler": name, "scale": args.scale, "weight_bit": args.weight_bit if args.ptq else 32}
+        shown["act_bit"] = args.act_bit if args.quant_act else 32
+        return {"prompt": prompt_of(index), "seed": str(args.seed), "index": str(index), "settings": json.dumps(shown)}
+
+    total = args.n_iter * len(prompts) * args.n_samples
+    sample_missing(folder / "samples", total, args.n_samples, make, ranks, NAME, metadata)
+    ranks.barrier()
+    if ranks.rank == 0:
+        if not args.skip_grid:
+            write_grid(folder, total, args.n_rows or args.n_samples, keep=not args.skip_save)
+        print(f"{total} images in {folder / 'samples'}")
+
+
+if __name__ == "__main__":
+    run_main(main)
