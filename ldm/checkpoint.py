@@ -20,11 +20,20 @@ log = logging.getLogger(__name__)
 UNET_PREFIX, EMA_PREFIX = "model.diffusion_model.", "model_ema.diffusion_model"
 STAGE, CONDITIONING = "first_stage_model.", "cond_stage_model."
 TEXT = "cond_stage_model.transformer."
-SCHEDULE = (
-    "betas alphas_cumprod alphas_cumprod_prev sqrt_alphas_cumprod sqrt_one_minus_alphas_cumprod log_one_minus_alphas_cumprod "
-    "sqrt_recip_alphas_cumprod sqrt_recipm1_alphas_cumprod posterior_variance posterior_log_variance_clipped "
-    "posterior_mean_coef1 posterior_mean_coef2"
-).split()
+SCHEDULE = [
+    "betas",
+    "alphas_cumprod",
+    "alphas_cumprod_prev",
+    "sqrt_alphas_cumprod",
+    "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod",
+    "sqrt_recip_alphas_cumprod",
+    "sqrt_recipm1_alphas_cumprod",
+    "posterior_variance",
+    "posterior_log_variance_clipped",
+    "posterior_mean_coef1",
+    "posterior_mean_coef2",
+]
 
 
 class Stages(nn.Module):
@@ -105,7 +114,8 @@ class LatentCheckpoint:
         for file in find_checkpoint(path):
             self.state |= read_tensors(file)
         if not any(name.startswith((UNET_PREFIX, EMA_PREFIX, STAGE)) for name in self.state):
-            raise CheckpointError(f"{path}: expected a latent diffusion checkpoint ({UNET_PREFIX}..., {STAGE}...), found {_some(self.state)}")
+            found = _some(self.state)
+            raise CheckpointError(f"{path}: expected a latent diffusion checkpoint ({UNET_PREFIX}..., {STAGE}...), found {found}")
         self._report_ignored()
 
     def _report_ignored(self) -> None:

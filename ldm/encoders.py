@@ -2,6 +2,7 @@
 
 import gzip
 import importlib.util
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -92,7 +93,7 @@ class FrozenCLIPEmbedder(nn.Module):
         self._tokenizer = None
 
     @property
-    def tokenizer(self):  # noqa: ANN201 - transformers is imported when it is needed
+    def tokenizer(self):
         if self._tokenizer is None:
             self._tokenizer = make_tokenizer(clip_merges() if self.vocabulary is None else read_merges(self.vocabulary))
         return self._tokenizer
@@ -153,7 +154,7 @@ def read_merges(name: str) -> list[str]:
     return path.read_text(encoding="utf-8").splitlines()
 
 
-def make_tokenizer(merges: list[str]):  # noqa: ANN201
+def make_tokenizer(merges: list[str]):
     """CLIP's tokenizer over the given merges, from nothing but them (Sennrich et al. 2016; Radford et al. 2021)."""
     make_torchvision_importable()
     from transformers import CLIPTokenizer
@@ -179,7 +180,7 @@ def merges_for(captions: Sequence[str]) -> list[str]:
     for word in words:
         parts = [*word[:-1], word[-1] + "</w>"]
         while len(parts) > 1:
-            best = min(zip(parts, parts[1:], strict=False), key=lambda pair: ranks.get(pair, len(ranks)))
+            best = min(itertools.pairwise(parts), key=lambda pair: ranks.get(pair, len(ranks)))
             if best not in ranks:
                 break
             used.add(ranks[best])

@@ -33,7 +33,13 @@ def _ddim_update(x: Tensor, eps: Tensor, a: Tensor, a_prev: Tensor, sigma: Tenso
 
 
 def sample_ddim(
-    denoiser: Denoiser, x: Tensor, alphas_cumprod: Tensor, steps: list[int], noise: Noise, callback: Callback | None = None, eta: float = 0.0
+    denoiser: Denoiser,
+    x: Tensor,
+    alphas_cumprod: Tensor,
+    steps: list[int],
+    noise: Noise,
+    callback: Callback | None = None,
+    eta: float = 0.0,
 ) -> Tensor:
     """DDIM (Song et al. 2021, arXiv 2010.02502, eq. 12); eta 0 is deterministic."""
     a, a_prev = _alphas(alphas_cumprod, steps)

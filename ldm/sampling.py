@@ -102,7 +102,9 @@ def make_calibration_set(network: Denoiser, sampler: LatentSampler, seed: int, c
     return replace(data, cs=[context] * len(data.xs), ucs=[without] * len(data.xs))
 
 
-def latent_task_parts(checkpoint: Callable[[], LatentCheckpoint], sampler: LatentSampler, seed: int, methods: tuple[str, str]) -> dict[str, Any]:
+def latent_task_parts(
+    checkpoint: Callable[[], LatentCheckpoint], sampler: LatentSampler, seed: int, methods: tuple[str, str]
+) -> dict[str, Any]:
     """What the shared steps of the scripts need to know of this family; `methods`: the scale rules of weights and activations."""
     return {
         "family": LATENT,

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from ddim.config import TrainingConfig
 from ddim.training import Loss
 from ldm.autoencoder import AutoencoderKL
+from ldm.encoders import FrozenCLIPEmbedder
 
 KL_WEIGHT = 1e-4  # per latent element, beside a mean absolute error of the pixels
 EDGE_WEIGHT = 1.0  # of the error of horizontal and vertical differences: keeps outlines sharp
@@ -47,3 +48,30 @@ def autoencoder_loss(images: Tensor, latent_shape: tuple[int, ...], config: Trai
 def encode_all(autoencoder: AutoencoderKL, images: Tensor, batch_size: int = 64) -> Tensor:
     """Posterior means of all images, [N, C, h, w]."""
     return torch.cat([autoencoder.encode(part) for part in images.split(batch_size)])
+
+
+class TextModel(nn.Module):
+    """UNet and text tower as one network: (z_t, t, tokens [N, L]) to eps."""
+
+    def __init__(self, unet: nn.Module, text: nn.Module) -> None:
+        super().__init__()
+        self.unet, self.text = unet, text
+
+    def forward(self, z: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
+        return self.unet(z, t, self.text(tokens))
+
+
+class CaptionDraw:
+    """Tokens of a random caption of each drawn image; with probability `drop`, of the empty prompt (for guidance)."""
+
+    def __init__(self, embedder: FrozenCLIPEmbedder, captions: list[list[str]], drop: float = 0.1) -> None:
+        self.tokens = [embedder.tokenize(texts) for texts in captions]
+        self.empty, self.drop = embedder.tokenize([""])[0], drop
+
+    def __call__(self, index: Tensor, generator: torch.Generator) -> tuple[Tensor]:
+        draws = torch.rand(len(index), 2, generator=generator).tolist()
+        rows = []
+        for i, (which, drop) in zip(index.tolist(), draws, strict=True):
+            choices = self.tokens[i]
+            rows.append(self.empty if drop < self.drop else choices[int(which * len(choices))])
+        return (torch.stack(rows),)

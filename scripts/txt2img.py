@@ -98,7 +98,7 @@ def calibration_prompt(config: LatentConfig) -> Callable[[int], str]:
     return lambda i: prompts[i % len(prompts)]
 
 
-def autocast(device: torch.device, precision: str):  # noqa: ANN201 - a context manager
+def autocast(device: torch.device, precision: str):
     """Half precision where the device is fast at it, and what was chosen, in words."""
     if precision == "full":
         return nullcontext(), "float32"

@@ -43,11 +43,14 @@ def save_npz(path: Path, files: Sequence[Path]) -> None:
     """All images in one `.npz`: uint8 [N, H, W, C], `arr_0`. One image is in memory at a time."""
     shape = (len(files), *load_png(files[0]).permute(1, 2, 0).shape)
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    with atomic_write(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            for image in files:
-                file.write(load_png(image).permute(1, 2, 0).contiguous().numpy().tobytes())
+    with (
+        atomic_write(path) as temporary,
+        zipfile.ZipFile(temporary, "w") as archive,
+        archive.open("arr_0.npy", "w", force_zip64=True) as file,
+    ):
+        np.lib.format.write_array_header_1_0(file, header)
+        for image in files:
+            file.write(load_png(image).permute(1, 2, 0).contiguous().numpy().tobytes())
 
 
 def make_grid(images: Tensor, columns: int, scale: int = 1, gap: int = 2) -> Tensor:
