@@ -34,7 +34,7 @@ PIXEL = register_family(
     Family(
         name="pixel",
         build=build,
-        blocks=(ResnetBlock, AttnBlock),
+        blocks={ResnetBlock: "conv2", AttnBlock: "proj_out"},
         separate=("temb_proj",),
         products={
             AttnBlock: {

@@ -33,7 +33,7 @@ LATENT = register_family(
     Family(
         name="latent",
         build=build,
-        blocks=(ResBlock, AttentionBlock, BasicTransformerBlock),
+        blocks={ResBlock: "out_layers.3", AttentionBlock: "proj_out", BasicTransformerBlock: "ff.net.2"},
         separate=("emb_layers.1",),
         products={
             QKVAttention: {

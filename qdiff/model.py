@@ -43,19 +43,24 @@ class Family:
     """What quantization must know of a family of networks.
 
     build: from the configuration stored in a packed file to the network. blocks: module types that are
-    reconstructed as a whole. separate: how the paths of those layers inside blocks end that are
-    reconstructed on their own, before the block (time embeddings: TFMQ-DM, arXiv 2311.16503). products: for each block type,
-    its attention products by attribute name. split_points: from a network to {layer: channels of the
-    first half}. signature: a key by which a state dict of this family is recognized.
+    reconstructed as a whole, each with the layer inside whose bias is added to its output. separate:
+    how the paths of those layers inside blocks end that are reconstructed on their own, before the
+    block (time embeddings: TFMQ-DM, arXiv 2311.16503). products: for each block type, its attention
+    products by attribute name. split_points: from a network to {layer: channels of the first half}.
+    signature: a key by which a state dict of this family is recognized.
     """
 
     name: str
     build: Callable[[dict], nn.Module]
-    blocks: tuple[type[nn.Module], ...]
+    blocks: dict[type[nn.Module], str]
     separate: tuple[str, ...] = ()
     products: dict[type[nn.Module], dict[str, Product]] = field(default_factory=dict)
     split_points: Callable[[nn.Module], dict[str, int]] = lambda _: {}
     signature: str = ""
+
+    def output_layer(self, unit: nn.Module) -> nn.Module:
+        """The layer whose bias is added to the output of `unit`: the unit itself where it is a layer."""
+        return unit.get_submodule(self.blocks[type(unit)]) if type(unit) in self.blocks else unit
 
     def is_separate(self, path: str) -> bool:
         """Whether the layer at `path` is reconstructed apart from the block it is in."""
@@ -130,7 +135,7 @@ def units(model: nn.Module, family: Family) -> list[str]:
     blocks: list[str] = []
     for path, module in model.named_modules():
         inside = any(path.startswith(block + ".") for block in blocks)
-        if isinstance(module, family.blocks):
+        if type(module) in family.blocks:
             blocks.append(path)
             found.append(path)
         elif isinstance(module, QuantLayer) and (not inside or family.is_separate(path)):

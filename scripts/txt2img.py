@@ -93,9 +93,9 @@ def text_conditions(stages: Callable[[], Stages], prompt_of: Callable[[int], str
 
 
 def calibration_prompt(config: LatentConfig) -> Callable[[int], str]:
-    """The prompt of calibration sample i: from `prompts.txt` beside the YAML file."""
-    prompts = read_prompts(config.path.with_name("prompts.txt"))
-    return lambda i: prompts[i % len(prompts)]
+    """The prompt of calibration sample i: from `prompts.txt` beside the YAML file, read when the first one is asked for."""
+    prompts = cache(lambda: read_prompts(config.path.with_name("prompts.txt")))
+    return lambda i: prompts()[i % len(prompts())]
 
 
 def autocast(device: torch.device, precision: str):

@@ -90,7 +90,7 @@ def test_an_unknown_layer_is_named():
             super().__init__()
             self.deconv = nn.ConvTranspose2d(3, 3, 2)
 
-    family = Family("odd", build=lambda _: Odd(), blocks=())
+    family = Family("odd", build=lambda _: Odd(), blocks={})
     with pytest.raises(TypeError, match=r"deconv.*ConvTranspose2d"):
         quantize_model(Odd(), family, W4A8)
 

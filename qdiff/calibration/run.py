@@ -10,7 +10,7 @@ from tqdm import tqdm
 from qdiff.calibration.capture import capture, execution_order
 from qdiff.calibration.dataset import Rows
 from qdiff.calibration.ranges import init_activation_ranges
-from qdiff.calibration.reconstruct import UnitData, UnitResult, reconstruct_activations, reconstruct_weights
+from qdiff.calibration.reconstruct import UnitData, UnitResult, correct_bias, reconstruct_activations, reconstruct_weights
 from qdiff.config import CalibrationConfig, QuantConfig
 from qdiff.layers import ActQuantizer, QuantLayer
 from qdiff.model import Family, init_weights, quantize_model, unit_modules, units
@@ -98,7 +98,8 @@ class _Run:
         layers = [m for _, m in unit_modules(module, self.family) if isinstance(m, QuantLayer)]
         if not layers:
             return None
-        return reconstruct_weights(module, layers, data, quant.weight_scale_method, self.config, seed, self.progress.update)
+        rounded = reconstruct_weights(module, layers, data, quant.weight_scale_method, self.config, seed, self.progress.update)
+        return UnitResult(rounded.before, correct_bias(module, self.family.output_layer(module), data).after)
 
     def activations(self, unit: str, data: UnitData, seed: int) -> UnitResult:
         module = self.wrapped.get_submodule(unit)
