@@ -9,14 +9,13 @@ from torch import Tensor
 
 from ddim.samplers import Callback, Denoiser
 from ldm.checkpoint import LatentCheckpoint
+from ldm.conditions import Conditions
 from ldm.config import LatentConfig
 from ldm.family import LATENT, describe
 from ldm.samplers import Guided, latent_steps, sample_ancestral, sample_ddim, sample_dpm_solver_2m, sample_plms
 from qdiff.calibration.dataset import CalibrationSet, generate
 from qdiff.config import CalibrationConfig, ConfigError
 from qdiff.noise import CALIBRATION, SAMPLING, NoiseSource
-
-Conditions = Callable[[Sequence[int]], tuple[Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ Images go to <logdir>/<model>/samples/<timestamp>/img, all of them as one .npz b
 """
 
 import argparse
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -19,10 +18,11 @@ from common.images import save_npz, to_uint8_truncated  # first: it makes the pa
 from common.options import Parser, add_quant_options, add_run_options, positive, run_main, seed, select_device
 from common.quantize import Task, check, prepare_network
 from common.running import Ranks, discard_on_error, log_to, open_run, sample_missing, setup_threads
-from ldm.checkpoint import Stages, open_checkpoint
+from ldm.checkpoint import open_checkpoint
+from ldm.conditions import class_conditions, parse_classes
 from ldm.config import LatentConfig, load_config
 from ldm.encoders import ClassEmbedder
-from ldm.sampling import Conditions, LatentSampler, LatentSettings, latent_task_parts
+from ldm.sampling import LatentSampler, LatentSettings, latent_task_parts
 from qdiff.config import ConfigError
 
 NAME = "sample_{:06d}.png"
@@ -63,25 +63,7 @@ def check_classes(args: argparse.Namespace, config: LatentConfig) -> list[int]:
         if args.classes or args.scale != 1.0:
             raise ConfigError(f"--classes, --scale: {config.path} is an unconditional model")
         return []
-    count = int(config.conditioning.params.get("n_classes", 1000)) - 1  # the last one is "no class"
-    classes = list(range(count))
-    if args.classes:
-        words = args.classes.split(",")
-        classes = [int(word) if word.strip().isdigit() else -1 for word in words]
-        if wrong := [word for word, number in zip(words, classes, strict=True) if not 0 <= number < count]:
-            raise ConfigError(f"--classes {wrong[0]}: expected numbers of 0 to {count - 1}")
-    return classes
-
-
-def class_conditions(stages: Stages, classes: list[int]) -> Conditions:
-    """Image i is of class `classes[i % len(classes)]`."""
-    embedder = stages.cond_stage_model
-    none = embedder.embedding.num_embeddings - 1
-
-    def conditions(indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        return embedder.encode([classes[i % len(classes)] for i in indices]), embedder.encode([none] * len(indices))
-
-    return conditions
+    return parse_classes(args.classes, int(config.conditioning.params.get("n_classes", 1000)) - 1)  # the last one is "no class"
 
 
 def model_folder(args: argparse.Namespace) -> Path:
@@ -103,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     task = Task(**latent_task_parts(checkpoint, sampler, args.seed, methods), save_stages=lambda path: stages().save(path))
     check(args, task)
     if classes:
-        sampler.conditions = class_conditions(stages(), classes)
+        sampler.conditions = class_conditions(stages, classes)
     stages()
 
     parent = Path(args.logdir) / model_folder(args).name / "samples"

@@ -8,7 +8,6 @@ Images go to <outdir>/<timestamp>/samples, a grid beside them; each PNG carries 
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
@@ -19,10 +18,11 @@ from common.images import load_png, make_grid, save_png, to_uint8_truncated  # f
 from common.options import Parser, add_quant_options, add_run_options, positive, run_main, seed, select_device
 from common.quantize import Task, check, prepare_network
 from common.running import Ranks, discard_on_error, log_to, open_run, sample_missing, setup_threads
-from ldm.checkpoint import Stages, open_checkpoint
+from ldm.checkpoint import open_checkpoint
+from ldm.conditions import calibration_prompt, read_prompts, text_conditions
 from ldm.config import LatentConfig, load_config
 from ldm.encoders import ClassEmbedder
-from ldm.sampling import Conditions, LatentSampler, LatentSettings, latent_task_parts
+from ldm.sampling import LatentSampler, LatentSettings, latent_task_parts
 from qdiff.config import ConfigError
 
 NAME = "{:05d}.png"
@@ -72,32 +72,6 @@ def latent_shape(args: argparse.Namespace, config: LatentConfig) -> tuple[int, i
     return channels, height // factor, width // factor
 
 
-def read_prompts(path: Path) -> list[str]:
-    """The prompts of a file, one a line; ConfigError where there are none."""
-    if not path.is_file():
-        raise ConfigError(f"prompts: {path}: no such file")
-    prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not prompts:
-        raise ConfigError(f"prompts: {path} is empty")
-    return prompts
-
-
-def text_conditions(stages: Callable[[], Stages], prompt_of: Callable[[int], str]) -> Conditions:
-    """Contexts of the prompts of the given images, and of the empty prompt."""
-
-    def conditions(indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        text = stages().cond_stage_model
-        return text.encode([prompt_of(i) for i in indices]), text.encode([""] * len(indices))
-
-    return conditions
-
-
-def calibration_prompt(config: LatentConfig) -> Callable[[int], str]:
-    """The prompt of calibration sample i: from `prompts.txt` beside the YAML file, read when the first one is asked for."""
-    prompts = cache(lambda: read_prompts(config.path.with_name("prompts.txt")))
-    return lambda i: prompts()[i % len(prompts())]
-
-
 def autocast(device: torch.device, precision: str):
     """Half precision where the device is fast at it, and what was chosen, in words."""
     if precision == "full":
@@ -145,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
 
     shape, repeat = latent_shape(args, config), args.n_samples if args.fixed_code else None
     sampler = LatentSampler(config, settings, device, shape, text_conditions(stages, prompt_of), repeat)
-    drawer = LatentSampler(config, settings, device, shape, text_conditions(stages, calibration_prompt(config)))
+    drawer = LatentSampler(config, settings, device, shape, text_conditions(stages, calibration_prompt(config.path)))
     task = Task(**latent_task_parts(checkpoint, drawer, args.seed, ("mse", "mse")), save_stages=lambda path: stages().save(path))
     check(args, task)
     stages()

@@ -152,9 +152,10 @@ def test_published_latent_commands_parse_and_stop_at_the_missing_file(models, tm
 
 
 @pytest.mark.parametrize("command", PUBLISHED_TEXT)
-def test_published_text_commands_parse_and_stop_at_the_missing_model(tmp_path, command):
-    words = command.format(out=tmp_path, none=tmp_path / "none.pth").split()
-    fails(tiny.script(TEXT, *words), "models/ldm/stable-diffusion-v1/model.ckpt")
+def test_published_text_commands_parse_and_stop_at_the_missing_files(tmp_path, command):
+    none = tmp_path / "none.pth"
+    missing = str(none) if "--cali_ckpt" in command else "models/ldm/stable-diffusion-v1/model.ckpt"
+    fails(tiny.script(TEXT, *command.format(out=tmp_path, none=none).split()), missing)
 
 
 @pytest.mark.parametrize(
