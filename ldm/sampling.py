@@ -69,15 +69,20 @@ class LatentSampler:
             return self.settings.steps
         return len(self.steps) + (self.settings.sampler == "plms")
 
+    def denoiser(self, network: Denoiser, indices: Sequence[int]) -> Denoiser:
+        """eps(z_t, t) for these images: `network` under its conditions, with guidance."""
+        if self.conditions is None:
+            return network
+        context, without = self.conditions(indices)
+        return Guided(network, context, without, self.settings.scale)
+
     @torch.no_grad()
     def __call__(
         self, network: Denoiser, indices: Sequence[int], seed: int, callback: Callback | None = None, stream: int = SAMPLING
     ) -> Tensor:
         numbers = [i % self.repeat_noise for i in indices] if self.repeat_noise else indices
         noise = NoiseSource(seed, numbers, self.shape, self.device, stream)
-        if self.conditions is not None:
-            context, without = self.conditions(indices)
-            network = Guided(network, context, without, self.settings.scale)
+        network = self.denoiser(network, indices)
         x, a = noise(), self.alphas_cumprod
         if self.settings.sampler == "dpm":
             return sample_dpm_solver_2m(network, x, a, self.settings.steps, noise, callback)

@@ -1,12 +1,14 @@
 """How far a quantized network is from full precision."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qdiff.compat import make_torchvision_importable
+
+Denoiser = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class TrajectoryProbe:
     All images must go through the sampler as one batch (the norms are over the whole batch).
     """
 
-    def __init__(self, networks: dict[str, nn.Module]) -> None:
+    def __init__(self, networks: Mapping[str, Denoiser]) -> None:
         self.networks = networks
         self._errors: dict[str, list[float]] = {name: [] for name in networks}
 
@@ -42,7 +44,7 @@ class TrajectoryProbe:
         return {name: TrajectoryError(values) for name, values in self._errors.items()}
 
 
-def trajectory_errors(run_sampler: Callable[[Callable], object], networks: dict[str, nn.Module]) -> dict[str, TrajectoryError]:
+def trajectory_errors(run_sampler: Callable[[Callable], object], networks: Mapping[str, Denoiser]) -> dict[str, TrajectoryError]:
     """The trajectory error of each network; `run_sampler` samples in full precision with the callback it is given."""
     probe = TrajectoryProbe(networks)
     run_sampler(probe)
