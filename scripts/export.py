@@ -1,21 +1,29 @@
-"""Convert a calibrated checkpoint of a pixel model between the published format and the packed one.
+"""Convert a calibrated checkpoint between the published format and the packed one.
 
     python scripts/export.py --config configs/cifar10.yml --weight_bit 4 --quant_act --a_sym --split \
         --cali_ckpt ckpt.pth -o ckpt.safetensors
     python scripts/export.py --config configs/cifar10.yml --weight_bit 4 --quant_act --a_sym --split \
         --cali_ckpt ckpt.safetensors -o ckpt.pth
+    python scripts/export.py --config configs/stable-diffusion/v1-inference.yaml --ckpt sd-v1-4.ckpt --weight_bit 4 --quant_act \
+        --sm_abit 16 --split --cali_ckpt ckpt.pth -o ckpt.safetensors
 
 The ending of the output says which format is written. Without full-precision weights (--ckpt,
---use_pretrained) a published file carries weights that lie in the middle of their rounding interval.
+--use_pretrained) a published file carries weights that lie in the middle of their rounding interval. With --ckpt, a packed
+file of a latent model gets its autoencoder and text tower beside it (stages.safetensors).
 """
 
 import argparse
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 from common.options import Parser, add_quant_options, add_run_options, quant_config, run_main, seed, select_device
-from common.quantize import Task, load_calibrated
-from ddim.config import load_config
+from common.quantize import Task, is_latent, load_calibrated, write_stages
+from ddim.config import load_config as load_pixel_config
 from ddim.sampling import PixelSampler, SamplerSettings, pixel_task_parts
+from ldm.checkpoint import open_checkpoint
+from ldm.config import load_config as load_latent_config
+from ldm.sampling import LatentSampler, LatentSettings, latent_task_parts
 from qdiff.checkpoint import midpoint_weights, save_packed, save_published
 from qdiff.config import ConfigError
 
@@ -32,19 +40,32 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def pixel_task(args: argparse.Namespace) -> Task:
+    config = load_pixel_config(args.config)
+    sampler = PixelSampler(config, SamplerSettings(), select_device("cpu"))
+    return Task(**pixel_task_parts(config, args.ckpt, sampler, args.seed))
+
+
+def latent_task(args: argparse.Namespace) -> Task:
+    config = load_latent_config(args.config)
+    checkpoint = cache(lambda: open_checkpoint(args.ckpt, config))
+    sampler = LatentSampler(config, LatentSettings(), select_device("cpu"))
+    parts = latent_task_parts(checkpoint, sampler, args.seed, ("mse", "mse"))
+    return Task(**parts, save_stages=lambda path: checkpoint().stages().save(path))
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if not args.cali_ckpt:
         raise ConfigError("--cali_ckpt: expected the checkpoint to convert")
     if args.output.suffix not in (".safetensors", ".pth"):
         raise ConfigError(f"-o {args.output}: expected a name ending in .safetensors (packed) or .pth (published)")
-    config = load_config(args.config)
-    sampler = PixelSampler(config, SamplerSettings(), select_device("cpu"))
-    task = Task(**pixel_task_parts(config, args.ckpt, sampler, args.seed))
+    task = (latent_task if is_latent(args.config) else pixel_task)(args)
     quant = quant_config(args, task.weight_method, task.act_method)
     network, info = load_calibrated(args.cali_ckpt, task, quant)
     if args.output.suffix == ".safetensors":
-        save_packed(args.output, network, info)
+        stages = write_stages(task, args.output.parent) if args.ckpt else info.stages
+        save_packed(args.output, network, replace(info, stages=stages))
     else:
         weights = task.load().state_dict() if args.ckpt or args.use_pretrained else midpoint_weights(network)
         save_published(args.output, network, task.family, weights, activations=quant.quant_act)

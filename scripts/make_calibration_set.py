@@ -15,10 +15,9 @@ from functools import cache
 from pathlib import Path
 
 import torch
-import yaml
 
-import common  # noqa: F401 - makes the packages importable
 from common.options import Parser, add_run_options, positive, run_main, seed, select_device
+from common.quantize import is_latent
 from common.running import log_to, setup_threads
 from ddim import sampling as pixel
 from ddim.config import load_config as load_pixel_config
@@ -53,15 +52,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cali_batch_size", type=positive, default=32, help="batch size (latent models)")
     add_run_options(parser, resumable=False)
     return parser.parse_args(argv)
-
-
-def is_latent(path: str) -> bool:
-    """Whether a YAML file describes a latent model (its sections have targets)."""
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path}: cannot be read ({str(error).splitlines()[0]})") from None
-    return isinstance(content, dict) and isinstance(content.get("model"), dict) and "target" in content["model"]
 
 
 def choose(args: argparse.Namespace, known: list[str]) -> str:

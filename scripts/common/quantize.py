@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import yaml
 from torch import nn
 
 from common.options import calibration_config, check_quant_options, quant_config
@@ -25,7 +26,7 @@ from qdiff.checkpoint import (
     save_published,
     state_hash,
 )
-from qdiff.config import CalibrationConfig, QuantConfig
+from qdiff.config import CalibrationConfig, ConfigError, QuantConfig
 from qdiff.model import Family
 
 log = logging.getLogger(__name__)
@@ -144,3 +145,12 @@ def write_stages(task: Task, folder: Path) -> dict | None:
     file = folder / "stages.safetensors"
     task.save_stages(file)
     return {"file": file.name, "sha256": file_hash(file)}
+
+
+def is_latent(path: str) -> bool:
+    """Whether a YAML file describes a latent model (its sections have targets)."""
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path}: cannot be read ({str(error).splitlines()[0]})") from None
+    return isinstance(content, dict) and isinstance(content.get("model"), dict) and "target" in content["model"]
