@@ -1,5 +1,8 @@
 """Wrapping, calibration sets, ranges and reconstruction on a tiny network of our own."""
 
+import logging
+import re
+
 import golden
 import pytest
 import tiny
@@ -141,13 +144,22 @@ def test_running_statistics_of_softmax_only(network, rows):
     assert len(rows) <= 64 or deltas[False]["conv_in.act_quantizer"] != deltas[True]["conv_in.act_quantizer"]
 
 
-def test_calibration_beats_nearest_rounding_and_leaves_the_model_alone(network, rows):
+def test_calibration_beats_nearest_rounding_and_leaves_the_model_alone(network, rows, caplog):
+    """Every unit ends nearer to full precision than nearest rounding leaves it, and so does the whole network.
+
+    A random network gains little as a whole (its errors are not those of a trained one): the units are what is judged.
+    """
+    caplog.set_level(logging.INFO, "qdiff.calibration.run")
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     recipe = CalibrationConfig(steps=4, samples=16, batch_size=16, iters=400, lr=1e-2, iters_a=0)
     weights = QuantConfig(weight_bit=4, split=True)
     nearest = calibrate(network, PIXEL, QuantConfig(**{**weights.to_dict(), "quant_mode": "linear"}), recipe, rows)
     calibrated = calibrate(network, PIXEL, weights, recipe, rows)
-    assert error(calibrated, network, rows) < 0.9 * error(nearest, network, rows)  # measured on this random network: 0.86
+    pairs = [tuple(map(float, found)) for found in re.findall(r"held-out error (\S+) -> (\S+)", caplog.text)]
+    assert len(pairs) == len(units(calibrated, PIXEL))
+    ratios = [after / start for start, after in pairs]
+    assert max(ratios) <= 1 and sum(ratios) / len(ratios) < 0.75
+    assert error(calibrated, network, rows) < error(nearest, network, rows)
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
     assert not calibrated.training and not network.training
 
