@@ -1,40 +1,36 @@
-"""Compare calibrated packed checkpoints of a pixel model with full precision and with nearest rounding.
+"""Compare the calibrated checkpoints of the embedded models with full precision and with nearest rounding.
 
-    python scripts/evaluate_embedded.py --checkpoints models/ddim/emoji32/w8a8.safetensors models/ddim/emoji32/w4a8.safetensors
+    python scripts/evaluate_embedded.py --models emoji32 emoji64 emoji64-text
 
-For each checkpoint, as calibrated and with weights only: the trajectory error (mean over the steps of
-||eps_q - eps|| / ||eps|| at the full-precision x_t, DDIM 50 quad, eta 0, images 0 to 63 of seed 0 as one
-batch), and PSNR and SSIM of the final images against full precision from the same noise. Beside it the
-same setting by nearest rounding with min-max ranges.
+For each of their packed checkpoints, as calibrated and with weights only: the trajectory error (mean over
+the steps of ||e_q - e|| / ||e|| along the full-precision trajectory), PSNR and SSIM of the final images
+against full precision, all from the same noises (and prompts); the same for nearest rounding with min-max
+ranges of the same number formats.
 """
 
 import argparse
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import nn
 
-from common import REPOSITORY
-from common.images import to_uint8
+from common.embedded import NAMES, Embedded, load_embedded
 from common.options import Parser, positive, run_main, select_device
 from common.running import log_to, setup_threads
-from ddim.config import load_config
-from ddim.family import PIXEL
-from ddim.sampling import PixelSampler, SamplerSettings, make_calibration_set
-from ddim.weights import load_unet
 from qdiff.analysis import psnr, ssim, trajectory_errors
-from qdiff.calibration.run import calibrate
 from qdiff.checkpoint import load_packed
 from qdiff.config import CalibrationConfig, QuantConfig
+
+RECIPE = CalibrationConfig(steps=20, samples=32)  # of the baseline's ranges
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument("--config", default=str(REPOSITORY / "configs/emoji32.yml"))
-    parser.add_argument("--checkpoints", nargs="+", required=True, help="packed calibrated checkpoints")
+    parser.add_argument("--models", nargs="+", choices=NAMES, default=list(NAMES))
+    parser.add_argument("--checkpoints", nargs="+", type=Path, help="other packed checkpoints of the (one) model")
     parser.add_argument("--images", type=positive, default=64)
-    parser.add_argument("--timesteps", type=positive, default=50)
-    parser.add_argument("--threads", type=positive, default=1)
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     return parser.parse_args(argv)
 
@@ -44,33 +40,34 @@ def describe(quant: QuantConfig) -> str:
     return f"W{quant.weight_bit}{acts}, {'split' if quant.split else 'no split'}"
 
 
+def load_networks(model: Embedded, checkpoints: list[Path], device: torch.device) -> dict[str, nn.Module]:
+    networks: dict[str, nn.Module] = {}
+    for path in checkpoints:
+        for activations in (True, False):
+            network, info = load_packed(path, activations)
+            label = describe(info.config)
+            networks[f"{label}, {path.name}"] = network.to(device)
+            linear = replace(info.config, quant_mode="linear", weight_scale_method="max", act_scale_method="max")
+            if f"{label}, nearest" not in networks:
+                networks[f"{label}, nearest"] = model.nearest(linear, RECIPE)
+    return networks
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     setup_threads(args.threads)
     log_to(None, verbose=False)
     device = select_device(args.device)
-    config = load_config(args.config)
-    sampler = PixelSampler(config, SamplerSettings(skip_type="quad", timesteps=args.timesteps), device)
-    model = load_unet(config, None).to(device)
-    recipe = CalibrationConfig(steps=20, samples=32)
-    rows = make_calibration_set(model, sampler, seed=1234, config=recipe).select(recipe.steps, recipe.samples)
-
-    networks: dict[str, nn.Module] = {}
-    for path in args.checkpoints:
-        for activations in (True, False):
-            network, info = load_packed(path, activations)
-            label = describe(info.config)
-            networks[f"{label}, {Path(path).name}"] = network.to(device)
-            linear = replace(info.config, quant_mode="linear", weight_scale_method="max", act_scale_method="max")
-            if f"{label}, nearest" not in networks:
-                networks[f"{label}, nearest"] = calibrate(model, PIXEL, linear, recipe, rows)
-    indices = range(args.images)
-    errors = trajectory_errors(lambda callback: sampler(model, indices, 0, callback), networks)
-    reference = to_uint8(sampler(model, indices, 0))
-    print("\n| setting | trajectory error | PSNR dB | SSIM |\n|---|---|---|---|")
-    for name, network in sorted(networks.items()):
-        images = to_uint8(sampler(network, indices, 0))
-        print(f"| {name} | {errors[name].mean:.4f} | {psnr(images, reference):.1f} | {ssim(images, reference):.3f} |", flush=True)
+    for name in args.models:
+        model = load_embedded(name, args.images, device)
+        networks = load_networks(model, args.checkpoints or [model.folder / f"{kind}.safetensors" for kind in ("w8a8", "w4a8")], device)
+        denoisers = {label: model.denoiser(network) for label, network in networks.items()}
+        errors = trajectory_errors(lambda callback, model=model: model.sample(model.model, callback), denoisers)
+        reference = model.sample(model.model)
+        print(f"\n{model.title}\n\n| setting | trajectory error | PSNR dB | SSIM |\n|---|---|---|---|")
+        for label, network in sorted(networks.items()):
+            images = model.sample(network)
+            print(f"| {label} | {errors[label].mean:.4f} | {psnr(images, reference):.1f} | {ssim(images, reference):.3f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -187,3 +187,30 @@ def test_bad_latent_options_are_one_clear_line(models, tmp_path, kind, more, wor
 )
 def test_bad_text_options_are_one_clear_line(models, tmp_path, more, word):
     fails(text(models["text"], tmp_path, *more), word)
+
+
+EMBEDDED = ["--ptq", "--quant_act", "--a_sym", "--split", "--threads", 1]
+
+
+def test_the_embedded_latent_model_runs_quantized(tmp_path):
+    folder = tiny.REPOSITORY / "models/ldm/emoji64"
+    packed = folder / "w8a8.safetensors"
+    options = ["-n", 4, "--batch_size", 4, "-c", 10, "-e", 0, "--seed", 1, "--weight_bit", 8, *EMBEDDED, "--cali_ckpt", packed]
+    succeeded(tiny.script(LDM, "-r", folder, *options, "-l", tmp_path))
+    images = np.stack(list(pixels(only(tmp_path / "emoji64/samples") / "img").values())).astype(float)
+    corners = images[:, [0, 0, -1, -1], [0, -1, 0, -1]]
+    assert images.shape == (4, 64, 64, 3) and corners.mean() > 200 and images.std() > 30  # something on white
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_embedded_text_model_follows_its_prompt(tmp_path, bits):
+    folder = tiny.REPOSITORY / "models/ldm/emoji64-text"
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("red heart\nblue heart\n")
+    packed = folder / f"w{bits}a8.safetensors"
+    options = ["--config", folder / "config.yaml", "--ckpt", folder, "--from-file", prompts, "--plms", "--ddim_steps", 15, "--n_iter", 1]
+    options += ["--n_samples", 2, "--precision", "full", "--weight_bit", bits, *EMBEDDED, "--cali_ckpt", packed]
+    succeeded(tiny.script(TEXT, *options, "--outdir", tmp_path / "out"))
+    images = np.stack(list(pixels(only(tmp_path / "out") / "samples").values())).astype(float)
+    red, _, blue = images[:, 20:44, 20:44].mean(axis=(1, 2)).T
+    assert (red[:2] > blue[:2] + 60).all() and (blue[2:] > red[2:] + 60).all()
