@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from qdiff import quantizers as Q
 from qdiff.config import ConfigError, QuantConfig
 from qdiff.files import atomic_write, describe_foreign_file
-from qdiff.model import FAMILIES, Family, act_quantizers, enable_activations, quant_layers, quantize_model
+from qdiff.model import FAMILIES, Family, act_quantizers, enable_activations, quant_layers, quantize_model, time_steps
 
 PACKED_VERSION = 1
 PREFIX = "model."
@@ -241,7 +241,12 @@ def save_published(path: str | Path, model: nn.Module, family: Family, weights: 
     Args:
         weights: the full-precision state dict of the network: the file stores weights with alphas.
         activations: write the activation step sizes too.
+
+    Raises:
+        CheckpointError: the network has time-step sets, which this format cannot hold.
     """
+    if time_steps(model) is not None:
+        raise CheckpointError(f"{path}: the published format holds one step size for all time steps, not time-step sets")
     state: dict[str, Tensor] = {name: p.detach() for name, p in model.named_parameters()}
     for name, layer in quant_layers(model).items():
         weight = weights[f"{name}.weight"].detach().float().cpu()
@@ -604,5 +609,5 @@ def _fill_packed(model: nn.Module, tensors: Mapping[str, Tensor], info: PackedIn
         layer.set_integers(integers)
     for name, quantizer in act_quantizers(model).items():
         stored = info.config.quant_act
-        quantizer.delta = tensors[f"{name}.delta"].clone() if stored else torch.tensor(float("nan"))
-        quantizer.zero_point = tensors[f"{name}.zero_point"].clone() if stored else torch.tensor(0.0)
+        quantizer.delta = tensors[f"{name}.delta"].clone() if stored else torch.full(quantizer.delta.shape, float("nan"))
+        quantizer.zero_point = tensors[f"{name}.zero_point"].clone() if stored else torch.zeros(quantizer.zero_point.shape)

@@ -36,7 +36,8 @@ class QuantConfig:
     weight_bit, act_bit: 2 to 16; sm_abit: the width of attention probabilities. quant_act: quantize
     activations as well as weights. a_sym: symmetric activations. split: two quantizers for a
     concatenated shortcut. *_scale_method: how the range becomes a step size (`qdiff.quantizers`).
-    quant_mode: `qdiff` reconstructs, `linear` rounds to nearest.
+    quant_mode: `qdiff` reconstructs, `linear` rounds to nearest. time_bounds: where each time-step set but the first
+    begins (ascending); every set has its own activation step sizes. Empty: one for all time steps.
     """
 
     weight_bit: int = 8
@@ -48,6 +49,7 @@ class QuantConfig:
     weight_scale_method: str = "max"
     act_scale_method: str = "max"
     quant_mode: str = "qdiff"
+    time_bounds: tuple[float, ...] = ()
 
     def validate(self) -> "QuantConfig":
         """Return self, or raise ConfigError naming the option."""
@@ -58,6 +60,8 @@ class QuantConfig:
             value = getattr(self, name)
             _require(value in ("max", "max_scale", "mse"), f"{name} {value!r}: expected max, max_scale or mse")
         _require(self.quant_mode in ("qdiff", "linear"), f"--quant_mode {self.quant_mode}: expected qdiff or linear")
+        bounds = list(self.time_bounds)
+        _require(bounds == sorted(set(bounds)), f"time_bounds {bounds}: expected ascending time steps")
         return self
 
     def to_dict(self) -> dict:
@@ -65,21 +69,24 @@ class QuantConfig:
 
     @classmethod
     def from_dict(cls, values: dict) -> "QuantConfig":
-        """Rebuild from `to_dict`; unknown or missing settings are an error."""
+        """Rebuild from `to_dict`; unknown or missing settings are an error (older files have no `time_bounds`)."""
+        values = {"time_bounds": ()} | values
         names = {field.name for field in fields(cls)}
         _require(set(values) == names, f"quantization settings {sorted(values)}: expected {sorted(names)}")
-        return cls(**values).validate()
+        return cls(**values | {"time_bounds": tuple(values["time_bounds"])}).validate()
 
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """The recipe of reconstruction (Q-Diffusion section 4; BRECQ; AdaRound). Defaults: the published ones.
+    """The recipe of reconstruction (Q-Diffusion section 4; BRECQ; AdaRound). Defaults: the published ones (`PRESETS`).
 
     steps, samples: `--cali_st`, `--cali_n`: time steps used of the calibration set, samples of each.
     iters, lr, iters_a, lr_a, p: iterations and learning rates of rounding and of the activation step
     sizes, the norm of the latter's loss. running_stat: moving averages for the activation ranges
     (rs_sm_only: of attention probabilities only). held_out: fraction of the rows that choose the best
-    step sizes and take no part in fitting them.
+    step sizes and take no part in fitting them. iters_tune, lr_tune, batch_tune: of the fit of all step
+    sizes together to the network's output, after the units. bfloat16: units run in it while they are fitted,
+    and activations are kept in it.
     """
 
     steps: int = 1
@@ -95,13 +102,17 @@ class CalibrationConfig:
     rounding_weight: float = 0.01
     warmup: float = 0.2
     held_out: float = 0.125
+    iters_tune: int = 0
+    lr_tune: float = 1e-2
+    batch_tune: int = 16
+    bfloat16: bool = False
     seed: int = 0
 
     def validate(self) -> "CalibrationConfig":
         """Return self, or raise ConfigError naming the option."""
         for name, option in (("steps", "cali_st"), ("samples", "cali_n"), ("batch_size", "cali_batch_size")):
             _require(getattr(self, name) >= 1, f"--{option} {getattr(self, name)}: expected at least 1")
-        for name, option in (("iters", "cali_iters"), ("iters_a", "cali_iters_a")):
+        for name, option in (("iters", "cali_iters"), ("iters_a", "cali_iters_a"), ("iters_tune", "cali_iters_tune")):
             _require(getattr(self, name) >= 0, f"--{option} {getattr(self, name)}: expected 0 or more")
         for name, option in (("lr", "cali_lr_w"), ("lr_a", "cali_lr"), ("p", "cali_p")):
             _require(getattr(self, name) > 0, f"--{option} {getattr(self, name)}: expected a positive number")
@@ -109,3 +120,9 @@ class CalibrationConfig:
 
     def to_dict(self) -> dict:
         return asdict(self)
+
+
+PRESETS = {
+    "published": CalibrationConfig(),
+    "fast": CalibrationConfig(samples=64, iters=400, lr=3e-2, iters_a=100, lr_a=1e-3, iters_tune=100),
+}

@@ -4,7 +4,7 @@ A layer's `weight` is what the product really uses: full precision until `set_in
 dequantized integers, formed once. So a quantized weight costs nothing in a forward pass.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,40 @@ from torch.nn import functional as F
 from qdiff import quantizers as Q
 
 
+class TimeSteps:
+    """Finite time-step sets (TFMQ-DM, arXiv 2311.16503): which of the step sizes a row takes, by its time step.
+
+    bounds: ascending; a row of time t belongs to set number (how many bounds are <= t).
+    """
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = torch.tensor(bounds, dtype=torch.float32)
+        self.current: int | Tensor = 0
+
+    def __len__(self) -> int:
+        return len(self.bounds) + 1
+
+    def set(self, t: Tensor) -> None:
+        """Take the time steps [rows] of the rows that come next."""
+        index = torch.bucketize(t.detach().float(), self.bounds.to(t.device), right=True)
+        same = bool((index == index[0]).all())
+        self.current = int(index[0]) if same else index
+
+    def of_rows(self, count: int, device: torch.device) -> Tensor:
+        """The set of each of `count` rows; a row may have become several, one after the other (heads)."""
+        if isinstance(self.current, int):
+            return torch.full((count,), self.current, device=device)
+        return self.current.to(device).repeat_interleave(count // len(self.current))
+
+    def pick(self, values: Tensor, x: Tensor) -> Tensor:
+        """From one value a set to a value for each row of `x`, or for all."""
+        if isinstance(self.current, int):
+            return values[self.current]
+        return values[self.of_rows(len(x), x.device)].reshape(-1, *[1] * (x.dim() - 1))
+
+
 class ActQuantizer(nn.Module):
-    """Per-tensor activation quantizer: one step size, one zero point.
+    """Per-tensor activation quantizer: one step size, one zero point; of each time-step set, where there are `steps`.
 
     `enabled` switches it; `observer`, while set, sees every input before it is quantized.
     """
@@ -22,32 +54,42 @@ class ActQuantizer(nn.Module):
     delta: Tensor
     zero_point: Tensor
 
-    def __init__(self, n_bits: int, symmetric: bool, always_zero: bool = False, is_softmax: bool = False) -> None:
+    def __init__(
+        self, n_bits: int, symmetric: bool, always_zero: bool = False, is_softmax: bool = False, steps: TimeSteps | None = None
+    ) -> None:
         super().__init__()
         self.n_bits, self.symmetric, self.always_zero, self.is_softmax = n_bits, symmetric, always_zero, is_softmax
+        self.steps = steps
         self.enabled = False
         self.learning = False
         self.observer: Callable[[Tensor], None] | None = None
-        self.register_buffer("delta", torch.tensor(float("nan")))
-        self.register_buffer("zero_point", torch.tensor(0.0))
+        shape = (len(steps),) if steps else ()
+        self.register_buffer("delta", torch.full(shape, float("nan")))
+        self.register_buffer("zero_point", torch.zeros(shape))
 
     def set_scale(self, delta: Tensor, zero_point: Tensor) -> None:
         self.delta = delta.detach().to(self.delta).clone()
         self.zero_point = zero_point.detach().to(self.zero_point).clone()
+
+    def scale(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(delta, zero_point) for the rows of `x`: scalars, or one for each row."""
+        if self.steps is None:
+            return self.delta, self.zero_point
+        return self.steps.pick(self.delta, x), self.steps.pick(self.zero_point, x)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.observer is not None:
             self.observer(x)
         if not self.enabled:
             return x
+        delta, zero_point = self.scale(x)
         if self.learning:
-            return Q.fake_quantize(x, self.delta, self.zero_point, self.n_bits, self.symmetric)
+            return Q.fake_quantize(x, delta, zero_point, self.n_bits, self.symmetric)
         # clamp(round(x / delta) + z, low, high) - z, with the zero point folded into the bounds
         low, high = Q.integer_range(self.n_bits, self.symmetric)
         if self.symmetric or self.always_zero:
-            return torch.div(x, self.delta).round_().clamp_(low, high).mul_(self.delta)
-        low, high = low - self.zero_point, high - self.zero_point
-        return torch.div(x, self.delta).round_().clamp_(low, high).mul_(self.delta)
+            return torch.div(x, delta).round_().clamp_(low, high).mul_(delta)
+        return torch.div(x, delta).round_().clamp_(low - zero_point, high - zero_point).mul_(delta)
 
     def extra_repr(self) -> str:
         return f"n_bits={self.n_bits}, symmetric={self.symmetric}, always_zero={self.always_zero}"
@@ -79,9 +121,12 @@ class QuantLayer(nn.Module):
     Args:
         layer: the full-precision layer; its parameters are shared, not copied.
         split: input channels that belong to the first half of a concatenated input; 0: no split.
+        steps: the time-step sets, where each has its own activation step size.
     """
 
-    def __init__(self, layer: nn.Module, weight_bit: int, act_bit: int, a_sym: bool, split: int = 0) -> None:
+    def __init__(
+        self, layer: nn.Module, weight_bit: int, act_bit: int, a_sym: bool, split: int = 0, steps: TimeSteps | None = None
+    ) -> None:
         super().__init__()
         self.split = split
         self.quantized = False
@@ -90,7 +135,7 @@ class QuantLayer(nn.Module):
         self.bias = layer.bias
         for suffix, part in zip(("", "_0"), self._parts(self.weight), strict=False):
             setattr(self, f"weight_quantizer{suffix}", WeightQuantizer(tuple(part.shape), weight_bit, part.device))
-            setattr(self, f"act_quantizer{suffix}", ActQuantizer(act_bit, a_sym))
+            setattr(self, f"act_quantizer{suffix}", ActQuantizer(act_bit, a_sym, steps=steps))
         self.copy_geometry(layer)
 
     def copy_geometry(self, layer: nn.Module) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from qdiff.config import QuantConfig
-from qdiff.layers import LAYER_TYPES, ActQuantizer, QuantLayer, QuantMatMul
+from qdiff.layers import LAYER_TYPES, ActQuantizer, QuantLayer, QuantMatMul, TimeSteps
 
 UNQUANTIZED = (nn.GroupNorm, nn.LayerNorm, nn.Embedding)
 
@@ -28,14 +28,14 @@ class Product:
     follows_a_sym: bool = True
     on_block: bool = False
 
-    def build(self, config: QuantConfig) -> QuantMatMul:
-        return QuantMatMul({name: self._quantizer(name, config) for name in self.operands})
+    def build(self, config: QuantConfig, steps: TimeSteps | None) -> QuantMatMul:
+        return QuantMatMul({name: self._quantizer(name, config, steps) for name in self.operands})
 
-    def _quantizer(self, name: str, config: QuantConfig) -> ActQuantizer:
+    def _quantizer(self, name: str, config: QuantConfig, steps: TimeSteps | None) -> ActQuantizer:
         if name != self.softmax:
-            return ActQuantizer(config.act_bit, config.a_sym)
+            return ActQuantizer(config.act_bit, config.a_sym, steps=steps)
         symmetric = config.a_sym and self.follows_a_sym
-        return ActQuantizer(config.sm_abit, symmetric, self.always_zero, is_softmax=True)
+        return ActQuantizer(config.sm_abit, symmetric, self.always_zero, is_softmax=True, steps=steps)
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class Family:
     """What quantization must know of a family of networks.
 
     build: from the configuration stored in a packed file to the network. blocks: module types that are
-    reconstructed as a whole, each with the layer inside whose bias is added to its output. separate:
+    reconstructed as a whole, each with the layer inside whose bias is added to its output (None: no bias
+    correction of this block). separate:
     how the paths of those layers inside blocks end that are reconstructed on their own, before the
     block (time embeddings: TFMQ-DM, arXiv 2311.16503). products: for each block type, its attention
     products by attribute name. split_points: from a network to {layer: channels of the first half}.
@@ -52,15 +53,18 @@ class Family:
 
     name: str
     build: Callable[[dict], nn.Module]
-    blocks: dict[type[nn.Module], str]
+    blocks: dict[type[nn.Module], str | None]
     separate: tuple[str, ...] = ()
     products: dict[type[nn.Module], dict[str, Product]] = field(default_factory=dict)
     split_points: Callable[[nn.Module], dict[str, int]] = lambda _: {}
     signature: str = ""
 
-    def output_layer(self, unit: nn.Module) -> nn.Module:
+    def output_layer(self, unit: nn.Module) -> nn.Module | None:
         """The layer whose bias is added to the output of `unit`: the unit itself where it is a layer."""
-        return unit.get_submodule(self.blocks[type(unit)]) if type(unit) in self.blocks else unit
+        if type(unit) not in self.blocks:
+            return unit
+        path = self.blocks[type(unit)]
+        return None if path is None else unit.get_submodule(path)
 
     def is_separate(self, path: str) -> bool:
         """Whether the layer at `path` is reconstructed apart from the block it is in."""
@@ -79,7 +83,8 @@ def quantize_model(model: nn.Module, family: Family, config: QuantConfig) -> nn.
     """A copy of `model`, in eval mode, with every registered layer and product replaced by its quantized form.
 
     Parameters are shared with `model` until a layer's integers are set; `model` itself is not changed.
-    Nothing is quantized yet: weights are full precision and activation quantizers are off.
+    Nothing is quantized yet: weights are full precision and activation quantizers are off. With time-step
+    sets the second input of the network is the time step of each row.
 
     Raises:
         TypeError: a layer with parameters that the registry does not know, by name and type.
@@ -88,14 +93,17 @@ def quantize_model(model: nn.Module, family: Family, config: QuantConfig) -> nn.
     shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     wrapped = copy.deepcopy(model, shared).eval()
     splits = family.split_points(model) if config.split else {}
+    steps = TimeSteps(config.time_bounds) if config.time_bounds else None
+    if steps is not None:
+        wrapped.register_forward_pre_hook(lambda _, inputs: steps.set(inputs[1]))
     for path, module in list(wrapped.named_modules()):
         if type(module) in LAYER_TYPES:
-            layer = LAYER_TYPES[type(module)](module, config.weight_bit, config.act_bit, config.a_sym, splits.get(path, 0))
+            layer = LAYER_TYPES[type(module)](module, config.weight_bit, config.act_bit, config.a_sym, splits.get(path, 0), steps)
             _replace(wrapped, path, layer)
         elif list(module.parameters(recurse=False)) and not isinstance(module, UNQUANTIZED):
             raise TypeError(f"{path or 'the network'}: no quantized form registered for {type(module).__name__}")
         for name, product in family.products.get(type(module), {}).items():
-            setattr(module, name, product.build(config).to(next(model.parameters()).device))
+            setattr(module, name, product.build(config, steps).to(next(model.parameters()).device))
     return wrapped.eval()
 
 
@@ -112,6 +120,11 @@ def quant_layers(model: nn.Module) -> dict[str, QuantLayer]:
 def act_quantizers(model: nn.Module) -> dict[str, ActQuantizer]:
     """Activation quantizers by path."""
     return {path: module for path, module in model.named_modules() if isinstance(module, ActQuantizer)}
+
+
+def time_steps(model: nn.Module) -> TimeSteps | None:
+    """The time-step sets that the activation quantizers of `model` share, if it has any."""
+    return next((quantizer.steps for quantizer in act_quantizers(model).values()), None)
 
 
 def enable_activations(model: nn.Module, enabled: bool) -> None:

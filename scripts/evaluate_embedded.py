@@ -9,7 +9,6 @@ ranges of the same number formats.
 """
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -47,9 +46,8 @@ def load_networks(model: Embedded, checkpoints: list[Path], device: torch.device
             network, info = load_packed(path, activations)
             label = describe(info.config)
             networks[f"{label}, {path.name}"] = network.to(device)
-            linear = replace(info.config, quant_mode="linear", weight_scale_method="max", act_scale_method="max")
             if f"{label}, nearest" not in networks:
-                networks[f"{label}, nearest"] = model.nearest(linear, RECIPE)
+                networks[f"{label}, nearest"] = model.nearest(info.config, RECIPE)
     return networks
 
 

@@ -4,46 +4,81 @@ BRECQ (arXiv 2102.05426, algorithm 1) with the losses of Q-Diffusion. Inputs com
 prefix, targets from the full-precision network.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from qdiff import quantizers as Q
+from qdiff.calibration import ranks
+from qdiff.calibration.memory import halving
 from qdiff.config import CalibrationConfig
 from qdiff.layers import ActQuantizer, QuantLayer, QuantLinear
 from qdiff.quantizers import ScaleMethod
 
-Tick = Callable[[], None]
+Tick = Callable[[float], None]  # called with the loss after every iteration
 HELD_OUT_CHECKS = 20
 
 
 @dataclass(frozen=True)
 class UnitData:
-    """Inputs and targets of a unit on the CPU; the rows from `held_out_from` on only judge."""
+    """Inputs and targets of a unit over all rows; the rows from `held_out_from` on only judge.
 
-    inputs: tuple[Tensor, ...]
-    target: Tensor
-    device: torch.device
-    batch_size: int
+    read: from row numbers to (inputs, target) on the device. call: runs the unit on inputs. rows: their number.
+    autocast: run the unit in bfloat16 while it is fitted.
+    """
+
+    read: Callable[[Tensor | slice], tuple[Sequence[Tensor], Tensor]]
+    rows: int
     held_out_from: int
+    batch_size: int
+    call: Callable[[nn.Module, Sequence[Tensor]], Tensor] = lambda unit, inputs: unit(*inputs)
+    autocast: Callable[[], AbstractContextManager] = nullcontext
 
-    def draw(self, generator: torch.Generator) -> tuple[tuple[Tensor, ...], Tensor]:
-        """A random batch of the rows that are fitted."""
-        return self._at(torch.randint(0, self.held_out_from, (self.batch_size,), generator=generator))
+    def draw(self, generator: torch.Generator) -> Tensor:
+        """The numbers of a random batch of the rows that are fitted."""
+        return torch.randint(0, self.held_out_from, (self.batch_size,), generator=generator)
 
-    def _at(self, index: Tensor | slice) -> tuple[tuple[Tensor, ...], Tensor]:
-        return tuple(x[index].to(self.device) for x in self.inputs), self.target[index].to(self.device)
+    def gradients(self, unit: nn.Module, batch: Tensor, p: float, parameters: list[Tensor]) -> float:
+        """Add the gradients of the reconstruction loss over a batch to those of the parameters; return the loss.
+
+        Each process takes its share of the batch; a share that does not fit into memory is halved.
+        """
+        sums = [torch.zeros_like(parameter) for parameter in parameters]
+        losses = torch.zeros(1, dtype=torch.float64)
+
+        def work(part: Tensor) -> None:
+            inputs, target = self.read(part)
+            with self.autocast():
+                output = self.call(unit, inputs)
+            loss = reconstruction_loss(output.float(), target, p) * (len(part) / len(batch))
+            found = torch.autograd.grad(loss, parameters)
+            for total, gradient in zip(sums, found, strict=True):
+                total += gradient
+            losses.add_(loss.item())
+
+        if len(mine := ranks.share(batch)):
+            halving(work, mine)
+        ranks.sum_over_ranks([*sums, losses])
+        for parameter, gradient in zip(parameters, sums, strict=True):
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        return losses.item()
 
     @torch.no_grad()
     def held_out_error(self, unit: nn.Module, p: float) -> float:
-        """The reconstruction loss over the held-out rows."""
-        total, rows = 0.0, len(self.target) - self.held_out_from
-        for start in range(self.held_out_from, len(self.target), self.batch_size):
-            inputs, target = self._at(slice(start, start + self.batch_size))
-            total += reconstruction_loss(unit(*inputs), target, p).item() * len(target)
-        return total / rows
+        """The reconstruction loss over the held-out rows, in full precision of the simulation."""
+        total = 0.0
+
+        def work(part: Sequence[int]) -> None:
+            nonlocal total
+            inputs, target = self.read(slice(part[0], part[-1] + 1))
+            total += reconstruction_loss(self.call(unit, inputs), target, p).item() * len(part)
+
+        for start in range(self.held_out_from, self.rows, self.batch_size):
+            halving(work, range(start, min(start + self.batch_size, self.rows)))
+        return ranks.agree(total / (self.rows - self.held_out_from))
 
 
 def reconstruction_loss(output: Tensor, target: Tensor, p: float) -> Tensor:
@@ -77,15 +112,14 @@ def reconstruct_weights(
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(alphas, lr=config.lr)
     for step in range(config.iters):
-        inputs, target = data.draw(generator)
-        loss = reconstruction_loss(unit(*inputs), target, 2.0)
+        optimizer.zero_grad()
+        loss = data.gradients(unit, data.draw(generator), 2.0, alphas)
         if step >= config.warmup * config.iters:
             beta = Q.beta_schedule(step, config.iters, config.warmup)
-            loss = loss + config.rounding_weight * sum(Q.rounding_regularizer(alpha, beta) for alpha in alphas)
-        optimizer.zero_grad()
-        loss.backward()
+            (config.rounding_weight * sum(Q.rounding_regularizer(alpha, beta) for alpha in alphas)).backward()
         optimizer.step()
-        tick()
+        tick(loss)
+    ranks.from_first(alphas)
     _finish_rounding(layers)
     after = data.held_out_error(unit, 2.0)
     if not after <= before:
@@ -125,12 +159,18 @@ def correct_bias(unit: nn.Module, layer: QuantLayer, data: UnitData) -> UnitResu
         return UnitResult(before, before)
     channels = -1 if isinstance(layer, QuantLinear) else 1
     total, rows = 0.0, 0
+
+    def work(part: Sequence[int]) -> None:
+        nonlocal total, rows
+        inputs, target = data.read(slice(part[0], part[-1] + 1))
+        error = (target - data.call(unit, inputs)).movedim(channels, -1).flatten(0, -2)
+        total, rows = total + error.sum(0).cpu().double(), rows + len(error)
+
     for start in range(0, data.held_out_from, data.batch_size):
-        inputs, target = data._at(slice(start, min(start + data.batch_size, data.held_out_from)))
-        error = (target - unit(*inputs)).movedim(channels, -1).flatten(0, -2)
-        total, rows = total + error.sum(0, dtype=torch.float64), rows + len(error)
+        halving(work, range(start, min(start + data.batch_size, data.held_out_from)))
     kept = layer.bias
-    layer.bias = nn.Parameter(kept + (total / max(rows, 1)).to(kept), requires_grad=False)
+    layer.bias = nn.Parameter(kept + (total / max(rows, 1)).to(kept.device, kept.dtype), requires_grad=False)
+    ranks.from_first([layer.bias])
     after = data.held_out_error(unit, 2.0)
     if not after <= before:
         layer.bias, after = kept, before
@@ -158,10 +198,8 @@ def reconstruct_activations(
     optimizer = torch.optim.Adam(deltas, lr=config.lr_a)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.iters_a, eta_min=0.0)
     for step in range(config.iters_a):
-        inputs, target = data.draw(generator)
-        loss = reconstruction_loss(unit(*inputs), target, config.p)
         optimizer.zero_grad()
-        loss.backward()
+        loss = data.gradients(unit, data.draw(generator), config.p, deltas)
         optimizer.step()
         schedule.step()
         with torch.no_grad():
@@ -171,7 +209,8 @@ def reconstruct_activations(
             error = data.held_out_error(unit, config.p)
             if error < best:
                 best, kept = error, [delta.detach().clone() for delta in deltas]
-        tick()
+        tick(loss)
+    ranks.from_first(kept)
     for quantizer, delta in zip(learned, kept, strict=True):
         quantizer.delta, quantizer.learning = delta, False
     return UnitResult(before, best)

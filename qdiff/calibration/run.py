@@ -1,21 +1,42 @@
 """The calibration of a whole network: ranges, then reconstruction unit by unit."""
 
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
-from qdiff.calibration.capture import capture, execution_order
+from qdiff.calibration import ranks
+from qdiff.calibration.cache import Cache, Stored
 from qdiff.calibration.dataset import Rows
+from qdiff.calibration.journal import Journal
 from qdiff.calibration.ranges import init_activation_ranges
 from qdiff.calibration.reconstruct import UnitData, UnitResult, correct_bias, reconstruct_activations, reconstruct_weights
+from qdiff.calibration.replay import Call, Replay, make_plan
+from qdiff.calibration.tune import tune_step_sizes
+from qdiff.checkpoint import state_hash
 from qdiff.config import CalibrationConfig, QuantConfig
-from qdiff.layers import ActQuantizer, QuantLayer
-from qdiff.model import Family, init_weights, quantize_model, unit_modules, units
+from qdiff.layers import QuantLayer
+from qdiff.model import Family, act_quantizers, init_weights, quant_layers, quantize_model, time_steps, unit_modules, units
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where a calibration keeps its state, and what it may use; nothing here changes its result.
+
+    folder: for the journal and for activations that do not fit into memory; None: nothing is kept.
+    cache_bytes: memory for activations (None: half of what is free).
+    """
+
+    folder: Path | None = None
+    cache_bytes: int | None = None
 
 
 def calibrate(
@@ -25,6 +46,7 @@ def calibrate(
     config: CalibrationConfig,
     rows: Rows | None,
     weights_from: nn.Module | None = None,
+    workplace: Workplace | None = None,
 ) -> nn.Module:
     """Quantize `model` and calibrate it on `rows`.
 
@@ -32,37 +54,62 @@ def calibrate(
         model: the full-precision network; not changed.
         rows: may be None where nothing is learned from data: `linear` weights without activations.
         weights_from: a quantized network whose weights are taken as they are (`--resume_w`).
+        workplace: with a folder, every finished unit is kept there, and the same call after an
+            interruption continues with the same result, bit for bit.
 
     Returns:
         The quantized network, in eval mode.
+
+    Raises:
+        ConfigError: settings that cannot work, or that differ from those of the calibration in the folder; no room for activations.
+        TypeError: a layer that has no quantized form, by name.
     """
     quant.validate()
     config.validate()
     model = model.eval().requires_grad_(False)
     device = next(model.parameters()).device
     wrapped = weights_from if weights_from is not None else quantize_model(model, family, quant).requires_grad_(False)
-    linear = quant.quant_mode == "linear"
-    if linear and weights_from is None:
-        init_weights(wrapped, quant.weight_scale_method)
-    if not linear:
-        rows = Rows(rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed))])
-        order = execution_order(wrapped, units(wrapped, family), rows, device)
-        iterations = (0 if weights_from is not None else config.iters) + (config.iters_a if quant.quant_act else 0)
-        progress = tqdm(total=len(order) * iterations, desc="calibration", unit="it", smoothing=0.02)
-        run = _Run(model, wrapped, family, rows, config, device, progress)
+    if quant.quant_mode == "linear":
         if weights_from is None:
-            run.over(order, "weights", lambda unit, data, seed: run.weights(unit, data, quant, seed))
-    if quant.quant_act:
-        init_activation_ranges(wrapped, rows, quant, config, device)
-        if not linear:
-            run.over(order, "activations", run.activations)
-    if not linear:
-        progress.close()
+            init_weights(wrapped, quant.weight_scale_method)
+        if quant.quant_act:
+            init_activation_ranges(wrapped, rows, quant, config, device)
+        return wrapped.eval()
+    rows = Rows(rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed))])
+    workplace = workplace or Workplace()
+    source = None if weights_from is None else state_hash(weights_from.state_dict())
+    settings = {
+        "family": family.name,
+        **{f"quantization.{name}": value for name, value in quant.to_dict().items()},
+        **{f"recipe.{name}": value for name, value in config.to_dict().items()},
+        "weights_sha256": state_hash(model.state_dict()),
+        "quantized_weights_sha256": source,
+        "rows_sha256": rows.hash(),
+        "torch": torch.__version__,
+    }
+    ranks.barrier()  # all read the journal before one of them writes
+    journal = Journal.open(workplace.folder, settings, writes=ranks.rank() == 0)
+    ranks.barrier()
+    with logging_redirect_tqdm():
+        run = _Run(model, wrapped, family, rows, quant, config, device, journal, workplace)
+        if weights_from is None:
+            run.over("weights", config.iters, run.weights)
+        if quant.quant_act:
+            run.ranges()
+            run.over("activations", config.iters_a, run.activations)
+            run.tune()
+        run.progress.close()
     return wrapped.eval()
 
 
+def nearest_rounding(model: nn.Module, family: Family, quant: QuantConfig, config: CalibrationConfig, rows: Rows) -> nn.Module:
+    """The baseline: the widths of `quant` by nearest rounding and min-max ranges."""
+    linear = replace(quant, quant_mode="linear", weight_scale_method="max", act_scale_method="max")
+    return calibrate(model, family, linear, config, rows)
+
+
 class _Run:
-    """What the two passes over the units share."""
+    """What the passes over the units share."""
 
     def __init__(
         self,
@@ -70,38 +117,161 @@ class _Run:
         wrapped: nn.Module,
         family: Family,
         rows: Rows,
+        quant: QuantConfig,
         config: CalibrationConfig,
         device: torch.device,
-        progress: tqdm,
+        journal: Journal,
+        workplace: Workplace,
     ) -> None:
         self.model, self.wrapped, self.family, self.rows = model, wrapped, family, rows
-        self.config, self.device, self.progress = config, device, progress
+        self.quant, self.config, self.device, self.journal = quant, config, device, journal
+        self.held_out_from = len(rows) - (max(1, int(len(rows) * config.held_out)) if len(rows) > 1 else 0)
+        self.plan = make_plan(wrapped, units(wrapped, family), rows, device)
+        dtype = torch.bfloat16 if config.bfloat16 else torch.float32
+        self.cache = Cache(workplace.cache_bytes, workplace.folder, dtype)
+        self.cache.check_space(self.plan.peak_elements * len(rows) * self.cache.item_size(torch.float32))
+        iterations = config.iters + (config.iters_a if quant.quant_act else 0)
+        total = len(self.plan.order) * iterations + (config.iters_tune if quant.quant_act else 0)
+        self.progress = tqdm(total=total, desc="calibration", unit="it", smoothing=0.02, disable=ranks.rank() > 0)
+        self.next_step = 0
+        self.steps = time_steps(wrapped)
 
-    def over(self, order: list[str], phase: str, step: Callable[[str, UnitData, int], UnitResult | None]) -> None:
-        for index, unit in enumerate(order):
-            self.progress.set_postfix_str(f"{phase}: {unit}")
-            result = step(unit, self.data(unit), self.config.seed * 100_003 + index)
+    def step(self, name: str, iterations: int, work: Callable[[list[float]], UnitResult | None], save: Callable, restore: Callable) -> None:
+        """Do a step and keep it, or take it from the journal."""
+        number, self.next_step = self.next_step, self.next_step + 1
+        ends_at = self.progress.n + iterations
+        if number < len(self.journal):
+            restore(self.journal.load(number))
+        else:
+            losses: list[float] = []
+            started, began = time.perf_counter(), time.process_time()
+            result = work(losses)
+            record = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - began, "losses": _thin(losses)}
             if result is not None:
-                log.info("%s %d/%d %s: held-out error %.4g -> %.4g", phase, index + 1, len(order), unit, result.before, result.after)
+                record |= asdict(result)
+                log.info("%s: held-out error %.4g -> %.4g, %.1f s", name, result.before, result.after, record["seconds"])
+            self.journal.commit(name, save(), record)
+        self.progress.update(ends_at - self.progress.n)
 
-    def data(self, unit: str) -> UnitData:
-        """Inputs of the unit from the quantized prefix, its output in full precision."""
-        held_out = max(1, int(len(self.rows) * self.config.held_out)) if len(self.rows) > 1 else 0
-        batch = self.config.batch_size
-        inputs = capture(self.wrapped, unit, self.rows, batch, self.device, inputs=True)
-        (target,) = capture(self.model, unit, self.rows, batch, self.device, inputs=False)
-        split = len(self.rows) - held_out
-        return UnitData(inputs, target, self.device, batch, split)
+    def ticker(self, name: str, losses: list[float]) -> Callable[[float], None]:
+        def tick(loss: float) -> None:
+            losses.append(loss)
+            self.progress.update()
+            if len(losses) % 20 == 1:
+                self.progress.set_postfix_str(f"{name} loss {loss:.3g}", refresh=False)
 
-    def weights(self, unit: str, data: UnitData, quant: QuantConfig, seed: int) -> UnitResult | None:
+        return tick
+
+    def over(self, phase: str, iterations: int, work: Callable[[str, UnitData, int, Callable], UnitResult | None]) -> None:
+        """One phase over all units, in order; inputs from the quantized prefix, targets in full precision."""
+        order = self.plan.order
+        module = self.wrapped.get_submodule
+        if self.next_step + len(order) <= len(self.journal):
+            for unit in order:
+                self.step(f"{phase} {unit}", iterations, None, None, lambda tensors, unit=unit: self.restore(module(unit), tensors))
+            return
+        full, quantized = (
+            Replay(network, self.plan, self.rows, self.config.batch_size, self.device, self.cache, self.at)
+            for network in (self.model, self.wrapped)
+        )
+        for index, unit in enumerate(order):
+            target = full.finish(unit)
+            call, arguments = quantized.arguments(unit)
+            data = self.data(call, arguments, target)
+            seed = self.config.seed * 100_003 + index
+            name = f"{phase} {index + 1}/{len(order)} {unit}"
+            self.step(
+                name,
+                iterations,
+                lambda losses, unit=unit, data=data, seed=seed, name=name: work(unit, data, seed, self.ticker(name, losses)),
+                lambda unit=unit: self.state(module(unit)),
+                lambda tensors, unit=unit: self.restore(module(unit), tensors),
+            )
+            quantized.finish(unit, call, arguments)
+            for stored in arguments:
+                stored.release()
+        full.release()
+        quantized.release()
+
+    def at(self, index: Tensor | slice) -> None:
+        """Tell the quantized network's time-step sets which rows come next."""
+        if self.steps is not None:
+            self.steps.set(self.rows.inputs[1][index])
+
+    def data(self, call: Call, arguments: Sequence[Stored], target: Stored) -> UnitData:
+        def read(index: Tensor | slice) -> tuple[tuple[Tensor, ...], Tensor]:
+            self.at(index)
+            return tuple(x.read(index, self.device) for x in arguments), target.read(index, self.device)
+
+        return UnitData(
+            read,
+            len(self.rows),
+            self.held_out_from,
+            self.config.batch_size,
+            call,
+            lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bfloat16),
+        )
+
+    def weights(self, unit: str, data: UnitData, seed: int, tick: Callable) -> UnitResult | None:
         module = self.wrapped.get_submodule(unit)
         layers = [m for _, m in unit_modules(module, self.family) if isinstance(m, QuantLayer)]
         if not layers:
             return None
-        rounded = reconstruct_weights(module, layers, data, quant.weight_scale_method, self.config, seed, self.progress.update)
-        return UnitResult(rounded.before, correct_bias(module, self.family.output_layer(module), data).after)
+        result = reconstruct_weights(module, layers, data, self.quant.weight_scale_method, self.config, seed, tick)
+        output_layer = self.family.output_layer(module)
+        return result if output_layer is None else UnitResult(result.before, correct_bias(module, output_layer, data).after)
 
-    def activations(self, unit: str, data: UnitData, seed: int) -> UnitResult:
+    def activations(self, unit: str, data: UnitData, seed: int, tick: Callable) -> UnitResult:
         module = self.wrapped.get_submodule(unit)
-        quantizers: list[ActQuantizer] = [q for _, m in unit_modules(module, self.family) for q in m.act_quantizers]
-        return reconstruct_activations(module, quantizers, data, self.config, seed, self.progress.update)
+        quantizers = [q for _, m in unit_modules(module, self.family) for q in m.act_quantizers]
+        return reconstruct_activations(module, quantizers, data, self.config, seed, tick)
+
+    def ranges(self) -> None:
+        def work(_: list[float]) -> None:
+            init_activation_ranges(self.wrapped, self.rows, self.quant, self.config, self.device)
+
+        self.step("ranges", 0, work, lambda: self.state(self.wrapped), lambda tensors: self.restore(self.wrapped, tensors))
+
+    def tune(self) -> None:
+        if not self.config.iters_tune:
+            return
+
+        def work(losses: list[float]) -> UnitResult:
+            tick = self.ticker("step sizes", losses)
+            return tune_step_sizes(self.model, self.wrapped, self.rows, self.held_out_from, self.config, self.device, tick)
+
+        self.step(
+            "tune", self.config.iters_tune, work, lambda: self.state(self.wrapped), lambda tensors: self.restore(self.wrapped, tensors)
+        )
+
+    def state(self, module: nn.Module) -> dict[str, Tensor]:
+        """What a step may have changed inside `module`."""
+        tensors: dict[str, Tensor] = {}
+        for path, layer in quant_layers(module).items():
+            for name, quantizer in zip(("weight_quantizer", "weight_quantizer_0"), layer.weight_quantizers, strict=False):
+                tensors |= {f"{path}/{name}.{key}": value for key, value in quantizer.named_buffers()}
+            if layer.bias is not None:
+                tensors[f"{path}/bias"] = layer.bias
+        for path, quantizer in act_quantizers(module).items():
+            tensors |= {f"{path}/{key}": value for key, value in quantizer.named_buffers()}
+        return tensors
+
+    def restore(self, module: nn.Module, tensors: dict[str, Tensor]) -> None:
+        """Bring `module` to the state that `state` returned."""
+        for path, quantizer in act_quantizers(module).items():
+            quantizer.delta, quantizer.zero_point = (tensors[f"{path}/{key}"].to(self.device) for key in ("delta", "zero_point"))
+            quantizer.enabled = quantizer.enabled or bool(torch.isfinite(quantizer.delta).all())
+        for path, layer in quant_layers(module).items():
+            for name, quantizer in zip(("weight_quantizer", "weight_quantizer_0"), layer.weight_quantizers, strict=False):
+                for key, _ in list(quantizer.named_buffers()):
+                    setattr(quantizer, key, tensors[f"{path}/{name}.{key}"].to(self.device))
+            if layer.bias is not None:
+                layer.bias = nn.Parameter(tensors[f"{path}/bias"].to(self.device), requires_grad=False)
+            if bool(torch.isfinite(layer.weight_quantizer.delta).all()):
+                layer.freeze()
+
+
+def _thin(losses: list[float], points: int = 100) -> list[float]:
+    """At most `points` means over equal stretches of the losses."""
+    stretch = max(1, -(-len(losses) // points))
+    return [sum(part) / len(part) for part in (losses[i : i + stretch] for i in range(0, len(losses), stretch))]

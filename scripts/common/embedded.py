@@ -21,7 +21,7 @@ from ldm.config import load_config as load_latent_config
 from ldm.family import LATENT
 from ldm.family import describe as describe_latent
 from qdiff.calibration.dataset import Rows
-from qdiff.calibration.run import calibrate
+from qdiff.calibration.run import nearest_rounding
 from qdiff.config import CalibrationConfig, QuantConfig
 from qdiff.model import Family
 
@@ -48,7 +48,7 @@ class Embedded:
 
     def nearest(self, quant: QuantConfig, recipe: CalibrationConfig) -> nn.Module:
         """The baseline: the widths of `quant` by nearest rounding and min-max ranges."""
-        return calibrate(self.model, self.family, quant, recipe, self.rows(recipe))
+        return nearest_rounding(self.model, self.family, quant, recipe, self.rows(recipe))
 
 
 def load_embedded(name: str, images: int, device: torch.device) -> Embedded:

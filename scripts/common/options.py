@@ -5,17 +5,18 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NoReturn
 
 import torch
 
 from qdiff.checkpoint import CheckpointError
-from qdiff.config import CalibrationConfig, ConfigError, QuantConfig
+from qdiff.config import PRESETS, CalibrationConfig, ConfigError, QuantConfig
 
 log = logging.getLogger(__name__)
 
 FILE_STEPS, FILE_SAMPLES = 1, 1024  # the published defaults, for a calibration file
-OWN_STEPS, OWN_SAMPLES = 20, 256  # for a set that is generated: the paper's
+OWN_STEPS, OWN_SAMPLES = 20, {"published": 256, "fast": 64}  # for a set that is generated; 256: the paper's
 
 
 class Parser(argparse.ArgumentParser):
@@ -42,6 +43,17 @@ def seed(text: str) -> int:
     if not 0 <= value < 2**63:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of 0 to 2^63 - 1")
     return value
+
+
+RECIPE_OPTIONS = {
+    "cali_batch_size": ("batch_size", positive, "rows of one batch"),
+    "cali_iters": ("iters", int, "iterations of AdaRound per unit"),
+    "cali_lr_w": ("lr", float, "learning rate of AdaRound"),
+    "cali_iters_a": ("iters_a", int, "iterations of the activation step sizes per unit"),
+    "cali_lr": ("lr_a", float, "learning rate of the activation step sizes"),
+    "cali_p": ("p", float, "norm of the activation reconstruction loss"),
+    "cali_iters_tune": ("iters_tune", int, "iterations of all activation step sizes together, after the units"),
+}
 
 
 def add_run_options(parser: Parser, resumable: bool = True) -> None:
@@ -73,6 +85,9 @@ def add_quant_options(parser: Parser) -> None:
     group.add_argument("--a_min_max", action="store_true", help="min-max activation ranges")
     group.add_argument("--running_stat", action="store_true", help="moving averages for the activation ranges")
     group.add_argument("--rs_sm_only", action="store_true", help="moving averages for attention probabilities only")
+    group.add_argument(
+        "--time_sets", type=positive, default=1, help="calibrate activation step sizes for each of so many sets of time steps (packed only)"
+    )
     group.add_argument("--split", action="store_true", help="two quantizers for concatenated shortcuts")
     group.add_argument("--cond", action="store_true", help="the model is conditional (accepted for the published commands)")
     group.add_argument("--cali_ckpt", help="calibrated checkpoint, published (.pth) or packed (.safetensors)")
@@ -85,14 +100,17 @@ def add_quant_options(parser: Parser) -> None:
         help=f"time steps used of the calibration set (default: {FILE_STEPS} of a file, {OWN_STEPS} of a generated one)",
     )
     group.add_argument(
-        "--cali_n", type=positive, help=f"samples of each time step (default: {FILE_SAMPLES} of a file, {OWN_SAMPLES} of a generated one)"
+        "--cali_n",
+        type=positive,
+        help=f"samples of each time step (default: {FILE_SAMPLES} of a file; of a generated one {OWN_SAMPLES})",
     )
-    group.add_argument("--cali_batch_size", type=positive, default=32)
-    group.add_argument("--cali_iters", type=int, default=20000, help="iterations of AdaRound per unit")
-    group.add_argument("--cali_iters_a", type=int, default=5000, help="iterations of the activation step sizes per unit")
-    group.add_argument("--cali_lr", type=float, default=4e-4, help="learning rate of the activation step sizes")
-    group.add_argument("--cali_lr_w", type=float, default=1e-3, help="learning rate of AdaRound")
-    group.add_argument("--cali_p", type=float, default=2.4, help="norm of the activation reconstruction loss")
+    group.add_argument(
+        "--preset", default="published", choices=list(PRESETS), help="the recipe: the paper's, or one that takes a small part of its time"
+    )
+    for option, (field, kind, words) in RECIPE_OPTIONS.items():
+        values = ", ".join(f"{getattr(preset, field):g} {name}" for name, preset in PRESETS.items())
+        group.add_argument(f"--{option}", type=kind, help=f"{words} (default: {values})")
+    group.add_argument("--cali_cache_gb", type=float, help="memory for activations, the rest goes to files (default: half of what is free)")
 
 
 def quant_config(args: argparse.Namespace, weight_method: str, act_method: str) -> QuantConfig:
@@ -114,18 +132,15 @@ def quant_config(args: argparse.Namespace, weight_method: str, act_method: str) 
 def calibration_config(args: argparse.Namespace) -> CalibrationConfig:
     """The recipe asked for. The number of steps and samples depends on where the set comes from."""
     own = args.cali_data_path is None
-    return CalibrationConfig(
+    given = {field: getattr(args, option) for option, (field, _, _) in RECIPE_OPTIONS.items() if getattr(args, option) is not None}
+    return replace(
+        PRESETS[args.preset],
         steps=args.cali_st or (OWN_STEPS if own else FILE_STEPS),
-        samples=args.cali_n or (OWN_SAMPLES if own else FILE_SAMPLES),
-        batch_size=args.cali_batch_size,
-        iters=args.cali_iters,
-        lr=args.cali_lr_w,
-        iters_a=args.cali_iters_a,
-        lr_a=args.cali_lr,
-        p=args.cali_p,
+        samples=args.cali_n or (OWN_SAMPLES[args.preset] if own else FILE_SAMPLES),
         running_stat=args.running_stat,
         rs_sm_only=args.rs_sm_only,
         seed=args.seed,
+        **given,
     ).validate()
 
 

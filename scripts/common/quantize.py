@@ -12,8 +12,10 @@ from torch import nn
 
 from common.options import calibration_config, check_quant_options, quant_config
 from common.running import Ranks
-from qdiff.calibration.dataset import CalibrationSet, load_set, save_set
-from qdiff.calibration.run import calibrate
+from qdiff.calibration.dataset import CalibrationSet, Rows, load_set, save_set
+from qdiff.calibration.ranges import time_bounds
+from qdiff.calibration.report import write_report
+from qdiff.calibration.run import Workplace, calibrate
 from qdiff.checkpoint import (
     CheckpointError,
     PackedInfo,
@@ -63,26 +65,17 @@ def check(args: argparse.Namespace, task: Task) -> None:
 def prepare_network(args: argparse.Namespace, task: Task, device: torch.device, folder: Path, ranks: Ranks) -> nn.Module:
     """The network that is to sample, in eval mode on `device`; a calibration's results go to `folder`.
 
-    Of several processes the first one calibrates, the others wait and read what it wrote.
+    Several processes calibrate together: each takes its share of every batch, the first one writes.
     """
-    if ranks.rank > 0:
-        ranks.barrier()
-    network = _prepare(args, task, device, folder, reuse=args.continue_run or ranks.rank > 0)
-    if ranks.rank == 0:
-        ranks.barrier()
-    return network
-
-
-def _prepare(args: argparse.Namespace, task: Task, device: torch.device, folder: Path, reuse: bool) -> nn.Module:
     if not args.ptq:
         return task.load().to(device).eval()
     quant = quant_config(args, task.weight_method, task.act_method)
     calibrated = folder / "ckpt.safetensors"
-    if reuse and calibrated.is_file():
+    if args.continue_run and ranks.from_first(calibrated.is_file):
         return load_packed(calibrated)[0].to(device)
     if args.cali_ckpt and not args.resume_w:
         return load_calibrated(args.cali_ckpt, task, quant)[0].to(device)
-    return _calibrate(args, task, quant, device, folder)
+    return _calibrate(args, task, quant, device, folder, ranks)
 
 
 def load_calibrated(path: str, task: Task, quant: QuantConfig) -> tuple[nn.Module, PackedInfo]:
@@ -113,7 +106,7 @@ def _comparable(values: dict) -> dict:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
-def _calibrate(args: argparse.Namespace, task: Task, quant: QuantConfig, device: torch.device, folder: Path) -> nn.Module:
+def _calibrate(args: argparse.Namespace, task: Task, quant: QuantConfig, device: torch.device, folder: Path, ranks: Ranks) -> nn.Module:
     config = calibration_config(args)
     weights_from = None
     if args.resume_w:
@@ -122,20 +115,38 @@ def _calibrate(args: argparse.Namespace, task: Task, quant: QuantConfig, device:
     data = load_set(args.cali_data_path, task.input_shape) if args.cali_data_path else None
     model = task.load().to(device).eval()
     if data is None:
-        data = task.generate(model, config)
-        save_set(folder / "calibration_set.pt", data)
+        drawn = folder / "calibration_set.pt"
+        if ranks.rank == 0 and not drawn.is_file():
+            save_set(drawn, task.generate(model, config))
+        ranks.barrier()
+        data = load_set(drawn, task.input_shape)
     if config.samples > len(data.xs[0]):
         log.warning("--cali_n %d: the calibration set holds %d samples of each time step, all are used", config.samples, len(data.xs[0]))
         config = replace(config, samples=len(data.xs[0]))
     rows = data.select(config.steps, config.samples)
-    wrapped = calibrate(model, task.family, quant, config, rows, weights_from)
+    if args.time_sets > 1:
+        quant = replace(quant, time_bounds=time_bounds(rows, args.time_sets)).validate()
+    cache_bytes = None if args.cali_cache_gb is None else int(args.cali_cache_gb * 1e9)
+    workplace = Workplace(folder / "calibration", cache_bytes)
+    wrapped = calibrate(model, task.family, quant, config, rows, weights_from, workplace)
+    if ranks.rank == 0:
+        _write_results(task, quant, config, rows, model, wrapped, folder)
+    ranks.barrier()
+    return wrapped
+
+
+def _write_results(
+    task: Task, quant: QuantConfig, config: CalibrationConfig, rows: Rows, model: nn.Module, wrapped: nn.Module, folder: Path
+) -> None:
+    """Both checkpoints, and the report with its pictures."""
     state = model.state_dict()
     stages = write_stages(task, folder)
     info = PackedInfo(task.family.name, task.build, quant, config.to_dict() | {"rows_sha256": rows.hash()}, state_hash(state), stages)
-    save_published(folder / "ckpt.pth", wrapped, task.family, state, activations=quant.quant_act)
+    if not quant.time_bounds:
+        save_published(folder / "ckpt.pth", wrapped, task.family, state, activations=quant.quant_act)
+    write_report(folder / "calibration", model, task.family, wrapped, quant, config, rows)
     save_packed(folder / "ckpt.safetensors", wrapped, info)
-    log.info("calibrated checkpoint: %s (published format), %s (packed)", folder / "ckpt.pth", folder / "ckpt.safetensors")
-    return wrapped
+    log.info("calibrated checkpoints in %s: ckpt.safetensors (packed)%s", folder, "" if quant.time_bounds else ", ckpt.pth (published)")
 
 
 def write_stages(task: Task, folder: Path) -> dict | None:

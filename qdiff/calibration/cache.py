@@ -1,0 +1,91 @@
+"""Activations of all calibration rows under a byte budget: in memory first, then in memory-mapped files."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qdiff.config import ConfigError
+
+
+class Cache:
+    """Room for row-wise tensors.
+
+    Args:
+        budget: bytes of memory; what does not fit goes to files. None: half of the memory that is free now.
+        folder: where those files lie. They have no name once they are mapped, so that nothing is left behind by a crash.
+        dtype: in which floating-point values are kept, float32 or bfloat16 (relative error up to 0.4 %).
+    """
+
+    def __init__(self, budget: int | None = None, folder: Path | None = None, dtype: torch.dtype = torch.float32) -> None:
+        self.budget = free_memory() // 2 if budget is None else budget
+        self.folder = Path(tempfile.gettempdir()) if folder is None else folder
+        self.dtype = dtype
+        self.used = 0
+
+    def item_size(self, dtype: torch.dtype) -> int:
+        return (self.dtype if dtype.is_floating_point else dtype).itemsize
+
+    def check_space(self, peak: int) -> None:
+        """ConfigError if `peak` bytes fit neither in the budget nor on the disk."""
+        free = shutil.disk_usage(self.folder).free
+        if peak - self.budget > free:
+            raise ConfigError(
+                f"calibration needs {peak / 1e9:.1f} GB for activations: found {self.budget / 1e9:.1f} GB of memory and "
+                f"{free / 1e9:.1f} GB free in {self.folder}; take fewer rows (--cali_st, --cali_n)"
+            )
+
+    def reserve(self, shape: tuple[int, ...], dtype: torch.dtype) -> "Stored":
+        """Room for a tensor of this shape; its content is undefined until written."""
+        kept = self.dtype if dtype.is_floating_point else dtype
+        size = torch.Size(shape).numel() * kept.itemsize
+        if self.used + size <= self.budget or size == 0:
+            self.used += size
+            return Stored(self, torch.empty(shape, dtype=kept), size, dtype)
+        return Stored(self, self._mapped(shape, kept, size), 0, dtype)
+
+    def _mapped(self, shape: tuple[int, ...], dtype: torch.dtype, size: int) -> Tensor:
+        handle, name = tempfile.mkstemp(prefix=".activations.", dir=self.folder)
+        try:
+            if hasattr(os, "posix_fallocate"):  # a full disk is an error here, not a crash later
+                os.posix_fallocate(handle, 0, size)
+            else:
+                os.truncate(handle, size)
+            return torch.from_file(name, shared=True, size=torch.Size(shape).numel(), dtype=dtype).reshape(shape)
+        except OSError as error:
+            raise ConfigError(f"{self.folder}: no room for {size / 1e9:.1f} GB of activations ({error.strerror})") from None
+        finally:
+            os.close(handle)
+            os.unlink(name)
+
+
+class Stored:
+    """A tensor [rows, ...] in a cache; reads give the precision that was written, on any device."""
+
+    def __init__(self, cache: Cache, tensor: Tensor, charged: int, dtype: torch.dtype) -> None:
+        self.cache, self.tensor, self.charged, self.dtype = cache, tensor, charged, dtype
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+    def read(self, index: Tensor | slice, device: torch.device) -> Tensor:
+        return self.tensor[index].to(device, self.dtype)
+
+    def write(self, start: int, rows: Tensor) -> None:
+        self.tensor[start : start + len(rows)].copy_(rows.detach())
+
+    def release(self) -> None:
+        self.cache.used -= self.charged
+        self.charged, self.tensor = 0, self.tensor[:0].clone()
+
+
+def free_memory() -> int:
+    """Bytes of memory that are free now; of a small machine where the system does not tell."""
+    try:
+        content = Path("/proc/meminfo").read_text()
+        return int(content.split("MemAvailable:")[1].split()[0]) * 1024
+    except (OSError, IndexError, ValueError):
+        return 8 * 2**30

@@ -1,0 +1,53 @@
+"""Several processes that calibrate together: every one holds all rows and works on its share of each batch."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if world() > 1 else 0
+
+
+def barrier() -> None:
+    if world() > 1:
+        dist.barrier()
+
+
+def share(batch: Tensor) -> Tensor:
+    """The part of a batch that this process works on."""
+    return batch[rank() :: world()]
+
+
+def sum_over_ranks(tensors: Sequence[Tensor]) -> None:
+    """Add up tensors over the processes, in place."""
+    if world() > 1:
+        for tensor in tensors:
+            moved = tensor.cpu()
+            dist.all_reduce(moved)
+            tensor.copy_(moved)
+
+
+def from_first(tensors: Sequence[Tensor]) -> None:
+    """Overwrite tensors with those of the first process, so that no last bit can set the processes apart."""
+    if world() > 1:
+        for tensor in tensors:
+            moved = tensor.detach().cpu().contiguous()
+            dist.broadcast(moved, src=0)
+            with torch.no_grad():
+                tensor.copy_(moved)
+
+
+def agree(value: float) -> float:
+    """The value of the first process, on every process."""
+    if world() == 1:
+        return value
+    held = torch.tensor([value], dtype=torch.float64)
+    dist.broadcast(held, src=0)
+    return held.item()
