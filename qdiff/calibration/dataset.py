@@ -66,7 +66,7 @@ class Recorder:
     def __init__(self, steps: int, total: int) -> None:
         if steps > total:
             raise CheckpointError(f"--cali_st {steps}: the sampler makes only {total} steps")
-        self.keep = set(range(0, total, total // steps)[:steps])
+        self.keep = {total * i // steps for i in range(steps)}  # to the end of the trajectory, also where `steps` does not divide it
         self.seen = 0
         self.xs: list[Tensor] = []
         self.ts: list[Tensor] = []

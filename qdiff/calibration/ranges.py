@@ -11,7 +11,7 @@ from qdiff.model import act_quantizers, enable_activations
 
 RANGE_ROWS = 256  # rows, drawn from all time steps, that the first ranges come from
 STAT_BATCH = 64
-SEARCH_ELEMENTS = 2**20  # of one activation, that the `mse` search looks at; the range itself is that of all
+SEARCH_ELEMENTS = 2**18  # of one activation, that the `mse` search looks at; the range itself is that of all
 
 
 @torch.no_grad()

@@ -1,0 +1,173 @@
+"""Running a network unit by unit: the same numbers as whole passes, and each layer only once."""
+
+import copy
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from ddim.family import PIXEL
+from qdiff.calibration.cache import Cache
+from qdiff.calibration.dataset import Rows
+from qdiff.calibration.memory import halving
+from qdiff.calibration.replay import Replay, make_plan
+from qdiff.config import ConfigError, QuantConfig
+from qdiff.model import Family, init_weights, quantize_model, units
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def network():
+    return tiny.unet()
+
+
+@pytest.fixture(scope="module")
+def rows(network):
+    return tiny.rows(network)
+
+
+def plan_of(network, rows):
+    wrapped = quantize_model(network, PIXEL, QuantConfig())
+    return make_plan(wrapped, units(wrapped, PIXEL), rows, CPU)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("budget", [None, 0])
+def test_every_unit_sees_what_it_sees_in_a_whole_pass(network, rows, budget, tmp_path):
+    plan = plan_of(network, rows)
+    seen = {}
+    handles = [
+        network.get_submodule(unit).register_forward_hook(lambda _, args, out, unit=unit: seen.update({unit: (args, out)}))
+        for unit in plan.order
+    ]
+    final = network(*rows.inputs)
+    for handle in handles:
+        handle.remove()
+    replay = Replay(network, plan, rows, len(rows), CPU, Cache(budget, tmp_path))
+    for unit in plan.order:
+        call, arguments = replay.arguments(unit)
+        for found, expected in zip(arguments, seen[unit][0], strict=True):
+            assert torch.equal(found.read(slice(None), CPU), expected)
+        output = replay.finish(unit, call, arguments)
+        assert torch.equal(output.read(slice(None), CPU), seen[unit][1])
+    assert torch.equal(output.read(slice(None), CPU), final)
+    assert not list(tmp_path.iterdir())  # mapped files have no names
+
+
+def test_the_cost_of_a_calibration_is_linear_in_the_number_of_units(network, rows):
+    """Whatever the number of units, a layer runs once for each batch of rows."""
+    plan = plan_of(network, rows)
+    runs = {path: 0 for path, module in network.named_modules() if isinstance(module, nn.Conv2d)}
+
+    def counted(path, convolve):
+        def run(*args):
+            runs[path] += 1
+            return convolve(*args)
+
+        return run
+
+    network = copy.deepcopy(network)
+    for path in runs:
+        module = network.get_submodule(path)
+        module._conv_forward = counted(path, module._conv_forward)
+    replay = Replay(network, plan, rows, 16, CPU, Cache())
+    for unit in plan.order:
+        replay.finish(unit)
+    batches = -(-len(rows) // 16)
+    # a convolution before a separate time projection inside a block runs once more, to reach that projection
+    assert set(runs.values()) <= {batches, 2 * batches} and min(runs.values()) == batches
+
+
+def test_outputs_are_dropped_when_no_unit_needs_them(network, rows):
+    plan = plan_of(network, rows)
+    cache = Cache()
+    replay = Replay(network, plan, rows, 16, CPU, cache)
+    for unit in plan.order:
+        replay.finish(unit)
+        assert cache.used <= plan.peak_elements * len(rows) * 4
+    replay.release()
+    assert cache.used == 0 and not replay.outputs
+
+
+def test_calls_by_keyword_and_constants(tmp_path):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x, *, scale, shift=None):
+            return self.inner(x) * scale[:, None] if shift is None else x
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = Block()
+
+        def forward(self, x, t):
+            return self.block(x.relu_(), scale=t, shift=None).add_(1)
+
+    net = Net().requires_grad_(False)
+    rows = Rows((torch.randn(5, 4), torch.rand(5)))
+    plan = make_plan(net, ["block"], rows, CPU)
+    replay = Replay(net, plan, rows, 2, CPU, Cache(0, tmp_path))
+    call, arguments = replay.arguments("block")
+    expected = net.block(rows.inputs[0].relu(), scale=rows.inputs[1])
+    assert torch.allclose(replay.finish("block", call, arguments).read(slice(None), CPU), expected)
+
+
+@pytest.mark.parametrize(
+    ("forward", "words"),
+    [
+        (lambda self, x: self.b(self.a(self.a(x))), "more than once"),
+        (lambda self, x: self.b(x), "never reached"),
+        (lambda self, x: self.b(self.a(x[:1])), "rows first"),
+    ],
+)
+def test_what_cannot_be_a_unit_is_named(forward, words):
+    net = nn.Module()
+    net.a, net.b = nn.Linear(4, 4), nn.Linear(4, 4)
+    net.forward = lambda x: forward(net, x)
+    with pytest.raises(RuntimeError, match=f"a: .*{words}|{words}.*a"):
+        make_plan(net, ["a", "b"], Rows((torch.randn(3, 4),)), CPU)
+
+
+def test_bfloat16_is_kept_where_asked_and_read_in_the_precision_written():
+    stored = Cache(dtype=torch.bfloat16).reserve((4, 3), torch.float32)
+    x = torch.randn(4, 3)
+    stored.write(0, x)
+    assert stored.tensor.dtype == torch.bfloat16
+    assert torch.equal(stored.read(torch.tensor([2, 0]), CPU), x.bfloat16().float()[[2, 0]])
+
+
+def test_too_little_room_is_an_error_before_work(tmp_path):
+    with pytest.raises(ConfigError, match=r"GB free in .*cali_n"):
+        Cache(0, tmp_path).check_space(10**18)
+
+
+def test_a_batch_halves_itself_where_memory_does_not_suffice():
+    done = []
+
+    def work(rows):
+        if len(rows) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        done.append(list(rows))
+
+    halving(work, range(10))
+    assert [row for rows in done for row in rows] == list(range(10)) and max(map(len, done)) <= 3
+    with pytest.raises(torch.OutOfMemoryError):
+        halving(lambda rows: (_ for _ in ()).throw(torch.OutOfMemoryError()), range(2))
+    with pytest.raises(ValueError, match="another"):
+        halving(lambda rows: (_ for _ in ()).throw(ValueError("another")), range(2))
+
+
+def test_quantized_weights_do_not_disturb_the_plan(network, rows):
+    wrapped = quantize_model(network, PIXEL, QuantConfig(weight_bit=4))
+    init_weights(wrapped, "max")
+    assert make_plan(wrapped, units(wrapped, PIXEL), rows, CPU) == plan_of(network, rows)
+
+
+def test_an_unknown_family_of_blocks_needs_no_output_layer(network):
+    family = Family("odd", build=lambda _: network, blocks={type(network.mid.block_1): None})
+    assert family.output_layer(network.mid.block_1) is None and family.output_layer(network.conv_in) is network.conv_in
