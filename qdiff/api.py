@@ -1,0 +1,86 @@
+"""Quantizing any network from Python: `qdiff.quantize`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from qdiff.calibration.dataset import Rows
+from qdiff.calibration.ranges import time_bounds
+from qdiff.calibration.run import Workplace, calibrate
+from qdiff.config import PRESETS, ConfigError, QuantConfig
+from qdiff.model import Family, Product
+
+
+def quantize(
+    model: nn.Module,
+    inputs: Sequence[Tensor],
+    *,
+    weight_bit: int = 8,
+    act_bit: int | None = 8,
+    symmetric: bool = False,
+    blocks: Sequence[type[nn.Module]] = (),
+    products: Mapping[type[nn.Module], dict[str, Product]] | None = None,
+    splits: Mapping[str, int] | None = None,
+    time_sets: int = 1,
+    preset: str = "fast",
+    folder: str | Path | None = None,
+    **recipe: object,
+) -> nn.Module:
+    """A quantized and calibrated copy of a denoiser that knows nothing of this package.
+
+    Every `nn.Conv1d`, `nn.Conv2d` and `nn.Linear` is replaced; GroupNorm, LayerNorm and embeddings stay as
+    they are; products made by functions (`F.scaled_dot_product_attention`) are not quantized unless they
+    are modules named in `products`.
+
+    Args:
+        model: any network of floating-point layers; not changed. Its device is where the work is done.
+        inputs: its positional inputs, all with the rows first: x_t [N, ...], t [N], contexts. They should be
+            inputs that it meets while sampling, from all time steps; 500 rows and more.
+        weight_bit, act_bit: 2 to 16; `act_bit` None leaves activations as they are.
+        symmetric: signed activations without zero point.
+        blocks: module types that are reconstructed as a whole (residual blocks, attention blocks). Each must return
+            one tensor with the rows first and run once in a forward pass. Layers outside them are reconstructed alone.
+        products: module types with attention products as attributes (`qdiff.layers.MatMul`), see `qdiff.model.Product`.
+        splits: for layers whose input is a concatenation, by path: the channels of its first half (Q-Diffusion, section 4.3).
+        time_sets: sets of time steps with activation step sizes of their own.
+        preset: the recipe: `fast` or `published`; `recipe` overrides its settings (`qdiff.config.CalibrationConfig`).
+        folder: keeps every finished unit there; the same call continues after an interruption.
+
+    Raises:
+        ConfigError: settings that cannot work, by name.
+        TypeError: a layer with parameters that has no quantized form, by path and type.
+        RuntimeError: a block that cannot be a unit, by path.
+    """
+    if preset not in PRESETS:
+        raise ConfigError(f"preset {preset!r}: expected one of {', '.join(PRESETS)}")
+    if unknown := set(recipe) - set(PRESETS[preset].to_dict()):
+        raise ConfigError(f"unknown settings of the recipe: {', '.join(sorted(unknown))}")
+    lengths = {len(tensor) for tensor in inputs}
+    if len(lengths) != 1:
+        raise ConfigError(f"inputs of {sorted(lengths)} rows: expected the same number in each")
+    rows = Rows(tuple(inputs))
+    paths = dict(model.named_modules())
+    if missing := [path for path in splits or {} if path not in paths]:
+        raise ConfigError(f"splits: no layer {missing[0]}")
+    family = Family(
+        "custom",
+        build=lambda _: model,
+        blocks=dict.fromkeys(blocks),
+        products=dict(products or {}),
+        split_points=lambda _: dict(splits or {}),
+    )
+    quant = QuantConfig(
+        weight_bit=weight_bit,
+        act_bit=act_bit or 8,
+        quant_act=act_bit is not None,
+        sm_abit=act_bit or 8,
+        a_sym=symmetric,
+        split=bool(splits),
+        weight_scale_method="mse",
+        act_scale_method="mse",
+        time_bounds=time_bounds(rows, time_sets) if time_sets > 1 else (),
+    )
+    config = replace(PRESETS[preset], **recipe)
+    return calibrate(model, family, quant, config, rows, workplace=Workplace(None if folder is None else Path(folder)))

@@ -1,0 +1,264 @@
+"""Calibrations that are interrupted, damaged, or run by two processes; the Python call."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import golden
+import pytest
+import tiny
+import torch
+from torch import nn
+
+import qdiff
+from ddim.family import PIXEL
+from qdiff.calibration.journal import MANIFEST, read_entries
+from qdiff.calibration.run import Workplace, calibrate
+from qdiff.config import CalibrationConfig, ConfigError, QuantConfig
+from qdiff.layers import QuantConv2d, QuantLinear
+
+W4A8 = QuantConfig(weight_bit=4, quant_act=True, a_sym=True, split=True)
+SHORT = CalibrationConfig(steps=4, samples=16, batch_size=8, iters=4, lr=1e-2, iters_a=4, iters_tune=2)
+
+
+@pytest.fixture(scope="module")
+def network():
+    return tiny.unet()
+
+
+@pytest.fixture(scope="module")
+def rows(network):
+    return tiny.rows(network)
+
+
+@pytest.fixture(scope="module")
+def reference(network, rows, tmp_path_factory):
+    """An uninterrupted calibration, and its folder."""
+    folder = tmp_path_factory.mktemp("calibration")
+    return calibrate(network, PIXEL, W4A8, SHORT, rows, workplace=Workplace(folder)).state_dict(), folder
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def cut(folder, target, lines):
+    """A copy of a calibration of which only the first `lines` lines of the manifest were written."""
+    target.mkdir()
+    for path in folder.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    text = (target / MANIFEST).read_text().splitlines(keepends=True)
+    (target / MANIFEST).write_text("".join(text[:lines]))
+    return target
+
+
+@pytest.mark.parametrize("lines", [1, 9, 27, 28, 29, 40, 54, 55])
+def test_a_calibration_continues_with_the_same_bits(network, rows, reference, tmp_path, lines):
+    state, folder = reference
+    target = cut(folder, tmp_path / "cut", lines)
+    found = calibrate(network, PIXEL, W4A8, SHORT, rows, workplace=Workplace(target, cache_bytes=0)).state_dict()
+    assert same(found, state)
+    assert len(read_entries(target / MANIFEST)) == len(read_entries(folder / MANIFEST)) == 54
+
+
+@pytest.mark.parametrize("change", [{"iters": 5}, {"seed": 1}, {"lr_a": 1.0}])
+def test_changed_settings_are_refused_with_both_values(network, rows, reference, change):
+    (name, value) = next(iter(change.items()))
+    with pytest.raises(ConfigError, match=f"{name} is {value} now, but was {getattr(SHORT, name)}"):
+        calibrate(network, PIXEL, W4A8, replace(SHORT, **change), rows, workplace=Workplace(reference[1]))
+
+
+def test_other_weights_and_other_rows_are_refused(rows, network, reference):
+    with pytest.raises(ConfigError, match="weights_sha256"):
+        calibrate(tiny.unet(seed=1), PIXEL, W4A8, SHORT, rows, workplace=Workplace(reference[1]))
+    other = type(rows)((rows.inputs[0] + 1, rows.inputs[1]))
+    with pytest.raises(ConfigError, match="rows_sha256"):
+        calibrate(network, PIXEL, W4A8, SHORT, other, workplace=Workplace(reference[1]))
+
+
+def test_damage_is_named_and_what_is_before_it_is_used(network, rows, reference, tmp_path, caplog):
+    state, folder = reference
+    target = cut(folder, tmp_path / "cut", 100)
+    shard = target / "0020.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    caplog.set_level(logging.INFO)
+    assert same(calibrate(network, PIXEL, W4A8, SHORT, rows, workplace=Workplace(target)).state_dict(), state)
+    assert "0020.safetensors: damaged or missing: continuing after step 20" in caplog.text
+    assert "weights 20/26" not in caplog.text and "weights 21/26" in caplog.text
+    text = (target / MANIFEST).read_text().splitlines(keepends=True)
+    (target / MANIFEST).write_text("".join([*text[:30], text[30][:-9] + "\n", *text[31:]]))
+    assert same(calibrate(network, PIXEL, W4A8, SHORT, rows, workplace=Workplace(target)).state_dict(), state)
+    assert "line 31 is damaged: continuing after step 29" in caplog.text
+
+
+def test_unreadable_settings_are_an_error(network, rows, reference, tmp_path):
+    target = cut(reference[1], tmp_path / "cut", 100)
+    (target / MANIFEST).write_text("x" + (target / MANIFEST).read_text())
+    with pytest.raises(ConfigError, match="line 1"):
+        calibrate(network, PIXEL, W4A8, SHORT, rows, workplace=Workplace(target))
+
+
+def test_no_unit_ends_worse_than_it_began(reference):
+    """Weights against nearest rounding, activations against the first step sizes, and the fit of all of them at the end."""
+    steps = [entry for entry in read_entries(reference[1] / MANIFEST) if "before" in entry]
+    assert len(steps) == 26 + 26 + 1
+    assert all(entry["after"] <= entry["before"] for entry in steps)
+
+
+CALIBRATE = """
+import sys, torch, torch.distributed as dist
+sys.path.insert(0, {tests!r})
+import tiny
+from pathlib import Path
+from ddim.family import PIXEL
+from qdiff.calibration.run import Workplace, calibrate
+from qdiff.config import CalibrationConfig, QuantConfig
+torch.set_num_threads(1)
+if {world} > 1:
+    dist.init_process_group("gloo")
+network = tiny.unet()
+quant, config, place = QuantConfig(**{quant}), CalibrationConfig(**{config}), Workplace(Path({folder!r}))
+model = calibrate(network, PIXEL, quant, config, tiny.rows(network), workplace=place)
+torch.save(model.state_dict(), {folder!r} + "/done.pt")
+if {world} > 1:
+    dist.barrier()
+"""
+
+
+def script(tmp_path, config, world=1, folder="calibration"):
+    (tmp_path / folder).mkdir(exist_ok=True)
+    tests = str(tiny.REPOSITORY / "tests")
+    path = tmp_path / f"{folder}.py"
+    values = {"tests": tests, "world": world, "quant": W4A8.to_dict(), "config": config.to_dict(), "folder": str(tmp_path / folder)}
+    path.write_text(CALIBRATE.format(**values))
+    return path
+
+
+def environment():
+    return os.environ | {"PYTHONPATH": f"{tiny.REPOSITORY}:{tiny.REPOSITORY / 'tests'}", "OMP_NUM_THREADS": "1"}
+
+
+def killed_and_continued(tmp_path, reference, times, seed):
+    """Kill -9 a calibration at random moments, `times` times, then let it finish; the state it ends with."""
+    generator = torch.Generator().manual_seed(seed)
+    path, folder = script(tmp_path, SHORT), tmp_path / "calibration"
+    total = len(read_entries(reference[1] / MANIFEST))
+    for kill in range(times):
+        process = subprocess.Popen([sys.executable, path], env=environment(), stderr=subprocess.DEVNULL)
+        aim = total * (kill + torch.rand(1, generator=generator).item()) / times
+        while process.poll() is None:
+            manifest = folder / MANIFEST
+            if manifest.is_file() and len(manifest.read_text().splitlines()) - 1 >= aim:
+                time.sleep(torch.rand(1, generator=generator).item() * 0.1)
+                break
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run([sys.executable, path], env=environment(), check=True, capture_output=True, timeout=300)
+    return torch.load(folder / "done.pt", weights_only=True)
+
+
+def test_kill_and_continue(tmp_path, reference):
+    torch.set_num_threads(1)
+    assert same(killed_and_continued(tmp_path, reference, 2, 0), reference[0])
+
+
+@pytest.mark.slow
+def test_twenty_kills(tmp_path, reference):
+    assert same(killed_and_continued(tmp_path, reference, 20, 1), reference[0])
+
+
+def test_two_processes_calibrate_as_one(tmp_path):
+    """The first loss and gradients agree, so does the first unit's result; both runs end alike."""
+    config = replace(SHORT, iters=1, iters_a=0, iters_tune=0)
+    for world in (1, 2):
+        path = script(tmp_path, config, world, f"world{world}")
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", path]
+        subprocess.run(command, env=environment(), check=True, capture_output=True, timeout=300)
+    one, two = (read_entries(tmp_path / f"world{world}" / MANIFEST) for world in (1, 2))
+    assert one[0]["losses"] == pytest.approx(two[0]["losses"], rel=1e-5)
+    assert one[0]["after"] == pytest.approx(two[0]["after"], rel=1e-5)
+    assert len(one) == len(two)
+
+
+def test_gradients_of_two_shares_are_those_of_the_batch(monkeypatch):
+    """Each process's share of a batch, added up, gives the gradients of the whole batch to 1e-5."""
+    from qdiff.calibration import ranks
+    from qdiff.calibration.reconstruct import UnitData
+
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 5)
+    x, target = torch.randn(32, 6), torch.randn(32, 5)
+    data = UnitData(lambda index: ((x[index],), target[index]), 32, 28, 9)
+    batch = data.draw(torch.Generator().manual_seed(0))
+    data.gradients(layer, batch, 2.0, [layer.weight])
+    whole, layer.weight.grad = layer.weight.grad, None
+    for rank in range(2):
+        monkeypatch.setattr(ranks, "share", lambda batch, rank=rank: batch[rank::2])
+        data.gradients(layer, batch, 2.0, [layer.weight])
+    assert golden.relative_error(layer.weight.grad, whole) < 1e-5
+
+
+# --- the Python call ----------------------------------------------------------------------------
+
+
+class Residual(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
+        self.time = nn.Linear(8, width)
+
+    def forward(self, x, *, emb):
+        return x + self.second(torch.relu(self.first(x) + self.time(emb)[:, :, None, None]))
+
+
+class Denoiser(nn.Module):
+    """A network that knows nothing of this project."""
+
+    def __init__(self, odd=False):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 3, 3, padding=1)
+        self.blocks = nn.ModuleList(Residual(16) for _ in range(2))
+        self.odd = nn.Bilinear(2, 2, 2) if odd else None
+
+    def forward(self, x, t):
+        emb = torch.cos(t[:, None] * torch.arange(1, 9) / 50)
+        h = self.stem(x)
+        for block in self.blocks:
+            h = block(h, emb=emb)
+        return self.head(torch.relu(h))
+
+
+def test_any_network_is_quantized(tmp_path):
+    torch.manual_seed(0)
+    model = Denoiser().eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    x, t = torch.randn(96, 3, 8, 8), torch.arange(96.0)
+    recipe = {"iters": 60, "iters_a": 20, "iters_tune": 10, "batch_size": 16}
+    quantized = qdiff.quantize(model, (x, t), weight_bit=4, blocks=[Residual], time_sets=2, folder=tmp_path, **recipe)
+    assert all(isinstance(m, QuantConv2d | QuantLinear) for m in quantized.modules() if hasattr(m, "weight"))
+    names = [entry["step"].split()[-1] for entry in read_entries(tmp_path / MANIFEST)]
+    assert names[:4] == ["stem", "blocks.0", "blocks.1", "head"]
+    nearest = qdiff.quantize(model, (x, t), weight_bit=4, blocks=[Residual], iters=0, iters_a=0, iters_tune=0)
+    with torch.no_grad():
+        target = model(x, t)
+        assert golden.relative_error(quantized(x, t), target) < 0.8 * golden.relative_error(nearest(x, t), target)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_layer_without_quantized_form_is_named():
+    with pytest.raises(TypeError, match="odd: no quantized form registered for Bilinear"):
+        qdiff.quantize(Denoiser(odd=True), (torch.randn(4, 3, 8, 8), torch.zeros(4)))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"weight_bit": 1}, "weight_bit"), ({"preset": "x"}, "preset"), ({"itres": 1}, "itres"), ({"splits": {"no": 1}}, "no layer no")],
+)
+def test_wrong_settings_are_named(options, words):
+    with pytest.raises(ConfigError, match=words):
+        qdiff.quantize(Denoiser(), (torch.randn(4, 3, 8, 8), torch.zeros(4)), **options)
