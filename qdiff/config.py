@@ -85,7 +85,7 @@ class CalibrationConfig:
     sizes, the norm of the latter's loss. running_stat: moving averages for the activation ranges
     (rs_sm_only: of attention probabilities only). held_out: fraction of the rows that choose the best
     step sizes and take no part in fitting them. iters_tune, lr_tune, batch_tune: of the fit of all step
-    sizes together to the network's output, after the units. bfloat16: units run in it while they are fitted,
+    sizes, biases and normalizations together to the network's output, after the units. bfloat16: units run in it while they are fitted,
     and activations are kept in it.
     """
 

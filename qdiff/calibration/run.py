@@ -18,7 +18,7 @@ from qdiff.calibration.journal import Journal
 from qdiff.calibration.ranges import init_activation_ranges
 from qdiff.calibration.reconstruct import UnitData, UnitResult, correct_bias, reconstruct_activations, reconstruct_weights
 from qdiff.calibration.replay import Call, Replay, make_plan
-from qdiff.calibration.tune import tune_step_sizes
+from qdiff.calibration.tune import tune
 from qdiff.checkpoint import state_hash
 from qdiff.config import CalibrationConfig, QuantConfig
 from qdiff.layers import QuantLayer
@@ -97,7 +97,7 @@ def calibrate(
         if quant.quant_act:
             run.ranges()
             run.over("activations", config.iters_a, run.activations)
-            run.tune()
+        run.tune()
         run.progress.close()
     return wrapped.eval()
 
@@ -131,7 +131,7 @@ class _Run:
         self.cache = Cache(workplace.cache_bytes, workplace.folder, dtype)
         self.cache.check_space(self.plan.peak_elements * len(rows) * self.cache.item_size(torch.float32))
         iterations = config.iters + (config.iters_a if quant.quant_act else 0)
-        total = len(self.plan.order) * iterations + (config.iters_tune if quant.quant_act else 0)
+        total = len(self.plan.order) * iterations + config.iters_tune
         self.progress = tqdm(total=total, desc="calibration", unit="it", smoothing=0.02, disable=ranks.rank() > 0)
         self.next_step = 0
         self.steps = time_steps(wrapped)
@@ -237,8 +237,8 @@ class _Run:
             return
 
         def work(losses: list[float]) -> UnitResult:
-            tick = self.ticker("step sizes", losses)
-            return tune_step_sizes(self.model, self.wrapped, self.rows, self.held_out_from, self.config, self.device, tick)
+            tick = self.ticker("tune", losses)
+            return tune(self.model, self.wrapped, self.rows, self.held_out_from, self.config, self.device, tick)
 
         self.step(
             "tune", self.config.iters_tune, work, lambda: self.state(self.wrapped), lambda tensors: self.restore(self.wrapped, tensors)
@@ -246,27 +246,17 @@ class _Run:
 
     def state(self, module: nn.Module) -> dict[str, Tensor]:
         """What a step may have changed inside `module`."""
-        tensors: dict[str, Tensor] = {}
-        for path, layer in quant_layers(module).items():
-            for name, quantizer in zip(("weight_quantizer", "weight_quantizer_0"), layer.weight_quantizers, strict=False):
-                tensors |= {f"{path}/{name}.{key}": value for key, value in quantizer.named_buffers()}
-            if layer.bias is not None:
-                tensors[f"{path}/bias"] = layer.bias
-        for path, quantizer in act_quantizers(module).items():
-            tensors |= {f"{path}/{key}": value for key, value in quantizer.named_buffers()}
-        return tensors
+        return module.state_dict()
 
     def restore(self, module: nn.Module, tensors: dict[str, Tensor]) -> None:
         """Bring `module` to the state that `state` returned."""
-        for path, quantizer in act_quantizers(module).items():
-            quantizer.delta, quantizer.zero_point = (tensors[f"{path}/{key}"].to(self.device) for key in ("delta", "zero_point"))
+        for path, tensor in tensors.items():
+            parent, _, name = path.rpartition(".")
+            owner, tensor = module.get_submodule(parent), tensor.to(self.device)
+            setattr(owner, name, nn.Parameter(tensor, requires_grad=False) if name in owner._parameters else tensor)
+        for quantizer in act_quantizers(module).values():
             quantizer.enabled = quantizer.enabled or bool(torch.isfinite(quantizer.delta).all())
-        for path, layer in quant_layers(module).items():
-            for name, quantizer in zip(("weight_quantizer", "weight_quantizer_0"), layer.weight_quantizers, strict=False):
-                for key, _ in list(quantizer.named_buffers()):
-                    setattr(quantizer, key, tensors[f"{path}/{name}.{key}"].to(self.device))
-            if layer.bias is not None:
-                layer.bias = nn.Parameter(tensors[f"{path}/bias"].to(self.device), requires_grad=False)
+        for layer in quant_layers(module).values():
             if bool(torch.isfinite(layer.weight_quantizer.delta).all()):
                 layer.freeze()
 

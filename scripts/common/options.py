@@ -52,7 +52,7 @@ RECIPE_OPTIONS = {
     "cali_iters_a": ("iters_a", int, "iterations of the activation step sizes per unit"),
     "cali_lr": ("lr_a", float, "learning rate of the activation step sizes"),
     "cali_p": ("p", float, "norm of the activation reconstruction loss"),
-    "cali_iters_tune": ("iters_tune", int, "iterations of all activation step sizes together, after the units"),
+    "cali_iters_tune": ("iters_tune", int, "iterations of step sizes, biases and normalizations together, after the units"),
 }
 
 

@@ -1,0 +1,141 @@
+"""What a calibration costs, projected from a few iterations of every unit.
+
+    python benchmarks/calibration.py --config configs/cifar10.yml
+    python benchmarks/calibration.py --config models/ldm/lsun_beds256/config.yaml --batch 4 --rows 4
+    python benchmarks/calibration.py --capture
+
+Random weights. Every unit runs 1 and then 3 iterations of each phase on the same rows: the difference gives
+the time of an iteration, the rest is done once for each unit. The totals of both presets follow for the
+rows that the paper takes; `--batch` smaller than the preset's batch is scaled up linearly. `--capture` shows how the cost of
+getting each unit's inputs and outputs grows with the number of units, beside that of running the network from
+the start for every unit.
+"""
+
+import argparse
+import resource
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ddim.config import load_config as load_pixel
+from ddim.family import PIXEL
+from ddim.unet import UNet
+from ldm.config import load_config as load_latent
+from ldm.family import LATENT
+from ldm.unet import UNetModel
+from qdiff.calibration.cache import Cache
+from qdiff.calibration.dataset import Rows
+from qdiff.calibration.journal import MANIFEST, read_entries
+from qdiff.calibration.replay import Replay, make_plan
+from qdiff.calibration.run import Workplace, calibrate
+from qdiff.config import PRESETS, CalibrationConfig, QuantConfig
+from qdiff.model import quantize_model, units
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+QUANT = QuantConfig(weight_bit=4, quant_act=True, a_sym=True, split=True)
+PUBLISHED_ROWS = {"pixel": 20 * 256, "latent": 20 * 256, "text": 25 * 128 * 2}
+PUBLISHED_BATCH = {"pixel": 32, "latent": 32, "text": 8}
+FAST_SAMPLES = PRESETS["fast"].samples
+
+
+def load(path: Path) -> tuple:
+    """(network with random weights, family, inputs of one row, kind)."""
+    if "target" not in yaml.safe_load(path.read_text())["model"]:
+        config = load_pixel(path)
+        size = config.model.image_size
+        return UNet(config.model), PIXEL, (torch.randn(1, config.model.in_channels, size, size), torch.ones(1)), "pixel"
+    unet = load_latent(path).unet
+    inputs = [torch.randn(1, unet.in_channels, unet.image_size, unet.image_size), torch.ones(1)]
+    if unet.context_dim:
+        inputs.append(torch.randn(1, 77, unet.context_dim))
+    return UNetModel(unet), LATENT, tuple(inputs), "text" if unet.context_dim else "latent"
+
+
+def many(row: tuple, count: int) -> Rows:
+    torch.manual_seed(0)
+    return Rows(tuple(torch.randn(count, *part.shape[1:]) if part.dim() > 1 else torch.linspace(0, 999, count) for part in row))
+
+
+def seconds_of(model: torch.nn.Module, family: object, rows: Rows, batch: int, iterations: int) -> tuple[dict[str, float], float]:
+    """CPU seconds of each step of a calibration, and of the captures between the steps."""
+    config = CalibrationConfig(batch_size=batch, iters=iterations, iters_a=iterations, held_out=1 / len(rows))
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.process_time()
+        calibrate(model, family, QUANT, config, rows, workplace=Workplace(Path(folder)))
+        total = time.process_time() - began
+        entries = read_entries(Path(folder) / MANIFEST)
+    steps = {entry["step"]: entry["cpu_seconds"] for entry in entries}
+    return steps, total - sum(steps.values())
+
+
+def project(args: argparse.Namespace) -> None:
+    model, family, row, kind = load(args.config)
+    model = model.eval().requires_grad_(False)
+    rows = many(row, args.rows)
+    once, capture = seconds_of(model, family, rows, args.batch, 1)
+    thrice, _ = seconds_of(model, family, rows, args.batch, 3)
+    iteration = {step: (thrice[step] - once[step]) / 2 for step in once if step != "ranges"}
+    per_phase = {phase: sum(value for step, value in iteration.items() if step.startswith(phase)) for phase in ("weights", "activations")}
+    count = sum(step.startswith("weights") for step in iteration)
+    print(f"{args.config}: {count} units, CPU seconds of an iteration at batch {args.batch}, summed over the units:")
+    print(f"  weights {per_phase['weights']:.2f}, activations {per_phase['activations']:.2f}; captures {capture / args.rows:.3f} a row")
+    slowest = sorted(iteration, key=iteration.get, reverse=True)[:3]
+    print("  slowest: " + ", ".join(f"{step} {iteration[step]:.3f}" for step in slowest))
+    for name, preset in PRESETS.items():
+        total_rows = PUBLISHED_ROWS[kind] if name == "published" else PUBLISHED_ROWS[kind] * FAST_SAMPLES // 256
+        scale = PUBLISHED_BATCH[kind] / args.batch
+        fitting = scale * (preset.iters * per_phase["weights"] + preset.iters_a * per_phase["activations"])
+        tuning = preset.iters_tune * preset.batch_tune * 4 * capture / args.rows / 4  # one pass forward and two back, one of the reference
+        captures = total_rows * capture / args.rows
+        print(f"  {name}: fitting {fitting / 3600:.1f} h + captures {captures / 3600:.2f} h + step sizes {tuning / 3600:.2f} h")
+        wrapped = quantize_model(model, family, QUANT)
+        peak = make_plan(wrapped, units(wrapped, family), rows, CPU).peak_elements * total_rows * (2 if preset.bfloat16 else 4)
+        print(f"    activations of {total_rows} rows: {peak / 1e9:.1f} GB (memory and files)")
+    print(f"  peak memory of this run: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
+
+
+@torch.no_grad()
+def capture_growth(args: argparse.Namespace) -> None:
+    print("units  replay s  from the start s  (captures of every unit's output, 8 rows, one phase, one network)")
+    for depth in (1, 2, 3, 4):
+        config = replace(load_pixel(ROOT / "configs/cifar10.yml").model, ch=32, norm_groups=8, num_res_blocks=depth, dropout=0.0)
+        model = UNet(config).eval().requires_grad_(False)
+        rows = many((torch.randn(1, 3, 32, 32), torch.ones(1)), 8)
+        wrapped = quantize_model(model, PIXEL, QUANT)
+        plan = make_plan(wrapped, units(wrapped, PIXEL), rows, CPU)
+        times = []
+        for restart in (False, True):
+            replay = Replay(model, plan, rows, 8, CPU, Cache())
+            began = time.process_time()
+            for unit in plan.order:
+                replay.finish(unit)
+                if restart:
+                    replay.finished.clear()
+            times.append(time.process_time() - began)
+        print(f"{len(plan.order):5}  {times[0]:8.2f}  {times[1]:16.2f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", type=Path, default=ROOT / "configs/cifar10.yml")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--capture", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.capture:
+        capture_growth(args)
+    else:
+        project(args)
+
+
+if __name__ == "__main__":
+    main()
