@@ -12,7 +12,6 @@ the start for every unit.
 """
 
 import argparse
-import resource
 import sys
 import tempfile
 import time
@@ -33,6 +32,7 @@ from ldm.unet import UNetModel
 from qdiff.calibration.cache import Cache
 from qdiff.calibration.dataset import Rows
 from qdiff.calibration.journal import MANIFEST, read_entries
+from qdiff.calibration.memory import peak_memory
 from qdiff.calibration.replay import Replay, make_plan
 from qdiff.calibration.run import Workplace, calibrate
 from qdiff.config import PRESETS, CalibrationConfig, QuantConfig
@@ -99,7 +99,7 @@ def project(args: argparse.Namespace) -> None:
         wrapped = quantize_model(model, family, QUANT)
         peak = make_plan(wrapped, units(wrapped, family), rows, CPU).peak_elements * total_rows * (2 if preset.bfloat16 else 4)
         print(f"    activations of {total_rows} rows: {peak / 1e9:.1f} GB (memory and files)")
-    print(f"  peak memory of this run: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
+    print(f"  peak memory of this run: {peak_memory() / 1e9:.1f} GB")
 
 
 @torch.no_grad()

@@ -1,6 +1,8 @@
 """Work on a batch that halves itself where the device has not enough memory."""
 
 import logging
+import resource
+import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -32,3 +34,8 @@ def halving(work: Callable[[T], None], rows: T) -> None:
     middle = (len(rows) + 1) // 2
     halving(work, rows[:middle])
     halving(work, rows[middle:])
+
+
+def peak_memory() -> int:
+    """Bytes of memory that this process held at its peak."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -15,6 +15,7 @@ from qdiff.calibration import ranks
 from qdiff.calibration.cache import Cache, Stored
 from qdiff.calibration.dataset import Rows
 from qdiff.calibration.journal import Journal
+from qdiff.calibration.memory import peak_memory
 from qdiff.calibration.ranges import init_activation_ranges
 from qdiff.calibration.reconstruct import UnitData, UnitResult, correct_bias, reconstruct_activations, reconstruct_weights
 from qdiff.calibration.replay import Call, Replay, make_plan
@@ -98,7 +99,7 @@ def calibrate(
             run.ranges()
             run.over("activations", config.iters_a, run.activations)
         run.tune()
-        run.progress.close()
+        run.finish()
     return wrapped.eval()
 
 
@@ -134,6 +135,7 @@ class _Run:
         total = len(self.plan.order) * iterations + config.iters_tune
         self.progress = tqdm(total=total, desc="calibration", unit="it", smoothing=0.02, disable=ranks.rank() > 0)
         self.next_step = 0
+        self.began = time.perf_counter(), time.process_time()
         self.steps = time_steps(wrapped)
 
     def step(self, name: str, iterations: int, work: Callable[[list[float]], UnitResult | None], save: Callable, restore: Callable) -> None:
@@ -152,6 +154,11 @@ class _Run:
                 log.info("%s: held-out error %.4g -> %.4g, %.1f s", name, result.before, result.after, record["seconds"])
             self.journal.commit(name, save(), record)
         self.progress.update(ends_at - self.progress.n)
+
+    def finish(self) -> None:
+        self.progress.close()
+        wall, cpu = time.perf_counter() - self.began[0], time.process_time() - self.began[1]
+        log.info("calibration: %.0f s, %.0f s of CPU time, peak memory of the process %.2f GB", wall, cpu, peak_memory() / 1e9)
 
     def ticker(self, name: str, losses: list[float]) -> Callable[[float], None]:
         def tick(loss: float) -> None:
