@@ -20,7 +20,7 @@ class TimeSteps:
     """
 
     def __init__(self, bounds: Sequence[float]) -> None:
-        self.bounds = torch.tensor(bounds, dtype=torch.float32)
+        self.bounds = torch.tensor(bounds, dtype=torch.float32, device="cpu")  # also where networks are built on the meta device
         self.current: int | Tensor = 0
 
     def __len__(self) -> int:

@@ -2,6 +2,7 @@
 
 import logging
 import re
+from dataclasses import replace
 
 import golden
 import pytest
@@ -9,15 +10,15 @@ import tiny
 import torch
 from torch import nn
 
-from ddim.family import PIXEL
+from ddim.family import PIXEL, describe
 from qdiff.calibration.dataset import CalibrationSet, Recorder, Rows, load_set, save_set
-from qdiff.calibration.ranges import init_activation_ranges
+from qdiff.calibration.ranges import init_activation_ranges, time_bounds
 from qdiff.calibration.reconstruct import UnitData, reconstruct_activations, reconstruct_weights
 from qdiff.calibration.replay import make_plan
 from qdiff.calibration.run import calibrate
-from qdiff.checkpoint import CheckpointError
+from qdiff.checkpoint import CheckpointError, PackedInfo, load_packed, save_packed, save_published
 from qdiff.config import CalibrationConfig, ConfigError, QuantConfig
-from qdiff.layers import QuantConv2d, QuantLinear
+from qdiff.layers import QuantConv2d, QuantLinear, TimeSteps
 from qdiff.model import Family, act_quantizers, quant_layers, quantize_model, units
 
 CPU = torch.device("cpu")
@@ -269,3 +270,48 @@ def test_too_few_steps_in_a_set():
 def test_bad_widths_are_refused(settings):
     with pytest.raises(ConfigError):
         QuantConfig(**settings).validate()
+
+
+# --- time-step sets -----------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_time_step_sets_round_trip_and_serve_rows_of_different_times(network, rows, tmp_path):
+    """A batch of mixed times equals its rows one by one; the packed file keeps the sets, the published format refuses them."""
+    quant = replace(W4A8, time_bounds=time_bounds(rows, 3))
+    assert len(quant.time_bounds) == 2
+    model = calibrate(network, PIXEL, quant, replace(SHORT, iters=3, iters_a=3, iters_tune=3), rows)
+    deltas = [q.delta for q in act_quantizers(model).values()]
+    assert all(delta.shape == (3,) for delta in deltas) and any(delta.unique().numel() == 3 for delta in deltas)
+    x, t = (part[::7].double() for part in rows.inputs)
+    model.double()
+    together = model(x, t)
+    apart = torch.cat([model(x[i : i + 1], t[i : i + 1]) for i in range(len(x))])
+    assert golden.relative_error(together, apart) < 1e-9
+    model.float()
+    info = PackedInfo(PIXEL.name, describe(tiny.MODEL), quant, {}, "")
+    save_packed(tmp_path / "sets.safetensors", model, info)
+    loaded, read = load_packed(tmp_path / "sets.safetensors")
+    assert read.config == quant and torch.equal(loaded(*rows.inputs), model(*rows.inputs))
+    with pytest.raises(CheckpointError, match="time-step sets"):
+        save_published(tmp_path / "sets.pth", model, PIXEL, network.state_dict(), activations=True)
+
+
+def test_sets_have_equally_many_time_steps():
+    rows = Rows((torch.zeros(6, 1), torch.tensor([0.0, 10.0, 20.0, 30.0, 40.0, 50.0])))
+    assert time_bounds(rows, 3) == (15.0, 35.0)
+    steps = TimeSteps((15.0, 35.0))
+    steps.set(rows.inputs[1])
+    assert steps.current.tolist() == [0, 0, 1, 1, 2, 2]
+    steps.set(torch.tensor([36.0, 49.0]))
+    assert steps.current == 2
+    with pytest.raises(ConfigError, match="time_sets 7"):
+        time_bounds(rows, 7)
+
+
+def test_a_set_without_rows_takes_its_neighbors_range(network, rows):
+    quant = replace(W4A8, time_bounds=(*time_bounds(rows, 2), 2000.0))
+    model = quantize_model(network, PIXEL, quant)
+    init_activation_ranges(model, rows, quant, SHORT, CPU)
+    delta = model.conv_in.act_quantizer.delta
+    assert delta.shape == (3,) and delta[1] == delta[2]

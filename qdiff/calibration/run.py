@@ -91,7 +91,7 @@ def calibrate(
     ranks.barrier()  # all read the journal before one of them writes
     journal = Journal.open(workplace.folder, settings, writes=ranks.rank() == 0)
     ranks.barrier()
-    with logging_redirect_tqdm():
+    with logging_redirect_tqdm(), torch.enable_grad():
         run = _Run(model, wrapped, family, rows, quant, config, device, journal, workplace)
         if weights_from is None:
             run.over("weights", config.iters, run.weights)
