@@ -232,3 +232,24 @@ def test_one_flipped_byte_of_the_embedded_checkpoint_is_named(tmp_path):
     (tmp_path / "w4a8.safetensors").write_bytes(damaged)
     words = ["--config", "configs/emoji32.yml", *QUANT, "--cali_ckpt", tmp_path / "w4a8.safetensors", "-l", tmp_path / "out"]
     fails(tiny.script(SAMPLE, *words), "sha256")
+
+
+def test_a_killed_calibration_continues(files, tmp_path):
+    """Killed half-way, continued by the same command: the same checkpoint, bit for bit; other settings are refused."""
+    recipe = ["--preset", "fast", "--cali_st", 2, "--cali_n", 4, "--cali_iters", 30, "--cali_iters_a", 3, "--cali_iters_tune", 2]
+    arguments = base(files, tmp_path / "a", "--ckpt", files["ckpt"], "--ptq", "--quant_act", "--time_sets", 2, *recipe, images=1)
+    process = subprocess.Popen([sys.executable, str(tiny.REPOSITORY / "scripts" / SAMPLE), *map(str, arguments)], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "a").glob("samples/*/calibration/0009.safetensors")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not list((tmp_path / "a").glob("samples/*/ckpt.safetensors"))
+    fails(tiny.script(SAMPLE, *arguments, "--continue", "--cali_iters", 31), "cali_iters is 31 now, but was 30")
+    assert tiny.script(SAMPLE, *arguments, "--continue").returncode == 0
+    other = base(files, tmp_path / "b", *arguments[arguments.index("--ckpt") :], images=1)
+    assert tiny.script(SAMPLE, *other).returncode == 0
+    first, second = run_folder(tmp_path / "a"), run_folder(tmp_path / "b")
+    assert (first / "ckpt.safetensors").read_bytes() == (second / "ckpt.safetensors").read_bytes()
+    assert {"layers.csv", "layers.png", "units.png", "manifest.jsonl"} <= {path.name for path in (first / "calibration").iterdir()}
+    assert not (first / "ckpt.pth").exists()  # the published format has no time-step sets

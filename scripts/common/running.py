@@ -77,6 +77,8 @@ def open_run(parent: Path, settings: dict[str, Any], continue_run: bool) -> Path
         if not runs:
             raise ConfigError(f"--continue: no earlier run in {parent}")
         _check_settings(runs[-1], settings)
+        for leftover in runs[-1].rglob(".*.part"):  # of a file that was being written when the run was killed
+            leftover.unlink(missing_ok=True)
         return runs[-1]
     folder = parent / time.strftime("%Y-%m-%d-%H-%M-%S")
     number = 1
