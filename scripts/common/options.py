@@ -114,8 +114,10 @@ def add_quant_options(parser: Parser) -> None:
 
 
 def quant_config(args: argparse.Namespace, weight_method: str, act_method: str) -> QuantConfig:
-    """The number formats asked for; `linear` always takes min-max ranges."""
+    """The number formats asked for; `linear` always takes min-max ranges, `--preset fast` searches them by `mse`."""
     linear = args.quant_mode == "linear"
+    if args.preset == "fast":
+        weight_method = act_method = "mse"
     return QuantConfig(
         weight_bit=args.weight_bit,
         act_bit=args.act_bit,

@@ -123,6 +123,8 @@ def log_to(folder: Path | None, verbose: bool) -> None:
     """Log to stderr and to `<folder>/run.log`."""
     root = logging.getLogger()
     root.setLevel(logging.DEBUG if verbose else logging.INFO)
+    for chatty in ("matplotlib", "PIL"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     form = logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
     handlers: list[logging.Handler] = [logging.StreamHandler()]
     handlers[0].setLevel(logging.INFO if verbose else logging.WARNING)
