@@ -28,7 +28,7 @@ class TimeSteps:
 
     def set(self, t: Tensor) -> None:
         """Take the time steps [rows] of the rows that come next."""
-        index = torch.bucketize(t.detach().float(), self.bounds.to(t.device), right=True)
+        index = torch.bucketize(t.detach().float().contiguous(), self.bounds.to(t.device), right=True)
         same = bool((index == index[0]).all())
         self.current = int(index[0]) if same else index
 

@@ -95,7 +95,8 @@ def quantize_model(model: nn.Module, family: Family, config: QuantConfig) -> nn.
     splits = family.split_points(model) if config.split else {}
     steps = TimeSteps(config.time_bounds) if config.time_bounds else None
     if steps is not None:
-        wrapped.register_forward_pre_hook(lambda _, inputs: steps.set(inputs[1]))
+        wrapped.time_step_sets = steps  # an attribute, so that copies of the network have their own
+        wrapped.register_forward_pre_hook(_tell_time)
     for path, module in list(wrapped.named_modules()):
         if type(module) in LAYER_TYPES:
             layer = LAYER_TYPES[type(module)](module, config.weight_bit, config.act_bit, config.a_sym, splits.get(path, 0), steps)
@@ -105,6 +106,11 @@ def quantize_model(model: nn.Module, family: Family, config: QuantConfig) -> nn.
         for name, product in family.products.get(type(module), {}).items():
             setattr(module, name, product.build(config, steps).to(next(model.parameters()).device))
     return wrapped.eval()
+
+
+def _tell_time(model: nn.Module, inputs: tuple) -> None:
+    """Forward hook: the second input of the network is the time step of each row."""
+    model.time_step_sets.set(inputs[1])
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
@@ -124,7 +130,7 @@ def act_quantizers(model: nn.Module) -> dict[str, ActQuantizer]:
 
 def time_steps(model: nn.Module) -> TimeSteps | None:
     """The time-step sets that the activation quantizers of `model` share, if it has any."""
-    return next((quantizer.steps for quantizer in act_quantizers(model).values()), None)
+    return getattr(model, "time_step_sets", None)
 
 
 def enable_activations(model: nn.Module, enabled: bool) -> None:

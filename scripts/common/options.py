@@ -12,6 +12,7 @@ import torch
 
 from qdiff.checkpoint import CheckpointError
 from qdiff.config import PRESETS, CalibrationConfig, ConfigError, QuantConfig
+from qdiff.integer import ENGINES
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +65,8 @@ def add_run_options(parser: Parser, resumable: bool = True) -> None:
     )
     if resumable:
         group.add_argument("--continue", dest="continue_run", action="store_true", help="continue the newest run in the output folder")
+        words = "products of a quantized network: on integers (CPU), or simulated; auto: integers where they are exact and fast"
+        group.add_argument("--engine", default="auto", choices=ENGINES, help=words)
     group.add_argument("--verbose", action="store_true", help="log details")
 
 
@@ -152,6 +155,8 @@ def check_quant_options(args: argparse.Namespace) -> None:
         raise ConfigError("--resume_w: expected --cali_ckpt FILE to take the weights from")
     if not args.ptq and (args.cali_ckpt or args.cali_data_path or args.quant_act):
         raise ConfigError("--cali_ckpt, --cali_data_path and --quant_act need --ptq")
+    if args.engine == "integer" and not (args.ptq and args.quant_act):
+        raise ConfigError("--engine integer: expected --ptq and --quant_act, only quantized activations make integer products")
 
 
 def select_device(name: str) -> torch.device:

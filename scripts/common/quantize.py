@@ -29,6 +29,7 @@ from qdiff.checkpoint import (
     state_hash,
 )
 from qdiff.config import CalibrationConfig, ConfigError, QuantConfig
+from qdiff.integer import prepare as choose_engine
 from qdiff.model import Family
 
 log = logging.getLogger(__name__)
@@ -63,10 +64,15 @@ def check(args: argparse.Namespace, task: Task) -> None:
 
 
 def prepare_network(args: argparse.Namespace, task: Task, device: torch.device, folder: Path, ranks: Ranks) -> nn.Module:
-    """The network that is to sample, in eval mode on `device`; a calibration's results go to `folder`.
+    """The network that is to sample, in eval mode on `device`, on the engine chosen; a calibration's results go to `folder`.
 
     Several processes calibrate together: each takes its share of every batch, the first one writes.
     """
+    network = _prepare(args, task, device, folder, ranks)
+    return choose_engine(network, args.engine) if args.ptq else network
+
+
+def _prepare(args: argparse.Namespace, task: Task, device: torch.device, folder: Path, ranks: Ranks) -> nn.Module:
     if not args.ptq:
         return task.load().to(device).eval()
     quant = quant_config(args, task.weight_method, task.act_method)

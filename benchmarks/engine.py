@@ -1,0 +1,103 @@
+"""Integer inference against float32 eager, paired: one thread, CPU time, warm-up, medians of ratios.
+
+    python benchmarks/engine.py --config configs/cifar10.yml --batch 8
+    python benchmarks/engine.py --config models/ldm/lsun_beds256/config.yaml --batch 1
+    python benchmarks/engine.py --config configs/stable-diffusion/v1-inference.yaml --size 32 --batch 2
+
+Random weights, nearest rounding. Each pair runs float32 and every setting in turn. Beside them the
+simulation, and bfloat16 autocast in channels_last memory of the full-precision network.
+"""
+
+import argparse
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import yaml
+
+from ddim.config import load_config as load_pixel
+from ddim.family import PIXEL
+from ddim.unet import UNet
+from ldm.config import load_config as load_latent
+from ldm.family import LATENT
+from ldm.unet import UNetModel
+from qdiff.calibration.dataset import Rows
+from qdiff.calibration.run import calibrate
+from qdiff.config import CalibrationConfig, QuantConfig
+from qdiff.integer.engine import to_integer
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def load(path: Path, batch: int, size: int | None) -> tuple:
+    """(network with random weights, family, inputs)."""
+    if "target" not in yaml.safe_load(path.read_text())["model"]:
+        config = load_pixel(path).model
+        size = size or config.image_size
+        return UNet(config), PIXEL, (torch.randn(batch, config.in_channels, size, size), torch.randint(0, 1000, (batch,)).float())
+    config = load_latent(path)
+    size = size or config.image_size
+    inputs = [torch.randn(batch, config.unet.in_channels, size, size), torch.randint(0, 1000, (batch,)).float()]
+    if config.unet.context_dim:
+        inputs.append(torch.randn(batch, 77, config.unet.context_dim))
+    return UNetModel(config.unet), LATENT, tuple(inputs)
+
+
+def cpu_time(run: Callable[[], object]) -> float:
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", type=Path, default=ROOT / "configs/cifar10.yml")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--size", type=int, help="height and width of the input (default: the configuration's)")
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--sm_abit", type=int, default=8)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model, family, inputs = load(args.config, args.batch, args.size)
+    model = model.eval().requires_grad_(False)
+    runs: dict[str, Callable[[], object]] = {"float32": lambda: model(*inputs)}
+    for bits in (4, 8):
+        quant = QuantConfig(bits, quant_act=True, a_sym=True, sm_abit=args.sm_abit, split=True, quant_mode="linear")
+        simulated = calibrate(model, family, quant, CalibrationConfig(), Rows(inputs))
+        integer = to_integer(simulated)
+        runs[f"W{bits}A8 integer"] = lambda integer=integer: integer(*inputs)
+        if bits == 4:
+            runs["W4A8 simulated"] = lambda simulated=simulated: simulated(*inputs)
+    wide = model.to(memory_format=torch.channels_last)
+
+    def autocast() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            wide(inputs[0].contiguous(memory_format=torch.channels_last), *inputs[1:])
+
+    runs["bfloat16 autocast, channels_last"] = autocast
+    for run in runs.values():
+        run()
+    times = {name: [] for name in runs}
+    for _ in range(args.pairs):
+        for name, run in runs.items():
+            times[name].append(cpu_time(run))
+    base = times["float32"]
+    print(
+        f"{args.config}, batch {args.batch}, {platform.processor() or platform.machine()}; float32 {statistics.median(base) * 1e3:.0f} ms"
+    )
+    for name, values in times.items():
+        ratio = statistics.median(value / first for value, first in zip(values, base, strict=True))
+        print(f"  {name}: {ratio:.3f} x float32")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,298 @@
+"""The integer engine on CPU: a quantized network whose products run on int8 operators.
+
+oneDNN's quantized operators ignore weight zero points, so they are taken out beforehand: the integers
+are fed as q - z where that fits int8 (always at 4 bits with a zero point in range). Otherwise as q - 128, and one more
+output channel, of ones, gives the sum over the receptive field that the rest, (128 - z) times it, is made of.
+Both are exact. Without VNNI the 8-bit operators saturate silently: then the simulation stays.
+"""
+
+import copy
+import logging
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from qdiff import quantizers as Q
+from qdiff.config import ConfigError
+from qdiff.integer.kernels import Rows
+from qdiff.integer.lazy import Lazy, Pending, group_norm, lazy
+from qdiff.layers import ActQuantizer, QuantConv1d, QuantConv2d, QuantLayer, QuantLinear, QuantMatMul, WeightQuantizer
+
+log = logging.getLogger(__name__)
+
+ENGINES = ("auto", "integer", "simulated")
+
+
+@cache
+def unavailable() -> str | None:
+    """Why the integer engine cannot run on this machine; None if it can."""
+    if not hasattr(torch.ops.onednn, "qconv2d_pointwise"):
+        return "this build of PyTorch has no oneDNN"
+    if not torch.cpu._is_vnni_supported():
+        return "the processor has no VNNI, without which 8-bit products saturate"
+    return None if _largest_products_are_right() else "oneDNN's 8-bit products saturate here (no VNNI, or ONEDNN_MAX_CPU_ISA excludes it)"
+
+
+def _largest_products_are_right() -> bool:
+    """Whether 255 * 127, added up, comes out right: with 16-bit intermediate sums it does not."""
+    q, ones, zeros = torch.full((1, 64, 4, 4), 255, dtype=torch.uint8), torch.ones(64), torch.zeros(64, dtype=torch.int32)
+    weight = torch.full((64, 64, 1, 1), 127, dtype=torch.int8)
+    geometry = ([1, 1], [0, 0], [1, 1], 1)
+    q = q.contiguous(memory_format=torch.channels_last)
+    packed = torch.ops.onednn.qconv_prepack(weight, ones, 1.0, 0, *geometry)
+    y = torch.ops.onednn.qconv2d_pointwise(q, 1.0, 0, packed, ones, zeros, None, *geometry, 1.0, 0, torch.float32, "none", [], "")
+    return bool((y == 64 * 255 * 127).all())
+
+
+def prepare(model: nn.Module, engine: str = "auto") -> nn.Module:
+    """The network to sample with.
+
+    Args:
+        model: a quantized network with activations quantized, on its device; not changed.
+        engine: `simulated`: as it is. `integer`: products on integers. `auto`: integers where they are exact and fast, and a
+            log line that says what was chosen.
+
+    Raises:
+        ConfigError: `integer` where it cannot run.
+    """
+    reason = _reason(model)
+    if engine == "integer" and reason is not None:
+        raise ConfigError(f"--engine integer: {reason}")
+    if engine == "simulated":
+        return model
+    if reason is not None:
+        log.info("engine: simulated (%s)", reason)
+        return model
+    log.info("engine: integer")
+    return to_integer(model)
+
+
+def _reason(model: nn.Module) -> str | None:
+    layers = [module for module in model.modules() if isinstance(module, QuantLayer)]
+    if not layers:
+        return "the network is not quantized"
+    if not all(q.enabled for layer in layers for q in layer.act_quantizers):
+        return "activations are not quantized"
+    if (device := layers[0].weight.device).type != "cpu":
+        return f"integer products are for the CPU, the network is on {device.type}"
+    if any(q.n_bits > 8 for layer in layers for q in (*layer.weight_quantizers, *layer.act_quantizers)):
+        return "more than 8 bits"
+    return unavailable()
+
+
+def to_integer(model: nn.Module) -> nn.Module:
+    """A copy of a quantized network with integer products; parameters and scales are shared."""
+    shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    result = copy.deepcopy(model, shared).eval()
+    for path, module in list(result.named_modules()):
+        if type(module) in _INTEGER:
+            parent, _, name = path.rpartition(".")
+            setattr(result.get_submodule(parent), name, _INTEGER[type(module)](module))
+    return result
+
+
+class _Input:
+    """An activation quantizer as the operators want it: bytes, a scale and a zero point."""
+
+    def __init__(self, quantizer: ActQuantizer) -> None:
+        low, high = Q.integer_range(quantizer.n_bits, quantizer.symmetric)
+        self.quantizer = quantizer
+        self.offset = 128 if quantizer.symmetric else 0
+        self.low, self.high = low, high
+        self.fixed = None if quantizer.steps else self._of(quantizer.delta, quantizer.zero_point)
+
+    def _of(self, delta: Tensor, zero_point: Tensor) -> tuple[float, int]:
+        zero = 0 if self.quantizer.symmetric or self.quantizer.always_zero else int(zero_point.item())
+        return delta.item(), zero
+
+    def scale(self) -> tuple[float, int]:
+        """(delta, zero point) for the rows that come next; the zero point of the bytes is this plus `offset`."""
+        if self.fixed is not None:
+            return self.fixed
+        current = self.quantizer.steps.current
+        return self._of(self.quantizer.delta[current], self.quantizer.zero_point[current])
+
+    def mixed(self) -> bool:
+        """Whether the rows belong to different time-step sets: then there is no one scale."""
+        return self.fixed is None and not isinstance(self.quantizer.steps.current, int)
+
+    def quantize(self, rows: Rows, pending: Pending) -> tuple[Tensor, float, int]:
+        """Bytes [n, pixels, c] of the values after the pending work, their scale and zero point."""
+        delta, zero = self.scale()
+        # clamp(round(x / delta) + z, low, high) = clamp(round(x / delta), low - z, high - z) + z
+        a, b = pending.affine()
+        q = rows.quantize(a, b, pending.silu, delta, self.low - zero, self.high - zero, zero + self.offset)
+        return q, delta, zero + self.offset
+
+
+class _Weight:
+    """Integers of a weight as int8 without zero point, with the correction where one is needed."""
+
+    def __init__(self, quantizer: WeightQuantizer) -> None:
+        z = quantizer.zero_point.double()
+        exact = quantizer.integers.double() - z
+        self.scales = quantizer.delta.flatten().float()
+        self.corrected = bool((exact < -128).any() or (exact > 127).any() or (z != z.round()).any())
+        if not self.corrected:
+            self.integers, self.coef = exact.to(torch.int8), None
+            return
+        ones = torch.ones_like(quantizer.integers[:1], dtype=torch.int8)
+        self.integers = torch.cat([(quantizer.integers.int() - 128).to(torch.int8), ones])
+        # y = scale * (sum (q - 128) x - (z - 128) sum x)
+        self.coef = (self.scales.double() * (z.flatten() - 128)).float()
+        self.scales = torch.cat([self.scales, torch.ones(1)])
+
+    def bias(self, bias: Tensor | None) -> Tensor | None:
+        if bias is None or not self.corrected:
+            return bias
+        return torch.cat([bias, torch.zeros(1)])
+
+
+class IntegerConv2d(nn.Module):
+    """A convolution of bytes with int8 weights; takes and gives lazy activations."""
+
+    def __init__(self, layer: QuantConv2d) -> None:
+        super().__init__()
+        geometry = layer.geometry
+        self.simulated = layer
+        self.groups = geometry["groups"]
+        self.stride, self.padding, self.dilation = (list(geometry[name]) for name in ("stride", "padding", "dilation"))
+        self.split = layer.split
+        self.inputs = [_Input(q) for q in layer.act_quantizers]
+        weights = [_Weight(q) for q in layer.weight_quantizers]
+        self.exact = self.groups == 1 or not any(w.corrected for w in weights)  # a sum over all channels is none of a group
+        self.out_channels = layer.weight.shape[0]
+        biases = [layer.bias, *[None] * (len(weights) - 1)]
+        self.parts = [self._part_of(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+
+    def _part_of(self, weight: _Weight, bias: Tensor | None) -> tuple:
+        zeros = torch.zeros(len(weight.scales), dtype=torch.int32)
+        return self._pack(weight), weight.scales, zeros, weight.bias(bias), weight.coef
+
+    def _pack(self, weight: _Weight) -> Tensor:
+        return torch.ops.onednn.qconv_prepack(weight.integers, weight.scales, 1.0, 0, self.stride, self.padding, self.dilation, self.groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        source = lazy(x)
+        if source is None or not self.exact or any(i.mixed() for i in self.inputs):
+            return self.simulated(x if not isinstance(x, Lazy) else x.values())
+        if not self.split:
+            return self._product(source, source.rows, source.pending, 0)
+        values = source.values()
+        halves = (values[:, : self.split], values[:, self.split :])
+        first, second = (self._part(half, index) for index, half in enumerate(halves))
+        return first + second
+
+    def _part(self, half: Tensor, index: int) -> Tensor:
+        source = lazy(half)
+        return self._product(source, source.rows, source.pending, index)
+
+    def _product(self, source: Lazy, rows: Rows, pending: Pending, index: int) -> Tensor:
+        n, c, h, w = source.shape4()
+        q, delta, zero = self.inputs[index].quantize(rows, pending)
+        packed, scales, zeros, bias, coef = self.parts[index]
+        q = q.view(n, h, w, c).permute(0, 3, 1, 2)
+        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        y = torch.ops.onednn.qconv2d_pointwise(
+            q, delta, zero, packed, scales, zeros, bias, *geometry, 1.0, 0, torch.float32, "none", [], ""
+        )
+        y = y.contiguous(memory_format=torch.channels_last)
+        _, wide, height, width = y.shape
+        return Lazy.of(y[:, : self.out_channels], Rows(y, n, height * width, self.out_channels, wide, coef), Pending())
+
+
+class _Linear:
+    """A product of bytes [rows, K] with int8 weights [N, K]."""
+
+    def __init__(self, weight: Tensor, quantizer: WeightQuantizer, act: ActQuantizer, bias: Tensor | None) -> None:
+        found = _Weight(quantizer)
+        self.input, self.coef, self.scales, self.bias = _Input(act), found.coef, found.scales, found.bias(bias)
+        self.features = weight.shape[0]
+        self.packed = torch.ops.onednn.qlinear_prepack(found.integers.flatten(1), None)
+        self.zeros = torch.zeros(len(self.scales), dtype=torch.int32)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [rows, K] float32, contiguous."""
+        q, delta, zero = self.input.quantize(Rows(x, 1, len(x), x.shape[1], x.shape[1]), Pending())
+        y = torch.ops.onednn.qlinear_pointwise(
+            q[0], delta, zero, self.packed, self.scales, self.zeros, self.bias, 1.0, 0, torch.float32, "none", [], ""
+        )
+        return y if self.coef is None else y[:, : self.features] - self.coef * y[:, self.features :]
+
+
+class IntegerLinear(nn.Module):
+    def __init__(self, layer: QuantLinear) -> None:
+        super().__init__()
+        self.simulated = layer
+        self.linear = None if layer.split else _Linear(layer.weight, layer.weight_quantizer, layer.act_quantizer, layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.linear is None or self.linear.input.mixed() or x.dtype != torch.float32:
+            return self.simulated(x)
+        return self.linear(x.reshape(-1, x.shape[-1]).contiguous()).reshape(*x.shape[:-1], -1)
+
+
+class IntegerConv1d(nn.Module):
+    """A 1-D convolution of kernel size 1 as a product over the channels; others stay simulated."""
+
+    def __init__(self, layer: QuantConv1d) -> None:
+        super().__init__()
+        self.simulated = layer
+        g = layer.geometry
+        pointwise = layer.weight.shape[2] == 1 and g["stride"] == (1,) and g["padding"] in ((0,), "valid") and g["groups"] == 1
+        usable = pointwise and not layer.split
+        self.linear = _Linear(layer.weight, layer.weight_quantizer, layer.act_quantizer, layer.bias) if usable else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.linear is None or self.linear.input.mixed() or x.dtype != torch.float32:
+            return self.simulated(x)
+        n, c, tokens = x.shape
+        return self.linear(x.transpose(1, 2).reshape(-1, c).contiguous()).reshape(n, tokens, -1).transpose(1, 2)
+
+
+class IntegerMatMul(nn.Module):
+    """A product of two activations on int8; wider than 8 bits (16-bit softmax) it stays simulated."""
+
+    def __init__(self, product: QuantMatMul) -> None:
+        super().__init__()
+        self.simulated = product
+        first, second = product.act_quantizers
+        self.usable = first.n_bits <= 8 and second.n_bits <= 8
+        self.inputs = (_Input(first), _Input(second))
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        if not self.usable or a.dtype != torch.float32 or any(i.mixed() for i in self.inputs) or a.dim() != 3:
+            return self.simulated(a, b)
+        first, second = (self._bytes(i, x) for i, x in zip(self.inputs, (a, b.transpose(1, 2)), strict=True))
+        (p, delta_p, zero_p), (q, delta_q, zero_q) = first, second  # p [B, M, K], q [B, N, K]
+        k = p.shape[2]
+        total = torch.stack([torch._int_mm(x, y.t()) for x, y in zip(p, q, strict=True)]).double()
+        # sum (p - zp) (q - zq)
+        total -= zero_q * p.sum(2, keepdim=True, dtype=torch.int32)
+        total -= zero_p * q.sum(2, dtype=torch.int32)[:, None]
+        return ((total + k * zero_p * zero_q) * (delta_p * delta_q)).float()
+
+    def _bytes(self, source: _Input, x: Tensor) -> tuple[Tensor, float, int]:
+        x = x.contiguous()
+        n, rows, k = x.shape
+        q, delta, zero = source.quantize(Rows(x, n, rows, k, k), Pending())
+        return (q ^ 128).view(torch.int8), delta, zero - 128  # u8 - 128 is i8
+
+
+class LazyGroupNorm(nn.Module):
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return group_norm(x, self.norm.num_groups, self.norm.weight, self.norm.bias, self.norm.eps)
+
+
+_INTEGER: dict[type[nn.Module], type[nn.Module]] = {
+    QuantConv2d: IntegerConv2d,
+    QuantConv1d: IntegerConv1d,
+    QuantLinear: IntegerLinear,
+    QuantMatMul: IntegerMatMul,
+    nn.GroupNorm: LazyGroupNorm,
+}

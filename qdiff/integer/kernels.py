@@ -1,0 +1,140 @@
+"""The fused pointwise operators: compiled once where there is a C++ compiler, plain PyTorch where there is none."""
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+log = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+FLAGS = ["-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math"]
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled operators, from the cache or compiled now (seconds); None, with one log line, without a compiler."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None or not shutil.which(compiler):
+        log.warning("integer engine: no C++ compiler found: the pointwise work is not fused")
+        return None
+    variants = [[*FLAGS, "-mprefer-vector-width=512", "-fopenmp"], [*FLAGS, "-fopenmp"], FLAGS]
+    key = hashlib.sha256(SOURCE.read_bytes() + repr((compiler, variants, platform.machine(), _processor())).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "qdiff"
+    path = folder / f"kernels-{key}.so"
+    try:
+        if not path.is_file():
+            _compile(compiler, variants, path)
+        return ctypes.CDLL(str(path))
+    except (OSError, subprocess.SubprocessError) as error:
+        log.warning("integer engine: %s: the pointwise work is not fused", str(error).splitlines()[0])
+        return None
+
+
+def _processor() -> str:
+    try:
+        return next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def _compile(compiler: str, variants: list[list[str]], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / "kernels.so"
+        for flags in variants:
+            result = subprocess.run([compiler, *flags, str(SOURCE), "-o", str(made)], capture_output=True, text=True)
+            if result.returncode == 0:
+                made.replace(path)
+                return
+    raise OSError(f"{compiler} failed: {(result.stderr.splitlines() or ['no message'])[0]}")
+
+
+def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def _int(value: int) -> ctypes.c_int64:
+    return ctypes.c_int64(value)
+
+
+class Rows:
+    """Activations as the operators see them: [n, pixels, channels] with `ld` floats from pixel to pixel.
+
+    coef [channels]: multiplied by the value in column `channels` of a row, it is subtracted (weight zero points).
+    """
+
+    def __init__(self, data: Tensor, n: int, pixels: int, channels: int, ld: int, coef: Tensor | None = None) -> None:
+        self.data, self.n, self.pixels, self.channels, self.ld, self.coef = data, n, pixels, channels, ld, coef
+
+    def _geometry(self) -> tuple:
+        return (_pointer(self.data), _int(self.n), _int(self.pixels), _int(self.channels), _int(self.ld), _pointer(self.coef))
+
+    def plain(self) -> Tensor:
+        """[n, pixels, channels], corrected."""
+        full = self.data.as_strided((self.n, self.pixels, self.ld), (self.pixels * self.ld, self.ld, 1))
+        x = full[..., : self.channels]
+        return x if self.coef is None else x - self.coef * full[..., self.channels :][..., :1]
+
+    def stats(self, shift: Tensor | None, groups: int, eps: float) -> tuple[Tensor, Tensor]:
+        """(mean, 1 / standard deviation) [n, groups] of the values plus `shift` [n, channels]."""
+        if (compiled := library()) is None:
+            x = self.plain() if shift is None else self.plain() + shift[:, None]
+            variance, mean = torch.var_mean(x.unflatten(2, (groups, -1)).double(), dim=(1, 3), unbiased=False)
+            return mean.float(), (variance + eps).rsqrt().float()
+        mean, rstd = torch.empty(self.n, groups), torch.empty(self.n, groups)
+        compiled.qdiff_stats(
+            *self._geometry(),
+            _pointer(shift),
+            _int(groups),
+            ctypes.c_double(eps),
+            _pointer(mean),
+            _pointer(rstd),
+            ctypes.c_int(torch.get_num_threads()),
+        )
+        return mean, rstd
+
+    def quantize(self, a: Tensor | None, b: Tensor | None, silu: bool, delta: float, low: float, high: float, offset: float) -> Tensor:
+        """Bytes [n, pixels, channels]: clamp(round(f(value) / delta), low, high) + offset, f as in `values`."""
+        if (compiled := library()) is None:
+            return (self.values(a, b, silu) / delta).round_().clamp_(low, high).add_(offset).to(torch.uint8)
+        out = torch.empty(self.n, self.pixels, self.channels, dtype=torch.uint8)
+        numbers = (ctypes.c_float(value) for value in (delta, low, high, offset))
+        compiled.qdiff_quantize(
+            *self._geometry(),
+            _pointer(a),
+            _pointer(b),
+            ctypes.c_int(silu),
+            *numbers,
+            _pointer(out),
+            ctypes.c_int(torch.get_num_threads()),
+        )
+        return out
+
+    def values(self, a: Tensor | None, b: Tensor | None, silu: bool, other: Tensor | None = None) -> Tensor:
+        """a * value + b (per image and channel), then SiLU, then plus `other`, as floats [n, pixels, channels]."""
+        if (compiled := library()) is None:
+            x = self.plain() if a is None else self.plain() * a[:, None] + b[:, None]
+            x = F.silu(x) if silu else x
+            return x.contiguous() if other is None else x + other
+        out = torch.empty(self.n, self.pixels, self.channels)
+        compiled.qdiff_values(
+            *self._geometry(),
+            _pointer(a),
+            _pointer(b),
+            ctypes.c_int(silu),
+            _pointer(other),
+            _pointer(out),
+            ctypes.c_int(torch.get_num_threads()),
+        )
+        return out

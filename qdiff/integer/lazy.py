@@ -1,0 +1,176 @@
+"""Activations whose pointwise work is put off until a product or an addition needs them.
+
+A network is written as norm, SiLU, convolution; run one by one each passes over the memory. A `Lazy` tensor
+only notes what is to be done, and the next quantization does all of it in one pass. Any other operation
+gets the values, so networks need not know.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from qdiff.integer.kernels import Rows
+
+_no_override = torch._C.DisableTorchFunctionSubclass
+
+
+@dataclass(frozen=True)
+class Pending:
+    """What is to be done: value + shift, then a * value + b, then SiLU. shift, a, b: [N, C]."""
+
+    shift: Tensor | None = None
+    a: Tensor | None = None
+    b: Tensor | None = None
+    silu: bool = False
+
+    def affine(self) -> tuple[Tensor | None, Tensor | None]:
+        """The shift and the affine map as one."""
+        if self.shift is None:
+            return self.a, self.b
+        if self.a is None:
+            return torch.ones_like(self.shift), self.shift.contiguous()
+        return self.a, self.b + self.a * self.shift
+
+
+class Lazy(Tensor):
+    """[N, C, H, W] in channels_last memory, float32, with pending work."""
+
+    rows: Rows
+    pending: Pending
+
+    @staticmethod
+    def of(view: Tensor, rows: Rows, pending: Pending) -> "Lazy":
+        """`view` [N, C, H, W] gives the shape; the values are those of `rows` after the pending work."""
+        lazy = torch.Tensor._make_subclass(Lazy, view)
+        lazy.rows, lazy.pending = rows, pending
+        return lazy
+
+    def then(self, pending: Pending) -> "Lazy":
+        with _no_override():
+            return Lazy.of(self.as_subclass(Tensor), self.rows, pending)
+
+    def shape4(self) -> torch.Size:
+        with _no_override():
+            return self.shape
+
+    def values(self, other: Tensor | None = None) -> Tensor:
+        """The values as an ordinary tensor in channels_last memory; plus `other`."""
+        n, c, h, w = self.shape4()
+        a, b = self.pending.affine()
+        if other is not None:
+            other = other.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).view(n, h * w, c)
+        return self.rows.values(a, b, self.pending.silu, other).view(n, h, w, c).permute(0, 3, 1, 2)
+
+    @classmethod
+    def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _METADATA:
+            with _no_override():
+                return func(*args, **kwargs)
+        if (rule := _RULES.get(func)) is not None and (result := rule(*args, **kwargs)) is not None:
+            return result
+        with _no_override():
+            return func(*map(_plain, args), **{name: _plain(value) for name, value in kwargs.items()})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Lazy):
+        return value.values()
+    if isinstance(value, list | tuple) and any(isinstance(item, Lazy) for item in value):
+        return type(value)(_plain(item) for item in value)
+    return value
+
+
+def lazy(x: Tensor) -> Lazy | None:
+    """`x` as a lazy tensor without pending work; None where its form does not allow it."""
+    if isinstance(x, Lazy):
+        return x
+    if x.dim() != 4 or x.dtype != torch.float32 or x.device.type != "cpu" or x.numel() == 0:
+        return None
+    x = x.contiguous(memory_format=torch.channels_last)
+    n, c, h, w = x.shape
+    return Lazy.of(x, Rows(x, n, h * w, c, c), Pending())
+
+
+def group_norm(x: Tensor, groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """F.group_norm whose second pass is put off."""
+    source = lazy(x)
+    if source is None or weight is None or bias is None or source.pending.a is not None or source.pending.silu:
+        return F.group_norm(_plain(x), groups, weight, bias, eps)
+    shift = source.pending.shift
+    mean, rstd = source.rows.stats(None if shift is None else shift.contiguous(), groups, eps)
+    width = weight.numel() // groups
+    a = rstd.repeat_interleave(width, dim=1) * weight
+    b = bias - mean.repeat_interleave(width, dim=1) * a
+    return source.then(replace(source.pending, a=a, b=b))
+
+
+def _silu(x: Lazy, inplace: bool = False) -> Lazy | None:
+    return None if x.pending.silu else x.then(replace(x.pending, silu=True))
+
+
+def _dropout(x: Lazy, p: float = 0.5, training: bool = True, inplace: bool = False) -> Lazy | None:
+    return None if training else x
+
+
+def _per_channel(value: Any, shape: torch.Size) -> Tensor | None:
+    """`value` as [N, C] if it is one number for each image and channel."""
+    if isinstance(value, Tensor) and not isinstance(value, Lazy) and value.shape == (*shape[:2], 1, 1):
+        return value.flatten(1)
+    return None
+
+
+def _add(first: Any, second: Any, *, alpha: float = 1) -> Tensor | None:
+    if alpha != 1:
+        return None
+    x, other = (first, second) if isinstance(first, Lazy) else (second, first)
+    if not isinstance(other, Tensor):
+        return None
+    if (shift := _per_channel(other, x.shape4())) is not None and not x.pending.silu:
+        if x.pending.a is not None:
+            return x.then(replace(x.pending, b=x.pending.b + shift))
+        return x.then(replace(x.pending, shift=shift if x.pending.shift is None else x.pending.shift + shift))
+    if isinstance(other, Lazy):
+        other = other.values()
+    if other.shape != x.shape4() or other.dtype != torch.float32:
+        return None
+    return x.values(other)
+
+
+def _mul(first: Any, second: Any) -> Tensor | None:
+    x, other = (first, second) if isinstance(first, Lazy) else (second, first)
+    scale = _per_channel(other, x.shape4())
+    if scale is None or x.pending.silu or x.pending.a is None:
+        return None
+    return x.then(replace(x.pending, a=x.pending.a * scale, b=x.pending.b * scale))
+
+
+_RULES: dict[Callable, Callable] = {
+    F.silu: _silu,
+    F.dropout: _dropout,
+    F.group_norm: group_norm,
+    torch.add: _add,
+    Tensor.add: _add,
+    Tensor.__add__: _add,
+    Tensor.__radd__: _add,
+    torch.mul: _mul,
+    Tensor.mul: _mul,
+    Tensor.__mul__: _mul,
+    Tensor.__rmul__: _mul,
+}
+_METADATA = {
+    Tensor.shape.__get__,
+    Tensor.dtype.__get__,
+    Tensor.device.__get__,
+    Tensor.ndim.__get__,
+    Tensor.requires_grad.__get__,
+    Tensor.dim,
+    Tensor.size,
+    Tensor.numel,
+    Tensor.__len__,
+    Tensor.is_floating_point,
+}

@@ -1,0 +1,227 @@
+"""The integer engine: exact products, the same network, and a fallback where it would be wrong."""
+
+import copy
+import json
+import os
+import statistics
+import subprocess
+import sys
+from dataclasses import replace
+
+import golden
+import pytest
+import tiny
+import tiny_latent
+import torch
+from torch import nn
+
+from ddim.family import PIXEL
+from ldm.config import load_config
+from ldm.family import LATENT
+from ldm.unet import UNetModel
+from qdiff.calibration.dataset import Rows
+from qdiff.calibration.ranges import time_bounds
+from qdiff.calibration.run import calibrate
+from qdiff.config import CalibrationConfig, ConfigError, QuantConfig
+from qdiff.integer import engine, kernels
+from qdiff.integer.engine import prepare, to_integer, unavailable
+from qdiff.layers import QuantConv1d, QuantConv2d, QuantLinear, QuantMatMul
+from qdiff.model import Product
+
+here = pytest.mark.skipif(unavailable() is not None, reason=f"no integer engine here: {unavailable()}")
+LINEAR = QuantConfig(weight_bit=4, quant_act=True, a_sym=True, split=True, quant_mode="linear")
+
+
+@pytest.fixture(params=["compiled", "plain"])
+def operators(request, monkeypatch):
+    """The fused operators, compiled and in plain PyTorch."""
+    if request.param == "compiled" and kernels.library() is None:
+        pytest.skip("no C++ compiler")
+    if request.param == "plain":
+        monkeypatch.setattr(kernels, "library", lambda: None)
+    return request.param
+
+
+def quantized_layer(layer: nn.Module, kind: type, bits: int, symmetric: bool, method: str, x: torch.Tensor, split: int = 0):
+    from qdiff import quantizers as Q
+
+    quantized = kind(layer, bits, 8, symmetric, split).requires_grad_(False)
+    quantized.init_weight_scales(method)
+    for quantizer, part in zip(quantized.act_quantizers, quantized._parts(x), strict=True):
+        quantizer.set_scale(*Q.find_scale(part, 8, symmetric=symmetric, method=method))
+        quantizer.enabled = True
+    return quantized
+
+
+def check(layer, x, tolerance=1e-6):
+    """The integer layer against the simulation in float64."""
+    found = engine._INTEGER[type(layer)](layer)(x)
+    expected = copy.deepcopy(layer).double()(x.double())
+    assert golden.relative_error(found.double() + 0, expected) < tolerance
+
+
+@here
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("method", ["max", "mse"])
+@pytest.mark.parametrize(
+    ("channels", "geometry", "split", "positive"),
+    [
+        ((12, 20), {"kernel_size": 3, "padding": 1}, 0, False),
+        ((12, 20), {"kernel_size": 3, "padding": 1}, 0, True),
+        ((12, 20), {"kernel_size": 3, "stride": 2}, 0, False),
+        ((12, 20), {"kernel_size": 3, "padding": 2, "dilation": 2, "bias": False}, 0, False),
+        ((12, 24), {"kernel_size": 3, "padding": 1, "groups": 4}, 0, False),
+        ((12, 20), {"kernel_size": 1}, 5, False),
+        ((3, 16), {"kernel_size": 3, "padding": 1}, 0, False),
+        ((16, 3), {"kernel_size": 3, "padding": 1}, 0, True),
+    ],
+)
+def test_every_convolution_is_exact(operators, bits, symmetric, method, channels, geometry, split, positive):
+    torch.manual_seed(bits)
+    x = torch.randn(2, channels[0], 9, 7) * 3 + (4 if positive else 0.5)
+    x = x.abs() if positive else x
+    layer = nn.Conv2d(*channels, **geometry)
+    layer.weight.data += torch.randn(channels[1], 1, 1, 1) * 0.2  # weights of one sign too: zero points far out
+    check(quantized_layer(layer, QuantConv2d, bits, symmetric, method, x, split), x)
+
+
+@here
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_every_linear_layer_is_exact(operators, bits, symmetric):
+    torch.manual_seed(bits)
+    x = torch.randn(3, 5, 24)
+    layer = nn.Linear(24, 17)
+    layer.weight.data += torch.randn(17, 1) * 0.2
+    check(quantized_layer(layer, QuantLinear, bits, symmetric, "mse", x), x)
+    check(quantized_layer(nn.Conv1d(5, 9, 1), QuantConv1d, bits, symmetric, "mse", x), x)
+
+
+@here
+@torch.no_grad()
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("sm_abit", [8, 16])
+def test_every_attention_product_is_exact(operators, symmetric, sm_abit):
+    torch.manual_seed(0)
+    config = QuantConfig(quant_act=True, a_sym=symmetric, sm_abit=sm_abit)
+    product = Product(("w", "v"), softmax="w", always_zero=True, follows_a_sym=False).build(config, None)
+    a, b = torch.softmax(torch.randn(4, 19, 13) * 4, 2), torch.randn(4, 13, 8)
+    from qdiff import quantizers as Q
+
+    for quantizer, x in zip(product.act_quantizers, (a, b), strict=True):
+        quantizer.set_scale(*Q.find_scale(x, quantizer.n_bits, symmetric=quantizer.symmetric, always_zero=quantizer.always_zero))
+        quantizer.enabled = True
+    found = engine.IntegerMatMul(product)(a, b)
+    expected = copy.deepcopy(product).double()(a.double(), b.double())
+    assert isinstance(product, QuantMatMul) and golden.relative_error(found.double(), expected) < 1e-6
+
+
+def network_of(kind, folder):
+    """A tiny network of each family: (network, family, rows)."""
+    if kind == "pixel":
+        network = tiny.unet()
+        return network, PIXEL, tiny.rows(network)
+    torch.manual_seed(0)
+    config = load_config(tiny_latent.model_folder(folder / kind, kind) / "config.yaml")
+    unet = UNetModel(config.unet).eval().requires_grad_(False)
+    inputs = [torch.randn(32, 4, 8, 8), torch.linspace(0, 999, 32)]
+    if kind == "text":
+        inputs.append(torch.randn(32, 8, 16))
+    return unet, LATENT, Rows(tuple(inputs))
+
+
+@here
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("kind", ["pixel", "none", "text"])
+def test_whole_networks_are_as_near_to_float64_as_float32_is(kind, bits, symmetric, tmp_path):
+    """Over 20 inputs the median error of the integer network is at most 1.5 times that of the float32 simulation."""
+    network, family, rows = network_of(kind, tmp_path)
+    simulated = calibrate(network, family, replace(LINEAR, weight_bit=bits, a_sym=symmetric), CalibrationConfig(), rows)
+    integer, exact = to_integer(simulated), copy.deepcopy(simulated).double()
+    errors = {"integer": [], "simulated": []}
+    for i in range(20):
+        inputs = tuple(part[i : i + 1] for part in rows.inputs)
+        reference = exact(*(part.double() for part in inputs))
+        errors["integer"].append(golden.relative_error(integer(*inputs).double(), reference))
+        errors["simulated"].append(golden.relative_error(simulated(*inputs).double(), reference))
+    assert statistics.median(errors["integer"]) <= 1.5 * statistics.median(errors["simulated"])
+
+
+@here
+@torch.no_grad()
+def test_time_step_sets_and_mixed_rows():
+    network = tiny.unet()
+    rows = tiny.rows(network)
+    simulated = calibrate(network, PIXEL, replace(LINEAR, time_bounds=time_bounds(rows, 3)), CalibrationConfig(), rows)
+    integer, exact = to_integer(simulated), copy.deepcopy(simulated).double()
+    for chosen in (slice(0, 2), slice(0, None, 9)):  # one time step, several
+        inputs = tuple(part[chosen] for part in rows.inputs)
+        assert golden.relative_error(integer(*inputs).double(), exact(*(part.double() for part in inputs))) < 0.05
+
+
+def test_what_cannot_run_on_integers_stays_and_says_so(caplog, monkeypatch):
+    network = tiny.unet()
+    rows = tiny.rows(network)
+    simulated = calibrate(network, PIXEL, LINEAR, CalibrationConfig(), rows)
+    weights_only = calibrate(network, PIXEL, replace(LINEAR, quant_act=False), CalibrationConfig(), rows)
+    caplog.set_level("INFO")
+    assert prepare(weights_only, "auto") is weights_only and "activations are not quantized" in caplog.text
+    with pytest.raises(ConfigError, match="engine integer: activations"):
+        prepare(weights_only, "integer")
+    with pytest.raises(ConfigError, match="not quantized"):
+        prepare(network, "integer")
+    assert prepare(simulated, "simulated") is simulated
+    monkeypatch.setattr(engine, "unavailable", lambda: "no VNNI")
+    assert prepare(simulated, "auto") is simulated and "VNNI" in caplog.text
+
+
+ISA = """
+import sys, json, torch
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import tiny
+from ddim.family import PIXEL
+from qdiff.calibration.run import calibrate
+from qdiff.config import CalibrationConfig, QuantConfig
+from qdiff.integer.engine import prepare
+network = tiny.unet()
+rows = tiny.rows(network)
+quant = QuantConfig(weight_bit=8, quant_act=True, split=True, quant_mode="linear")
+simulated = calibrate(network, PIXEL, quant, CalibrationConfig(), rows)
+with torch.no_grad():
+    x = tuple(part[:4] for part in rows.inputs)
+    found, expected = prepare(simulated, "auto")(*x), simulated(*x)
+print(json.dumps(((found - expected).norm() / expected.norm()).item()))
+"""
+
+
+def test_a_processor_without_vnni_falls_back_or_stays_exact():
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+    command = [sys.executable, "-c", ISA.format(root=str(tiny.REPOSITORY))]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout) < 0.05  # saturation would give far more
+
+
+@torch.no_grad()
+def test_operators_without_a_compiler_are_the_same():
+    if kernels.library() is None:
+        pytest.skip("no C++ compiler")
+    torch.manual_seed(0)
+    data, coef = torch.randn(2, 35, 13), torch.randn(12)
+    rows = kernels.Rows(data, 2, 35, 12, 13, coef)
+    shift, a, b, other = torch.randn(2, 12), torch.rand(2, 12), torch.randn(2, 12), torch.randn(2, 35, 12)
+    compiled = [*rows.stats(shift, 4, 1e-5), rows.values(a, b, True, other), rows.values(None, None, False)]
+    bytes_compiled = rows.quantize(a, b, True, 0.05, -128, 127, 128)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "library", lambda: None)
+        plain = [*rows.stats(shift, 4, 1e-5), rows.values(a, b, True, other), rows.values(None, None, False)]
+        bytes_plain = rows.quantize(a, b, True, 0.05, -128, 127, 128)
+    for found, expected in zip(compiled, plain, strict=True):
+        assert golden.relative_error(found, expected) < 1e-6
+    assert (bytes_compiled.int() - bytes_plain.int()).abs().max() <= 1
+    assert (bytes_compiled != bytes_plain).float().mean() < 0.001
