@@ -179,17 +179,16 @@ class IntegerConv2d(nn.Module):
             return self.simulated(x if not isinstance(x, Lazy) else x.values())
         if not self.split:
             return self._product(source, source.rows, source.pending, 0)
-        values = source.values()
-        halves = (values[:, : self.split], values[:, self.split :])
-        first, second = (self._part(half, index) for index, half in enumerate(halves))
+        values = source.values()  # [N, C, H, W] in channels_last memory: a half is a range of columns
+        n, c, h, w = values.shape
+        first, second = (
+            self._product(part, Rows(part, n, h * w, part.shape[1], c), Pending(), index)
+            for index, part in enumerate((values[:, : self.split], values[:, self.split :]))
+        )
         return first + second
 
-    def _part(self, half: Tensor, index: int) -> Tensor:
-        source = lazy(half)
-        return self._product(source, source.rows, source.pending, index)
-
-    def _product(self, source: Lazy, rows: Rows, pending: Pending, index: int) -> Tensor:
-        n, c, h, w = source.shape4()
+    def _product(self, shaped: Tensor, rows: Rows, pending: Pending, index: int) -> Tensor:
+        n, c, h, w = shaped.shape
         q, delta, zero = self.inputs[index].quantize(rows, pending)
         packed, scales, zeros, bias, coef = self.parts[index]
         q = q.view(n, h, w, c).permute(0, 3, 1, 2)
@@ -266,12 +265,13 @@ class IntegerMatMul(nn.Module):
             return self.simulated(a, b)
         first, second = (self._bytes(i, x) for i, x in zip(self.inputs, (a, b.transpose(1, 2)), strict=True))
         (p, delta_p, zero_p), (q, delta_q, zero_q) = first, second  # p [B, M, K], q [B, N, K]
-        k = p.shape[2]
-        total = torch.stack([torch._int_mm(x, y.t()) for x, y in zip(p, q, strict=True)]).double()
-        # sum (p - zp) (q - zq)
-        total -= zero_q * p.sum(2, keepdim=True, dtype=torch.int32)
-        total -= zero_p * q.sum(2, dtype=torch.int32)[:, None]
-        return ((total + k * zero_p * zero_q) * (delta_p * delta_q)).float()
+        total = torch.stack([torch._int_mm(x, y.t()) for x, y in zip(p, q, strict=True)])
+        # sum (p - zp) (q - zq), in int32: 2^14 K stays below 2^31 for any K that occurs
+        if zero_q:
+            total -= zero_q * p.sum(2, keepdim=True, dtype=torch.int32)
+        if zero_p:
+            total -= zero_p * (q.sum(2, dtype=torch.int32)[:, None] - p.shape[2] * zero_q)
+        return total.float().mul_(delta_p * delta_q)
 
     def _bytes(self, source: _Input, x: Tensor) -> tuple[Tensor, float, int]:
         x = x.contiguous()

@@ -35,10 +35,23 @@ def library() -> ctypes.CDLL | None:
     try:
         if not path.is_file():
             _compile(compiler, variants, path)
+        _keep_memory()
         return ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
         log.warning("integer engine: %s: the pointwise work is not fused", str(error).splitlines()[0])
         return None
+
+
+def _keep_memory() -> None:
+    """Let the C library keep the memory of large tensors instead of giving it back, and faulting it in again, at every operation."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return  # not the GNU C library
+    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
+    mallopt(m_mmap_max, 0)
+    mallopt(m_trim_threshold, 2**31 - 1)
+    mallopt(m_top_pad, 64 * 2**20)
 
 
 def _processor() -> str:
@@ -82,7 +95,8 @@ class Rows:
 
     def plain(self) -> Tensor:
         """[n, pixels, channels], corrected."""
-        full = self.data.as_strided((self.n, self.pixels, self.ld), (self.pixels * self.ld, self.ld, 1))
+        width = self.channels + (self.coef is not None)
+        full = self.data.as_strided((self.n, self.pixels, width), (self.pixels * self.ld, self.ld, 1))
         x = full[..., : self.channels]
         return x if self.coef is None else x - self.coef * full[..., self.channels :][..., :1]
 
