@@ -1,4 +1,4 @@
-"""Convert a calibrated checkpoint between the published format and the packed one.
+"""Convert a calibrated checkpoint between the published format and the packed one, or export it to ONNX.
 
     python scripts/export.py --config configs/cifar10.yml --weight_bit 4 --quant_act --a_sym --split \
         --cali_ckpt ckpt.pth -o ckpt.safetensors
@@ -7,9 +7,13 @@
     python scripts/export.py --config configs/stable-diffusion/v1-inference.yaml --ckpt sd-v1-4.ckpt --weight_bit 4 --quant_act \
         --sm_abit 16 --split --cali_ckpt ckpt.pth -o ckpt.safetensors
 
-The ending of the output says which format is written. Without full-precision weights (--ckpt,
---use_pretrained) a published file carries weights that lie in the middle of their rounding interval. With --ckpt, a packed
-file of a latent model gets its autoencoder and text tower beside it (stages.safetensors).
+    python scripts/export.py --config configs/emoji32.yml --weight_bit 4 --quant_act --a_sym --split \
+        --cali_ckpt models/ddim/emoji32/w4a8.safetensors --batch_size 8 -o emoji32.onnx
+
+The ending of the output says which format is written. ONNX (.onnx) has fixed shapes and needs
+`requirements-export.txt`. Without full-precision weights (--ckpt, --use_pretrained) a published file carries weights
+that lie in the middle of their rounding interval. With --ckpt, a packed file of a latent model gets its autoencoder and
+text tower beside it (stages.safetensors).
 """
 
 import argparse
@@ -17,7 +21,9 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-from common.options import Parser, add_quant_options, add_run_options, quant_config, run_main, seed, select_device
+import torch
+
+from common.options import Parser, add_quant_options, add_run_options, positive, quant_config, run_main, seed, select_device
 from common.quantize import Task, is_latent, load_calibrated, write_stages
 from ddim.config import load_config as load_pixel_config
 from ddim.sampling import PixelSampler, SamplerSettings, pixel_task_parts
@@ -26,12 +32,14 @@ from ldm.config import load_config as load_latent_config
 from ldm.sampling import LatentSampler, LatentSettings, latent_task_parts
 from qdiff.checkpoint import midpoint_weights, save_packed, save_published
 from qdiff.config import ConfigError
+from qdiff.onnx import export_onnx
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("--config", required=True, help="YAML file of the model")
-    parser.add_argument("-o", "--output", type=Path, required=True, help=".safetensors: packed; .pth: published")
+    parser.add_argument("-o", "--output", type=Path, required=True, help=".safetensors: packed; .pth: published; .onnx: ONNX")
+    parser.add_argument("--batch_size", type=positive, default=1, help="rows of the inputs of an ONNX network")
     parser.add_argument("--use_pretrained", action="store_true", help="take full-precision weights from the configuration's")
     parser.add_argument("--seed", type=seed, default=1234)
     parser.add_argument("--ckpt", help="local full-precision checkpoint (.ckpt, .pth, .safetensors)")
@@ -54,16 +62,27 @@ def latent_task(args: argparse.Namespace) -> Task:
     return Task(**parts, save_stages=lambda path: checkpoint().stages().save(path))
 
 
+def example_inputs(args: argparse.Namespace, task: Task) -> list[torch.Tensor]:
+    """Inputs of the shapes that the ONNX network is to take: x, t, and the context of a text model."""
+    inputs = [torch.randn(args.batch_size, *task.input_shape), torch.full((args.batch_size,), 500.0)]
+    if width := task.build.get("context_dim"):
+        config = load_latent_config(args.config)
+        inputs.append(torch.randn(args.batch_size, int(config.conditioning.params.get("max_length", 77)), width))
+    return inputs
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if not args.cali_ckpt:
         raise ConfigError("--cali_ckpt: expected the checkpoint to convert")
-    if args.output.suffix not in (".safetensors", ".pth"):
-        raise ConfigError(f"-o {args.output}: expected a name ending in .safetensors (packed) or .pth (published)")
+    if args.output.suffix not in (".safetensors", ".pth", ".onnx"):
+        raise ConfigError(f"-o {args.output}: expected a name ending in .safetensors (packed), .pth (published) or .onnx")
     task = (latent_task if is_latent(args.config) else pixel_task)(args)
     quant = quant_config(args, task.weight_method, task.act_method)
     network, info = load_calibrated(args.cali_ckpt, task, quant)
-    if args.output.suffix == ".safetensors":
+    if args.output.suffix == ".onnx":
+        export_onnx(args.output, network, example_inputs(args, task))
+    elif args.output.suffix == ".safetensors":
         stages = write_stages(task, args.output.parent) if args.ckpt else info.stages
         save_packed(args.output, network, replace(info, stages=stages))
     else:
