@@ -222,7 +222,7 @@ def published_shapes(model: nn.Module, family: Family, activations: bool = True)
     """Every key of the published file of a quantized `model`, with its shape."""
     shapes: dict[str, torch.Size] = {name: p.shape for name, p in model.named_parameters()}
     for path, layer in quant_layers(model).items():
-        shapes[f"{path}.weight"] = layer.weight.shape
+        shapes[f"{path}.weight"] = layer.shape
         for suffix, quantizer in zip(("", "_0"), layer.weight_quantizers, strict=False):
             stem = f"{path}.weight_quantizer{suffix}"
             shapes[f"{stem}.alpha"] = quantizer.integers.shape
@@ -598,16 +598,16 @@ def load_packed(path: str | Path, activations: bool | None = None) -> tuple[nn.M
 
 
 def _fill_packed(model: nn.Module, tensors: Mapping[str, Tensor], info: PackedInfo) -> None:
-    assign_parameters(model, {name: tensors[name].clone() for name, _ in model.named_parameters()})
+    assign_parameters(model, {name: tensors[name] for name, _ in model.named_parameters()})
     for name, layer in quant_layers(model).items():
         integers = []
         for suffix, quantizer in zip(("", "_0"), layer.weight_quantizers, strict=False):
             stem, shape = f"{name}.weight_quantizer{suffix}", quantizer.delta.shape
             integers.append(unpack_integers(tensors[f"{stem}.integers"], quantizer.n_bits, quantizer.integers.shape))
-            quantizer.delta = tensors[f"{stem}.delta"].reshape(shape).clone()
+            quantizer.delta = tensors[f"{stem}.delta"].reshape(shape)
             quantizer.zero_point = tensors[f"{stem}.zero_point"].float().reshape(shape)
         layer.set_integers(integers)
     for name, quantizer in act_quantizers(model).items():
         stored = info.config.quant_act
-        quantizer.delta = tensors[f"{name}.delta"].clone() if stored else torch.full(quantizer.delta.shape, float("nan"))
-        quantizer.zero_point = tensors[f"{name}.zero_point"].clone() if stored else torch.zeros(quantizer.zero_point.shape)
+        quantizer.delta = tensors[f"{name}.delta"] if stored else torch.full(quantizer.delta.shape, float("nan"))
+        quantizer.zero_point = tensors[f"{name}.zero_point"] if stored else torch.zeros(quantizer.zero_point.shape)

@@ -1,7 +1,8 @@
 """Quantized layers: what replaces a convolution, a linear layer or an attention product.
 
 A layer's `weight` is what the product really uses: full precision until `set_integers`, then the
-dequantized integers, formed once. So a quantized weight costs nothing in a forward pass.
+dequantized integers, formed once, when they are first asked for. So a quantized weight costs nothing in a forward
+pass, and no memory where the products run on integers.
 """
 
 from collections.abc import Callable, Sequence
@@ -131,7 +132,8 @@ class QuantLayer(nn.Module):
         self.split = split
         self.quantized = False
         self.rounding: list[Tensor] | None = None  # alpha of each half, while they are learned
-        self.register_buffer("weight", layer.weight.detach(), persistent=False)
+        self.shape = layer.weight.shape
+        self.register_buffer("_weight", layer.weight.detach(), persistent=False)
         self.bias = layer.bias
         for suffix, part in zip(("", "_0"), self._parts(self.weight), strict=False):
             setattr(self, f"weight_quantizer{suffix}", WeightQuantizer(tuple(part.shape), weight_bit, part.device))
@@ -165,12 +167,22 @@ class QuantLayer(nn.Module):
             quantizer.integers = values.detach().to(quantizer.integers.dtype)
         self.freeze()
 
-    @torch.no_grad()
     def freeze(self) -> None:
-        """Form the dequantized weight from the integers, in the precision of the scales."""
-        self.weight = self._join([quantizer.dequantize() for quantizer in self.weight_quantizers])
+        """From now on the weight is that of the integers, in the precision of the scales."""
+        self._weight = None
         self.quantized = True
         self.rounding = None
+
+    @property
+    def weight(self) -> Tensor:
+        if self._weight is None:
+            with torch.no_grad():
+                self._weight = self._join([quantizer.dequantize() for quantizer in self.weight_quantizers])
+        return self._weight
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        self._weight = value
 
     @torch.no_grad()
     def init_weight_scales(self, method: str) -> None:
@@ -207,7 +219,7 @@ class QuantLayer(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        return f"weight={tuple(self.weight.shape)}, split={self.split}"
+        return f"weight={tuple(self.shape)}, split={self.split}"
 
 
 LAYER_TYPES: dict[type[nn.Module], type[QuantLayer]] = {}

@@ -74,7 +74,7 @@ def _reason(model: nn.Module) -> str | None:
         return "the network is not quantized"
     if not all(q.enabled for layer in layers for q in layer.act_quantizers):
         return "activations are not quantized"
-    if (device := layers[0].weight.device).type != "cpu":
+    if (device := layers[0].weight_quantizer.integers.device).type != "cpu":
         return f"integer products are for the CPU, the network is on {device.type}"
     if any(q.n_bits > 8 for layer in layers for q in (*layer.weight_quantizers, *layer.act_quantizers)):
         return "more than 8 bits"
@@ -86,6 +86,8 @@ def to_integer(model: nn.Module) -> nn.Module:
     shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     result = copy.deepcopy(model, shared).eval()
     for path, module in list(result.named_modules()):
+        if isinstance(module, QuantLayer):
+            module.freeze()  # drops the copy's dequantized weight: it is formed again where a product stays simulated
         if type(module) in _INTEGER:
             parent, _, name = path.rpartition(".")
             setattr(result.get_submodule(parent), name, _INTEGER[type(module)](module))
@@ -162,7 +164,7 @@ class IntegerConv2d(nn.Module):
         self.inputs = [_Input(q) for q in layer.act_quantizers]
         weights = [_Weight(q) for q in layer.weight_quantizers]
         self.exact = self.groups == 1 or not any(w.corrected for w in weights)  # a sum over all channels is none of a group
-        self.out_channels = layer.weight.shape[0]
+        self.out_channels = layer.shape[0]
         biases = [layer.bias, *[None] * (len(weights) - 1)]
         self.parts = [self._part_of(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
 
@@ -204,10 +206,10 @@ class IntegerConv2d(nn.Module):
 class _Linear:
     """A product of bytes [rows, K] with int8 weights [N, K]."""
 
-    def __init__(self, weight: Tensor, quantizer: WeightQuantizer, act: ActQuantizer, bias: Tensor | None) -> None:
+    def __init__(self, quantizer: WeightQuantizer, act: ActQuantizer, bias: Tensor | None) -> None:
         found = _Weight(quantizer)
         self.input, self.coef, self.scales, self.bias = _Input(act), found.coef, found.scales, found.bias(bias)
-        self.features = weight.shape[0]
+        self.features = len(quantizer.integers)
         self.packed = torch.ops.onednn.qlinear_prepack(found.integers.flatten(1), None)
         self.zeros = torch.zeros(len(self.scales), dtype=torch.int32)
 
@@ -224,7 +226,7 @@ class IntegerLinear(nn.Module):
     def __init__(self, layer: QuantLinear) -> None:
         super().__init__()
         self.simulated = layer
-        self.linear = None if layer.split else _Linear(layer.weight, layer.weight_quantizer, layer.act_quantizer, layer.bias)
+        self.linear = None if layer.split else _Linear(layer.weight_quantizer, layer.act_quantizer, layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.linear is None or self.linear.input.mixed() or x.dtype != torch.float32:
@@ -239,9 +241,9 @@ class IntegerConv1d(nn.Module):
         super().__init__()
         self.simulated = layer
         g = layer.geometry
-        pointwise = layer.weight.shape[2] == 1 and g["stride"] == (1,) and g["padding"] in ((0,), "valid") and g["groups"] == 1
+        pointwise = layer.shape[2] == 1 and g["stride"] == (1,) and g["padding"] in ((0,), "valid") and g["groups"] == 1
         usable = pointwise and not layer.split
-        self.linear = _Linear(layer.weight, layer.weight_quantizer, layer.act_quantizer, layer.bias) if usable else None
+        self.linear = _Linear(layer.weight_quantizer, layer.act_quantizer, layer.bias) if usable else None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.linear is None or self.linear.input.mixed() or x.dtype != torch.float32:
