@@ -20,6 +20,7 @@ from qdiff.calibration.journal import MANIFEST, read_entries
 from qdiff.calibration.run import Workplace, calibrate
 from qdiff.config import CalibrationConfig, ConfigError, QuantConfig
 from qdiff.layers import QuantConv2d, QuantLinear
+from qdiff.model import enable_activations, quant_layers, quantize_model
 
 W4A8 = QuantConfig(weight_bit=4, quant_act=True, a_sym=True, split=True)
 SHORT = CalibrationConfig(steps=4, samples=16, batch_size=8, iters=4, lr=1e-2, iters_a=4, iters_tune=2)
@@ -183,6 +184,34 @@ def test_two_processes_calibrate_as_one(tmp_path):
     assert one[0]["losses"] == pytest.approx(two[0]["losses"], rel=1e-5)
     assert one[0]["after"] == pytest.approx(two[0]["after"], rel=1e-5)
     assert len(one) == len(two)
+
+
+@pytest.mark.slow
+def test_two_processes_end_within_the_spread_of_seeds(tmp_path, network, rows):
+    """The held-out error of a calibration by two processes lies within that of three seeds in one process."""
+
+    def final(state):
+        model = quantize_model(network, PIXEL, W4A8)
+        model.load_state_dict(state, assign=True)
+        for layer in quant_layers(model).values():
+            layer.freeze()
+        enable_activations(model, True)
+        with torch.no_grad():
+            return golden.relative_error(model(*rows.inputs), network(*rows.inputs))
+
+    config = replace(SHORT, iters=200, iters_a=20, iters_tune=20)
+    errors = {}
+    for world, seeds in ((1, range(3)), (2, [0])):
+        for seed in seeds:
+            name = f"world{world}_{seed}"
+            path = script(tmp_path, replace(config, seed=seed), world, name)
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", path]
+            subprocess.run(command, env=environment(), check=True, capture_output=True, timeout=600)
+            errors[world, seed] = final(torch.load(tmp_path / name / "done.pt", weights_only=True))
+    spread = [errors[1, seed] for seed in range(3)]
+    margin = max(spread) - min(spread)
+    print(f"one process {spread}, two {errors[2, 0]}")
+    assert min(spread) - margin <= errors[2, 0] <= max(spread) + margin
 
 
 def test_gradients_of_two_shares_are_those_of_the_batch(monkeypatch):
