@@ -1,6 +1,6 @@
 """What is quantized and how it is calibrated: checked, immutable, and stored in every packed checkpoint."""
 
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any
 
 
@@ -63,6 +63,10 @@ class QuantConfig:
         bounds = list(self.time_bounds)
         _require(bounds == sorted(set(bounds)), f"time_bounds {bounds}: expected ascending time steps")
         return self
+
+    def linear(self) -> "QuantConfig":
+        """The same widths by nearest rounding and min-max ranges."""
+        return replace(self, quant_mode="linear", weight_scale_method="max", act_scale_method="max")
 
     def to_dict(self) -> dict:
         return asdict(self)

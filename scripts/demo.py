@@ -19,19 +19,19 @@ from common.images import make_grid
 from common.options import Parser, positive, run_main, select_device
 from common.running import log_to, setup_threads
 from qdiff.analysis import psnr, ssim, trajectory_errors
-from qdiff.checkpoint import PackedInfo, load_packed, save_packed, state_hash
-from qdiff.config import CalibrationConfig, QuantConfig
+from qdiff.checkpoint import PackedInfo, load_packed, read_packed_info, save_packed, state_hash
+from qdiff.config import CalibrationConfig
 from qdiff.files import atomic_write
 
 FULL, NEAREST = "full precision", "W4A8 nearest"
-LINEAR = QuantConfig(weight_bit=4, quant_act=True, a_sym=True, split=True, quant_mode="linear")
 RECIPE = CalibrationConfig(steps=10, samples=16)
 
 
 def nearest_rounding(show: Embedded, file: Path) -> nn.Module:
-    """The baseline, from a calibration set drawn here."""
-    network = show.nearest(LINEAR, RECIPE)
-    save_packed(file, network, PackedInfo(show.family.name, show.build, LINEAR, RECIPE.to_dict(), state_hash(show.model.state_dict())))
+    """The baseline in the number formats of the calibrated file, from a calibration set drawn here."""
+    quant = read_packed_info(show.folder / "w4a8.safetensors").config.linear()
+    network = show.nearest(quant, RECIPE)
+    save_packed(file, network, PackedInfo(show.family.name, show.build, quant, RECIPE.to_dict(), state_hash(show.model.state_dict())))
     return network
 
 

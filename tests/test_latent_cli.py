@@ -189,7 +189,7 @@ def test_bad_text_options_are_one_clear_line(models, tmp_path, more, word):
     fails(text(models["text"], tmp_path, *more), word)
 
 
-EMBEDDED = ["--ptq", "--quant_act", "--a_sym", "--split", "--threads", 1]
+EMBEDDED = ["--ptq", "--quant_act", "--split", "--threads", 1]
 
 
 def test_the_embedded_latent_model_runs_quantized(tmp_path):
@@ -209,7 +209,7 @@ def test_the_embedded_text_model_follows_its_prompt(tmp_path, bits):
     prompts.write_text("red heart\nblue heart\n")
     packed = folder / f"w{bits}a8.safetensors"
     options = ["--config", folder / "config.yaml", "--ckpt", folder, "--from-file", prompts, "--plms", "--ddim_steps", 15, "--n_iter", 1]
-    options += ["--n_samples", 2, "--precision", "full", "--weight_bit", bits, *EMBEDDED, "--cali_ckpt", packed]
+    options += ["--n_samples", 2, "--precision", "full", "--weight_bit", bits, "--sm_abit", 16, *EMBEDDED, "--cali_ckpt", packed]
     succeeded(tiny.script(TEXT, *options, "--outdir", tmp_path / "out"))
     images = np.stack(list(pixels(only(tmp_path / "out") / "samples").values())).astype(float)
     red, _, blue = images[:, 20:44, 20:44].mean(axis=(1, 2)).T

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -105,8 +105,7 @@ def calibrate(
 
 def nearest_rounding(model: nn.Module, family: Family, quant: QuantConfig, config: CalibrationConfig, rows: Rows) -> nn.Module:
     """The baseline: the widths of `quant` by nearest rounding and min-max ranges."""
-    linear = replace(quant, quant_mode="linear", weight_scale_method="max", act_scale_method="max")
-    return calibrate(model, family, linear, config, rows)
+    return calibrate(model, family, quant.linear(), config, rows)
 
 
 class _Run:
