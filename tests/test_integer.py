@@ -154,6 +154,19 @@ def test_whole_networks_are_as_near_to_float64_as_float32_is(kind, bits, symmetr
 
 @here
 @torch.no_grad()
+def test_autocast_keeps_integer_products(tmp_path):
+    network, family, rows = network_of("text", tmp_path)
+    simulated = calibrate(network, family, replace(LINEAR, sm_abit=16, a_sym=False), CalibrationConfig(), rows)
+    integer = to_integer(simulated)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = integer(*rows.inputs)
+    assert golden.relative_error(found.float(), simulated(*rows.inputs)) < 0.1
+    formed = [path for path, layer in integer.named_modules() if isinstance(layer, QuantLinear | QuantConv2d) and layer._weight is not None]
+    assert not formed  # no product fell back to its dequantized weight
+
+
+@here
+@torch.no_grad()
 def test_time_step_sets_and_mixed_rows():
     network = tiny.unet()
     rows = tiny.rows(network)

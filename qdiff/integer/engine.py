@@ -229,9 +229,9 @@ class IntegerLinear(nn.Module):
         self.linear = None if layer.split else _Linear(layer.weight_quantizer, layer.act_quantizer, layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.linear is None or self.linear.input.mixed() or x.dtype != torch.float32:
+        if self.linear is None or self.linear.input.mixed() or x.dtype == torch.float64:
             return self.simulated(x)
-        return self.linear(x.reshape(-1, x.shape[-1]).contiguous()).reshape(*x.shape[:-1], -1)
+        return self.linear(x.float().reshape(-1, x.shape[-1]).contiguous()).reshape(*x.shape[:-1], -1)
 
 
 class IntegerConv1d(nn.Module):
@@ -246,10 +246,10 @@ class IntegerConv1d(nn.Module):
         self.linear = _Linear(layer.weight_quantizer, layer.act_quantizer, layer.bias) if usable else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.linear is None or self.linear.input.mixed() or x.dtype != torch.float32:
+        if self.linear is None or self.linear.input.mixed() or x.dtype == torch.float64:
             return self.simulated(x)
         n, c, tokens = x.shape
-        return self.linear(x.transpose(1, 2).reshape(-1, c).contiguous()).reshape(n, tokens, -1).transpose(1, 2)
+        return self.linear(x.float().transpose(1, 2).reshape(-1, c).contiguous()).reshape(n, tokens, -1).transpose(1, 2)
 
 
 class IntegerMatMul(nn.Module):
@@ -263,9 +263,9 @@ class IntegerMatMul(nn.Module):
         self.inputs = (_Input(first), _Input(second))
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        if not self.usable or a.dtype != torch.float32 or any(i.mixed() for i in self.inputs) or a.dim() != 3:
+        if not self.usable or a.dtype == torch.float64 or any(i.mixed() for i in self.inputs) or a.dim() != 3:
             return self.simulated(a, b)
-        first, second = (self._bytes(i, x) for i, x in zip(self.inputs, (a, b.transpose(1, 2)), strict=True))
+        first, second = (self._bytes(i, x.float()) for i, x in zip(self.inputs, (a, b.transpose(1, 2)), strict=True))
         (p, delta_p, zero_p), (q, delta_q, zero_q) = first, second  # p [B, M, K], q [B, N, K]
         total = torch.stack([torch._int_mm(x, y.t()) for x, y in zip(p, q, strict=True)])
         # sum (p - zp) (q - zq), in int32: 2^14 K stays below 2^31 for any K that occurs

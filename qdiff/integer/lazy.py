@@ -89,6 +89,7 @@ def lazy(x: Tensor) -> Lazy | None:
     """`x` as a lazy tensor without pending work; None where its form does not allow it."""
     if isinstance(x, Lazy):
         return x
+    x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x  # from a part that autocast ran
     if x.dim() != 4 or x.dtype != torch.float32 or x.device.type != "cpu" or x.numel() == 0:
         return None
     x = x.contiguous(memory_format=torch.channels_last)

@@ -155,6 +155,8 @@ def check_quant_options(args: argparse.Namespace) -> None:
         raise ConfigError("--resume_w: expected --cali_ckpt FILE to take the weights from")
     if not args.ptq and (args.cali_ckpt or args.cali_data_path or args.quant_act):
         raise ConfigError("--cali_ckpt, --cali_data_path and --quant_act need --ptq")
+    if args.time_sets > 1 and args.running_stat:
+        raise ConfigError("--time_sets and --running_stat: expected one of them")
     if args.engine == "integer" and not (args.ptq and args.quant_act):
         raise ConfigError("--engine integer: expected --ptq and --quant_act, only quantized activations make integer products")
 
