@@ -56,9 +56,9 @@ def main() -> None:
         }
         print("symmetric" if symmetric else "asymmetric")
         for name, quant in settings.items():
-            network = calibrate(model.model, model.family, quant, RECIPE, rows)
+            network = calibrate(model.model, model.job.task.family, quant, RECIPE, rows)
             print(f"  {name}: {trajectory_error(network, trajectory):.4f}", flush=True)
-        network = calibrate(model.model, model.family, settings["least error"], RECIPE, rows)
+        network = calibrate(model.model, model.job.task.family, settings["least error"], RECIPE, rows)
         held_out_from = len(seen) - int(FIT.held_out * len(seen))
         tune(model.model, network, seen, held_out_from, FIT, CPU, lambda _: None)
         print(f"  static scales, fitted on this very trajectory: {trajectory_error(network, trajectory):.4f}", flush=True)

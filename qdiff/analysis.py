@@ -1,5 +1,6 @@
 """How far a quantized network is from full precision."""
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -12,11 +13,8 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class TrajectoryError:
-    """Relative error of eps along the full-precision trajectory.
-
-    per_step: ||e_q - e|| / ||e|| over the whole batch, in order of sampling. mean: over the steps.
-    """
+class StepErrors:
+    """Relative errors at each evaluation of the network, in order of sampling: ||q - f|| / ||f|| over all images."""
 
     per_step: list[float]
 
@@ -25,30 +23,62 @@ class TrajectoryError:
         return sum(self.per_step) / len(self.per_step)
 
 
-class TrajectoryProbe:
-    """A sampler's callback: evaluates quantized networks on the full-precision x_t and keeps their error.
+class Trajectories:
+    """Errors of networks along trajectories, summed up over chunks of images.
 
-    All images must go through the sampler as one batch (the norms are over the whole batch).
+    For each chunk, `watch` is the callback of the full-precision sampler: it evaluates every network on the
+    full-precision x_t (the trajectory error). `follow` is the callback of a network's own sampler from the same noise: it
+    compares its x_t with that of full precision.
     """
 
-    def __init__(self, networks: Mapping[str, Denoiser]) -> None:
-        self.networks = networks
-        self._errors: dict[str, list[float]] = {name: [] for name in networks}
+    def __init__(self) -> None:
+        self._eps: dict[str, list[list[float]]] = defaultdict(list)
+        self._x: dict[str, list[list[float]]] = defaultdict(list)
 
-    @torch.no_grad()
-    def __call__(self, x: Tensor, t: Tensor, eps: Tensor) -> None:
-        for name, network in self.networks.items():
-            self._errors[name].append(((network(x, t) - eps).norm() / eps.norm()).item())
+    def watch(self, networks: Mapping[str, Denoiser]) -> Callable[[Tensor, Tensor, Tensor], None]:
+        self._states: list[Tensor] = []
 
-    def errors(self) -> dict[str, TrajectoryError]:
-        return {name: TrajectoryError(values) for name, values in self._errors.items()}
+        @torch.no_grad()
+        def callback(x: Tensor, t: Tensor, eps: Tensor) -> None:
+            step = len(self._states)
+            self._states.append(x.cpu())
+            for name, network in networks.items():
+                _add(self._eps[name], step, network(x, t) - eps, eps)
+
+        return callback
+
+    def follow(self, name: str) -> Callable[[Tensor, Tensor, Tensor], None]:
+        steps = iter(enumerate(self._states))
+
+        def callback(x: Tensor, t: Tensor, eps: Tensor) -> None:
+            step, state = next(steps)
+            _add(self._x[name], step, x.cpu() - state, state)
+
+        return callback
+
+    def eps_errors(self) -> dict[str, StepErrors]:
+        return {name: _errors(sums) for name, sums in self._eps.items()}
+
+    def x_errors(self) -> dict[str, StepErrors]:
+        return {name: _errors(sums) for name, sums in self._x.items()}
 
 
-def trajectory_errors(run_sampler: Callable[[Callable], object], networks: Mapping[str, Denoiser]) -> dict[str, TrajectoryError]:
+def _add(sums: list[list[float]], step: int, difference: Tensor, reference: Tensor) -> None:
+    if step == len(sums):
+        sums.append([0.0, 0.0])
+    for i, tensor in enumerate((difference, reference)):
+        sums[step][i] += tensor.double().square().sum().item()
+
+
+def _errors(sums: list[list[float]]) -> StepErrors:
+    return StepErrors([(difference / reference) ** 0.5 for difference, reference in sums])
+
+
+def trajectory_errors(run_sampler: Callable[[Callable], object], networks: Mapping[str, Denoiser]) -> dict[str, StepErrors]:
     """The trajectory error of each network; `run_sampler` samples in full precision with the callback it is given."""
-    probe = TrajectoryProbe(networks)
-    run_sampler(probe)
-    return probe.errors()
+    trajectories = Trajectories()
+    run_sampler(trajectories.watch(networks))
+    return trajectories.eps_errors()
 
 
 def psnr(images: Tensor, reference: Tensor) -> float:

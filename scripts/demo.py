@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from common.embedded import NAMES, Embedded, load_embedded
 from common.images import make_grid
-from common.options import Parser, positive, run_main, select_device
+from common.options import Parser, add_device_options, positive, run_main, select_device
 from common.running import log_to, setup_threads
 from qdiff.analysis import psnr, ssim, trajectory_errors
 from qdiff.checkpoint import PackedInfo, load_packed, read_packed_info, save_packed, state_hash
@@ -31,7 +31,8 @@ def nearest_rounding(show: Embedded, file: Path) -> nn.Module:
     """The baseline in the number formats of the calibrated file, from a calibration set drawn here."""
     quant = read_packed_info(show.folder / "w4a8.safetensors").config.linear()
     network = show.nearest(quant, RECIPE)
-    save_packed(file, network, PackedInfo(show.family.name, show.build, quant, RECIPE.to_dict(), state_hash(show.model.state_dict())))
+    task = show.job.task
+    save_packed(file, network, PackedInfo(task.family.name, task.build, quant, RECIPE.to_dict(), state_hash(show.model.state_dict())))
     return network
 
 
@@ -60,7 +61,7 @@ def run(show: Embedded, output: Path, device: torch.device) -> None:
         images[name] = show.sample(network)
         seconds[name] = (time.perf_counter() - start) / len(images[name])
 
-    print(f"\n{show.title}\n{'':14} {'file MB':>8} {'PSNR dB':>8} {'SSIM':>7} {'eps error':>10} {'s/image':>8}")
+    print(f"\n{show.job.title}\n{'':14} {'file MB':>8} {'PSNR dB':>8} {'SSIM':>7} {'eps error':>10} {'s/image':>8}")
     for name in networks:
         size = files[name].stat().st_size / 1e6
         if name == FULL:
@@ -79,8 +80,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("demo_output"))
     parser.add_argument("--images", type=positive, default=16)
-    parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    add_device_options(parser)
     return parser.parse_args(argv)
 
 

@@ -12,9 +12,10 @@ import argparse
 from pathlib import Path
 
 from common.images import to_uint8  # first: it makes the packages importable
+from common.job import Job, run
 from common.options import Parser, add_quant_options, add_run_options, positive, run_main, seed, select_device
-from common.quantize import Task, check, prepare_network
-from common.running import Ranks, discard_on_error, log_to, open_run, sample_missing, setup_threads
+from common.quantize import Task, check
+from common.running import setup_threads
 from ddim.config import PixelConfig, load_config
 from ddim.sampling import PixelSampler, SamplerSettings, pixel_task_parts
 from qdiff.config import ConfigError
@@ -43,9 +44,8 @@ def make_task(args: argparse.Namespace, config: PixelConfig, sampler: PixelSampl
     return Task(**pixel_task_parts(config, args.ckpt, sampler, args.seed))
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
-    ranks = Ranks.from_environment()
+def prepare(args: argparse.Namespace) -> Job:
+    """The job that the options describe, checked."""
     setup_threads(args.threads)
     device = select_device(args.device)
     config = load_config(args.config)
@@ -53,21 +53,22 @@ def main(argv: list[str] | None = None) -> None:
     sampler = PixelSampler(config, settings, device)
     task = make_task(args, config, sampler)
     check(args, task)
-
-    parent = Path(args.logdir) / "samples"
-    folder = ranks.from_first(lambda: open_run(parent, vars(args), args.continue_run))
-    log_to(folder if ranks.rank == 0 else None, args.verbose)
-    with discard_on_error(folder):
-        network = prepare_network(args, task, device, folder, ranks)
-    sample_missing(
-        folder / "img",
-        args.max_images,
-        config.batch_size,
-        lambda indices: to_uint8(sampler(network, indices, args.seed)),
-        ranks,
+    return Job(
+        title=f"pixel DDPM ({config.path.stem}), {settings}",
+        args=args,
+        device=device,
+        task=task,
+        draw=lambda network, indices, callback=None: sampler(network, indices, args.seed, callback),
+        decode=to_uint8,
+        denoiser=lambda network, indices: network,
+        total=args.max_images,
+        batch_size=config.batch_size,
+        runs=Path(args.logdir) / "samples",
     )
-    if ranks.rank == 0:
-        print(f"{args.max_images} images in {folder / 'img'}")
+
+
+def main(argv: list[str] | None = None) -> Path:
+    return run(prepare(parse(argv)))
 
 
 if __name__ == "__main__":

@@ -11,13 +11,13 @@ import argparse
 from functools import cache
 from pathlib import Path
 
-import torch
 from omegaconf import OmegaConf
 
 from common.images import save_npz, to_uint8_truncated  # first: it makes the packages importable
+from common.job import Job, run
 from common.options import Parser, add_quant_options, add_run_options, positive, run_main, seed, select_device
-from common.quantize import Task, check, prepare_network
-from common.running import Ranks, discard_on_error, log_to, open_run, sample_missing, setup_threads
+from common.quantize import Task, check
+from common.running import setup_threads
 from ldm.checkpoint import open_checkpoint
 from ldm.conditions import class_conditions, parse_classes
 from ldm.config import LatentConfig, load_config
@@ -71,9 +71,8 @@ def model_folder(args: argparse.Namespace) -> Path:
     return path if path.suffix == "" else path.parent
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
-    ranks = Ranks.from_environment()
+def prepare(args: argparse.Namespace) -> Job:
+    """The job that the options describe, checked."""
     setup_threads(args.threads)
     device = select_device(args.device)
     config = load_config(model_folder(args) / "config.yaml", args.overrides)
@@ -88,23 +87,29 @@ def main(argv: list[str] | None = None) -> None:
         sampler.conditions = class_conditions(stages, classes)
     stages()
 
-    parent = Path(args.logdir) / model_folder(args).name / "samples"
-    folder = ranks.from_first(lambda: open_run(parent, vars(args), args.continue_run))
-    log_to(folder if ranks.rank == 0 else None, args.verbose)
-    if ranks.rank == 0:
-        OmegaConf.save(OmegaConf.create(vars(args)), folder / "sampling_config.yaml")
-    with discard_on_error(folder):
-        network = prepare_network(args, task, device, folder, ranks)
-
-    def make(indices: list[int]) -> torch.Tensor:
-        return to_uint8_truncated(stages().decode(sampler(network, indices, args.seed)))
-
-    sample_missing(folder / "img", args.n_samples, args.batch_size, make, ranks, NAME)
-    ranks.barrier()
-    if ranks.rank == 0:
+    def finish(folder: Path) -> None:
         (folder / "numpy").mkdir(exist_ok=True)
         save_npz(folder / "numpy" / f"{args.n_samples}-samples.npz", [folder / "img" / NAME.format(i) for i in range(args.n_samples)])
-        print(f"{args.n_samples} images in {folder / 'img'}")
+
+    return Job(
+        title=f"latent diffusion ({model_folder(args).name}), {settings}",
+        args=args,
+        device=device,
+        task=task,
+        draw=lambda network, indices, callback=None: sampler(network, indices, args.seed, callback),
+        decode=lambda z: to_uint8_truncated(stages().decode(z)),
+        denoiser=sampler.denoiser,
+        total=args.n_samples,
+        batch_size=args.batch_size,
+        runs=Path(args.logdir) / model_folder(args).name / "samples",
+        name=NAME,
+        begin=lambda folder: OmegaConf.save(OmegaConf.create(vars(args)), folder / "sampling_config.yaml"),
+        finish=finish,
+    )
+
+
+def main(argv: list[str] | None = None) -> Path:
+    return run(prepare(parse(argv)))
 
 
 if __name__ == "__main__":

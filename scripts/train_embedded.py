@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from common import REPOSITORY
 from common.images import make_grid, save_png, to_uint8, to_uint8_truncated
-from common.options import Parser, positive, run_main, select_device
+from common.options import Parser, add_device_options, positive, run_main, select_device
 from common.running import log_to, setup_threads
 from ddim.config import TrainingConfig, training_config
 from ddim.config import load_config as load_pixel_config
@@ -48,8 +48,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--emoji", type=Path, required=True, help="the archive that `npm pack emoji-datasource-google@16.0.0` makes")
     parser.add_argument("-o", "--output", type=Path, help="folder to write (default: the model's)")
     parser.add_argument("--steps", type=positive, help="training steps (default: the configuration's)")
-    parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    add_device_options(parser)
     return parser.parse_args(argv)
 
 

@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 
 from common.images import load_png, make_grid, save_png, to_uint8_truncated  # first: it makes the packages importable
+from common.job import Job, run
 from common.options import Parser, add_quant_options, add_run_options, positive, run_main, seed, select_device
-from common.quantize import Task, check, prepare_network
-from common.running import Ranks, discard_on_error, log_to, open_run, sample_missing, setup_threads
+from common.quantize import Task, check
+from common.running import setup_threads
 from ldm.checkpoint import open_checkpoint
 from ldm.conditions import calibration_prompt, read_prompts, text_conditions
 from ldm.config import LatentConfig, load_config
@@ -72,15 +73,13 @@ def latent_shape(args: argparse.Namespace, config: LatentConfig) -> tuple[int, i
     return channels, height // factor, width // factor
 
 
-def autocast(device: torch.device, precision: str):
-    """Half precision where the device is fast at it, and what was chosen, in words."""
+def half_precision(device: torch.device, precision: str) -> torch.dtype | None:
+    """The half precision that the device is fast at; None: float32."""
     if precision == "full":
-        return nullcontext(), "float32"
+        return None
     if device.type != "cpu":
-        return torch.autocast(device.type, torch.float16), "float16"
-    if torch.cpu._is_avx512_bf16_supported():
-        return torch.autocast("cpu", torch.bfloat16), "bfloat16"
-    return nullcontext(), "float32 (this CPU is slow at half precision)"
+        return torch.float16
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else None
 
 
 def load_text_config(args: argparse.Namespace) -> LatentConfig:
@@ -100,9 +99,8 @@ def write_grid(folder: Path, count: int, columns: int, keep: bool) -> None:
             file.unlink()
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
-    ranks = Ranks.from_environment()
+def prepare(args: argparse.Namespace) -> Job:
+    """The job that the options describe, checked."""
     setup_threads(args.threads)
     device = select_device(args.device)
     config = load_text_config(args)
@@ -123,17 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     task = Task(**latent_task_parts(checkpoint, drawer, args.seed, ("mse", "mse")), save_stages=lambda path: stages().save(path))
     check(args, task)
     stages()
-
-    folder = ranks.from_first(lambda: open_run(Path(args.outdir), vars(args) | {"from_file": str(args.from_file)}, args.continue_run))
-    log_to(folder if ranks.rank == 0 else None, args.verbose)
-    with discard_on_error(folder):
-        network = prepare_network(args, task, device, folder, ranks)
-    context, chosen = autocast(device, args.precision)
-    print(f"precision: {chosen}")
-
-    def make(indices: list[int]) -> torch.Tensor:
-        with context:
-            return to_uint8_truncated(stages().decode(sampler(network, indices, args.seed)))
+    half = half_precision(device, args.precision)
 
     def metadata(index: int) -> dict[str, str]:
         shown = {"steps": args.ddim_steps, "sampler": name, "scale": args.scale, "weight_bit": args.weight_bit if args.ptq else 32}
@@ -141,12 +129,28 @@ def main(argv: list[str] | None = None) -> None:
         return {"prompt": prompt_of(index), "seed": str(args.seed), "index": str(index), "settings": json.dumps(shown)}
 
     total = args.n_iter * len(prompts) * args.n_samples
-    sample_missing(folder / "samples", total, args.n_samples, make, ranks, NAME, metadata)
-    ranks.barrier()
-    if ranks.rank == 0:
-        if not args.skip_grid:
-            write_grid(folder, total, args.n_rows or args.n_samples, keep=not args.skip_save)
-        print(f"{total} images in {folder / 'samples'}")
+    return Job(
+        title=f"text to image ({config.path.parent.name}), {settings}",
+        args=args,
+        device=device,
+        task=task,
+        draw=lambda network, indices, callback=None: sampler(network, indices, args.seed, callback),
+        decode=lambda z: to_uint8_truncated(stages().decode(z)),
+        denoiser=sampler.denoiser,
+        total=total,
+        batch_size=args.n_samples,
+        runs=Path(args.outdir),
+        images="samples",
+        name=NAME,
+        autocast=lambda: nullcontext() if half is None else torch.autocast(device.type, half),
+        metadata=metadata,
+        begin=lambda folder: print(f"precision: {'float32' if half is None else str(half).removeprefix('torch.')}"),
+        finish=lambda folder: None if args.skip_grid else write_grid(folder, total, args.n_rows or args.n_samples, keep=not args.skip_save),
+    )
+
+
+def main(argv: list[str] | None = None) -> Path:
+    return run(prepare(parse(argv)))
 
 
 if __name__ == "__main__":

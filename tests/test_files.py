@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from ddim.weights import fetch
 from qdiff.checkpoint import CheckpointError
 from qdiff.config import ConfigError
+from qdiff.download import fetch
 from qdiff.files import atomic_write
 from qdiff.noise import CALIBRATION, NoiseSource
 

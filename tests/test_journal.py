@@ -216,7 +216,7 @@ def test_two_processes_end_within_the_spread_of_seeds(tmp_path, network, rows):
 
 def test_gradients_of_two_shares_are_those_of_the_batch(monkeypatch):
     """Each process's share of a batch, added up, gives the gradients of the whole batch to 1e-5."""
-    from qdiff.calibration import ranks
+    from qdiff import ranks
     from qdiff.calibration.reconstruct import UnitData
 
     torch.manual_seed(0)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qdiff import quantizers as Q
-from qdiff.calibration import ranks
+from qdiff import ranks
 from qdiff.calibration.memory import halving
 from qdiff.config import CalibrationConfig
 from qdiff.layers import ActQuantizer, QuantLayer, QuantLinear

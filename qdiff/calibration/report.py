@@ -13,6 +13,7 @@ from qdiff.calibration.run import nearest_rounding
 from qdiff.config import CalibrationConfig, QuantConfig
 from qdiff.files import atomic_write
 from qdiff.model import Family, quant_layers
+from qdiff.plotting import figure_of, save_figure
 
 REPORT_ROWS = 32  # rows, of all time steps, that the signal-to-noise ratios come from
 
@@ -70,32 +71,20 @@ def write_report(
         _plot_units(folder / "units.png", steps)
 
 
-def _figure(width: float, height: float, **options: object) -> tuple:
-    from matplotlib.figure import Figure  # without pyplot: no window system, no state
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(**options)
-
-
-def _save(figure: object, path: Path) -> None:
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
-
-
 def _plot_layers(path: Path, table: dict[str, dict[str, float]], names: list[str]) -> None:
-    figure, axes = _figure(max(6, 0.17 * len(table)), 5)
+    figure, axes = figure_of(max(6, 0.17 * len(table)), 5)
     for name, marker in zip(names, "xo", strict=True):
         axes.plot([values[name] for values in table.values()], marker=marker, markersize=4, linewidth=1, label=name)
     axes.set_xticks(range(len(table)), table, rotation=90, fontsize=6)
     axes.set_ylabel("SQNR of the output, dB")
     axes.legend()
     axes.grid(alpha=0.3)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _plot_units(path: Path, steps: list[dict]) -> None:
     phases = [phase for phase in ("weights", "activations") if any(step["step"].startswith(f"{phase} ") for step in steps)]
-    figure, axes = _figure(12, 4.5 * len(phases), nrows=len(phases), squeeze=False)
+    figure, axes = figure_of(12, 4.5 * len(phases), nrows=len(phases), squeeze=False)
     for axis, phase in zip(axes[:, 0], phases, strict=True):
         chosen = [step for step in steps if step["step"].startswith(f"{phase} ") and "before" in step]
         axis.plot([step["before"] for step in chosen], "x", label="nearest rounding" if phase == "weights" else "first step sizes")
@@ -108,4 +97,4 @@ def _plot_units(path: Path, steps: list[dict]) -> None:
         axis.set_ylabel(f"held-out loss, {phase}")
         axis.legend()
         axis.grid(alpha=0.3)
-    _save(figure, path)
+    save_figure(figure, path)

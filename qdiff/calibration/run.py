@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from qdiff.calibration import ranks
+from qdiff import ranks
 from qdiff.calibration.cache import Cache, Stored
 from qdiff.calibration.dataset import Rows
 from qdiff.calibration.journal import Journal

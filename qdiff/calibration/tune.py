@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from qdiff.calibration import ranks
+from qdiff import ranks
 from qdiff.calibration.dataset import Rows
 from qdiff.calibration.memory import halving
 from qdiff.calibration.reconstruct import UnitResult

@@ -16,6 +16,7 @@ from qdiff.integer import ENGINES
 
 log = logging.getLogger(__name__)
 
+JOB_NAMES = ("sample_diffusion_ddim.py", "sample_diffusion_ldm.py", "txt2img.py")
 FILE_STEPS, FILE_SAMPLES = 1, 1024  # the published defaults, for a calibration file
 OWN_STEPS, OWN_SAMPLES = 20, {"published": 256, "fast": 64}  # for a set that is generated; 256: the paper's
 
@@ -57,12 +58,17 @@ RECIPE_OPTIONS = {
 }
 
 
-def add_run_options(parser: Parser, resumable: bool = True) -> None:
-    group = parser.add_argument_group("run")
+def add_device_options(group) -> None:
+    """--device and --threads, for a parser or a group of one."""
     group.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto: the best one present")
     group.add_argument(
         "--threads", type=positive, default=os.cpu_count() or 1, help="CPU threads of each process; the same number gives the same bits"
     )
+
+
+def add_run_options(parser: Parser, resumable: bool = True) -> None:
+    group = parser.add_argument_group("run")
+    add_device_options(group)
     if resumable:
         group.add_argument("--continue", dest="continue_run", action="store_true", help="continue the newest run in the output folder")
         words = "products of a quantized network: on integers (CPU), or simulated; auto: integers where they are exact and fast"
@@ -165,10 +171,11 @@ def select_device(name: str) -> torch.device:
     """The device of `--device`; ConfigError where it is not there."""
     present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
-        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if present[kind]))
+        name = next(kind for kind in ("cuda", "mps", "cpu") if present[kind])
     if not present[name]:
         raise ConfigError(f"--device {name}: not present here; found {', '.join(kind for kind, there in present.items() if there)}")
-    return torch.device(name)
+    local = int(os.environ.get("LOCAL_RANK", 0))  # of torchrun: each process of a machine takes another GPU
+    return torch.device(name, local % torch.cuda.device_count()) if name == "cuda" else torch.device(name)
 
 
 def run_main(main: Callable[[list[str] | None], None]) -> None:

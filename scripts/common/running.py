@@ -24,6 +24,7 @@ from qdiff.config import ConfigError
 from qdiff.files import atomic_write
 
 log = logging.getLogger(__name__)
+_handlers: list[logging.Handler] = []  # those that `log_to` added
 
 IGNORED_SETTINGS = {"continue_run", "verbose", "logdir", "outdir", "max_images", "resume"}
 
@@ -120,8 +121,11 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def log_to(folder: Path | None, verbose: bool) -> None:
-    """Log to stderr and to `<folder>/run.log`."""
+    """Log to stderr and to `<folder>/run.log`, and no longer to where an earlier call said."""
     root = logging.getLogger()
+    for handler in _handlers:
+        root.removeHandler(handler)
+        handler.close()
     root.setLevel(logging.DEBUG if verbose else logging.INFO)
     for chatty in ("matplotlib", "PIL"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
@@ -133,6 +137,7 @@ def log_to(folder: Path | None, verbose: bool) -> None:
     for handler in handlers:
         handler.setFormatter(form)
         root.addHandler(handler)
+    _handlers[:] = handlers
 
 
 def setup_threads(threads: int) -> None:

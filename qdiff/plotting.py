@@ -1,0 +1,19 @@
+"""Figures without a window system: made, filled by the caller, saved atomically."""
+
+from pathlib import Path
+
+from qdiff.files import atomic_write
+
+
+def figure_of(width: float, height: float, **options: object) -> tuple:
+    """(figure, axes) of matplotlib, in inches; `options` go to `subplots`."""
+    from matplotlib.figure import Figure  # without pyplot: no window system, no state
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(**options)
+
+
+def save_figure(figure: object, path: Path) -> None:
+    """Write a figure as PNG."""
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)

@@ -1,0 +1,90 @@
+"""A sampling command made ready: what the three sampling scripts, the comparison and the tables run alike."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from common.options import JOB_NAMES
+from common.quantize import Task, prepare_network
+from common.running import Ranks, discard_on_error, log_to, open_run, sample_missing
+from qdiff.config import ConfigError
+
+
+@dataclass(frozen=True)
+class Job:
+    """Checked options with the sampler that they describe.
+
+    title: what is sampled, in words. draw: from (network, indices, callback on the sampler) to x_0 or latents. decode: from these to uint8
+    images [N, 3, H, W]. denoiser: eps(x_t, t) of a network for the images of these indices. total,
+    batch_size: images to make, in fixed chunks. runs: the folder of run folders; images: the folder of images inside a run; name:
+    their pattern. autocast: where images are drawn. metadata: the text inside image i. begin, finish: called with
+    the run's folder, before and after sampling, by the first process.
+    """
+
+    title: str
+    args: argparse.Namespace
+    device: torch.device
+    task: Task
+    draw: Callable[..., Tensor]
+    decode: Callable[[Tensor], Tensor]
+    denoiser: Callable[[nn.Module, Sequence[int]], Callable]
+    total: int
+    batch_size: int
+    runs: Path
+    images: str = "img"
+    name: str = "{}.png"
+    autocast: Callable[[], AbstractContextManager] = nullcontext
+    metadata: Callable[[int], dict[str, str]] | None = None
+    begin: Callable[[Path], None] = lambda folder: None
+    finish: Callable[[Path], None] = lambda folder: None
+
+    def sample(self, network: nn.Module, indices: Sequence[int], callback: Callable | None = None) -> Tensor:
+        """uint8 images [N, 3, H, W] of these indices."""
+        with self.autocast():
+            return self.decode(self.draw(network, indices, callback))
+
+    def chunks(self) -> list[range]:
+        """The images in the chunks in which they are made."""
+        return [range(start, min(start + self.batch_size, self.total)) for start in range(0, self.total, self.batch_size)]
+
+
+def run(job: Job) -> Path:
+    """Load or calibrate, sample what is missing; the folder of the images."""
+    args, ranks = job.args, Ranks.from_environment()
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    folder = ranks.from_first(lambda: open_run(job.runs, settings, args.continue_run))
+    log_to(folder if ranks.rank == 0 else None, args.verbose)
+    if ranks.rank == 0:
+        job.begin(folder)
+    with discard_on_error(folder):
+        network = prepare_network(args, job.task, job.device, folder, ranks)
+    images = folder / job.images
+    sample_missing(images, job.total, job.batch_size, lambda indices: job.sample(network, indices), ranks, job.name, job.metadata)
+    ranks.barrier()
+    if ranks.rank == 0:
+        job.finish(folder)
+        print(f"{job.total} images in {images}")
+    return images
+
+
+def prepare(command: Sequence[str]) -> Job:
+    """The job of a sampling command: the name of its script, then its options.
+
+    Raises:
+        ConfigError: no such sampling script.
+    """
+    import sample_diffusion_ddim
+    import sample_diffusion_ldm
+    import txt2img
+
+    modules = dict(zip(JOB_NAMES, (sample_diffusion_ddim, sample_diffusion_ldm, txt2img), strict=True))
+    name = Path(command[0]).name if command else ""
+    if name not in modules:
+        raise ConfigError(f"{name or 'no command'}: expected a sampling command, one of {', '.join(JOB_NAMES)} and its options")
+    module = modules[name]
+    return module.prepare(module.parse(list(command[1:])))

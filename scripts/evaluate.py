@@ -1,0 +1,171 @@
+"""Evaluate images: FID, Inception score, KID, precision and recall, CLIP score, and likeness to full-precision images.
+
+    python scripts/evaluate.py results/samples/<timestamp>/img --reference cifar10-train
+    python scripts/evaluate.py samples.npz --reference lsun_church_train_lmdb --crop 256
+    python scripts/evaluate.py --reference cifar10-train -- sample_diffusion_ddim.py --config configs/cifar10.yml ...
+
+Images and references are folders, `.npz` files (key arr_0, also those of the ADM evaluator), lmdb folders, or cifar10-train;
+a reference can also be an `.npz` file that --save_statistics wrote. After `--` comes a sampling command, whose images are
+made (or continued) first. `torchrun --nproc_per_node N` shares the work among processes.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from common.images import save_npz  # first: it makes the packages importable
+from common.job import prepare, run
+from common.options import Parser, add_device_options, positive, run_main, select_device
+from common.running import Ranks, log_to, setup_threads
+from qdiff.analysis import psnr, ssim
+from qdiff.config import ConfigError
+from qdiff.evaluation.clip import ClipScore
+from qdiff.evaluation.features import EXTRACTORS, Features, default_cache, extract, load_extractor
+from qdiff.evaluation.images import Selected, open_images
+from qdiff.evaluation.lite0 import load_lite0, perceptual_distance
+from qdiff.evaluation.metrics import METRICS, Statistics, compute, load_statistics, save_statistics, statistics_of
+from qdiff.files import atomic_write
+
+UNBIASED_FROM = 10_000  # images; with fewer, FID is biased upwards by more than differences between methods
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    words = sys.argv[1:] if argv is None else argv
+    own, command = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
+    parser = Parser(__doc__.splitlines()[0])
+    parser.add_argument("images", nargs="?", help="what is evaluated (or a sampling command after --)")
+    parser.add_argument("--reference", help="what it is compared with: images or saved statistics")
+    parser.add_argument("--against", help="images of full precision from the same noises: PSNR, SSIM, a perceptual distance")
+    parser.add_argument("--metrics", nargs="+", choices=METRICS, default=list(METRICS))
+    parser.add_argument("--extractor", choices=EXTRACTORS, default="inception", help="lite0: offline, not comparable with published FID")
+    parser.add_argument("--weights", type=Path, help="the extractor's weights (default: fetched, or the installed package's)")
+    parser.add_argument("--count", type=positive, help="take the first so many images (default: all)")
+    parser.add_argument("--crop", type=positive, help="cut the reference to centered squares of this size, as latent diffusion does")
+    parser.add_argument("--clip", type=Path, help="folder of a CLIP model, for the CLIP score")
+    parser.add_argument("--prompts", type=Path, help="the prompts, one a line for each image (default: those inside the PNG files)")
+    parser.add_argument("--npz", type=Path, help="also write the images as .npz for the ADM evaluator")
+    parser.add_argument("--save_statistics", type=Path, help="also write mean and covariance of the images' features")
+    parser.add_argument("--output", type=Path, help="also write the figures as JSON")
+    parser.add_argument("--cache", type=Path, default=default_cache(), help="where features are kept")
+    parser.add_argument("--batch_size", type=positive, default=64)
+    add_device_options(parser)
+    args = parser.parse_args(own)
+    if bool(args.images) == bool(command):
+        parser.error("expected either images or a sampling command after --")
+    args.command = command
+    return args
+
+
+def load_reference(args: argparse.Namespace, features_of) -> Features | Statistics | None:
+    if args.reference is None:
+        return None
+    path = Path(args.reference)
+    if path.suffix == ".npz" and path.is_file() and (found := load_statistics(path)) is not None:
+        return found
+    return features_of(Selected(open_images(args.reference), crop=args.crop))
+
+
+def batches(images: Selected, size: int) -> Iterator[tuple[range, torch.Tensor]]:
+    for start in range(0, len(images), size):
+        indices = range(start, min(start + size, len(images)))
+        yield indices, images.read(indices)
+
+
+def likeness(images: Selected, others: Selected, batch_size: int, device: torch.device) -> dict[str, float]:
+    """PSNR (of the mean squared error over all images), SSIM and perceptual distance (means over the images)."""
+    if len(images) != len(others):
+        raise ConfigError(f"--against {others.name}: {len(others)} images, expected {len(images)} as in {images.name}")
+    network = load_lite0().to(device)
+    error = similarity = distance = 0.0
+    for indices, batch in batches(images, batch_size):
+        reference = others.read(indices)
+        if reference.shape != batch.shape:
+            raise ConfigError(f"--against {others.name}: images of {list(reference.shape[2:])}, expected {list(batch.shape[2:])}")
+        error += 10 ** (-psnr(batch, reference) / 10) * len(batch)
+        similarity += ssim(batch, reference) * len(batch)
+        distance += perceptual_distance(network, batch.to(device), reference.to(device)).sum().item()
+    mean = error / len(images)
+    decibels = -10 * torch.log10(torch.tensor(mean)).item()
+    return {"psnr": decibels, "ssim": similarity / len(images), "perceptual": distance / len(images)}
+
+
+def clip_score(images: Selected, folder: Path, prompts: Path | None, batch_size: int, device: torch.device) -> float:
+    score = ClipScore(folder, device)
+    words = prompts.read_text(encoding="utf-8").splitlines() if prompts else prompts_inside(images)
+    if len(words) < len(images):
+        raise ConfigError(f"--prompts {prompts}: {len(words)} prompts, expected one for each of {len(images)} images")
+    for indices, batch in batches(images, batch_size):
+        score.add(batch, [words[i] for i in indices])
+    return score.mean
+
+
+def prompts_inside(images: Selected) -> list[str]:
+    """The prompts that txt2img.py writes into its PNG files."""
+    found = []
+    for file in getattr(images.images, "files", [])[: len(images)]:
+        with Image.open(file) as picture:
+            found.append(picture.info.get("prompt"))
+    if not found or None in found:
+        raise ConfigError(f"--clip: {images.name} has no prompts inside its images; give them by --prompts")
+    return found
+
+
+def show(figures: dict, note: str) -> str:
+    lines = [f"{'images':12} {figures['count']}"]
+    lines += [f"{name:12} {value:.6g}" for name, value in figures.items() if isinstance(value, float)]
+    return "\n".join([*lines, note])
+
+
+def evaluate(args: argparse.Namespace, source: str | Path) -> dict:
+    """All figures asked for, of the images at `source`; on every process the same."""
+    device = select_device(args.device)
+    reference_is_needed = args.reference is not None
+    extractor = load_extractor(args.extractor, device, args.weights)
+    images = Selected(open_images(source), args.count)
+
+    def features_of(selected: Selected) -> Features:
+        return extract(selected, extractor, args.cache, args.batch_size)
+
+    reference = load_reference(args, features_of) if reference_is_needed else None
+    found = features_of(images)
+    figures: dict = {"images": str(source), "reference": args.reference, "count": len(images), "extractor": extractor.identity}
+    figures |= compute(found, reference, tuple(args.metrics))
+    if args.against:
+        figures |= likeness(images, Selected(open_images(args.against), args.count), args.batch_size, device)
+    if args.clip:
+        figures["clip"] = clip_score(images, args.clip, args.prompts, args.batch_size, device)
+    if args.save_statistics and Ranks.from_environment().rank == 0:
+        save_statistics(args.save_statistics, statistics_of(found))
+    figures["note"] = extractor.note
+    if "fid" in figures and len(images) < UNBIASED_FROM:
+        figures["note"] += f"; FID of {len(images)} images is biased upwards: compare it only with FIDs of as many"
+    return figures
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    ranks = Ranks.from_environment()
+    setup_threads(args.threads)
+    source = run(prepare(args.command)) if args.command else args.images
+    log_to(None, verbose=False)
+    figures = evaluate(args, source)
+    if ranks.rank:
+        return
+    if args.npz:
+        folder = open_images(source)
+        if not hasattr(folder, "files"):
+            raise ConfigError(f"--npz: {source} is not a folder of images")
+        save_npz(args.npz, folder.files[: args.count])
+    if args.output:
+        with atomic_write(args.output) as temporary:
+            temporary.write_text(json.dumps(figures, indent=1))
+    print(show(figures, figures["note"]))
+
+
+if __name__ == "__main__":
+    run_main(main)
