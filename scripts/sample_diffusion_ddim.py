@@ -54,7 +54,7 @@ def prepare(args: argparse.Namespace) -> Job:
     task = make_task(args, config, sampler)
     check(args, task)
     return Job(
-        title=f"pixel DDPM ({config.path.stem}), {settings}",
+        title=f"pixel DDPM ({config.path.stem}), {args.sample_type}, {args.timesteps} {args.skip_type} steps",
         args=args,
         device=device,
         task=task,

@@ -92,7 +92,7 @@ def prepare(args: argparse.Namespace) -> Job:
         save_npz(folder / "numpy" / f"{args.n_samples}-samples.npz", [folder / "img" / NAME.format(i) for i in range(args.n_samples)])
 
     return Job(
-        title=f"latent diffusion ({model_folder(args).name}), {settings}",
+        title=f"latent diffusion ({model_folder(args).name}), {settings.sampler}, {settings.steps} steps",
         args=args,
         device=device,
         task=task,

@@ -130,7 +130,7 @@ def prepare(args: argparse.Namespace) -> Job:
 
     total = args.n_iter * len(prompts) * args.n_samples
     return Job(
-        title=f"text to image ({config.path.parent.name}), {settings}",
+        title=f"text to image ({config.path.parent.name}), {name}, {args.ddim_steps} steps, guidance {args.scale:g}",
         args=args,
         device=device,
         task=task,
