@@ -1,0 +1,210 @@
+"""The evaluating scripts as users run them, on small images and on the embedded models."""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pictures
+import pytest
+import tiny
+from test_cli import fails
+
+FIGURES = ("fid", "kid", "is", "precision", "recall")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("work")
+    for seed, name in enumerate("ab"):
+        pictures.save(pictures.make(40, seed), folder / name)
+    return folder
+
+
+def options(work: Path, *more: object) -> list[object]:
+    return [*more, "--extractor", "lite0", "--cache", work / "cache", "--batch_size", 16, "--threads", 1]
+
+
+def torchrun(processes: int, port: int, name: str, *arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(port)]
+    command += [str(tiny.REPOSITORY / "scripts" / name), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=tiny.REPOSITORY, timeout=300)
+
+
+def figures(path: Path) -> dict:
+    return {name: value for name, value in json.loads(path.read_text()).items() if name in FIGURES}
+
+
+def test_folders_npz_and_statistics_give_the_same_figures(work):
+    first = tiny.script(
+        "evaluate.py",
+        *options(work, work / "a", "--reference", work / "b", "--against", work / "b", "--output", work / "one.json"),
+        *("--npz", work / "a.npz", "--save_statistics", work / "a_statistics.npz"),
+    )
+    assert first.returncode == 0, first.stderr
+    assert "NOT comparable" in first.stdout and "biased" in first.stdout
+    found = json.loads((work / "one.json").read_text())
+    assert set(FIGURES) <= set(found) and found["psnr"] < 30 and 0 < found["ssim"] < 1 and found["perceptual"] > 0
+    with np.load(work / "a.npz") as file:
+        assert np.array_equal(file["arr_0"], pictures.make(40, 0).permute(0, 2, 3, 1).numpy())
+    second = tiny.script("evaluate.py", *options(work, work / "a.npz", "--reference", work / "b", "--output", work / "two.json"))
+    assert second.returncode == 0, second.stderr
+    assert figures(work / "two.json") == figures(work / "one.json")
+    third = tiny.script(
+        "evaluate.py", *options(work, work / "b", "--reference", work / "a_statistics.npz", "--output", work / "three.json")
+    )
+    assert third.returncode == 0, third.stderr
+    assert figures(work / "three.json")["fid"] == pytest.approx(found["fid"], rel=1e-6)
+
+
+def test_the_number_of_processes_changes_nothing(work):
+    assert tiny.script("evaluate.py", *options(work, work / "a", "--reference", work / "b", "--output", work / "one.json")).returncode == 0
+    shutil.rmtree(work / "cache")
+    result = torchrun(3, 29631, "evaluate.py", *options(work, work / "a", "--reference", work / "b", "--output", work / "ranks.json"))
+    assert result.returncode == 0, result.stderr
+    assert figures(work / "ranks.json") == figures(work / "one.json")
+    shutil.rmtree(work / "cache")
+    (work / "broken").mkdir()
+    for file in (work / "a").iterdir():
+        shutil.copy(file, work / "broken")
+    (work / "broken" / "0033.png").write_bytes(b"")
+    result = torchrun(2, 29632, "evaluate.py", *options(work, work / "broken", "--reference", work / "b"))
+    assert result.returncode != 0 and "0033.png: a broken image" in result.stderr
+
+
+def test_a_sampling_command_is_evaluated(work):
+    config, weights = tiny.config_file(work), tiny.weights_file(work)
+    command = ["sample_diffusion_ddim.py", "--config", config, "--ckpt", weights, "--timesteps", 4, "--max_images", 6, "-l", work / "out"]
+    result = tiny.script(
+        "evaluate.py", *options(work, "--reference", work / "b", "--metrics", "fid", "--output", work / "o.json"), "--", *command
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads((work / "o.json").read_text())["count"] == 6
+    result = tiny.script("evaluate.py", *options(work, "--reference", work / "b"), "--", "nothing.py")
+    fails(result, "nothing.py", "sample_diffusion_ddim.py")
+
+
+def test_bad_evaluations_say_what_is_wrong(work, tmp_path):
+    run = lambda *words: tiny.script("evaluate.py", *options(work, *words))  # noqa: E731
+    fails(run(work / "a", "--count", 41), "40 images", "41")
+    fails(run(tmp_path / "none"), "expected a folder of images")
+    fails(run(work / "a", "--clip", tmp_path), "missing config.json")
+    np.savez(tmp_path / "other.npz", mu=np.zeros(3), sigma=np.zeros((3, 3)))
+    fails(run(work / "a", "--reference", tmp_path / "other.npz"), "another evaluator")
+    pictures.save(pictures.make(39, 1), tmp_path / "fewer")
+    fails(run(work / "a", "--against", tmp_path / "fewer"), "39 images, expected 40")
+    offline = {"XDG_CACHE_HOME": str(tmp_path), "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+    result = tiny.script("evaluate.py", work / "a", "--reference", work / "b", "--threads", 1, env=offline)
+    fails(result, "weights-inception", "cannot be reached")
+    result = tiny.script("evaluate.py", *options(work, work / "a", "--reference", "cifar10-train"), env=offline)
+    assert result.returncode == 1 and "cifar10-train: not in" in result.stderr.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    result = tiny.script("compare.py", "--embedded", "emoji32", "-o", folder, "--images", 2, "--no_nearest", "--threads", 1)
+    assert result.returncode == 0, result.stderr
+    return folder, result.stdout
+
+
+def test_the_comparison_is_written(report):
+    folder, shown = report
+    assert {"index.html", "table.md", "table.csv", "errors.json", "images.png", "errors.png", "ranges.png", "shortcuts.png"} <= {
+        path.name for path in folder.iterdir()
+    }
+    errors = json.loads((folder / "errors.json").read_text())
+    assert set(errors) == {"W8A32", "W8A8", "W4A32", "W4A8"}
+    means = {name: sum(values["eps"]) / 50 for name, values in errors.items()}
+    assert means["W8A32"] < means["W8A8"] < means["W4A8"] < 0.15
+    assert errors["W8A8"]["bops"] == errors["W4A8"]["bops"] * pytest.approx(2, rel=0.05)
+    assert "| W4A8 |" in shown
+
+
+def test_the_page_opens_in_a_browser(report, tmp_path):
+    browser = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if browser is None:
+        pytest.skip("no Chromium on this machine")
+    page = tmp_path / "page"
+    shutil.copytree(report[0], page)
+    counting = (
+        "<script>addEventListener('load', () => document.body.dataset.seen = "
+        "[...document.images].filter(i => i.naturalWidth > 100).length + ' ' + document.querySelectorAll('tbody tr').length)</script>"
+    )
+    text = (page / "index.html").read_text()
+    (page / "index.html").write_text(text.replace("</body>", counting + "</body>"))
+    quiet = "--disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
+    command = [browser, "--headless", "--no-sandbox", *quiet.split(), f"--user-data-dir={tmp_path / 'profile'}"]
+    result = subprocess.run([*command, "--dump-dom", f"file://{page / 'index.html'}"], capture_output=True, text=True, timeout=120)
+    seen = re.search(r'data-seen="(\d+) (\d+)"', result.stdout)
+    assert seen, result.stderr
+    assert int(seen[1]) == text.count("<img") == 4
+    assert int(seen[2]) == text.count("<tr><td>") > 5
+
+
+def test_comparison_refuses_what_does_not_fit(tmp_path):
+    other = tiny.REPOSITORY / "models/ldm/emoji64/w4a8.safetensors"
+    command = ["sample_diffusion_ddim.py", "--config", "configs/emoji32.yml", "--use_pretrained"]
+    fails(tiny.script("compare.py", "--checkpoints", other, "-o", tmp_path, "--", *command), "another network")
+    fails(tiny.script("compare.py", "-o", tmp_path, "--", *command), "--checkpoints")
+
+
+def test_a_table_is_filled_and_continued(tmp_path):
+    words = [
+        "--table",
+        "embedded",
+        "--models",
+        "emoji32",
+        "--rows",
+        "full-precision",
+        "q-diffusion-w4a8",
+        "q-diffusion-w4a32",
+        "--images",
+        3,
+    ]
+    words += ["--trajectory_images", 2, "--threads", 1, "--output", tmp_path / "out", "--cache", tmp_path / "cache"]
+    result = tiny.script("reproduce.py", *words)
+    assert result.returncode == 0, result.stderr
+    assert "3 rows, 3 images, 1 seed(s): sampling" in result.stdout
+    content = json.loads((tmp_path / "out/table.json").read_text())["emoji32"]
+    assert set(content) == {"full-precision", "q-diffusion-w4a8", "q-diffusion-w4a32"}
+    assert content["q-diffusion-w4a32"][0]["trajectory_error"] < content["q-diffusion-w4a8"][0]["trajectory_error"] < 0.15
+    assert content["q-diffusion-w4a8"][0]["psnr"] > 10
+    assert {"table.md", "table.csv", "index.html", "emoji32.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    images = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("img/*.png")}
+    assert len(images) == 3 * 4  # each row, and full precision with another seed as reference
+    next(iter(images)).unlink()
+    (tmp_path / "out/emoji32/q-diffusion-w4a8/seed0-3/result.json").unlink()
+    again = tiny.script("reproduce.py", *words)
+    assert again.returncode == 0, again.stderr
+    assert json.loads((tmp_path / "out/table.json").read_text())["emoji32"]["q-diffusion-w4a8"][0]["fid"] == pytest.approx(
+        content["q-diffusion-w4a8"][0]["fid"], rel=1e-9
+    )
+    kept = list(images)[1:]
+    assert all(path.stat().st_mtime_ns == images[path] for path in kept)
+
+
+def test_a_table_is_checked_before_the_long_run(tmp_path):
+    words = ["--table", "embedded", "--models", "emoji32", "--rows", "q-diffusion-w4a8", "--check", "--threads", 1, "--output", tmp_path]
+    result = tiny.script("reproduce.py", *words)
+    assert result.returncode == 0, result.stderr
+    assert "Q-Diffusion W4A8: PASS" in result.stdout and (tmp_path / "check_emoji32.png").is_file()
+    wrong = tmp_path / "wrong"
+    wrong.mkdir()
+    shutil.copy(tiny.REPOSITORY / "models/ldm/emoji64/w4a8.safetensors", wrong / "w4a8.safetensors")
+    fails(tiny.script("reproduce.py", *words, "--checkpoints", wrong), "a network of the latent family, expected pixel")
+
+
+def test_bad_tables_say_what_is_wrong(tmp_path):
+    run = lambda words: tiny.script("reproduce.py", *shlex.split(words), "--output", tmp_path)  # noqa: E731
+    fails(run("--table embedded --rows q-diffusion-w3a8"), "q-diffusion-w3a8", "q-diffusion-w4a8")
+    fails(run("--table embedded --models emoji16"), "emoji16", "emoji32")
+    fails(run("--table lsun-church"), "--reference", "lsun-church")
+    fails(run("--table stable-diffusion --reference ."), "--captions")
+    (tmp_path / "captions.json").write_text('{"annotations": [{"id": 1}]}')
+    fails(run(f"--table stable-diffusion --reference . --captions {tmp_path / 'captions.json'}"), "not a COCO caption file")

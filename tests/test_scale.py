@@ -1,0 +1,115 @@
+"""Many images, several processes, and processes that die."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+sys.path.insert(0, str(tiny.REPOSITORY / "scripts"))
+
+from common.running import Ranks, sample_missing
+
+SAMPLE = "sample_diffusion_ddim.py"
+
+
+class Stub:
+    """A sampler that draws nothing: image i holds the digits of i. `dies_at`: the call that is interrupted."""
+
+    def __init__(self, dies_at: int | None = None) -> None:
+        self.made: Counter[int] = Counter()
+        self.calls, self.dies_at = 0, dies_at
+
+    def __call__(self, indices: list[int]) -> torch.Tensor:
+        self.calls += 1
+        if self.calls == self.dies_at:
+            raise KeyboardInterrupt
+        self.made.update(indices)
+        images = torch.zeros(len(indices), 3, 4, 4, dtype=torch.uint8)
+        for image, i in zip(images, indices, strict=True):
+            image[0, 0] = torch.tensor([i >> 24, i >> 16 & 255, i >> 8 & 255, i & 255], dtype=torch.uint8)
+        return images
+
+
+def simulate(folder: Path, total: int) -> None:
+    from common.images import load_png
+
+    first, second = Stub(dies_at=total // 64 // 2), Stub()
+    with pytest.raises(KeyboardInterrupt):
+        sample_missing(folder, total, 64, first, Ranks())
+    early = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    sample_missing(folder, total, 64, second, Ranks())
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - early
+    assert {path.name for path in folder.iterdir()} == {f"{i}.png" for i in range(total)}
+    made = first.made + second.made
+    assert len(made) == total and set(made.values()) == {1}  # none twice
+    seen = {tuple(load_png(folder / f"{i}.png")[0, 0].tolist()) for i in range(total)}
+    assert len(seen) == total
+    assert grown < 30_000  # KiB; the images would be 50,000 * 3 * 4 * 4 bytes only, but so would no leaked file or tensor handle be
+
+
+def test_many_images(tmp_path):
+    simulate(tmp_path / "img", 2_000)
+
+
+@pytest.mark.slow
+def test_fifty_thousand_images(tmp_path):
+    simulate(tmp_path / "img", 50_000)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    return tiny.config_file(folder), tiny.weights_file(folder)
+
+
+def command(files, out: Path, processes: int, images: int, *more: str) -> list[str]:
+    config, weights = files
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(29640 + processes)]
+    words = f"--config {config} --ckpt {weights} --timesteps 5 --max_images {images} --threads 1 -l {out}"
+    return [*start, str(tiny.REPOSITORY / "scripts" / SAMPLE), *words.split(), *more]
+
+
+def content(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in out.glob("samples/*/img/*.png")}
+
+
+def test_two_and_three_processes_make_the_images_of_one(files, tmp_path):
+    for processes in (1, 2, 3):
+        result = subprocess.run(command(files, tmp_path / str(processes), processes, 22), capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr
+    whole = content(tmp_path / "1")
+    assert len(whole) == 22
+    assert content(tmp_path / "2") == whole and content(tmp_path / "3") == whole
+
+
+def children(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the processes of torchrun in /proc")
+def test_a_process_that_dies_loses_only_unfinished_images(files, tmp_path):
+    images = 400
+    process = subprocess.Popen(command(files, tmp_path / "a", 2, images), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(content(tmp_path / "a")) < 20 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(children(process.pid)[-1], signal.SIGKILL)
+    process.wait(timeout=120)
+    early = content(tmp_path / "a")
+    assert 20 <= len(early) < images
+    result = subprocess.run(command(files, tmp_path / "a", 3, images, "--continue"), capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    late = content(tmp_path / "a")
+    assert len(late) == images and all(late[name] == bytes_ for name, bytes_ in early.items())
+    assert subprocess.run(command(files, tmp_path / "b", 1, images), capture_output=True, timeout=300).returncode == 0
+    assert late == content(tmp_path / "b")
