@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddim.config import ModelConfig
-from qdiff.layers import MatMul
+from qdiff.layers import MatMul, fused_attention
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
@@ -84,6 +84,8 @@ class ResnetBlock(nn.Module):
 class AttnBlock(nn.Module):
     """Single-head self-attention over the pixels, q, k, v and proj_out being 1x1 convolutions."""
 
+    fused = False
+
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
         self.norm = group_norm(channels, groups)
@@ -98,6 +100,9 @@ class AttnBlock(nn.Module):
         n, c, height, width = x.shape
         h = self.norm(x)
         q, k, v = (layer(h).flatten(2) for layer in (self.q, self.k, self.v))  # [N, C, HW]
+        if self.fused:
+            h = fused_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), c**-0.5).transpose(1, 2)
+            return x + self.proj_out(h.reshape(n, c, height, width))
         logits = self.qk(q.transpose(1, 2), k) * c**-0.5  # [N, HW (query), HW (key)]
         probabilities = torch.softmax(logits, dim=2)
         h = self.av(v, probabilities.transpose(1, 2)).reshape(n, c, height, width)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qdiff.layers import MatMul
+from qdiff.layers import MatMul, fused_attention
 
 SLICE_BYTES = 2**28  # of one matrix of attention probabilities that is held at a time
 
@@ -29,6 +29,8 @@ class QKVAttention(nn.Module):
     q and k are each scaled by d^-1/4, and quantized after that.
     """
 
+    fused = False
+
     def __init__(self, heads: int) -> None:
         super().__init__()
         self.heads = heads
@@ -43,6 +45,8 @@ class QKVAttention(nn.Module):
         return sliced(self._attend, q * scale, k * scale, v).transpose(1, 2).reshape(n, -1, tokens)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.fused:
+            return fused_attention(q, k, v, 1.0)
         probabilities = torch.softmax(self.qkv_matmul(q, k.transpose(1, 2)), dim=-1)
         return self.smv_matmul(probabilities, v)
 
@@ -65,6 +69,8 @@ class AttentionBlock(nn.Module):
 class CrossAttention(nn.Module):
     """Attention of `x` [N, T, C] to `context` [N, L, D], or to itself; q and k are quantized before the scaling."""
 
+    fused = False
+
     def __init__(self, channels: int, heads: int, context_dim: int | None = None) -> None:
         super().__init__()
         self.heads = heads
@@ -86,6 +92,8 @@ class CrossAttention(nn.Module):
         return self.to_out(h.unflatten(0, (n, self.heads)).transpose(1, 2).reshape(n, tokens, channels))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.fused:
+            return fused_attention(q, k, v, q.shape[2] ** -0.5)
         logits = self.qk(q, k.transpose(1, 2)) * q.shape[2] ** -0.5
         return self.av(torch.softmax(logits, dim=-1), v)
 

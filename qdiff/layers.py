@@ -200,13 +200,15 @@ class QuantLayer(nn.Module):
         parts = zip(self.weight_quantizers, self._parts(self.weight), self.rounding, strict=True)
         return self._join([Q.soft_round(w, alpha, q.delta, q.zero_point, q.n_bits) for q, w, alpha in parts])
 
+    def quantize_input(self, x: Tensor) -> Tensor:
+        """The input as the product sees it."""
+        if not self.split:
+            return self.act_quantizer(x)
+        halves = zip(self.act_quantizers, self._parts(x), strict=True)
+        return torch.cat([quantizer(half) for quantizer, half in halves], dim=1) if self._acts_matter() else x
+
     def forward(self, x: Tensor) -> Tensor:
-        if self.split:
-            halves = zip(self.act_quantizers, self._parts(x), strict=True)
-            x = torch.cat([quantizer(half) for quantizer, half in halves], dim=1) if self._acts_matter() else x
-        else:
-            x = self.act_quantizer(x)
-        return self.product(x, self.effective_weight())
+        return self.product(self.quantize_input(x), self.effective_weight())
 
     def _acts_matter(self) -> bool:
         return any(q.enabled or q.observer is not None for q in self.act_quantizers)
@@ -265,6 +267,14 @@ class MatMul(nn.Module):
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         return torch.matmul(a, b)
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """softmax(q k^T scale) v of [B, T, d] by PyTorch's fused operator, for attentions whose products are not quantized.
+
+    An attention module that can use it has a class attribute `fused`, which engines set.
+    """
+    return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], scale=scale)[:, 0]
 
 
 class QuantMatMul(nn.Module):

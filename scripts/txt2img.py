@@ -8,7 +8,6 @@ Images go to <outdir>/<timestamp>/samples, a grid beside them; each PNG carries 
 
 import argparse
 import json
-from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -53,9 +52,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", default="configs/stable-diffusion/v1-inference.yaml", help="YAML file of the model")
     parser.add_argument("--ckpt", default="models/ldm/stable-diffusion-v1/model.ckpt", help="the model's checkpoint or its folder")
     parser.add_argument("--seed", type=seed, default=42)
-    parser.add_argument("--precision", default="autocast", choices=["full", "autocast"], help="autocast: half precision where it is fast")
     parser.add_argument("--no_grad_ckpt", action="store_true", help="accepted for the published commands; changes nothing")
-    add_run_options(parser)
+    add_run_options(parser, precision="autocast")
     add_quant_options(parser)
     return parser.parse_args(argv)
 
@@ -71,15 +69,6 @@ def latent_shape(args: argparse.Namespace, config: LatentConfig) -> tuple[int, i
     if height % unit or width % unit:
         raise ConfigError(f"--H {height} --W {width}: expected multiples of {unit}")
     return channels, height // factor, width // factor
-
-
-def half_precision(device: torch.device, precision: str) -> torch.dtype | None:
-    """The half precision that the device is fast at; None: float32."""
-    if precision == "full":
-        return None
-    if device.type != "cpu":
-        return torch.float16
-    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else None
 
 
 def load_text_config(args: argparse.Namespace) -> LatentConfig:
@@ -121,7 +110,6 @@ def prepare(args: argparse.Namespace) -> Job:
     task = Task(**latent_task_parts(checkpoint, drawer, args.seed, ("mse", "mse")), save_stages=lambda path: stages().save(path))
     check(args, task)
     stages()
-    half = half_precision(device, args.precision)
 
     def metadata(index: int) -> dict[str, str]:
         shown = {"steps": args.ddim_steps, "sampler": name, "scale": args.scale, "weight_bit": args.weight_bit if args.ptq else 32}
@@ -142,9 +130,7 @@ def prepare(args: argparse.Namespace) -> Job:
         runs=Path(args.outdir),
         images="samples",
         name=NAME,
-        autocast=lambda: nullcontext() if half is None else torch.autocast(device.type, half),
         metadata=metadata,
-        begin=lambda folder: print(f"precision: {'float32' if half is None else str(half).removeprefix('torch.')}"),
         finish=lambda folder: None if args.skip_grid else write_grid(folder, total, args.n_rows or args.n_samples, keep=not args.skip_save),
     )
 

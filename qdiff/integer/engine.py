@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from qdiff import quantizers as Q
 from qdiff.config import ConfigError
+from qdiff.integer.gpu import fuse_attention, to_packed
 from qdiff.integer.kernels import Rows
 from qdiff.integer.lazy import Lazy, Pending, group_norm, lazy
 from qdiff.layers import ActQuantizer, QuantConv1d, QuantConv2d, QuantLayer, QuantLinear, QuantMatMul, WeightQuantizer
@@ -49,18 +50,22 @@ def prepare(model: nn.Module, engine: str = "auto") -> nn.Module:
     """The network to sample with.
 
     Args:
-        model: a quantized network with activations quantized, on its device; not changed.
+        model: the network, quantized or not, on its device. On CUDA every engine but `simulated` means packed weights (`gpu`).
         engine: `simulated`: as it is. `integer`: products on integers. `auto`: integers where they are exact and fast, and a
             log line that says what was chosen.
 
     Raises:
         ConfigError: `integer` where it cannot run.
     """
-    reason = _reason(model)
-    if engine == "integer" and reason is not None:
-        raise ConfigError(f"--engine integer: {reason}")
     if engine == "simulated":
         return model
+    if (kind := next(model.parameters()).device.type) == "cuda":
+        return _on_gpu(model)
+    if not any(isinstance(module, QuantLayer) for module in model.modules()):
+        return model
+    reason = _reason(model, kind)
+    if engine == "integer" and reason is not None:
+        raise ConfigError(f"--engine integer: {reason}")
     if reason is not None:
         log.info("engine: simulated (%s)", reason)
         return model
@@ -68,14 +73,20 @@ def prepare(model: nn.Module, engine: str = "auto") -> nn.Module:
     return to_integer(model)
 
 
-def _reason(model: nn.Module) -> str | None:
+def _on_gpu(model: nn.Module) -> nn.Module:
+    """Packed weights and channels_last memory; attentions that are not quantized are fused, in full precision too."""
+    if any(isinstance(module, QuantLayer) for module in model.modules()):
+        log.info("engine: packed weights, expanded on use; linear layers on int8 where that is faster")
+        model = to_packed(model)
+    return fuse_attention(model).to(memory_format=torch.channels_last)
+
+
+def _reason(model: nn.Module, device: str) -> str | None:
     layers = [module for module in model.modules() if isinstance(module, QuantLayer)]
-    if not layers:
-        return "the network is not quantized"
     if not all(q.enabled for layer in layers for q in layer.act_quantizers):
         return "activations are not quantized"
-    if (device := layers[0].weight_quantizer.integers.device).type != "cpu":
-        return f"integer products are for the CPU, the network is on {device.type}"
+    if device != "cpu":
+        return f"integer products are for CPU and CUDA, the network is on {device}"
     if any(q.n_bits > 8 for layer in layers for q in (*layer.weight_quantizers, *layer.act_quantizers)):
         return "more than 8 bits"
     return unavailable()

@@ -1,18 +1,20 @@
 """A sampling command made ready: what the three sampling scripts, the comparison and the tables run alike."""
 
 import argparse
+import logging
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from common.options import JOB_NAMES
+from common.options import JOB_NAMES, autocast_dtype
 from common.quantize import Task, prepare_network
 from common.running import Ranks, discard_on_error, log_to, open_run, sample_missing
 from qdiff.config import ConfigError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Job:
     title: what is sampled, in words. draw: from (network, indices, callback on the sampler) to x_0 or latents. decode: from these to uint8
     images [N, 3, H, W]. denoiser: eps(x_t, t) of a network for the images of these indices. total,
     batch_size: images to make, in fixed chunks. runs: the folder of run folders; images: the folder of images inside a run; name:
-    their pattern. autocast: where images are drawn. metadata: the text inside image i. begin, finish: called with
+    their pattern. metadata: the text inside image i. begin, finish: called with
     the run's folder, before and after sampling, by the first process.
     """
 
@@ -38,14 +40,14 @@ class Job:
     runs: Path
     images: str = "img"
     name: str = "{}.png"
-    autocast: Callable[[], AbstractContextManager] = nullcontext
     metadata: Callable[[int], dict[str, str]] | None = None
     begin: Callable[[Path], None] = lambda folder: None
     finish: Callable[[Path], None] = lambda folder: None
 
     def sample(self, network: nn.Module, indices: Sequence[int], callback: Callable | None = None) -> Tensor:
         """uint8 images [N, 3, H, W] of these indices."""
-        with self.autocast():
+        half = autocast_dtype(self.device, self.args.precision)
+        with torch.autocast(self.device.type, half or torch.float32, enabled=half is not None):
             return self.decode(self.draw(network, indices, callback))
 
     def chunks(self) -> list[range]:
@@ -67,6 +69,7 @@ def run(job: Job) -> Path:
     sample_missing(images, job.total, job.batch_size, lambda indices: job.sample(network, indices), ranks, job.name, job.metadata)
     ranks.barrier()
     if ranks.rank == 0:
+        log.info("precision: %s", str(autocast_dtype(job.device, args.precision) or torch.float32).removeprefix("torch."))
         job.finish(folder)
         print(f"{job.total} images in {images}")
     return images

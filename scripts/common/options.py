@@ -66,13 +66,15 @@ def add_device_options(group) -> None:
     )
 
 
-def add_run_options(parser: Parser, resumable: bool = True) -> None:
+def add_run_options(parser: Parser, resumable: bool = True, precision: str = "full") -> None:
     group = parser.add_argument_group("run")
     add_device_options(group)
     if resumable:
         group.add_argument("--continue", dest="continue_run", action="store_true", help="continue the newest run in the output folder")
         words = "products of a quantized network: on integers (CPU), or simulated; auto: integers where they are exact and fast"
         group.add_argument("--engine", default="auto", choices=ENGINES, help=words)
+        words = "autocast: float16 on GPUs, bfloat16 on CPUs that are fast at it"
+        group.add_argument("--precision", default=precision, choices=["full", "autocast"], help=words)
     group.add_argument("--verbose", action="store_true", help="log details")
 
 
@@ -176,6 +178,15 @@ def select_device(name: str) -> torch.device:
         raise ConfigError(f"--device {name}: not present here; found {', '.join(kind for kind, there in present.items() if there)}")
     local = int(os.environ.get("LOCAL_RANK", 0))  # of torchrun: each process of a machine takes another GPU
     return torch.device(name, local % torch.cuda.device_count()) if name == "cuda" else torch.device(name)
+
+
+def autocast_dtype(device: torch.device, precision: str) -> torch.dtype | None:
+    """The half precision of `--precision` that the device is fast at; None: float32."""
+    if precision == "full":
+        return None
+    if device.type != "cpu":
+        return torch.float16
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else None
 
 
 def run_main(main: Callable[[list[str] | None], None]) -> None:

@@ -69,7 +69,7 @@ def prepare_network(args: argparse.Namespace, task: Task, device: torch.device, 
     Several processes calibrate together: each takes its share of every batch, the first one writes.
     """
     network = _prepare(args, task, device, folder, ranks)
-    return choose_engine(network, args.engine) if args.ptq else network
+    return choose_engine(network, args.engine)
 
 
 def _prepare(args: argparse.Namespace, task: Task, device: torch.device, folder: Path, ranks: Ranks) -> nn.Module:

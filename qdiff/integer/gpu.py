@@ -1,0 +1,163 @@
+"""A quantized network on a GPU: weights stay packed in its memory and are expanded where a product needs them.
+
+The expanded weight lives as long as the product, in the precision of autocast where that is on. Linear layers can also run on
+`torch._int_mm`; which of the two is faster depends on card and shape, so each shape is timed once. The integers, step sizes and
+formulas are those of the simulation.
+"""
+
+import copy
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from qdiff import quantizers as Q
+from qdiff.checkpoint import pack_integers, unpack_integers
+from qdiff.layers import ActQuantizer, MatMul, QuantLayer, QuantLinear, QuantMatMul, WeightQuantizer
+
+TIMED = 3  # runs of each way, after one to warm up
+
+
+def to_packed(model: nn.Module, int8_products: bool = True) -> nn.Module:
+    """A copy of a quantized network whose weights are packed; biases, norms and step sizes are shared.
+
+    int8_products: let linear layers choose between int8 and floating-point products by their time.
+    """
+    shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    result = copy.deepcopy(model, shared).eval()
+    for path, module in list(result.named_modules()):
+        if isinstance(module, QuantLayer):
+            parent, _, name = path.rpartition(".")
+            packed: nn.Module = PackedLayer(module)
+            if int8_products and Int8Linear.fits(module):
+                packed = Fastest(packed, Int8Linear(packed))
+            setattr(result.get_submodule(parent), name, packed)
+    return fuse_attention(result)
+
+
+def fuse_attention(model: nn.Module) -> nn.Module:
+    """Let attentions whose products are not quantized run on PyTorch's fused operator; in place."""
+    for module in model.modules():
+        if hasattr(type(module), "fused"):
+            products = [child for child in module.children() if isinstance(child, MatMul | QuantMatMul)]
+            module.fused = not any(q.enabled for product in products if isinstance(product, QuantMatMul) for q in product.act_quantizers)
+    return model
+
+
+class PackedWeight(nn.Module):
+    """Integers of one weight at their true width (4 and 8 bits; others in a byte or more), with their scales."""
+
+    def __init__(self, quantizer: WeightQuantizer) -> None:
+        super().__init__()
+        self.n_bits, self.shape = quantizer.n_bits, tuple(quantizer.integers.shape)
+        self.dense = quantizer.n_bits in (4, 8)
+        self.register_buffer("integers", pack_integers(quantizer.integers, quantizer.n_bits) if self.dense else quantizer.integers)
+        self.register_buffer("delta", quantizer.delta)
+        self.register_buffer("zero_point", quantizer.zero_point)
+
+    def unpack(self) -> Tensor:
+        """The integers, one an element."""
+        return unpack_integers(self.integers, self.n_bits, self.shape) if self.dense else self.integers
+
+    def expand(self) -> Tensor:
+        """The dequantized weight, in the precision of the scales."""
+        return (self.unpack().to(self.delta.dtype) - self.zero_point) * self.delta
+
+
+class PackedLayer(nn.Module):
+    """A quantized layer that holds its weight packed."""
+
+    def __init__(self, layer: QuantLayer) -> None:
+        super().__init__()
+        self.weights = nn.ModuleList([PackedWeight(quantizer) for quantizer in layer.weight_quantizers])
+        self.layer = layer
+        for quantizer in layer.weight_quantizers:  # the packed copy is the only one from here on
+            quantizer.integers = quantizer.integers.new_zeros(0)
+        layer._weight = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self.layer
+        x = layer.quantize_input(x)
+        weight = torch.cat([weight.expand() for weight in self.weights], dim=1) if layer.split else self.weights[0].expand()
+        if torch.is_autocast_enabled(x.device.type):
+            weight = weight.to(torch.get_autocast_dtype(x.device.type))
+        if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+            weight = weight.contiguous(memory_format=torch.channels_last)
+        return layer.product(x, weight)
+
+
+class Int8Linear(nn.Module):
+    """A linear layer on `torch._int_mm`, exact in int32, for inputs of more than 16 rows.
+
+    y = delta_x delta_w (sum (q_x - z_x)(q_w - z_w)) + b, with both zero points taken out by sums over K.
+    """
+
+    MIN_ROWS = 17
+
+    def __init__(self, packed: PackedLayer) -> None:
+        super().__init__()
+        self.packed = packed.weights[0]
+        self.act, self.bias = packed.layer.act_quantizer, packed.layer.bias
+        self.register_buffer("zero", self.packed.zero_point.flatten() - 128)
+        self.register_buffer("scale", self.packed.delta.flatten())
+        self.register_buffer("sums", self._weight().sum(1, dtype=torch.int32))  # [N]
+
+    def _weight(self) -> Tensor:
+        """The integers less 128, int8 [N, K]."""
+        return (self.packed.unpack() ^ 128).view(torch.int8)
+
+    @staticmethod
+    def fits(layer: QuantLayer) -> bool:
+        """Whether kind, widths and shape are such that `_int_mm` can be used."""
+        if not isinstance(layer, QuantLinear) or layer.split:
+            return False
+        act, weight = layer.act_quantizer, layer.weight_quantizer
+        narrow = act.n_bits <= 8 and weight.n_bits <= 8 and act.enabled and act.steps is None
+        return narrow and layer.shape[0] % 8 == 0 and layer.shape[1] % 8 == 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        act: ActQuantizer = self.act
+        flat = x.reshape(-1, x.shape[-1]).to(act.delta.dtype)
+        low, high = Q.integer_range(act.n_bits, act.symmetric)
+        zero = torch.zeros_like(act.delta) if act.symmetric or act.always_zero else act.zero_point
+        shift = 0 if act.symmetric else 128
+        q = (torch.clamp(torch.round(flat / act.delta) + zero, low, high) - shift).to(torch.int8)
+        zero_x = zero.reshape(()) - shift
+        total = torch._int_mm(q, self._weight().t()).to(act.delta.dtype)
+        total = total - zero_x * self.sums - self.zero * (q.sum(1, keepdim=True, dtype=torch.int32) - flat.shape[1] * zero_x)
+        y = total * (act.delta * self.scale)
+        y = y if self.bias is None else y + self.bias
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        return y.to(dtype).unflatten(0, x.shape[:-1])
+
+
+class Fastest(nn.Module):
+    """The faster of two ways of the same layer, timed once for each shape and precision of its input."""
+
+    def __init__(self, floating: PackedLayer, int8: Int8Linear, clock: Callable[[], float] = time.perf_counter) -> None:
+        super().__init__()
+        self.floating, self.int8, self.clock = floating, int8, clock
+        self.chosen: dict[tuple, nn.Module] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.numel() // x.shape[-1]
+        if rows < Int8Linear.MIN_ROWS or x.dtype == torch.float64:
+            return self.floating(x)
+        key = (rows, x.dtype, torch.is_autocast_enabled(x.device.type))
+        if key not in self.chosen:
+            self.chosen[key] = min((self.floating, self.int8), key=lambda way: self._time(way, x))
+        return self.chosen[key](x)
+
+    def _time(self, way: nn.Module, x: Tensor) -> float:
+        way(x)
+        self._wait(x)
+        start = self.clock()
+        for _ in range(TIMED):
+            way(x)
+        self._wait(x)
+        return self.clock() - start
+
+    def _wait(self, x: Tensor) -> None:
+        if x.device.type == "cuda":
+            torch.cuda.synchronize(x.device)

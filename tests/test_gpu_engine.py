@@ -1,0 +1,115 @@
+"""The GPU engine's logic, on the CPU: the same integers and formulas, packed; timings with a clock of our own."""
+
+import copy
+import itertools
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from test_integer import LINEAR, network_of, quantized_layer
+from torch import nn
+
+from qdiff.calibration.run import calibrate
+from qdiff.config import CalibrationConfig
+from qdiff.integer.engine import _on_gpu
+from qdiff.integer.gpu import Fastest, Int8Linear, PackedLayer, fuse_attention, to_packed
+from qdiff.layers import MatMul, QuantConv2d, QuantLinear
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_packed_layers_are_the_simulation(bits):
+    torch.manual_seed(0)
+    x = torch.randn(2, 7, 6, 6)
+    layer = quantized_layer(nn.Conv2d(7, 5, 3, padding=1), QuantConv2d, bits, False, "max", x, split=3)
+    expected = layer(x)
+    packed = PackedLayer(copy.deepcopy(layer))
+    assert torch.equal(packed(x), expected)
+    assert torch.equal(packed(x), expected)  # nothing is used up
+    wide = x.contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(packed(wide), expected, atol=1e-5)
+    stored = sum(weight.integers.numel() for weight in packed.weights)
+    assert stored == {3: 5 * 63, 4: (5 * 27 + 1) // 2 + 5 * 36 // 2, 8: 5 * 63}[bits]
+    assert all(quantizer.integers.numel() == 0 for quantizer in packed.layer.weight_quantizers)
+
+
+@pytest.mark.parametrize(("bits", "symmetric", "shape"), itertools.product([4, 8], [False, True], [(40, 16), (3, 17, 16)]))
+def test_int8_linear_layers_are_exact(bits, symmetric, shape):
+    torch.manual_seed(1)
+    x = torch.randn(shape) + 0.3
+    layer = quantized_layer(nn.Linear(16, 24), QuantLinear, bits, symmetric, "max", x)
+    assert Int8Linear.fits(layer)
+    expected = copy.deepcopy(layer).double()(x.double())
+    found = Int8Linear(PackedLayer(copy.deepcopy(layer)))(x)
+    assert found.shape == expected.shape
+    assert (found.double() - expected).norm() / expected.norm() < 1e-6
+
+
+def test_what_does_not_fit_int8_is_told_apart():
+    x = torch.randn(20, 16)
+    fits = lambda layer, **changes: Int8Linear.fits(quantized_layer(layer, QuantLinear, changes.get("bits", 8), True, "max", x))  # noqa: E731
+    assert fits(nn.Linear(16, 8)) and not fits(nn.Linear(16, 9)) and not fits(nn.Linear(16, 8), bits=12)
+    off = quantized_layer(nn.Linear(16, 8), QuantLinear, 8, True, "max", x)
+    off.act_quantizer.enabled = False
+    assert not Int8Linear.fits(off)
+
+
+def test_the_faster_way_is_chosen_once_for_each_shape():
+    torch.manual_seed(2)
+    x = torch.randn(40, 16)
+    layer = quantized_layer(nn.Linear(16, 24), QuantLinear, 4, True, "max", x)
+    packed = PackedLayer(layer)
+    ticks = iter([0.0, 3.0, 3.0, 4.0, 10.0, 11.0, 11.0, 14.0])  # int8 faster with 40 rows, slower with 20
+    both = Fastest(packed, Int8Linear(packed), clock=lambda: next(ticks))
+    for _ in range(2):
+        both(x), both(x[:20]), both(x[:16])
+    assert [way is both.int8 for way in both.chosen.values()] == [True, False]
+    assert torch.equal(both(x[:16]), packed(x[:16]))
+
+
+def simulated(kind, folder):
+    """A tiny quantized network of a family and inputs of it."""
+    model, family, rows = network_of(kind, folder)
+    return calibrate(model, family, replace(LINEAR, a_sym=False), CalibrationConfig(), rows), tuple(part[:4] for part in rows.inputs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["pixel", "text"])
+def test_whole_networks_are_the_simulation(kind, tmp_path):
+    network, inputs = simulated(kind, tmp_path)
+    expected = network(*inputs)
+    before = {path: tensor.clone() for path, tensor in network.state_dict().items()}
+    packed = to_packed(network, int8_products=False)
+    assert torch.equal(packed(*inputs), expected)
+    assert all(torch.equal(before[path], tensor) for path, tensor in network.state_dict().items())  # the original is untouched
+    chosen = _on_gpu(network)
+    assert torch.allclose(chosen(*inputs), expected, rtol=0.05, atol=0.05 * expected.abs().max().item())
+    with torch.autocast("cpu", torch.bfloat16):
+        half = packed(*inputs)
+    assert (half.float() - expected).norm() / expected.norm() < 0.2
+
+
+@torch.no_grad()
+def test_attention_is_fused_where_nothing_is_quantized(tmp_path):
+    network, x, t = tiny.unet(), torch.randn(2, 3, 8, 8), torch.full((2,), 500.0)
+    expected = network.double()(x.double(), t.double())
+    calls = []
+    handles = [module.register_forward_hook(lambda *_: calls.append(1)) for module in network.modules() if isinstance(module, MatMul)]
+    fused = fuse_attention(network)(x.double(), t.double())
+    assert not calls and handles
+    assert (fused - expected).norm() / expected.norm() < 1e-12
+    quantized, _ = simulated("pixel", tmp_path)
+    fuse_attention(quantized)
+    assert not any(getattr(module, "fused", False) for module in quantized.modules())
+
+
+def test_zero_points_outside_the_range_stay_exact():
+    """After the `mse` rule a zero point may lie outside 0 ... 2^n - 1."""
+    torch.manual_seed(3)
+    x = torch.rand(40, 16) + 2
+    linear = nn.Linear(16, 24)
+    nn.init.uniform_(linear.weight, 0.5, 1.0)
+    layer = quantized_layer(linear, QuantLinear, 8, False, "mse", x)
+    expected = copy.deepcopy(layer).double()(x.double())
+    found = Int8Linear(PackedLayer(layer))(x)
+    assert (found.double() - expected).norm() / expected.norm() < 1e-6
