@@ -4,14 +4,21 @@
     python benchmarks/engine.py --config models/ldm/lsun_beds256/config.yaml --batch 1
     python benchmarks/engine.py --config configs/stable-diffusion/v1-inference.yaml --size 32 --batch 2
 
+    python benchmarks/engine.py --batch 8 --onnx
+
 Random weights, nearest rounding. Each pair runs float32 and every setting in turn. Beside them the
-simulation, and bfloat16 autocast in channels_last memory of the full-precision network.
+simulation, and bfloat16 autocast in channels_last memory of the full-precision network. `--onnx` adds the exported
+network in ONNX Runtime and in OpenVINO (its rest in float32 and in bfloat16), those that are installed. The second figure of
+a line is the relative difference of its output from the simulation of the same bits in float64.
 """
 
 import argparse
+import copy
+import importlib.util
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +39,7 @@ from qdiff.calibration.dataset import Rows
 from qdiff.calibration.run import calibrate
 from qdiff.config import CalibrationConfig, QuantConfig
 from qdiff.integer.engine import to_integer
+from qdiff.onnx import export_onnx
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -50,6 +58,29 @@ def load(path: Path, batch: int, size: int | None) -> tuple:
     return UNetModel(config.unet), LATENT, tuple(inputs)
 
 
+def exported(network: torch.nn.Module, inputs: tuple, file: Path) -> dict[str, Callable[[], torch.Tensor]]:
+    """The network in the ONNX engines that are installed, on one thread."""
+    export_onnx(file, network, inputs)
+    runs: dict[str, Callable[[], torch.Tensor]] = {}
+    names = ["x", "t", "context"][: len(inputs)]
+    feeds = {name: part.numpy() for name, part in zip(names, inputs, strict=True)}
+    if importlib.util.find_spec("onnxruntime"):
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        runs["ONNX Runtime"] = lambda: torch.from_numpy(session.run(None, feeds)[0])
+    if importlib.util.find_spec("openvino"):
+        import openvino
+
+        for precision in ("f32", "bf16"):
+            settings = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": precision, "NUM_STREAMS": 1}
+            compiled = openvino.Core().compile_model(str(file), "CPU", settings)
+            runs[f"OpenVINO, rest {precision}"] = lambda compiled=compiled: torch.from_numpy(compiled(list(feeds.values()))[0])
+    return runs
+
+
 def cpu_time(run: Callable[[], object]) -> float:
     start = time.process_time()
     run()
@@ -64,12 +95,14 @@ def main() -> None:
     parser.add_argument("--size", type=int, help="height and width of the input (default: the configuration's)")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--sm_abit", type=int, default=8)
+    parser.add_argument("--onnx", action="store_true", help="ONNX Runtime and OpenVINO too")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model, family, inputs = load(args.config, args.batch, args.size)
     model = model.eval().requires_grad_(False)
-    runs: dict[str, Callable[[], object]] = {"float32": lambda: model(*inputs)}
+    runs: dict[str, Callable[[], torch.Tensor]] = {"float32": lambda: model(*inputs)}
+    exact: dict[int, torch.Tensor] = {}
     for bits in (4, 8):
         quant = QuantConfig(bits, quant_act=True, a_sym=True, sm_abit=args.sm_abit, split=True, quant_mode="linear")
         simulated = calibrate(model, family, quant, CalibrationConfig(), Rows(inputs))
@@ -77,15 +110,24 @@ def main() -> None:
         runs[f"W{bits}A8 integer"] = lambda integer=integer: integer(*inputs)
         if bits == 4:
             runs["W4A8 simulated"] = lambda simulated=simulated: simulated(*inputs)
+        exact[bits] = copy.deepcopy(simulated).double()(*(part.double() for part in inputs))
+        if args.onnx:
+            with tempfile.TemporaryDirectory() as folder:
+                for name, run in exported(simulated, inputs, Path(folder) / "network.onnx").items():
+                    runs[f"W{bits}A8 {name}"] = run
     wide = model.to(memory_format=torch.channels_last)
 
-    def autocast() -> None:
+    def autocast() -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16):
-            wide(inputs[0].contiguous(memory_format=torch.channels_last), *inputs[1:])
+            return wide(inputs[0].contiguous(memory_format=torch.channels_last), *inputs[1:])
 
     runs["bfloat16 autocast, channels_last"] = autocast
-    for run in runs.values():
-        run()
+    differences = {}
+    for name, run in runs.items():
+        output = run()
+        if name.startswith("W"):
+            reference = exact[int(name[1])]
+            differences[name] = ((output.double() - reference).norm() / reference.norm()).item()
     times = {name: [] for name in runs}
     for _ in range(args.pairs):
         for name, run in runs.items():
@@ -96,7 +138,7 @@ def main() -> None:
     )
     for name, values in times.items():
         ratio = statistics.median(value / first for value, first in zip(values, base, strict=True))
-        print(f"  {name}: {ratio:.3f} x float32")
+        print(f"  {name}: {ratio:.3f} x float32" + (f", {differences[name]:.1e} from the simulation" if name in differences else ""))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ made (or continued) first. `torchrun --nproc_per_node N` shares the work among p
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,8 +79,6 @@ def batches(images: Selected, size: int) -> Iterator[tuple[range, torch.Tensor]]
 
 def likeness(images: Selected, others: Selected, batch_size: int, device: torch.device) -> dict[str, float]:
     """PSNR (of the mean squared error over all images), SSIM and perceptual distance (means over the images)."""
-    if len(images) != len(others):
-        raise ConfigError(f"--against {others.name}: {len(others)} images, expected {len(images)} as in {images.name}")
     network = load_lite0().to(device)
     error = similarity = distance = 0.0
     for indices, batch in batches(images, batch_size):
@@ -89,19 +88,18 @@ def likeness(images: Selected, others: Selected, batch_size: int, device: torch.
         error += 10 ** (-psnr(batch, reference) / 10) * len(batch)
         similarity += ssim(batch, reference) * len(batch)
         distance += perceptual_distance(network, batch.to(device), reference.to(device)).sum().item()
-    mean = error / len(images)
-    decibels = -10 * torch.log10(torch.tensor(mean)).item()
+    decibels = -10 * math.log10(error / len(images)) if error else math.inf
     return {"psnr": decibels, "ssim": similarity / len(images), "perceptual": distance / len(images)}
 
 
-def clip_score(images: Selected, folder: Path, prompts: Path | None, batch_size: int, device: torch.device) -> float:
-    score = ClipScore(folder, device)
-    words = prompts.read_text(encoding="utf-8").splitlines() if prompts else prompts_inside(images)
+def load_prompts(images: Selected, file: Path | None) -> list[str]:
+    """One prompt for each image."""
+    if file is None:
+        return prompts_inside(images)
+    words = file.read_text(encoding="utf-8").splitlines()
     if len(words) < len(images):
-        raise ConfigError(f"--prompts {prompts}: {len(words)} prompts, expected one for each of {len(images)} images")
-    for indices, batch in batches(images, batch_size):
-        score.add(batch, [words[i] for i in indices])
-    return score.mean
+        raise ConfigError(f"--prompts {file}: {len(words)} prompts, expected one for each of {len(images)} images")
+    return words
 
 
 def prompts_inside(images: Selected) -> list[str]:
@@ -124,21 +122,27 @@ def show(figures: dict, note: str) -> str:
 def evaluate(args: argparse.Namespace, source: str | Path) -> dict:
     """All figures asked for, of the images at `source`; on every process the same."""
     device = select_device(args.device)
-    reference_is_needed = args.reference is not None
-    extractor = load_extractor(args.extractor, device, args.weights)
     images = Selected(open_images(source), args.count)
+    others = Selected(open_images(args.against), args.count) if args.against else None
+    if others is not None and len(images) != len(others):
+        raise ConfigError(f"--against {others.name}: {len(others)} images, expected {len(images)} as in {images.name}")
+    clip = ClipScore(args.clip, device) if args.clip else None
+    prompts = load_prompts(images, args.prompts) if clip is not None else []
+    extractor = load_extractor(args.extractor, device, args.weights)
 
     def features_of(selected: Selected) -> Features:
         return extract(selected, extractor, args.cache, args.batch_size)
 
-    reference = load_reference(args, features_of) if reference_is_needed else None
+    reference = load_reference(args, features_of)
     found = features_of(images)
     figures: dict = {"images": str(source), "reference": args.reference, "count": len(images), "extractor": extractor.identity}
     figures |= compute(found, reference, tuple(args.metrics))
-    if args.against:
-        figures |= likeness(images, Selected(open_images(args.against), args.count), args.batch_size, device)
-    if args.clip:
-        figures["clip"] = clip_score(images, args.clip, args.prompts, args.batch_size, device)
+    if others is not None:
+        figures |= likeness(images, others, args.batch_size, device)
+    if clip is not None:
+        for indices, batch in batches(images, args.batch_size):
+            clip.add(batch, [prompts[i] for i in indices])
+        figures["clip"] = clip.mean
     if args.save_statistics and Ranks.from_environment().rank == 0:
         save_statistics(args.save_statistics, statistics_of(found))
     figures["note"] = extractor.note

@@ -18,7 +18,7 @@ class Row:
     method: str
     weight_bit: int = 32
     act_bit: int = 32
-    published: dict[str, str] = field(default_factory=dict)
+    published: dict[str, str] = field(default_factory=dict, hash=False)
 
     @property
     def name(self) -> str:
