@@ -23,6 +23,7 @@ from common.embedded import NAMES, folder_of, sampling_command
 from common.job import Job, prepare
 from common.options import Parser, add_device_options, positive, run_main
 from common.running import log_to
+from qdiff.calibration.memory import peak_memory
 from qdiff.calibration.run import nearest_rounding
 from qdiff.checkpoint import load_packed, read_packed_info
 from qdiff.config import CalibrationConfig, ConfigError, QuantConfig
@@ -116,7 +117,8 @@ def write_report(folder: Path, job: Job, model: nn.Module, wrapped: nn.Module, f
     plot_ranges(looked, folder / "ranges.png")
 
     page = Page(f"{job.title}: quantized against full precision")
-    page.text(f"{len(found.images[FULL])} images from the same noises.")
+    memory = f"Peak memory of the process, with all networks loaded: {peak_memory() / 1e9:.2f} GB."
+    page.text(f"{len(found.images[FULL])} images from the same noises. {memory}")
     page.table(HEADER, rows)
     page.text(
         "eps error: ||e_q - e|| / ||e|| on the full-precision trajectory, mean over its steps; last x_t error: on its own trajectory. "

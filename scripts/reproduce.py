@@ -161,18 +161,18 @@ class Work:
         job = prepare(Ranks.from_environment().from_first(command))
         return job, run(job)
 
-    def network(self, job: Job, images: Path) -> nn.Module:
-        """The simulated quantized network behind a row's images."""
-        made = images.parent / "ckpt.safetensors"
-        path = str(made if made.is_file() else job.args.cali_ckpt)
+    def network(self, job: Job, made: Path | None) -> nn.Module:
+        """The simulated quantized network of a row: of the calibration in the run folder `made`, or the checkpoint of its command."""
+        path = str(made / "ckpt.safetensors" if made and (made / "ckpt.safetensors").is_file() else job.args.cali_ckpt)
         quant = QuantConfig(job.args.weight_bit, job.args.act_bit, job.args.quant_act, job.args.sm_abit, job.args.a_sym, job.args.split)
         return load_calibrated(path, job.task, quant)[0].to(self.device)
 
-    def _full_precision(self, steps: int | None = None) -> Job:
+    def _full_precision(self, steps: int | None) -> Job:
+        """The full-precision job that trajectories are drawn with; steps: other than the table's."""
         words = self.options(self.args.trajectory_images, self.table.seed, self.folder / "unused")
         return prepare(words + ([self.table.steps, str(steps)] if steps else []))
 
-    def _trajectory(self, count: int, steps: int | None = None) -> tuple[list[list[tuple[Tensor, Tensor, Tensor]]], float]:
+    def _trajectory(self, count: int, steps: int | None) -> tuple[list[list[tuple[Tensor, Tensor, Tensor]]], float]:
         """(x_t, t, eps) of the first images in full precision, by chunk; seconds of an image."""
         job = self.full_precision(steps)
         model = job.task.load().to(self.device).eval()
@@ -185,7 +185,7 @@ class Work:
         return chunks, (time.perf_counter() - began) / count
 
     @torch.no_grad()
-    def trajectory_error(self, network: nn.Module, count: int, steps: int | None = None) -> float:
+    def trajectory_error(self, network: nn.Module, count: int, steps: int | None) -> float:
         """Mean relative error of eps over the steps of the full-precision trajectory."""
         job = self.full_precision(steps)
         chunks, _ = self.trajectory(count, steps)
@@ -225,7 +225,7 @@ class Work:
         figures = evaluate.evaluate(evaluate.parse(words), images)
         if Ranks.from_environment().rank == 0:
             if row.method != FULL:
-                figures["trajectory_error"] = self.trajectory_error(self.network(job, images), self.args.trajectory_images)
+                figures["trajectory_error"] = self.trajectory_error(self.network(job, images.parent), self.args.trajectory_images, None)
             figures |= {"seconds": seconds, "peak_memory_gb": peak_memory() / 1e9, "images_folder": str(images)}
             with atomic_write(done) as temporary:
                 temporary.write_text(json.dumps({"key": key, "figures": figures}, indent=1))
@@ -238,10 +238,9 @@ class Work:
 
     def estimate(self) -> str:
         """The time of everything, from a trial in full precision."""
-        _, each = self.trajectory(self.args.trajectory_images)
-        job = self.full_precision()
-        sampling = each * self.count * (len(self.rows) * self.args.seeds + (self.reference_is_sampled()))
-        chunks, _ = self.trajectory(self.args.trajectory_images)
+        chunks, each = self.trajectory(self.args.trajectory_images, None)
+        job = self.full_precision(None)
+        sampling = each * self.count * (len(self.rows) * self.args.seeds + self.reference_is_sampled())
         row_seconds = each / len(chunks[0])  # one evaluation for one image
         recipe = PRESETS[self.args.preset or ("fast" if self.table.embedded else "published")]
         missing = {row.weight_bit for row in self.rows if row.method == QDIFF and self.checkpoint(row) is None}
@@ -355,7 +354,7 @@ def check(work: Work) -> bool:
                     print(f"{row.name}: no checkpoint to check ({row.file}.safetensors or .pth in --checkpoints)")
                 continue
             made = prepare(work.options(CHECK_IMAGES, work.table.seed, work.folder / "unused") + work.quantization(row))
-            network = work.network(made, Path("none/none"))
+            network = work.network(made, None)
             error = work.trajectory_error(network, CHECK_IMAGES, CHECK_STEPS)
             passed = error < CHECK_LIMIT
             good &= passed
