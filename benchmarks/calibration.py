@@ -52,8 +52,9 @@ def load(path: Path) -> tuple:
         config = load_pixel(path)
         size = config.model.image_size
         return UNet(config.model), PIXEL, (torch.randn(1, config.model.in_channels, size, size), torch.ones(1)), "pixel"
-    unet = load_latent(path).unet
-    inputs = [torch.randn(1, unet.in_channels, unet.image_size, unet.image_size), torch.ones(1)]
+    config = load_latent(path)
+    unet = config.unet
+    inputs = [torch.randn(1, unet.in_channels, config.image_size, config.image_size), torch.ones(1)]
     if unet.context_dim:
         inputs.append(torch.randn(1, 77, unet.context_dim))
     return UNetModel(unet), LATENT, tuple(inputs), "text" if unet.context_dim else "latent"
