@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
 from common.embedded import NAMES, load_embedded
 from qdiff.checkpoint import load_packed
-from qdiff.integer import prepare
+from qdiff.integer.engine import to_integer
 
 CPU = torch.device("cpu")
 
@@ -31,7 +31,7 @@ def main() -> None:
         model = load_embedded(name, args.images, CPU)
         networks = {"float32": model.model}
         for kind in ("w8a8", "w4a8"):
-            networks[f"{kind.upper()} integer"] = prepare(load_packed(model.folder / f"{kind}.safetensors")[0])
+            networks[f"{kind.upper()} integer"] = to_integer(load_packed(model.folder / f"{kind}.safetensors")[0])
         model.job.draw(networks["W8A8 integer"], range(1))
         times: dict[str, list[float]] = {label: [] for label in networks}
         for _ in range(args.pairs):

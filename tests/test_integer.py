@@ -194,6 +194,7 @@ def test_what_cannot_run_on_integers_stays_and_says_so(caplog, monkeypatch):
     with pytest.raises(ConfigError, match="not quantized"):
         prepare(network, "integer")
     assert prepare(simulated, "simulated") is simulated
+    assert prepare(simulated, "auto") is simulated and "integers are not faster" in caplog.text
     monkeypatch.setattr(engine, "unavailable", lambda: "no VNNI")
     assert prepare(simulated, "auto") is simulated and "VNNI" in caplog.text
 
@@ -205,7 +206,9 @@ import tiny
 from ddim.family import PIXEL
 from qdiff.calibration.run import calibrate
 from qdiff.config import CalibrationConfig, QuantConfig
+from qdiff.integer import engine
 from qdiff.integer.engine import prepare
+engine.NARROW = 0
 network = tiny.unet()
 rows = tiny.rows(network)
 quant = QuantConfig(weight_bit=8, quant_act=True, split=True, quant_mode="linear")

@@ -23,6 +23,7 @@ from qdiff.layers import ActQuantizer, QuantConv1d, QuantConv2d, QuantLayer, Qua
 log = logging.getLogger(__name__)
 
 ENGINES = ("auto", "integer", "simulated")
+NARROW = 50_000  # weights of a layer, on average, below which integers are not faster: the time goes to what is between the products
 
 
 @cache
@@ -66,6 +67,7 @@ def prepare(model: nn.Module, engine: str = "auto") -> nn.Module:
     reason = _reason(model, kind)
     if engine == "integer" and reason is not None:
         raise ConfigError(f"--engine integer: {reason}")
+    reason = reason or (_too_narrow(model) if engine == "auto" else None)
     if reason is not None:
         log.info("engine: simulated (%s)", reason)
         return model
@@ -92,6 +94,13 @@ def _reason(model: nn.Module, device: str) -> str | None:
     if any(q.n_bits > 8 for layer in layers for q in (*layer.weight_quantizers, *layer.act_quantizers)):
         return "more than 8 bits"
     return unavailable()
+
+
+def _too_narrow(model: nn.Module) -> str | None:
+    """By the weights alone, so that every process and every restart chooses alike."""
+    sizes = [module.shape.numel() for module in model.modules() if isinstance(module, QuantLayer)]
+    mean = sum(sizes) // len(sizes)
+    return f"{mean} weights a layer: integers are not faster below {NARROW}" if mean < NARROW else None
 
 
 def to_integer(model: nn.Module) -> nn.Module:
