@@ -67,7 +67,7 @@ def _add(sums: list[list[float]], step: int, difference: Tensor, reference: Tens
     if step == len(sums):
         sums.append([0.0, 0.0])
     for i, tensor in enumerate((difference, reference)):
-        sums[step][i] += tensor.double().square().sum().item()
+        sums[step][i] += tensor.cpu().double().square().sum().item()  # MPS has no float64
 
 
 def _errors(sums: list[list[float]]) -> StepErrors:

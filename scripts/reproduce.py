@@ -36,7 +36,10 @@ from common.tables import FROM_MEMORY, FULL, LINEAR, NAMED, QDIFF, Row, Table, t
 from qdiff.analysis import Trajectories
 from qdiff.calibration.memory import peak_memory
 from qdiff.config import PRESETS, ConfigError, QuantConfig
-from qdiff.evaluation.features import EXTRACTORS, default_cache
+from qdiff.evaluation.clip import ClipScore
+from qdiff.evaluation.features import EXTRACTORS, default_cache, load_extractor
+from qdiff.evaluation.images import open_images
+from qdiff.evaluation.metrics import load_statistics
 from qdiff.evaluation.page import Page, markdown_table
 from qdiff.files import atomic_write
 
@@ -204,6 +207,20 @@ class Work:
             raise ConfigError(f"--reference: expected the reference images of {self.table.name}")
         row = next(row for row in self.table.rows if row.method == FULL)
         return str(self.sampled(row, self.table.seed + REFERENCE_SEED, self.count)[1])
+
+    def check_inputs(self) -> None:
+        """Raise before long work what would be raised after it: no reference, captions, extractor or CLIP model."""
+        if self.reference_is_sampled():
+            load_extractor(self.extractor, self.device)
+            return
+        reference = Path(self.reference())
+        if not self.table.count:
+            self.captions(self.count)
+        if reference.suffix != ".npz" or load_statistics(reference) is None:
+            open_images(self.reference())
+        if self.args.clip:
+            ClipScore(self.args.clip, torch.device("cpu"))
+        load_extractor(self.extractor, self.device)
 
     def figures(self, row: Row, seed: int) -> dict:
         """All figures of a row for a seed, from its `result.json` if it is finished."""
@@ -381,8 +398,7 @@ def main(argv: list[str] | None = None) -> None:
             raise ConfigError("the check failed: see the lines above")
         return
     for work in works:
-        if not work.reference_is_sampled():
-            work.reference()
+        work.check_inputs()
         if ranks.rank == 0:
             print(work.estimate(), flush=True)
         ranks.barrier()

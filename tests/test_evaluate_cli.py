@@ -206,5 +206,6 @@ def test_bad_tables_say_what_is_wrong(tmp_path):
     fails(run("--table embedded --models emoji16"), "emoji16", "emoji32")
     fails(run("--table lsun-church"), "--reference", "lsun-church")
     fails(run("--table stable-diffusion --reference ."), "--captions")
+    fails(run("--table lsun-church --reference ."), "no images")
     (tmp_path / "captions.json").write_text('{"annotations": [{"id": 1}]}')
     fails(run(f"--table stable-diffusion --reference . --captions {tmp_path / 'captions.json'}"), "not a COCO caption file")
