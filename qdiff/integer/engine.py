@@ -61,7 +61,7 @@ def prepare(model: nn.Module, engine: str = "auto") -> nn.Module:
     if engine == "simulated":
         return model
     if (kind := next(model.parameters()).device.type) == "cuda":
-        return _on_gpu(model)
+        return _on_gpu(model, int8_products=engine == "integer")
     if engine == "auto" and not any(isinstance(module, QuantLayer) for module in model.modules()):
         return model
     reason = _reason(model, kind)
@@ -75,11 +75,11 @@ def prepare(model: nn.Module, engine: str = "auto") -> nn.Module:
     return to_integer(model)
 
 
-def _on_gpu(model: nn.Module) -> nn.Module:
+def _on_gpu(model: nn.Module, int8_products: bool) -> nn.Module:
     """Packed weights and channels_last memory; attentions that are not quantized are fused, in full precision too."""
     if any(isinstance(module, QuantLayer) for module in model.modules()):
-        log.info("engine: packed weights, expanded on use; linear layers on int8 where that is faster")
-        model = to_packed(model)
+        log.info("engine: packed weights, expanded on use%s", "; linear layers on int8" if int8_products else "")
+        model = to_packed(model, int8_products)
     return fuse_attention(model).to(memory_format=torch.channels_last)
 
 

@@ -1,13 +1,12 @@
 """A quantized network on a GPU: weights stay packed in its memory and are expanded where a product needs them.
 
 The expanded weight lives as long as the product, in the precision of autocast where that is on. Linear layers can also run on
-`torch._int_mm`; which of the two is faster depends on card and shape, so each shape is timed once. The integers, step sizes and
+`torch._int_mm` (`--engine integer`). Which of the two is faster depends on card and shape; it is not chosen by timing, because then
+two processes could choose differently and images would depend on their number. The integers, step sizes and
 formulas are those of the simulation.
 """
 
 import copy
-import time
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +15,11 @@ from qdiff import quantizers as Q
 from qdiff.checkpoint import pack_integers, unpack_integers
 from qdiff.layers import ActQuantizer, MatMul, QuantLayer, QuantLinear, QuantMatMul, WeightQuantizer
 
-TIMED = 3  # runs of each way, after one to warm up
 
-
-def to_packed(model: nn.Module, int8_products: bool = True) -> nn.Module:
+def to_packed(model: nn.Module, int8_products: bool) -> nn.Module:
     """A copy of a quantized network whose weights are packed; biases, norms and step sizes are shared.
 
-    int8_products: let linear layers choose between int8 and floating-point products by their time.
+    int8_products: linear layers multiply int8 where their widths and shapes allow it.
     """
     shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     result = copy.deepcopy(model, shared).eval()
@@ -31,7 +28,7 @@ def to_packed(model: nn.Module, int8_products: bool = True) -> nn.Module:
             parent, _, name = path.rpartition(".")
             packed: nn.Module = PackedLayer(module)
             if int8_products and Int8Linear.fits(module):
-                packed = Fastest(packed, Int8Linear(packed))
+                packed = Int8Linear(packed)
             setattr(result.get_submodule(parent), name, packed)
     return fuse_attention(result)
 
@@ -88,7 +85,7 @@ class PackedLayer(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """A linear layer on `torch._int_mm`, exact in int32, for inputs of more than 16 rows.
+    """A linear layer on `torch._int_mm`, exact in int32; inputs of 16 rows and less, which CUDA's cannot take, run as the packed layer.
 
     y = delta_x delta_w (sum (q_x - z_x)(q_w - z_w)) + b, with both zero points taken out by sums over K.
     """
@@ -97,7 +94,7 @@ class Int8Linear(nn.Module):
 
     def __init__(self, packed: PackedLayer) -> None:
         super().__init__()
-        self.packed = packed.weights[0]
+        self.floating, self.packed = packed, packed.weights[0]
         self.act, self.bias = packed.layer.act_quantizer, packed.layer.bias
         self.register_buffer("zero", self.packed.zero_point.flatten() - 128)
         self.register_buffer("scale", self.packed.delta.flatten())
@@ -118,6 +115,8 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         act: ActQuantizer = self.act
+        if x.numel() // x.shape[-1] < self.MIN_ROWS:
+            return self.floating(x)
         flat = x.reshape(-1, x.shape[-1]).to(act.delta.dtype)
         low, high = Q.integer_range(act.n_bits, act.symmetric)
         zero = torch.zeros_like(act.delta) if act.symmetric or act.always_zero else act.zero_point
@@ -130,34 +129,3 @@ class Int8Linear(nn.Module):
         y = y if self.bias is None else y + self.bias
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         return y.to(dtype).unflatten(0, x.shape[:-1])
-
-
-class Fastest(nn.Module):
-    """The faster of two ways of the same layer, timed once for each shape and precision of its input."""
-
-    def __init__(self, floating: PackedLayer, int8: Int8Linear, clock: Callable[[], float] = time.perf_counter) -> None:
-        super().__init__()
-        self.floating, self.int8, self.clock = floating, int8, clock
-        self.chosen: dict[tuple, nn.Module] = {}
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.numel() // x.shape[-1]
-        if rows < Int8Linear.MIN_ROWS or x.dtype == torch.float64:
-            return self.floating(x)
-        key = (rows, x.dtype, torch.is_autocast_enabled(x.device.type))
-        if key not in self.chosen:
-            self.chosen[key] = min((self.floating, self.int8), key=lambda way: self._time(way, x))
-        return self.chosen[key](x)
-
-    def _time(self, way: nn.Module, x: Tensor) -> float:
-        way(x)
-        self._wait(x)
-        start = self.clock()
-        for _ in range(TIMED):
-            way(x)
-        self._wait(x)
-        return self.clock() - start
-
-    def _wait(self, x: Tensor) -> None:
-        if x.device.type == "cuda":
-            torch.cuda.synchronize(x.device)
