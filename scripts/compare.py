@@ -11,8 +11,7 @@ rounding in the same number formats; all from the same noises.
 import argparse
 import csv
 import json
-import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -21,11 +20,12 @@ from torch import nn
 from common.comparison import FULL, Comparison, compare, costs, save_rows  # first: it makes the packages importable
 from common.embedded import NAMES, folder_of, sampling_command
 from common.job import Job, prepare
-from common.options import Parser, add_device_options, positive, run_main
+from common.options import Parser, add_device_options, positive, run_main, split_command
+from common.quantize import load_calibrated
 from common.running import log_to
 from qdiff.calibration.memory import peak_memory
 from qdiff.calibration.run import nearest_rounding
-from qdiff.checkpoint import load_packed, read_packed_info
+from qdiff.checkpoint import read_packed_info
 from qdiff.config import CalibrationConfig, ConfigError, QuantConfig
 from qdiff.evaluation.cost import DEFINITION, Cost
 from qdiff.evaluation.explain import observe, plot_errors, plot_ranges, plot_shortcuts, split_gains
@@ -38,8 +38,7 @@ HEADER = ["setting", "size MB", "GMACs", "TBOPs", "eps error", "last x_t error",
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    words = sys.argv[1:] if argv is None else argv
-    own, command = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
+    own, command = split_command(argv)
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("--embedded", choices=NAMES, help="an embedded model with its checkpoints, instead of a sampling command")
     parser.add_argument("--checkpoints", nargs="+", type=Path, default=[], help="packed checkpoints of the model")
@@ -63,23 +62,22 @@ def label(quant: QuantConfig, activations: bool) -> str:
 
 def load_networks(job: Job, model: nn.Module, args: argparse.Namespace) -> dict[str, nn.Module]:
     """Simulated networks by label, the widest first."""
-    networks: dict[str, nn.Module] = {}
-    rows = None
+    loaded: dict[str, tuple[QuantConfig, nn.Module]] = {}
     for path in args.checkpoints:
-        info = read_packed_info(path)
-        if info.family != job.task.family.name or dict(info.build) != json.loads(json.dumps(dict(job.task.build))):
-            raise ConfigError(f"{path}: a checkpoint of another network than the sampling command's")
-        kinds = (False, True) if info.config.quant_act else (False,)
-        if rows is None and not args.no_nearest:
-            rows = job.task.generate(model, NEAREST_RECIPE).select(NEAREST_RECIPE.steps, NEAREST_RECIPE.samples)
-        for activations in kinds:
-            name = label(info.config, activations)
-            if name in networks:
+        config = read_packed_info(path).config
+        for activations in (False, True) if config.quant_act else (False,):
+            name = label(config, activations)
+            if name in loaded:
                 raise ConfigError(f"{path}: a second checkpoint for {name}")
-            networks[name] = load_packed(path, activations)[0].to(job.device)
-            if rows is not None:
-                quant = QuantConfig.from_dict(info.config.to_dict() | {"quant_act": activations})
-                networks[f"{name} nearest"] = nearest_rounding(model, job.task.family, quant, NEAREST_RECIPE, rows)
+            quant = replace(config, quant_act=activations)
+            loaded[name] = quant, load_calibrated(str(path), job.task, quant)[0].to(job.device)
+    if args.no_nearest:
+        return {name: network for name, (_, network) in loaded.items()}
+    rows = job.task.generate(model, NEAREST_RECIPE).select(NEAREST_RECIPE.steps, NEAREST_RECIPE.samples)
+    networks: dict[str, nn.Module] = {}
+    for name, (quant, network) in loaded.items():
+        networks[name] = network
+        networks[f"{name} nearest"] = nearest_rounding(model, job.task.family, quant, NEAREST_RECIPE, rows)
     return networks
 
 

@@ -12,7 +12,6 @@ made (or continued) first. `torchrun --nproc_per_node N` shares the work among p
 import argparse
 import json
 import math
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from PIL import Image
 
 from common.images import save_npz  # first: it makes the packages importable
 from common.job import prepare, run
-from common.options import Parser, add_device_options, positive, run_main, select_device
+from common.options import Parser, add_device_options, positive, run_main, select_device, split_command
 from common.running import Ranks, log_to, setup_threads
 from qdiff.analysis import psnr, ssim
 from qdiff.config import ConfigError
@@ -36,8 +35,7 @@ UNBIASED_FROM = 10_000  # images; with fewer, FID is biased upwards by more than
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    words = sys.argv[1:] if argv is None else argv
-    own, command = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
+    own, command = split_command(argv)
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("images", nargs="?", help="what is evaluated (or a sampling command after --)")
     parser.add_argument("--reference", help="what it is compared with: images or saved statistics")

@@ -16,9 +16,7 @@ import json
 import logging
 import random
 import shlex
-import sys
 import time
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -29,7 +27,7 @@ from torch import Tensor, nn
 from common.comparison import save_rows
 from common.images import load_png
 from common.job import Job, prepare, run
-from common.options import Parser, add_device_options, positive, run_main, select_device
+from common.options import Parser, add_device_options, positive, run_main, select_device, split_command
 from common.quantize import load_calibrated
 from common.running import Ranks, log_to, setup_threads
 from common.tables import FROM_MEMORY, FULL, LINEAR, NAMED, QDIFF, Row, Table, tables
@@ -51,8 +49,7 @@ REFERENCE_SEED = 1000  # added to a table's seed for the full-precision samples 
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    words = sys.argv[1:] if argv is None else argv
-    own, more = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
+    own, more = split_command(argv)
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("--table", required=True, choices=NAMED)
     parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these: full-precision, linear-w8a8, q-diffusion-w4a8, ...")
@@ -118,14 +115,19 @@ class Work:
         calibration += ["--cali_data_path", str(drawn[0])] if drawn else []
         return [*words, "--quant_mode", QDIFF_MODE[row.method], *calibration]
 
+    def given_checkpoint(self, row: Row) -> Path | None:
+        """The calibrated checkpoint for a row in --checkpoints or beside the embedded model."""
+        for folder in (self.args.checkpoints, self.table.checkpoints) if row.method == QDIFF else ():
+            for name in (row.file, f"w{row.weight_bit}a8") if folder else ():
+                for suffix in (".safetensors", ".pth"):
+                    if (folder / (name + suffix)).is_file():
+                        return folder / (name + suffix)
+        return None
+
     def checkpoint(self, row: Row) -> Path | None:
         """A calibrated checkpoint for a row: given, or of an earlier calibration of the same weights here."""
-        if row.method == QDIFF:
-            for folder in (self.args.checkpoints, self.table.checkpoints):
-                for name in (row.file, f"w{row.weight_bit}a8") if folder else ():
-                    for suffix in (".safetensors", ".pth"):
-                        if (folder / (name + suffix)).is_file():
-                            return folder / (name + suffix)
+        if (given := self.given_checkpoint(row)) is not None:
+            return given
         same = [other for other in self.table.rows if (other.method, other.weight_bit) == (row.method, row.weight_bit)]
         same = [row] + [other for other in same if other.act_bit == 8 and row.method == QDIFF]
         found = [path for other in same for path in sorted((self.folder / other.slug).rglob("ckpt.safetensors"))]
@@ -155,11 +157,14 @@ class Work:
         folder = self.folder / row.slug / f"seed{seed}-{count}"
 
         def command() -> list[str]:
-            kept = folder / "command.json"
+            kept, options = folder / "command.json", self.options(count, seed, folder)
             if not kept.is_file():
                 with atomic_write(kept) as temporary:
-                    temporary.write_text(json.dumps(self.options(count, seed, folder) + self.quantization(row)))
-            return json.loads(kept.read_text()) + (["--continue"] if any(folder.rglob("run.json")) else [])
+                    temporary.write_text(json.dumps(options + self.quantization(row)))
+            words = json.loads(kept.read_text())
+            if ((given := self.given_checkpoint(row)) and str(given) not in words) or words[: len(options)] != options:
+                raise ConfigError(f"{folder}: begun with other options ({shlex.join(words)}); remove it, or take another --output")
+            return words + (["--continue"] if any(folder.rglob("run.json")) else [])
 
         job = prepare(Ranks.from_environment().from_first(command))
         return job, run(job)
@@ -181,7 +186,7 @@ class Work:
         model = job.task.load().to(self.device).eval()
         chunks = []
         began = time.perf_counter()
-        for chunk in chunks_of(job, count):
+        for chunk in job.chunks(count):
             kept: list[tuple[Tensor, Tensor, Tensor]] = []
             job.draw(model, chunk, lambda x, t, eps, kept=kept: kept.append((x.cpu(), t.cpu(), eps.cpu())))
             chunks.append(kept)
@@ -193,7 +198,7 @@ class Work:
         job = self.full_precision(steps)
         chunks, _ = self.trajectory(count, steps)
         trajectories = Trajectories()
-        for indices, chunk in zip(chunks_of(job, count), chunks, strict=True):
+        for indices, chunk in zip(job.chunks(count), chunks, strict=True):
             watch = trajectories.watch({"it": job.denoiser(network, indices)})
             for x, t, eps in chunk:
                 watch(x.to(self.device), t.to(self.device), eps.to(self.device))
@@ -225,7 +230,13 @@ class Work:
     def figures(self, row: Row, seed: int) -> dict:
         """All figures of a row for a seed, from its `result.json` if it is finished."""
         done = self.folder / row.slug / f"seed{seed}-{self.count}" / "result.json"
-        key = {"extractor": self.extractor, "reference": self.args.reference, "clip": str(self.args.clip)}
+        given = self.given_checkpoint(row)
+        key = {
+            "checkpoint": given and str(given),
+            "extractor": self.extractor,
+            "reference": self.args.reference,
+            "clip": str(self.args.clip),
+        }
         if done.is_file() and (kept := json.loads(done.read_text()))["key"] == key:
             return kept["figures"]
         began = time.perf_counter()
@@ -270,11 +281,6 @@ class Work:
 
 
 QDIFF_MODE = {QDIFF: "qdiff", LINEAR: "linear"}
-
-
-def chunks_of(job: Job, count: int) -> Iterator[range]:
-    for start in range(0, count, job.batch_size):
-        yield range(start, min(start + job.batch_size, count))
 
 
 def hours(seconds: float) -> str:
@@ -363,7 +369,7 @@ def check(work: Work) -> bool:
     good, pictures = True, {}
     job = work.full_precision(CHECK_STEPS)
     with torch.no_grad():
-        pictures[FULL] = torch.cat([job.sample(job.task.load().to(work.device), chunk) for chunk in chunks_of(job, GRID_IMAGES)])
+        pictures[FULL] = torch.cat([job.sample(job.task.load().to(work.device), chunk) for chunk in job.chunks(GRID_IMAGES)])
         for row in work.rows:
             path = work.checkpoint(row) if row.method == QDIFF else None
             if path is None:
@@ -376,7 +382,7 @@ def check(work: Work) -> bool:
             passed = error < CHECK_LIMIT
             good &= passed
             print(f"{row.name}: {'PASS' if passed else 'FAIL'}, trajectory error {error:.4f} (limit {CHECK_LIMIT}), {path}", flush=True)
-            pictures[row.name] = torch.cat([job.sample(network, chunk) for chunk in chunks_of(job, GRID_IMAGES)])
+            pictures[row.name] = torch.cat([job.sample(network, chunk) for chunk in job.chunks(GRID_IMAGES)])
     save_rows(work.args.output / f"check_{work.table.name}.png", pictures, GRID_IMAGES)
     print(f"{work.args.output / f'check_{work.table.name}.png'}: {GRID_IMAGES} images of each, {CHECK_STEPS} steps")
     return good

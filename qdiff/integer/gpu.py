@@ -30,7 +30,7 @@ def to_packed(model: nn.Module, int8_products: bool) -> nn.Module:
             if int8_products and Int8Linear.fits(module):
                 packed = Int8Linear(packed)
             setattr(result.get_submodule(parent), name, packed)
-    return fuse_attention(result)
+    return result
 
 
 def fuse_attention(model: nn.Module) -> nn.Module:

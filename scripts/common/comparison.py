@@ -45,10 +45,8 @@ def compare(job: Job, model: nn.Module, networks: Mapping[str, nn.Module], count
     trajectories = Trajectories()
     images: dict[str, list[Tensor]] = {name: [] for name in (FULL, *networks)}
     seconds = dict.fromkeys(images, 0.0)
-    size = min(job.batch_size, count)
-    chunks = [range(start, min(start + size, count)) for start in range(0, count, size)]
     with tqdm(total=count * len(images), desc="comparison", unit="image") as progress:
-        for chunk in chunks:
+        for chunk in job.chunks(count):
             denoisers = {name: job.denoiser(network, chunk) for name, network in networks.items()}
             callback = trajectories.watch(denoisers)
             for name, network in ((FULL, model), *networks.items()):

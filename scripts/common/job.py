@@ -50,9 +50,9 @@ class Job:
         with torch.autocast(self.device.type, half or torch.float32, enabled=half is not None):
             return self.decode(self.draw(network, indices, callback))
 
-    def chunks(self) -> list[range]:
-        """The images in the chunks in which they are made."""
-        return [range(start, min(start + self.batch_size, self.total)) for start in range(0, self.total, self.batch_size)]
+    def chunks(self, count: int) -> list[range]:
+        """The first `count` images in chunks of the batch size."""
+        return [range(start, min(start + self.batch_size, count)) for start in range(0, count, self.batch_size)]
 
 
 def run(job: Job) -> Path:

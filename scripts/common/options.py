@@ -31,6 +31,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+def split_command(argv: list[str] | None) -> tuple[list[str], list[str]]:
+    """A script's own words, and those after `--`, which go to a sampling command."""
+    words = sys.argv[1:] if argv is None else argv
+    at = words.index("--") if "--" in words else len(words)
+    return words[:at], words[at + 1 :]
+
+
 def positive(text: str) -> int:
     """A whole number of at least 1."""
     value = int(text) if text.lstrip("-").isdigit() else 0

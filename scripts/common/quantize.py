@@ -95,7 +95,7 @@ def load_calibrated(path: str, task: Task, quant: QuantConfig) -> tuple[nn.Modul
 
 def _compare(path: str, info: PackedInfo, task: Task, quant: QuantConfig) -> None:
     if info.family != task.family.name:
-        raise CheckpointError(f"{path}: a network of the {info.family} family, expected {task.family.name}")
+        raise CheckpointError(f"{path}: another network: a network of the {info.family} family, expected {task.family.name}")
     stored, expected = _comparable(info.build), _comparable(task.build)
     for key in sorted({*stored, *expected}):
         if stored.get(key) != expected.get(key):
