@@ -23,7 +23,6 @@ from common.job import Job, prepare
 from common.options import Parser, add_device_options, positive, run_main, split_command
 from common.quantize import load_calibrated
 from common.running import log_to
-from qdiff.calibration.memory import peak_memory
 from qdiff.calibration.run import nearest_rounding
 from qdiff.checkpoint import read_packed_info
 from qdiff.config import CalibrationConfig, ConfigError, QuantConfig
@@ -34,7 +33,7 @@ from qdiff.files import atomic_write
 from qdiff.integer import prepare as choose_engine
 
 NEAREST_RECIPE = CalibrationConfig(steps=20, samples=16)  # of the baseline's ranges
-HEADER = ["setting", "size MB", "GMACs", "TBOPs", "eps error", "last x_t error", "PSNR dB", "SSIM", "perceptual", "s/image"]
+HEADER = ["setting", "size MB", "GMACs", "TBOPs", "eps error", "last x_t error", "PSNR dB", "SSIM", "perceptual", "s/image", "MB"]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -91,7 +90,8 @@ def table_of(found: Comparison, cost: dict[str, Cost]) -> list[list[str]]:
             close = found.likeness[name]
             cells += [f"{found.eps[name].mean:.4f}", f"{found.x[name].per_step[-1]:.4f}"]
             cells += [f"{close.psnr:.1f}", f"{close.ssim:.3f}", f"{close.perceptual:.3f}"]
-        rows.append([*cells, f"{found.seconds[name]:.3f}"])
+        memory = found.memory[name]
+        rows.append([*cells, f"{found.seconds[name]:.3f}", "" if memory is None else f"{memory / 1e6:.0f}"])
     return rows
 
 
@@ -115,12 +115,12 @@ def write_report(folder: Path, job: Job, model: nn.Module, wrapped: nn.Module, f
     plot_ranges(looked, folder / "ranges.png")
 
     page = Page(f"{job.title}: quantized against full precision")
-    memory = f"Peak memory of the process, with all networks loaded: {peak_memory() / 1e9:.2f} GB."
-    page.text(f"{len(found.images[FULL])} images from the same noises. {memory}")
+    page.text(f"{len(found.images[FULL])} images from the same noises.")
     page.table(HEADER, rows)
     page.text(
         "eps error: ||e_q - e|| / ||e|| on the full-precision trajectory, mean over its steps; last x_t error: on its own trajectory. "
         "PSNR, SSIM and perceptual distance (EfficientNet-Lite0 features, not LPIPS) of the final images against full precision. "
+        f"MB: peak memory while sampling {min(job.batch_size, len(found.images[FULL]))} images, above that of the loaded networks. "
         + DEFINITION
     )
     page.heading("The same noises")

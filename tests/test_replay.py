@@ -1,6 +1,7 @@
 """Running a network unit by unit: the same numbers as whole passes, and each layer only once."""
 
 import copy
+import sys
 
 import pytest
 import tiny
@@ -10,7 +11,7 @@ from torch import nn
 from ddim.family import PIXEL
 from qdiff.calibration.cache import Cache
 from qdiff.calibration.dataset import Rows
-from qdiff.calibration.memory import halving
+from qdiff.calibration.memory import halving, working_memory
 from qdiff.calibration.replay import Replay, make_plan
 from qdiff.config import ConfigError, QuantConfig
 from qdiff.model import Family, init_weights, quantize_model, units
@@ -160,6 +161,16 @@ def test_a_batch_halves_itself_where_memory_does_not_suffice():
         halving(lambda rows: (_ for _ in ()).throw(torch.OutOfMemoryError()), range(2))
     with pytest.raises(ValueError, match="another"):
         halving(lambda rows: (_ for _ in ()).throw(ValueError("another")), range(2))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory of the CPU is measured on Linux")
+def test_working_memory_is_what_the_work_held_at_its_peak():
+    peaks: list[int] = []
+    torch.ones(40_000_000)  # freed: hides nothing
+    for size in (20_000_000, 5_000_000):
+        with working_memory(torch.device("cpu"), peaks):
+            torch.ones(size)
+    assert 80e6 <= peaks[0] < 100e6 and 20e6 <= peaks[1] < 40e6
 
 
 def test_quantized_weights_do_not_disturb_the_plan(network, rows):

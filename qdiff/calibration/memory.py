@@ -1,9 +1,12 @@
-"""Work on a batch that halves itself where the device has not enough memory."""
+"""Work on a batch that halves itself where the device has not enough memory; how much memory work takes."""
 
+import ctypes
 import logging
 import resource
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -39,3 +42,30 @@ def halving(work: Callable[[T], None], rows: T) -> None:
 def peak_memory() -> int:
     """Bytes of memory that this process held at its peak."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+@contextmanager
+def working_memory(device: torch.device, peaks: list[int]) -> Iterator[None]:
+    """Append the bytes that the work inside holds at its peak, above what was held before, to `peaks`.
+
+    On CUDA as PyTorch allocates it, on the CPU as Linux counts resident memory; elsewhere nothing is appended.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield
+        peaks.append(torch.cuda.max_memory_allocated(device) - before)
+    elif device.type == "cpu" and sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)  # memory that was freed, but not given back, would be used again unseen
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+        before = _status("VmRSS")
+        yield
+        peaks.append(max(0, _status("VmHWM") - before))
+    else:
+        yield
+
+
+def _status(name: str) -> int:
+    """Bytes of a line of this process's status on Linux."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))

@@ -3,7 +3,8 @@
 oneDNN's quantized operators ignore weight zero points, so they are taken out beforehand: the integers
 are fed as q - z where that fits int8 (always at 4 bits with a zero point in range). Otherwise as q - 128, and one more
 output channel, of ones, gives the sum over the receptive field that the rest, (128 - z) times it, is made of.
-Both are exact. Without VNNI the 8-bit operators saturate silently: then the simulation stays.
+Both are exact. Without VNNI the 8-bit operators saturate silently: then the simulation stays. Under autocast in bfloat16 what lies
+between the products is kept in it, and is no longer exact.
 """
 
 import copy
@@ -114,6 +115,21 @@ def to_integer(model: nn.Module) -> nn.Module:
             parent, _, name = path.rpartition(".")
             setattr(result.get_submodule(parent), name, _INTEGER[type(module)](module))
     return result
+
+
+def _between() -> torch.dtype:
+    """The type of activations between the products."""
+    half = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    return torch.bfloat16 if half else torch.float32
+
+
+def _usable(x: Tensor) -> Tensor:
+    return x if x.dtype in (torch.float32, torch.bfloat16) else x.float()
+
+
+def _qlinear(q: Tensor, delta: float, zero: int, packed: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None) -> Tensor:
+    """[rows, N] of bytes [rows, K] with scale and zero point, and prepacked int8 weights [N, K] with `scales` and `zeros` [N]."""
+    return torch.ops.onednn.qlinear_pointwise(q, delta, zero, packed, scales, zeros, bias, 1.0, 0, _between(), "none", [], "")
 
 
 class _Input:
@@ -234,16 +250,12 @@ class IntegerConv2d(nn.Module):
         q, delta, zero = self.inputs[index].quantize(rows, pending)
         packed, scales, zeros, bias, coef = self.parts[index]
         if self.pointwise:
-            y = torch.ops.onednn.qlinear_pointwise(
-                q.view(n * h * w, c), delta, zero, packed, scales, zeros, bias, 1.0, 0, torch.float32, "none", [], ""
-            )
+            y = _qlinear(q.view(n * h * w, c), delta, zero, packed, scales, zeros, bias)
             y = y.view(n, h, w, -1).permute(0, 3, 1, 2)
             return Lazy.of(y[:, : self.out_channels], Rows(y, n, h * w, self.out_channels, y.shape[1], coef), Pending())
         q = q.view(n, h, w, c).permute(0, 3, 1, 2)
         geometry = (self.stride, self.padding, self.dilation, self.groups)
-        y = torch.ops.onednn.qconv2d_pointwise(
-            q, delta, zero, packed, scales, zeros, bias, *geometry, 1.0, 0, torch.float32, "none", [], ""
-        )
+        y = torch.ops.onednn.qconv2d_pointwise(q, delta, zero, packed, scales, zeros, bias, *geometry, 1.0, 0, _between(), "none", [], "")
         y = y.contiguous(memory_format=torch.channels_last)
         _, wide, height, width = y.shape
         return Lazy.of(y[:, : self.out_channels], Rows(y, n, height * width, self.out_channels, wide, coef), Pending())
@@ -260,12 +272,10 @@ class _Linear:
         self.zeros = torch.zeros(len(self.scales), dtype=torch.int32)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x [rows, K] float32, contiguous."""
+        """x [rows, K] float32 or bfloat16, contiguous."""
         q, delta, zero = self.input.quantize(Rows(x, 1, len(x), x.shape[1], x.shape[1]), Pending())
-        y = torch.ops.onednn.qlinear_pointwise(
-            q[0], delta, zero, self.packed, self.scales, self.zeros, self.bias, 1.0, 0, torch.float32, "none", [], ""
-        )
-        return y if self.coef is None else y[:, : self.features] - self.coef * y[:, self.features :]
+        y = _qlinear(q[0], delta, zero, self.packed, self.scales, self.zeros, self.bias)
+        return y if self.coef is None else (y[:, : self.features] - self.coef * y[:, self.features :]).to(y.dtype)
 
 
 class IntegerLinear(nn.Module):
@@ -277,7 +287,7 @@ class IntegerLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.linear is None or self.linear.input.mixed() or x.dtype == torch.float64:
             return self.simulated(x)
-        return self.linear(x.float().reshape(-1, x.shape[-1]).contiguous()).reshape(*x.shape[:-1], -1)
+        return self.linear(_usable(x).reshape(-1, x.shape[-1]).contiguous()).reshape(*x.shape[:-1], -1)
 
 
 class IntegerConv1d(nn.Module):
@@ -295,7 +305,7 @@ class IntegerConv1d(nn.Module):
         if self.linear is None or self.linear.input.mixed() or x.dtype == torch.float64:
             return self.simulated(x)
         n, c, tokens = x.shape
-        return self.linear(x.float().transpose(1, 2).reshape(-1, c).contiguous()).reshape(n, tokens, -1).transpose(1, 2)
+        return self.linear(_usable(x).transpose(1, 2).reshape(-1, c).contiguous()).reshape(n, tokens, -1).transpose(1, 2)
 
 
 class IntegerMatMul(nn.Module):
@@ -311,7 +321,7 @@ class IntegerMatMul(nn.Module):
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         if not self.usable or a.dtype == torch.float64 or any(i.mixed() for i in self.inputs) or a.dim() != 3:
             return self.simulated(a, b)
-        first, second = (self._bytes(i, x.float()) for i, x in zip(self.inputs, (a, b.transpose(1, 2)), strict=True))
+        first, second = (self._bytes(i, _usable(x)) for i, x in zip(self.inputs, (a, b.transpose(1, 2)), strict=True))
         (p, delta_p, zero_p), (q, delta_q, zero_q) = first, second  # p [B, M, K], q [B, N, K]
         total = torch.stack([torch._int_mm(x, y.t()) for x, y in zip(p, q, strict=True)])
         # sum (p - zp) (q - zq), in int32: 2^14 K stays below 2^31 for any K that occurs
@@ -319,7 +329,7 @@ class IntegerMatMul(nn.Module):
             total -= zero_q * p.sum(2, keepdim=True, dtype=torch.int32)
         if zero_p:
             total -= zero_p * (q.sum(2, dtype=torch.int32)[:, None] - p.shape[2] * zero_q)
-        return total.float().mul_(delta_p * delta_q)
+        return total.float().mul_(delta_p * delta_q).to(_between())
 
     def _bytes(self, source: _Input, x: Tensor) -> tuple[Tensor, float, int]:
         x = x.contiguous()

@@ -1,11 +1,12 @@
 // The pointwise work between integer products, fused: what a GroupNorm, SiLU, an addition and a quantization
-// would each do in a pass of its own. Activations lie as [n][pixels][ld] floats, channels innermost (channels_last);
+// would each do in a pass of its own. Activations lie as [n][pixels][ld] floats or bfloat16s, channels innermost (channels_last);
 // channel c of a row may follow the c real ones and hold the sum that a weight zero point is corrected with.
 // Compiled without any header of PyTorch; called through ctypes.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -28,10 +29,35 @@ inline float exp_(float x) {  // relative error below 2e-7; the compiler vectori
     return p * scale;
 }
 
-// One row of values: x, corrected, then as a * value + b, then SiLU.
-inline void row(const float* x, int64_t c, const float* coef, const float* a, const float* b, bool silu, float* out) {
+struct bfloat16 {  // the upper half of a float
+    uint16_t bits;
+    operator float() const {
+        const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+        float value;
+        std::memcpy(&value, &wide, sizeof value);
+        return value;
+    }
+};
+
+inline void store(float value, float* to) { *to = value; }
+inline void store(float value, bfloat16* to) {  // to the nearest, ties to even
+    uint32_t wide;
+    std::memcpy(&wide, &value, sizeof wide);
+    to->bits = static_cast<uint16_t>((wide + 0x7fff + ((wide >> 16) & 1)) >> 16);
+}
+
+// One row of values: x, corrected, then as a * value + b, then SiLU. The result, maybe x itself; out holds c floats.
+template <typename T>
+inline const float* row(const T* from, int64_t c, const float* coef, const float* a, const float* b, bool silu, float* out) {
+    const float* x;
+    if constexpr (std::is_same_v<T, float>) {
+        x = from;
+    } else {
+        for (int64_t i = 0; i < c; ++i) out[i] = from[i];
+        x = out;
+    }
     if (coef) {
-        const float s = x[c];
+        const float s = from[c];
         for (int64_t i = 0; i < c; ++i) out[i] = x[i] - coef[i] * s;
         x = out;
     }
@@ -43,28 +69,25 @@ inline void row(const float* x, int64_t c, const float* coef, const float* a, co
         for (int64_t i = 0; i < c; ++i) out[i] = x[i] / (1.0f + exp_(-x[i]));
         x = out;
     }
-    if (x != out) std::memcpy(out, x, c * sizeof(float));
+    return x;
 }
 
-}  // namespace
-
-extern "C" {
-
 // mean and 1 / sqrt(variance + eps) of each group of channels of each image; shift [n][c] is added first.
-void qdiff_stats(const float* x, int64_t n, int64_t pixels, int64_t c, int64_t ld, const float* coef, const float* shift,
+template <typename T>
+void stats(const T* x, int64_t n, int64_t pixels, int64_t c, int64_t ld, const float* coef, const float* shift,
                  int64_t groups, double eps, float* mean, float* rstd, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < n; ++i) {
         std::vector<double> sum(c, 0.0), square(c, 0.0);
-        std::vector<float> s(c), q(c), v(c), zero(c, 0.0f);
+        std::vector<float> s(c), q(c), zero(c, 0.0f);
         const float* add = shift ? shift + i * c : zero.data();
         for (int64_t from = 0; from < pixels; from += 32) {
             std::fill(s.begin(), s.end(), 0.0f);
             std::fill(q.begin(), q.end(), 0.0f);
             const int64_t to = from + 32 < pixels ? from + 32 : pixels;
             for (int64_t p = from; p < to; ++p) {
-                const float* in = x + (i * pixels + p) * ld;
-                const float z = coef ? in[c] : 0.0f;
+                const T* in = x + (i * pixels + p) * ld;
+                const float z = coef ? static_cast<float>(in[c]) : 0.0f;
                 float* sums = s.data();
                 float* squares = q.data();
                 if (coef) {
@@ -102,14 +125,14 @@ void qdiff_stats(const float* x, int64_t n, int64_t pixels, int64_t c, int64_t l
 }
 
 // Rows of values as integers: clamp(round(value / delta) + zero, low, high) + offset, as bytes.
-void qdiff_quantize(const float* x, int64_t n, int64_t pixels, int64_t c, int64_t ld, const float* coef, const float* a,
+template <typename T>
+void quantize(const T* x, int64_t n, int64_t pixels, int64_t c, int64_t ld, const float* coef, const float* a,
                     const float* b, int silu, float delta, float low, float high, float offset, uint8_t* out, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < n; ++i) {
         std::vector<float> v(c);
-        float* values = v.data();
         for (int64_t p = 0; p < pixels; ++p) {
-            row(x + (i * pixels + p) * ld, c, coef, a ? a + i * c : nullptr, b ? b + i * c : nullptr, silu, values);
+            const float* values = row(x + (i * pixels + p) * ld, c, coef, a ? a + i * c : nullptr, b ? b + i * c : nullptr, silu, v.data());
             uint8_t* to = out + (i * pixels + p) * c;
             for (int64_t k = 0; k < c; ++k) {
                 float q = std::rint(values[k] / delta);
@@ -120,19 +143,44 @@ void qdiff_quantize(const float* x, int64_t n, int64_t pixels, int64_t c, int64_
     }
 }
 
-// Rows of values as floats, with another activation [n][pixels][c] added where there is one.
-void qdiff_values(const float* x, int64_t n, int64_t pixels, int64_t c, int64_t ld, const float* coef, const float* a,
-                  const float* b, int silu, const float* other, float* out, int threads) {
+// Rows of values, with another activation [n][pixels][c] added where there is one.
+template <typename T>
+void values(const T* x, int64_t n, int64_t pixels, int64_t c, int64_t ld, const float* coef, const float* a, const float* b, int silu,
+            const T* other, T* out, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < n; ++i) {
+        std::vector<float> v(c);
         for (int64_t p = 0; p < pixels; ++p) {
-            float* to = out + (i * pixels + p) * c;
-            row(x + (i * pixels + p) * ld, c, coef, a ? a + i * c : nullptr, b ? b + i * c : nullptr, silu, to);
+            const float* in = row(x + (i * pixels + p) * ld, c, coef, a ? a + i * c : nullptr, b ? b + i * c : nullptr, silu, v.data());
+            T* to = out + (i * pixels + p) * c;
             if (other) {
-                const float* from = other + (i * pixels + p) * c;
-                for (int64_t k = 0; k < c; ++k) to[k] += from[k];
+                const T* from = other + (i * pixels + p) * c;
+                for (int64_t k = 0; k < c; ++k) store(in[k] + from[k], to + k);
+            } else {
+                for (int64_t k = 0; k < c; ++k) store(in[k], to + k);
             }
         }
     }
 }
+
+}  // namespace
+
+#define QDIFF_OPERATORS(T, SUFFIX)                                                                                                     \
+    void qdiff_stats_##SUFFIX(const T* x, int64_t n, int64_t pixels, int64_t c, int64_t ld, const float* coef, const float* shift,      \
+                              int64_t groups, double eps, float* mean, float* rstd, int threads) {                                     \
+        stats(x, n, pixels, c, ld, coef, shift, groups, eps, mean, rstd, threads);                                                     \
+    }                                                                                                                                  \
+    void qdiff_quantize_##SUFFIX(const T* x, int64_t n, int64_t pixels, int64_t c, int64_t ld, const float* coef, const float* a,       \
+                                 const float* b, int silu, float delta, float low, float high, float offset, uint8_t* out,             \
+                                 int threads) {                                                                                        \
+        quantize(x, n, pixels, c, ld, coef, a, b, silu, delta, low, high, offset, out, threads);                                       \
+    }                                                                                                                                  \
+    void qdiff_values_##SUFFIX(const T* x, int64_t n, int64_t pixels, int64_t c, int64_t ld, const float* coef, const float* a,         \
+                               const float* b, int silu, const T* other, T* out, int threads) {                                        \
+        values(x, n, pixels, c, ld, coef, a, b, silu, other, out, threads);                                                            \
+    }
+
+extern "C" {
+QDIFF_OPERATORS(float, float32)
+QDIFF_OPERATORS(bfloat16, bfloat16)
 }

@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -82,9 +83,10 @@ def _int(value: int) -> ctypes.c_int64:
 
 
 class Rows:
-    """Activations as the operators see them: [n, pixels, channels] with `ld` floats from pixel to pixel.
+    """Activations as the operators see them: [n, pixels, channels], float32 or bfloat16, with `ld` values from pixel to pixel.
 
-    coef [channels]: multiplied by the value in column `channels` of a row, it is subtracted (weight zero points).
+    All work is done in float32. coef [channels]: multiplied by the value in column `channels` of a row, it is subtracted
+    (weight zero points).
     """
 
     def __init__(self, data: Tensor, n: int, pixels: int, channels: int, ld: int, coef: Tensor | None = None) -> None:
@@ -93,21 +95,30 @@ class Rows:
     def _geometry(self) -> tuple:
         return (_pointer(self.data), _int(self.n), _int(self.pixels), _int(self.channels), _int(self.ld), _pointer(self.coef))
 
+    def _compiled(self, name: str) -> Callable[..., None] | None:
+        """The operator for this type of activations."""
+        return (found := library()) and getattr(found, f"qdiff_{name}_{str(self.data.dtype).removeprefix('torch.')}")
+
     def plain(self) -> Tensor:
-        """[n, pixels, channels], corrected."""
+        """[n, pixels, channels] in float32, corrected."""
         width = self.channels + (self.coef is not None)
-        full = self.data.as_strided((self.n, self.pixels, width), (self.pixels * self.ld, self.ld, 1))
+        full = self.data.as_strided((self.n, self.pixels, width), (self.pixels * self.ld, self.ld, 1)).float()
         x = full[..., : self.channels]
         return x if self.coef is None else x - self.coef * full[..., self.channels :][..., :1]
 
+    def _mapped(self, a: Tensor | None, b: Tensor | None, silu: bool) -> Tensor:
+        """`values` in float32, without a compiler."""
+        x = self.plain() if a is None else self.plain() * a[:, None] + b[:, None]
+        return F.silu(x) if silu else x
+
     def stats(self, shift: Tensor | None, groups: int, eps: float) -> tuple[Tensor, Tensor]:
         """(mean, 1 / standard deviation) [n, groups] of the values plus `shift` [n, channels]."""
-        if (compiled := library()) is None:
+        if (compiled := self._compiled("stats")) is None:
             x = self.plain() if shift is None else self.plain() + shift[:, None]
             variance, mean = torch.var_mean(x.unflatten(2, (groups, -1)).double(), dim=(1, 3), unbiased=False)
             return mean.float(), (variance + eps).rsqrt().float()
         mean, rstd = torch.empty(self.n, groups), torch.empty(self.n, groups)
-        compiled.qdiff_stats(
+        compiled(
             *self._geometry(),
             _pointer(shift),
             _int(groups),
@@ -120,11 +131,11 @@ class Rows:
 
     def quantize(self, a: Tensor | None, b: Tensor | None, silu: bool, delta: float, low: float, high: float, offset: float) -> Tensor:
         """Bytes [n, pixels, channels]: clamp(round(f(value) / delta), low, high) + offset, f as in `values`."""
-        if (compiled := library()) is None:
-            return (self.values(a, b, silu) / delta).round_().clamp_(low, high).add_(offset).to(torch.uint8)
+        if (compiled := self._compiled("quantize")) is None:
+            return (self._mapped(a, b, silu) / delta).round_().clamp_(low, high).add_(offset).to(torch.uint8)
         out = torch.empty(self.n, self.pixels, self.channels, dtype=torch.uint8)
         numbers = (ctypes.c_float(value) for value in (delta, low, high, offset))
-        compiled.qdiff_quantize(
+        compiled(
             *self._geometry(),
             _pointer(a),
             _pointer(b),
@@ -136,13 +147,12 @@ class Rows:
         return out
 
     def values(self, a: Tensor | None, b: Tensor | None, silu: bool, other: Tensor | None = None) -> Tensor:
-        """a * value + b (per image and channel), then SiLU, then plus `other`, as floats [n, pixels, channels]."""
-        if (compiled := library()) is None:
-            x = self.plain() if a is None else self.plain() * a[:, None] + b[:, None]
-            x = F.silu(x) if silu else x
-            return x.contiguous() if other is None else x + other
-        out = torch.empty(self.n, self.pixels, self.channels)
-        compiled.qdiff_values(
+        """a * value + b (per image and channel), then SiLU, then plus `other` (of the same type): [n, pixels, channels]."""
+        if (compiled := self._compiled("values")) is None:
+            x = self._mapped(a, b, silu)
+            return (x if other is None else x + other).to(self.data.dtype).contiguous()
+        out = torch.empty(self.n, self.pixels, self.channels, dtype=self.data.dtype)
+        compiled(
             *self._geometry(),
             _pointer(a),
             _pointer(b),

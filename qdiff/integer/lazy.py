@@ -37,7 +37,7 @@ class Pending:
 
 
 class Lazy(Tensor):
-    """[N, C, H, W] in channels_last memory, float32, with pending work."""
+    """[N, C, H, W] in channels_last memory, float32 or bfloat16, with pending work."""
 
     rows: Rows
     pending: Pending
@@ -89,8 +89,8 @@ def lazy(x: Tensor) -> Lazy | None:
     """`x` as a lazy tensor without pending work; None where its form does not allow it."""
     if isinstance(x, Lazy):
         return x
-    x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x  # from a part that autocast ran
-    if x.dim() != 4 or x.dtype != torch.float32 or x.device.type != "cpu" or x.numel() == 0:
+    x = x.float() if x.dtype == torch.float16 else x  # from a part that autocast ran
+    if x.dim() != 4 or x.dtype not in (torch.float32, torch.bfloat16) or x.device.type != "cpu" or x.numel() == 0:
         return None
     x = x.contiguous(memory_format=torch.channels_last)
     n, c, h, w = x.shape
@@ -119,9 +119,9 @@ def _dropout(x: Lazy, p: float = 0.5, training: bool = True, inplace: bool = Fal
 
 
 def _per_channel(value: Any, shape: torch.Size) -> Tensor | None:
-    """`value` as [N, C] if it is one number for each image and channel."""
+    """`value` as [N, C] in float32 if it is one number for each image and channel."""
     if isinstance(value, Tensor) and not isinstance(value, Lazy) and value.shape == (*shape[:2], 1, 1):
-        return value.flatten(1)
+        return value.flatten(1).float()
     return None
 
 
@@ -137,7 +137,7 @@ def _add(first: Any, second: Any, *, alpha: float = 1) -> Tensor | None:
         return x.then(replace(x.pending, shift=shift if x.pending.shift is None else x.pending.shift + shift))
     if isinstance(other, Lazy):
         other = other.values()
-    if other.shape != x.shape4() or other.dtype != torch.float32:
+    if other.shape != x.shape4() or other.dtype != x.rows.data.dtype:
         return None
     return x.values(other)
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from common.images import make_grid
 from common.job import Job
 from qdiff.analysis import StepErrors, Trajectories, psnr, ssim
+from qdiff.calibration.memory import working_memory
 from qdiff.evaluation.cost import Cost, measure_cost
 from qdiff.evaluation.lite0 import load_lite0, perceptual_distance
 from qdiff.files import atomic_write
@@ -31,13 +32,15 @@ class Likeness:
 
 @dataclass(frozen=True)
 class Comparison:
-    """By the networks' names. images: uint8 [N, 3, H, W], full precision too. seconds: of an image, wall time."""
+    """By the networks' names. images: uint8 [N, 3, H, W], full precision too. seconds: of an image, wall time.
+    memory: bytes while sampling a chunk, above what was held before (None: not measured on this device)."""
 
     eps: dict[str, StepErrors]
     x: dict[str, StepErrors]
     likeness: dict[str, Likeness]
     images: dict[str, Tensor]
     seconds: dict[str, float]
+    memory: dict[str, int | None]
 
 
 def compare(job: Job, model: nn.Module, networks: Mapping[str, nn.Module], count: int) -> Comparison:
@@ -45,6 +48,7 @@ def compare(job: Job, model: nn.Module, networks: Mapping[str, nn.Module], count
     trajectories = Trajectories()
     images: dict[str, list[Tensor]] = {name: [] for name in (FULL, *networks)}
     seconds = dict.fromkeys(images, 0.0)
+    peaks: dict[str, list[int]] = {name: [] for name in images}
     with tqdm(total=count * len(images), desc="comparison", unit="image") as progress:
         for chunk in job.chunks(count):
             denoisers = {name: job.denoiser(network, chunk) for name, network in networks.items()}
@@ -53,7 +57,8 @@ def compare(job: Job, model: nn.Module, networks: Mapping[str, nn.Module], count
                 if name == FULL:
                     job.sample(model, chunk, callback)
                 started = perf_counter()
-                images[name].append(job.sample(network, chunk, None if name == FULL else trajectories.follow(name)))
+                with working_memory(job.device, peaks[name]):
+                    images[name].append(job.sample(network, chunk, None if name == FULL else trajectories.follow(name)))
                 seconds[name] += (perf_counter() - started) / count
                 progress.update(len(chunk))
     joined = {name: torch.cat(parts) for name, parts in images.items()}
@@ -63,7 +68,8 @@ def compare(job: Job, model: nn.Module, networks: Mapping[str, nn.Module], count
         pairs = zip(joined[name].split(16), joined[FULL].split(16), strict=True)
         distance = torch.cat([perceptual_distance(lite0, first, second) for first, second in pairs]).mean().item()
         likeness[name] = Likeness(psnr(joined[name], joined[FULL]), ssim(joined[name], joined[FULL]), distance)
-    return Comparison(trajectories.eps_errors(), trajectories.x_errors(), likeness, joined, seconds)
+    memory = {name: max(found, default=None) for name, found in peaks.items()}
+    return Comparison(trajectories.eps_errors(), trajectories.x_errors(), likeness, joined, seconds, memory)
 
 
 def costs(job: Job, networks: Mapping[str, nn.Module]) -> dict[str, Cost]:
