@@ -32,7 +32,6 @@ from common.quantize import load_calibrated
 from common.running import Ranks, log_to, setup_threads
 from common.tables import FROM_MEMORY, FULL, LINEAR, NAMED, QDIFF, Row, Table, tables
 from qdiff.analysis import Trajectories
-from qdiff.calibration.memory import peak_memory
 from qdiff.config import PRESETS, ConfigError, QuantConfig
 from qdiff.evaluation.clip import ClipScore
 from qdiff.evaluation.features import EXTRACTORS, default_cache, load_extractor
@@ -215,14 +214,12 @@ class Work:
 
     def check_inputs(self) -> None:
         """Raise before long work what would be raised after it: no reference, captions, extractor or CLIP model."""
-        if self.reference_is_sampled():
-            load_extractor(self.extractor, self.device)
-            return
-        reference = Path(self.reference())
         if not self.table.count:
             self.captions(self.count)
-        if reference.suffix != ".npz" or load_statistics(reference) is None:
-            open_images(self.reference())
+        if not self.reference_is_sampled():
+            reference = Path(self.reference())
+            if reference.suffix != ".npz" or load_statistics(reference) is None:
+                open_images(self.reference())
         if self.args.clip:
             ClipScore(self.args.clip, torch.device("cpu"))
         load_extractor(self.extractor, self.device)
@@ -236,12 +233,11 @@ class Work:
             "extractor": self.extractor,
             "reference": self.args.reference,
             "clip": str(self.args.clip),
+            "trajectory_images": self.args.trajectory_images,
         }
         if done.is_file() and (kept := json.loads(done.read_text()))["key"] == key:
             return kept["figures"]
-        began = time.perf_counter()
         job, images = self.sampled(row, seed, self.count)
-        seconds = time.perf_counter() - began
         words = [str(images), "--reference", self.reference(), "--extractor", self.extractor, "--cache", str(self.args.cache)]
         words += ["--device", self.args.device, "--threads", str(self.args.threads)]
         words += ["--crop", str(self.table.crop)] if self.table.crop else []
@@ -254,7 +250,7 @@ class Work:
         if Ranks.from_environment().rank == 0:
             if row.method != FULL:
                 figures["trajectory_error"] = self.trajectory_error(self.network(job, images.parent), self.args.trajectory_images, None)
-            figures |= {"seconds": seconds, "peak_memory_gb": peak_memory() / 1e9, "images_folder": str(images)}
+            figures["images_folder"] = str(images)
             with atomic_write(done) as temporary:
                 temporary.write_text(json.dumps({"key": key, "figures": figures}, indent=1))
         Ranks.from_environment().barrier()

@@ -1,5 +1,6 @@
 """The evaluating scripts as users run them, on small images and on the embedded models."""
 
+import csv
 import json
 import re
 import shlex
@@ -124,6 +125,11 @@ def test_the_comparison_is_written(report):
     assert means["W8A32"] < means["W8A8"] < means["W4A8"] < 0.15
     assert errors["W8A8"]["bops"] == pytest.approx(2 * errors["W4A8"]["bops"], rel=0.05)
     assert "| W4A8 |" in shown
+    with (folder / "table.csv").open(newline="") as file:
+        memory = {line["setting"]: line["MB"] for line in csv.DictReader(file)}
+    assert set(memory) == {"full precision", *errors}
+    if sys.platform == "linux":
+        assert all(float(megabytes) > 0 for megabytes in memory.values())
 
 
 def test_the_page_opens_in_a_browser(report, tmp_path):
@@ -185,6 +191,10 @@ def test_a_table_is_filled_and_continued(tmp_path):
     assert json.loads((tmp_path / "out/table.json").read_text())["emoji32"]["q-diffusion-w4a8"][0]["fid"] == pytest.approx(
         content["q-diffusion-w4a8"][0]["fid"], rel=1e-9
     )
+    fewer = tiny.script("reproduce.py", *(1 if word == 2 else word for word in words))
+    assert fewer.returncode == 0, fewer.stderr
+    figures = json.loads((tmp_path / "out/table.json").read_text())["emoji32"]["q-diffusion-w4a8"][0]
+    assert figures["trajectory_error"] != content["q-diffusion-w4a8"][0]["trajectory_error"]
     kept = list(images)[1:]
     assert all(path.stat().st_mtime_ns == images[path] for path in kept)
 
@@ -207,5 +217,6 @@ def test_bad_tables_say_what_is_wrong(tmp_path):
     fails(run("--table lsun-church"), "--reference", "lsun-church")
     fails(run("--table stable-diffusion --reference ."), "--captions")
     fails(run("--table lsun-church --reference ."), "no images")
+    fails(run("--table embedded --clip ."), "missing config.json")
     (tmp_path / "captions.json").write_text('{"annotations": [{"id": 1}]}')
     fails(run(f"--table stable-diffusion --reference . --captions {tmp_path / 'captions.json'}"), "not a COCO caption file")
