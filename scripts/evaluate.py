@@ -28,7 +28,7 @@ from qdiff.evaluation.clip import ClipScore
 from qdiff.evaluation.features import EXTRACTORS, Features, default_cache, extract, load_extractor
 from qdiff.evaluation.images import Selected, open_images
 from qdiff.evaluation.lite0 import load_lite0, perceptual_distance
-from qdiff.evaluation.metrics import METRICS, Statistics, compute, load_statistics, save_statistics, statistics_of
+from qdiff.evaluation.metrics import METRICS, Statistics, compute, expect_extractor, load_statistics, save_statistics, statistics_of
 from qdiff.files import atomic_write
 
 UNBIASED_FROM = 10_000  # images; with fewer, FID is biased upwards by more than differences between methods
@@ -60,13 +60,28 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def load_reference(args: argparse.Namespace, features_of) -> Features | Statistics | None:
+def open_reference(args: argparse.Namespace) -> Selected | Statistics | None:
+    """Saved statistics, or images that are not read yet."""
     if args.reference is None:
         return None
     path = Path(args.reference)
     if path.suffix == ".npz" and path.is_file() and (found := load_statistics(path)) is not None:
         return found
-    return features_of(Selected(open_images(args.reference), crop=args.crop))
+    return Selected(open_images(args.reference), crop=args.crop)
+
+
+def check_inputs(args: argparse.Namespace) -> None:
+    """Raise before a long sampling what would be raised after it: weights, reference, images and prompts that do not fit."""
+    reference = open_reference(args)
+    if args.against:
+        open_images(args.against)
+    if args.clip:
+        ClipScore(args.clip, torch.device("cpu"))
+    if args.prompts:
+        args.prompts.read_text(encoding="utf-8")
+    extractor = load_extractor(args.extractor, torch.device("cpu"), args.weights)  # last: it may be fetched
+    if isinstance(reference, Statistics):
+        expect_extractor(reference, extractor.identity)
 
 
 def batches(images: Selected, size: int) -> Iterator[tuple[range, torch.Tensor]]:
@@ -131,7 +146,9 @@ def evaluate(args: argparse.Namespace, source: str | Path) -> dict:
     def features_of(selected: Selected) -> Features:
         return extract(selected, extractor, args.cache, args.batch_size)
 
-    reference = load_reference(args, features_of)
+    reference = open_reference(args)
+    if isinstance(reference, Selected):
+        reference = features_of(reference)
     found = features_of(images)
     figures: dict = {"images": str(source), "reference": args.reference, "count": len(images), "extractor": extractor.identity}
     figures |= compute(found, reference, tuple(args.metrics))
@@ -153,16 +170,17 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     ranks = Ranks.from_environment()
     setup_threads(args.threads)
+    check_inputs(args)
     source = run(prepare(args.command)) if args.command else args.images
     log_to(None, verbose=False)
+    files = getattr(open_images(source), "files", None)
+    if args.npz and files is None:
+        raise ConfigError(f"--npz: {source} is not a folder of images")
     figures = evaluate(args, source)
     if ranks.rank:
         return
     if args.npz:
-        folder = open_images(source)
-        if not hasattr(folder, "files"):
-            raise ConfigError(f"--npz: {source} is not a folder of images")
-        save_npz(args.npz, folder.files[: args.count])
+        save_npz(args.npz, files[: args.count])
     if args.output:
         with atomic_write(args.output) as temporary:
             temporary.write_text(json.dumps(figures, indent=1))

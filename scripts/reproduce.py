@@ -33,10 +33,7 @@ from common.running import Ranks, log_to, setup_threads
 from common.tables import FROM_MEMORY, FULL, LINEAR, NAMED, QDIFF, Row, Table, tables
 from qdiff.analysis import Trajectories
 from qdiff.config import PRESETS, ConfigError, QuantConfig
-from qdiff.evaluation.clip import ClipScore
-from qdiff.evaluation.features import EXTRACTORS, default_cache, load_extractor
-from qdiff.evaluation.images import open_images
-from qdiff.evaluation.metrics import load_statistics
+from qdiff.evaluation.features import EXTRACTORS, default_cache
 from qdiff.evaluation.page import Page, markdown_table
 from qdiff.files import atomic_write
 
@@ -212,17 +209,21 @@ class Work:
         row = next(row for row in self.table.rows if row.method == FULL)
         return str(self.sampled(row, self.table.seed + REFERENCE_SEED, self.count)[1])
 
+    def evaluation(self, images: Path, *more: str) -> argparse.Namespace:
+        """The options of evaluate.py for a folder of images."""
+        args = self.args
+        words = [str(images), "--extractor", self.extractor, "--cache", str(args.cache)]
+        words += ["--device", args.device, "--threads", str(args.threads)]
+        words += ["--crop", str(self.table.crop)] if self.table.crop else []
+        words += ["--metrics", *self.table.metrics]
+        words += ["--clip", str(args.clip)] if args.clip else []
+        return evaluate.parse([*words, *more])
+
     def check_inputs(self) -> None:
         """Raise before long work what would be raised after it: no reference, captions, extractor or CLIP model."""
         if not self.table.count:
             self.captions(self.count)
-        if not self.reference_is_sampled():
-            reference = Path(self.reference())
-            if reference.suffix != ".npz" or load_statistics(reference) is None:
-                open_images(self.reference())
-        if self.args.clip:
-            ClipScore(self.args.clip, torch.device("cpu"))
-        load_extractor(self.extractor, self.device)
+        evaluate.check_inputs(self.evaluation(self.folder, *([] if self.reference_is_sampled() else ["--reference", self.reference()])))
 
     def figures(self, row: Row, seed: int) -> dict:
         """All figures of a row for a seed, from its `result.json` if it is finished."""
@@ -238,15 +239,11 @@ class Work:
         if done.is_file() and (kept := json.loads(done.read_text()))["key"] == key:
             return kept["figures"]
         job, images = self.sampled(row, seed, self.count)
-        words = [str(images), "--reference", self.reference(), "--extractor", self.extractor, "--cache", str(self.args.cache)]
-        words += ["--device", self.args.device, "--threads", str(self.args.threads)]
-        words += ["--crop", str(self.table.crop)] if self.table.crop else []
-        words += ["--metrics", *self.table.metrics]
-        words += ["--clip", str(self.args.clip)] if self.args.clip else []
+        words = ["--reference", self.reference()]
         if row.method != FULL:
             full = next(row for row in self.table.rows if row.method == FULL)
             words += ["--against", str(self.sampled(full, seed, self.count)[1])]
-        figures = evaluate.evaluate(evaluate.parse(words), images)
+        figures = evaluate.evaluate(self.evaluation(images, *words), images)
         if Ranks.from_environment().rank == 0:
             if row.method != FULL:
                 figures["trajectory_error"] = self.trajectory_error(self.network(job, images.parent), self.args.trajectory_images, None)

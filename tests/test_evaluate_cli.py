@@ -88,6 +88,9 @@ def test_a_sampling_command_is_evaluated(work):
     assert json.loads((work / "o.json").read_text())["count"] == 6
     result = tiny.script("evaluate.py", *options(work, "--reference", work / "b"), "--", "nothing.py")
     fails(result, "nothing.py", "sample_diffusion_ddim.py")
+    shutil.rmtree(work / "out")
+    fails(tiny.script("evaluate.py", *options(work, "--reference", work / "none"), "--", *command), "expected a folder of images")
+    assert not (work / "out").exists()  # said before the sampling
 
 
 def test_bad_evaluations_say_what_is_wrong(work, tmp_path):

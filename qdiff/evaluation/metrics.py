@@ -65,6 +65,12 @@ def load_statistics(path: Path) -> Statistics | None:
     )
 
 
+def expect_extractor(reference: Features | Statistics, identity: str) -> None:
+    """Raise ConfigError where features or statistics were made with another extractor than `identity`."""
+    if reference.extractor != identity:
+        raise ConfigError(f"{reference.source}: made with the extractor {reference.extractor}, expected {identity}")
+
+
 def compute(found: Features, reference: Features | Statistics | None, wanted: tuple[str, ...]) -> dict[str, float]:
     """The figures asked for; from statistics alone only FID can be had, without a reference only IS.
 
@@ -83,8 +89,8 @@ def compute(found: Features, reference: Features | Statistics | None, wanted: tu
 
     if len(found) < 2:
         raise ConfigError(f"{found.source}: {len(found)} image, expected at least 2")
-    if reference is not None and reference.extractor != found.extractor:
-        raise ConfigError(f"{reference.source}: made with the extractor {reference.extractor}, the images with {found.extractor}")
+    if reference is not None:
+        expect_extractor(reference, found.extractor)
     result: dict[str, float] = {}
     if "is" in wanted:
         score = isc_features_to_metric(found.logits, min(IS_SPLITS, len(found)), True, SEED)
