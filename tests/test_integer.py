@@ -168,13 +168,35 @@ def test_bfloat16_between_the_products_costs_no_more_than_its_rounding(operators
     integer, exact = to_integer(simulated), simulated(*inputs)
     seen = set()
     for module in integer.modules():
-        if isinstance(module, engine.IntegerConv2d | engine.IntegerLinear):
+        if isinstance(module, engine.IntegerLinear):
+            module.register_forward_hook(lambda _, args, output: seen.add(output.dtype))
+        if isinstance(module, engine.IntegerConv2d) and not any(coef is not None for *_, coef in module.parts):
             module.register_forward_hook(lambda _, args, output: seen.add(output.dtype))
     with torch.autocast("cpu", torch.bfloat16):
         found, half = integer(*inputs), simulated(*inputs)
     assert seen == {torch.bfloat16}
     error = golden.relative_error(found.float(), exact)
     assert 1e-4 < error < 1.5 * golden.relative_error(half.float(), exact)
+
+
+@here
+@torch.no_grad()
+@pytest.mark.parametrize("size", [1, 3])
+def test_bfloat16_keeps_what_weight_zero_points_leave(operators, size):
+    """An outlier in each channel moves the zero points away from 128; the sum that is taken out then cancels most of the product."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(64, 32, size, padding=size // 2)
+    conv.weight.data.flatten(1)[:, 0] = 3 * conv.weight.abs().amax((1, 2, 3)).data
+    linear = nn.Linear(64, 32)
+    linear.weight.data[:, 0] = 3 * linear.weight.abs().amax(1).data
+    x = nn.functional.silu(torch.randn(2, 64, 8, 8))
+    for layer, kind, inputs in ((conv, QuantConv2d, x), (linear, QuantLinear, x.permute(0, 2, 3, 1).flatten(1, 2))):
+        quantized = quantized_layer(layer, kind, 8, False, "max", inputs)
+        assert quantized.weight_quantizer.zero_point.max() < 90
+        exact = copy.deepcopy(quantized).double()(inputs.double())
+        with torch.autocast("cpu", torch.bfloat16):
+            found, half = engine._INTEGER[kind](quantized)(inputs) + 0, quantized(inputs)
+        assert golden.relative_error(found.double(), exact) < golden.relative_error(half.double(), exact)
 
 
 @here

@@ -4,7 +4,7 @@ oneDNN's quantized operators ignore weight zero points, so they are taken out be
 are fed as q - z where that fits int8 (always at 4 bits with a zero point in range). Otherwise as q - 128, and one more
 output channel, of ones, gives the sum over the receptive field that the rest, (128 - z) times it, is made of.
 Both are exact. Without VNNI the 8-bit operators saturate silently: then the simulation stays. Under autocast in bfloat16 what lies
-between the products is kept in it, and is no longer exact.
+between the products is kept in it, and is no longer exact; products from which a sum is still to be taken stay float32.
 """
 
 import copy
@@ -123,13 +123,20 @@ def _between() -> torch.dtype:
     return torch.bfloat16 if half else torch.float32
 
 
+def _result(coef: Tensor | None) -> torch.dtype:
+    """The type of a product: where a sum is taken out of it afterwards, bfloat16 would leave mostly its rounding."""
+    return _between() if coef is None else torch.float32
+
+
 def _usable(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.bfloat16) else x.float()
 
 
-def _qlinear(q: Tensor, delta: float, zero: int, packed: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None) -> Tensor:
+def _qlinear(
+    q: Tensor, delta: float, zero: int, packed: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """[rows, N] of bytes [rows, K] with scale and zero point, and prepacked int8 weights [N, K] with `scales` and `zeros` [N]."""
-    return torch.ops.onednn.qlinear_pointwise(q, delta, zero, packed, scales, zeros, bias, 1.0, 0, _between(), "none", [], "")
+    return torch.ops.onednn.qlinear_pointwise(q, delta, zero, packed, scales, zeros, bias, 1.0, 0, dtype, "none", [], "")
 
 
 class _Input:
@@ -249,13 +256,14 @@ class IntegerConv2d(nn.Module):
         n, c, h, w = shaped.shape
         q, delta, zero = self.inputs[index].quantize(rows, pending)
         packed, scales, zeros, bias, coef = self.parts[index]
+        dtype = _result(coef)
         if self.pointwise:
-            y = _qlinear(q.view(n * h * w, c), delta, zero, packed, scales, zeros, bias)
+            y = _qlinear(q.view(n * h * w, c), delta, zero, packed, scales, zeros, bias, dtype)
             y = y.view(n, h, w, -1).permute(0, 3, 1, 2)
             return Lazy.of(y[:, : self.out_channels], Rows(y, n, h * w, self.out_channels, y.shape[1], coef), Pending())
         q = q.view(n, h, w, c).permute(0, 3, 1, 2)
         geometry = (self.stride, self.padding, self.dilation, self.groups)
-        y = torch.ops.onednn.qconv2d_pointwise(q, delta, zero, packed, scales, zeros, bias, *geometry, 1.0, 0, _between(), "none", [], "")
+        y = torch.ops.onednn.qconv2d_pointwise(q, delta, zero, packed, scales, zeros, bias, *geometry, 1.0, 0, dtype, "none", [], "")
         y = y.contiguous(memory_format=torch.channels_last)
         _, wide, height, width = y.shape
         return Lazy.of(y[:, : self.out_channels], Rows(y, n, height * width, self.out_channels, wide, coef), Pending())
@@ -274,8 +282,8 @@ class _Linear:
     def __call__(self, x: Tensor) -> Tensor:
         """x [rows, K] float32 or bfloat16, contiguous."""
         q, delta, zero = self.input.quantize(Rows(x, 1, len(x), x.shape[1], x.shape[1]), Pending())
-        y = _qlinear(q[0], delta, zero, self.packed, self.scales, self.zeros, self.bias)
-        return y if self.coef is None else (y[:, : self.features] - self.coef * y[:, self.features :]).to(y.dtype)
+        y = _qlinear(q[0], delta, zero, self.packed, self.scales, self.zeros, self.bias, _result(self.coef))
+        return y if self.coef is None else (y[:, : self.features] - self.coef * y[:, self.features :]).to(_between())
 
 
 class IntegerLinear(nn.Module):

@@ -137,9 +137,9 @@ def _add(first: Any, second: Any, *, alpha: float = 1) -> Tensor | None:
         return x.then(replace(x.pending, shift=shift if x.pending.shift is None else x.pending.shift + shift))
     if isinstance(other, Lazy):
         other = other.values()
-    if other.shape != x.shape4() or other.dtype != x.rows.data.dtype:
+    if other.shape != x.shape4() or other.dtype not in (torch.float32, torch.bfloat16):
         return None
-    return x.values(other)
+    return x.values(other.to(x.rows.data.dtype))
 
 
 def _mul(first: Any, second: Any) -> Tensor | None:
