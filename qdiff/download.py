@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from qdiff.checkpoint import CheckpointError
 from qdiff.config import ConfigError
-from qdiff.files import file_hash
+from qdiff.files import file_hash, locked
 
 
 def cache_root() -> Path:
@@ -28,15 +28,16 @@ def fetch(url: str, path: Path, digest: str, algorithm: str = "md5") -> Path:
         return path
     partial = path.with_name(path.name + ".partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _download(url, partial)
+        with locked(path.with_name(path.name + ".lock")):  # several processes may want it
+            if not path.is_file():
+                _download(url, partial)
+                _check(partial, digest, algorithm, url)
+                partial.replace(path)
     except (urllib.error.URLError, OSError) as error:
         reason = getattr(error, "reason", error)
         raise ConfigError(
             f"no weights at {path}, and {url} cannot be reached ({reason}); put the file there or give another by its option"
         ) from None
-    _check(partial, digest, algorithm, url)
-    partial.replace(path)
     return path
 
 

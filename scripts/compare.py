@@ -66,6 +66,8 @@ def load_networks(job: Job, model: nn.Module, args: argparse.Namespace) -> dict[
         config = read_packed_info(path).config
         for activations in (False, True) if config.quant_act else (False,):
             name = label(config, activations)
+            if name in loaded and not activations and config.quant_act:
+                continue  # the same weights widths with other activations: once is enough
             if name in loaded:
                 raise ConfigError(f"{path}: a second checkpoint for {name}")
             quant = replace(config, quant_act=activations)
@@ -141,16 +143,18 @@ def write_report(folder: Path, job: Job, model: nn.Module, wrapped: nn.Module, f
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    job = prepare([*args.command, "--device", args.device, "--threads", str(args.threads)])
+    script, *options = args.command
+    job = prepare([script, "--device", args.device, "--threads", str(args.threads), *options])
     if job.args.ptq:
         raise ConfigError("expected a sampling command in full precision (without --ptq); the quantized networks are --checkpoints")
+    args.output.mkdir(parents=True, exist_ok=True)
     log_to(None, verbose=False)
     model = job.task.load().to(job.device).eval()
     simulated = load_networks(job, model, args)
     cost = costs(job, simulated)
     networks = {name: choose_engine(network, job.args.engine) for name, network in simulated.items()}
     with torch.no_grad():
-        found = compare(job, model, networks, args.images)
+        found = compare(job, choose_engine(model, job.args.engine), networks, args.images)
     rows = write_report(args.output, job, model, next(iter(simulated.values())), found, cost)
     print(markdown_table(HEADER, rows))
     print(f"{args.output / 'index.html'}")

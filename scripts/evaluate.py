@@ -40,7 +40,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("images", nargs="?", help="what is evaluated (or a sampling command after --)")
     parser.add_argument("--reference", help="what it is compared with: images or saved statistics")
     parser.add_argument("--against", help="images of full precision from the same noises: PSNR, SSIM, a perceptual distance")
-    parser.add_argument("--metrics", nargs="+", choices=METRICS, default=list(METRICS))
+    parser.add_argument("--metrics", nargs="+", choices=METRICS, help="default: all that can be had")
     parser.add_argument("--extractor", choices=EXTRACTORS, default="inception", help="lite0: offline, not comparable with published FID")
     parser.add_argument("--weights", type=Path, help="the extractor's weights (default: fetched, or the installed package's)")
     parser.add_argument("--count", type=positive, help="take the first so many images (default: all)")
@@ -56,6 +56,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(own)
     if bool(args.images) == bool(command):
         parser.error("expected either images or a sampling command after --")
+    if args.prompts and not args.clip:
+        parser.error("--prompts: expected --clip with it")
     args.command = command
     return args
 
@@ -75,13 +77,28 @@ def check_inputs(args: argparse.Namespace) -> None:
     reference = open_reference(args)
     if args.against:
         open_images(args.against)
+        load_lite0()
     if args.clip:
         ClipScore(args.clip, torch.device("cpu"))
     if args.prompts:
-        args.prompts.read_text(encoding="utf-8")
+        read_prompts(args.prompts)
     extractor = load_extractor(args.extractor, torch.device("cpu"), args.weights)  # last: it may be fetched
     if isinstance(reference, Statistics):
         expect_extractor(reference, extractor.identity)
+    for path in (args.npz, args.save_statistics, args.output):
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def check_wishes(args: argparse.Namespace) -> None:
+    """Raise ConfigError for options of the command that would have no effect."""
+    reference = open_reference(args)
+    possible = {"is"} if reference is None else {"is", "fid"} if isinstance(reference, Statistics) else set(METRICS)
+    if lacking := [name for name in args.metrics or [] if name not in possible]:
+        expected = "a --reference" if reference is None else "images as the --reference"
+        raise ConfigError(f"--metrics {' '.join(lacking)}: expected {expected}")
+    if args.crop and not isinstance(reference, Selected):
+        raise ConfigError("--crop: expected images as the --reference")
 
 
 def batches(images: Selected, size: int) -> Iterator[tuple[range, torch.Tensor]]:
@@ -105,11 +122,18 @@ def likeness(images: Selected, others: Selected, batch_size: int, device: torch.
     return {"psnr": decibels, "ssim": similarity / len(images), "perceptual": distance / len(images)}
 
 
+def read_prompts(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--prompts {file}: expected text in UTF-8 ({error})") from None
+
+
 def load_prompts(images: Selected, file: Path | None) -> list[str]:
     """One prompt for each image."""
     if file is None:
         return prompts_inside(images)
-    words = file.read_text(encoding="utf-8").splitlines()
+    words = read_prompts(file)
     if len(words) < len(images):
         raise ConfigError(f"--prompts {file}: {len(words)} prompts, expected one for each of {len(images)} images")
     return words
@@ -139,6 +163,9 @@ def evaluate(args: argparse.Namespace, source: str | Path) -> dict:
     others = Selected(open_images(args.against), args.count) if args.against else None
     if others is not None and len(images) != len(others):
         raise ConfigError(f"--against {others.name}: {len(others)} images, expected {len(images)} as in {images.name}")
+    if others is not None and others.names() and images.names() and others.names() != images.names():
+        first = next(pair for pair in zip(others.names(), images.names(), strict=True) if pair[0] != pair[1])
+        raise ConfigError(f"--against {others.name}: {first[0]} stands where {images.name} has {first[1]}; expected the same names")
     clip = ClipScore(args.clip, device) if args.clip else None
     prompts = load_prompts(images, args.prompts) if clip is not None else []
     extractor = load_extractor(args.extractor, device, args.weights)
@@ -151,7 +178,7 @@ def evaluate(args: argparse.Namespace, source: str | Path) -> dict:
         reference = features_of(reference)
     found = features_of(images)
     figures: dict = {"images": str(source), "reference": args.reference, "count": len(images), "extractor": extractor.identity}
-    figures |= compute(found, reference, tuple(args.metrics))
+    figures |= compute(found, reference, tuple(args.metrics or METRICS))
     if others is not None:
         figures |= likeness(images, others, args.batch_size, device)
     if clip is not None:
@@ -166,13 +193,23 @@ def evaluate(args: argparse.Namespace, source: str | Path) -> dict:
     return figures
 
 
+def sample(command: list[str]) -> Path:
+    """The folder of the images that a sampling command makes."""
+    job = prepare(command)
+    if getattr(job.args, "skip_save", False):
+        raise ConfigError("--skip_save: no images would be left to evaluate")
+    return run(job)
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     ranks = Ranks.from_environment()
     setup_threads(args.threads)
+    check_wishes(args)
     check_inputs(args)
-    source = run(prepare(args.command)) if args.command else args.images
+    source = sample(args.command) if args.command else args.images
     log_to(None, verbose=False)
+    setup_threads(args.threads)  # the command had its own
     files = getattr(open_images(source), "files", None)
     if args.npz and files is None:
         raise ConfigError(f"--npz: {source} is not a folder of images")

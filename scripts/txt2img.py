@@ -80,9 +80,13 @@ def load_text_config(args: argparse.Namespace) -> LatentConfig:
     return config
 
 
+GRID_IMAGES = 144  # at most, where the images themselves are kept: a grid of a long run would not fit into memory
+
+
 def write_grid(folder: Path, count: int, columns: int, keep: bool) -> None:
     files = [folder / "samples" / NAME.format(i) for i in range(count)]
-    save_png(folder / "grid-0000.png", make_grid(torch.stack([load_png(file) for file in files]), columns))
+    shown = files[:GRID_IMAGES] if keep else files
+    save_png(folder / "grid-0000.png", make_grid(torch.stack([load_png(file) for file in shown]), columns))
     if not keep:
         for file in files:
             file.unlink()

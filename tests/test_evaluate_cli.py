@@ -86,11 +86,15 @@ def test_a_sampling_command_is_evaluated(work):
     )
     assert result.returncode == 0, result.stderr
     assert json.loads((work / "o.json").read_text())["count"] == 6
+    fails(tiny.script("evaluate.py", *options(work), "--", "txt2img.py", "--prompt", "x", "--skip_save", *TEXT), "--skip_save")
     result = tiny.script("evaluate.py", *options(work, "--reference", work / "b"), "--", "nothing.py")
     fails(result, "nothing.py", "sample_diffusion_ddim.py")
     shutil.rmtree(work / "out")
     fails(tiny.script("evaluate.py", *options(work, "--reference", work / "none"), "--", *command), "expected a folder of images")
     assert not (work / "out").exists()  # said before the sampling
+
+
+TEXT = ("--config", "models/ldm/emoji64-text/config.yaml", "--ckpt", "models/ldm/emoji64-text")
 
 
 def test_bad_evaluations_say_what_is_wrong(work, tmp_path):
@@ -102,6 +106,11 @@ def test_bad_evaluations_say_what_is_wrong(work, tmp_path):
     fails(run(work / "a", "--reference", tmp_path / "other.npz"), "another evaluator")
     pictures.save(pictures.make(39, 1), tmp_path / "fewer")
     fails(run(work / "a", "--against", tmp_path / "fewer"), "39 images, expected 40")
+    (tmp_path / "fewer/0038.png").rename(tmp_path / "fewer/0040.png")
+    fails(run(work / "a", "--against", tmp_path / "fewer", "--count", 39), "40 stands where", "has 0038")
+    fails(run(work / "a", "--metrics", "fid"), "--metrics fid: expected a --reference")
+    fails(run(work / "a", "--crop", 8), "--crop: expected images as the --reference")
+    fails(run(work / "a", "--prompts", work / "a/0000.png"), "--prompts: expected --clip")
     offline = {"XDG_CACHE_HOME": str(tmp_path), "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
     result = tiny.script("evaluate.py", work / "a", "--reference", work / "b", "--threads", 1, env=offline)
     fails(result, "weights-inception", "cannot be reached")

@@ -10,6 +10,8 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from qdiff.analysis import Trajectories
@@ -229,6 +231,24 @@ def test_an_interrupted_extraction_continues(folders, lite0, tmp_path):
     assert torch.equal(found.features, extract(Selected(open_images(folders[0])), lite0, tmp_path / "other", BATCH).features)
 
 
+def test_two_extractions_of_the_same_images_at_once(folders, lite0, tmp_path):
+    """The one that comes second finds the parts merged and gone, and must not merge what it has made itself."""
+    images = Selected(open_images(folders[0]))
+    expected = extract(images, lite0, tmp_path / "other", BATCH)
+    calls = []
+
+    def run(batch):
+        calls.append(len(batch))
+        if len(calls) == 2:  # the other one comes, finds a part, makes the rest, merges
+            extract(images, lite0, tmp_path, BATCH)
+        return lite0.run(batch)
+
+    found = extract(images, Extractor(lite0.name, lite0.weights_sha256, lite0.note, run), tmp_path, BATCH)
+    assert calls == [16, 16, 8]
+    assert torch.equal(found.features, expected.features)
+    assert torch.equal(extract(images, lite0, tmp_path, BATCH).features, expected.features)
+
+
 def test_a_wrong_cache_is_named(folders, lite0, tmp_path):
     for folder in folders:
         extract(Selected(open_images(folder)), lite0, tmp_path, BATCH)
@@ -241,6 +261,25 @@ def test_a_wrong_cache_is_named(folders, lite0, tmp_path):
     with pytest.raises(ConfigError, match=f"{second.name}: a damaged cache file"):
         for folder in folders:
             extract(Selected(open_images(folder)), lite0, tmp_path, BATCH)
+
+
+def test_a_cache_with_too_few_features_is_named(folders, lite0, tmp_path):
+    extract(Selected(open_images(folders[0])), lite0, tmp_path, BATCH)
+    (path,) = tmp_path.glob("*.safetensors")
+    with safe_open(path, "pt") as file:
+        metadata, shorter = file.metadata(), {name: file.get_tensor(name)[:-1].clone() for name in ("features", "logits")}
+    save_file(shorter, path, metadata=metadata)
+    with pytest.raises(ConfigError, match=f"{path.name}: features of 39 images, expected 40"):
+        extract(Selected(open_images(folders[0])), lite0, tmp_path, BATCH)
+
+
+def test_numbers_in_names_are_ordered_by_value(tmp_path):
+    batch = pictures.make(12, 0)
+    for i, image in enumerate(batch):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{i}.png")
+    images = Selected(open_images(tmp_path), 11)
+    assert images.names() == [str(i) for i in range(11)]
+    assert torch.equal(images.read(range(11)), batch[:11])
 
 
 def test_bad_images_are_named(folders, tmp_path):
@@ -279,6 +318,14 @@ def test_statistics_round_trip_and_those_of_another_extractor(both, tmp_path):
     np.savez(tmp_path / "adm.npz", mu=kept.mu, sigma=kept.sigma, mu_s=kept.mu, sigma_s=kept.sigma)
     with pytest.raises(ConfigError, match="another evaluator"):
         metrics.load_statistics(tmp_path / "adm.npz")
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ConfigError, match=r"s\.npz: cannot be read as \.npz"):
+        metrics.load_statistics(path)
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    (tmp_path / "array.npy").rename(tmp_path / "array.npz")
+    with pytest.raises(ConfigError, match=r"array\.npz: cannot be read as \.npz"):
+        metrics.load_statistics(tmp_path / "array.npz")
     np.savez(tmp_path / "reference.npz", arr_0=np.zeros((2, 8, 8, 3), np.uint8), mu=kept.mu, sigma=kept.sigma)
     assert metrics.load_statistics(tmp_path / "reference.npz") is None
 

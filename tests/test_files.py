@@ -4,6 +4,8 @@ import functools
 import hashlib
 import http.server
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -83,11 +85,27 @@ def test_a_broken_download_continues(server, tmp_path):
     assert not (tmp_path / "cache" / "model.partial").exists()
 
 
+def test_two_that_want_the_same_file_download_it_once(server, tmp_path, monkeypatch):
+    url, content = server
+    asked, answer = [], Server.do_GET
+
+    def slow(self):
+        asked.append(self.path)
+        time.sleep(0.3)
+        answer(self)
+
+    monkeypatch.setattr(Server, "do_GET", slow)
+    with ThreadPoolExecutor(2) as pool:
+        futures = [pool.submit(fetch, url, tmp_path / "cache" / "model", hashlib.md5(content).hexdigest()) for _ in range(2)]
+        assert all(future.result().read_bytes() == content for future in futures)
+    assert len(asked) == 1
+
+
 def test_a_wrong_download_is_refused(server, tmp_path):
     url, _ = server
     with pytest.raises(CheckpointError, match="md5"):
         fetch(url, tmp_path / "cache" / "model", "0" * 32)
-    assert not any((tmp_path / "cache").iterdir())
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["model.lock"]
 
 
 def test_a_damaged_cache_is_named(tmp_path):

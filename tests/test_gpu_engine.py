@@ -10,8 +10,9 @@ import torch
 from test_integer import LINEAR, network_of, quantized_layer
 from torch import nn
 
+from ddim.family import PIXEL
 from qdiff.calibration.run import calibrate
-from qdiff.config import CalibrationConfig
+from qdiff.config import CalibrationConfig, ConfigError
 from qdiff.integer.engine import _on_gpu
 from qdiff.integer.gpu import Int8Linear, PackedLayer, fuse_attention, to_packed
 from qdiff.layers import MatMul, QuantConv2d, QuantLinear
@@ -80,6 +81,15 @@ def test_whole_networks_are_the_simulation(kind, tmp_path):
     with torch.autocast("cpu", torch.bfloat16):
         half = packed(*inputs)
     assert (half.float() - expected).norm() / expected.norm() < 0.2
+
+
+def test_int8_products_that_would_not_be_used_are_refused():
+    network = tiny.unet()
+    quantized = calibrate(network, PIXEL, replace(LINEAR, act_bit=16), CalibrationConfig(), tiny.rows(network))
+    with pytest.raises(ConfigError, match="--engine integer: no linear layer"):
+        _on_gpu(quantized, int8_products=True)
+    with pytest.raises(ConfigError, match="not quantized"):
+        _on_gpu(network, int8_products=True)
 
 
 @torch.no_grad()

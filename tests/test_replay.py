@@ -170,7 +170,8 @@ def test_working_memory_is_what_the_work_held_at_its_peak():
     for size in (20_000_000, 5_000_000):
         with working_memory(torch.device("cpu"), peaks):
             torch.ones(size)
-    assert 80e6 <= peaks[0] < 100e6 and 20e6 <= peaks[1] < 40e6
+    pages = 1e6  # memory is counted in pages, and a few of the allocator's own come and go
+    assert 80e6 - pages <= peaks[0] < 100e6 and 20e6 - pages <= peaks[1] < 40e6
 
 
 def test_quantized_weights_do_not_disturb_the_plan(network, rows):

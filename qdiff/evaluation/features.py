@@ -143,12 +143,15 @@ def _part_name(index: int) -> str:
 
 
 def _merge(parts: Path, path: Path, key: dict) -> None:
-    files = sorted(parts.glob("*.safetensors"))
+    """One file of all parts. Where parts are gone, another evaluation of the same images has merged them."""
+    files = [parts / _part_name(i) for i in range(-(-key["count"] // key["chunk"]))]
+    if path.is_file() and not all(file.is_file() for file in files):
+        return
     loaded = [read_tensors(file) for file in files]
     merged = {name: torch.cat([part[name] for part in loaded]) for name in ("features", "logits")}
     with atomic_write(path) as temporary:
         save_file(merged, temporary, metadata={"key": json.dumps(key, sort_keys=True)})
-    shutil.rmtree(parts)
+    shutil.rmtree(parts, ignore_errors=True)
 
 
 def _read(path: Path, key: dict, source: str) -> Features:
@@ -161,4 +164,6 @@ def _read(path: Path, key: dict, source: str) -> Features:
     for name, expected in key.items():
         if stored.get(name) != expected:
             raise ConfigError(f"{path}: made from other images: {name} is {stored.get(name)}, expected {expected}; remove it")
+    if not len(tensors["features"]) == len(tensors["logits"]) == key["count"]:
+        raise ConfigError(f"{path}: features of {len(tensors['features'])} images, expected {key['count']}; remove it")
     return Features(tensors["features"], tensors["logits"], key["extractor"], source)

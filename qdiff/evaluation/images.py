@@ -3,7 +3,9 @@
 import hashlib
 import importlib.util
 import io
+import re
 import zipfile
+import zlib
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +19,7 @@ from torch import Tensor
 from qdiff.compat import make_torchvision_importable
 from qdiff.config import ConfigError
 from qdiff.download import cache_root
-from qdiff.files import file_hash
+from qdiff.files import file_hash, locked
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CIFAR10 = "cifar10-train"
@@ -57,11 +59,11 @@ def open_images(source: str | Path) -> Images:
 
 
 class _Folder:
-    """The images of a folder, those below it not included, in the order of their names."""
+    """The images of a folder, those below it not included, in the order of their names, numbers in them by value (2 before 10)."""
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
-        self.files = sorted((file for file in path.iterdir() if file.suffix.lower() in SUFFIXES), key=str)
+        self.files = sorted((file for file in path.iterdir() if file.suffix.lower() in SUFFIXES), key=_natural)
         if not self.files:
             raise ConfigError(f"{path}: no images ({', '.join(SUFFIXES)}) in this folder")
 
@@ -76,6 +78,11 @@ class _Folder:
         return _decode(self.files[index], str(self.files[index]))
 
 
+def _natural(file: Path) -> list[tuple[int, str]]:
+    """A sorting key with the numbers of a name by their values."""
+    return [(int(part), part) if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", file.name)]
+
+
 class _Npz:
     """`arr_0` of an `.npz` file: mapped where it is stored, read whole where it is compressed."""
 
@@ -83,7 +90,7 @@ class _Npz:
         self.name, self.path = str(path), path
         try:
             self.array = _map_member(path, "arr_0.npy")
-        except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
+        except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError) as error:
             raise ConfigError(f"{path}: expected uint8 images [N, H, W, 3] under the key arr_0 ({error})") from None
         if self.array.dtype != np.uint8 or self.array.ndim != 4 or self.array.shape[3] != 3:
             raise ConfigError(f"{path}: arr_0 is {self.array.dtype} {list(self.array.shape)}, expected uint8 [N, H, W, 3]")
@@ -139,7 +146,8 @@ class _Cifar10:
 
         root = cache_root() / "qdiff" / "datasets"
         try:
-            self.array = Dataset(str(root), train=True, download=True).data
+            with locked(root / "cifar10.lock"):
+                self.array = Dataset(str(root), train=True, download=True).data
         except (OSError, RuntimeError) as error:
             raise ConfigError(f"{CIFAR10}: not in {root} and cannot be fetched ({error}); put cifar-10-batches-py there") from None
 
@@ -176,6 +184,10 @@ class Selected:
     @property
     def hash(self) -> str:
         return _hash_all([self.images.hash, str(len(self)), str(self.crop)])
+
+    def names(self) -> list[str]:
+        """The names of the files without their endings; none where the images are not a folder."""
+        return [file.stem for file in getattr(self.images, "files", [])[: len(self)]]
 
     def picture(self, index: int) -> Image.Image:
         picture = self.images.picture(index)

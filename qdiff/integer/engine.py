@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from qdiff import quantizers as Q
 from qdiff.config import ConfigError
-from qdiff.integer.gpu import fuse_attention, to_packed
+from qdiff.integer.gpu import Int8Linear, fuse_attention, to_packed
 from qdiff.integer.kernels import Rows
 from qdiff.integer.lazy import Lazy, Pending, group_norm, lazy
 from qdiff.layers import ActQuantizer, QuantConv1d, QuantConv2d, QuantLayer, QuantLinear, QuantMatMul, WeightQuantizer
@@ -79,8 +79,13 @@ def prepare(model: nn.Module, engine: str = "auto") -> nn.Module:
 def _on_gpu(model: nn.Module, int8_products: bool) -> nn.Module:
     """Packed weights and channels_last memory; attentions that are not quantized are fused, in full precision too."""
     if any(isinstance(module, QuantLayer) for module in model.modules()):
-        log.info("engine: packed weights, expanded on use%s", "; linear layers on int8" if int8_products else "")
         model = to_packed(model, int8_products)
+        count = sum(isinstance(module, Int8Linear) for module in model.modules())
+        if int8_products and not count:
+            raise ConfigError("--engine integer: no linear layer with one 8-bit input scale and widths that are multiples of 8")
+        log.info("engine: packed weights, expanded on use%s", f"; {count} linear layers on int8" if count else "")
+    elif int8_products:
+        raise ConfigError("--engine integer: the network is not quantized")
     return fuse_attention(model).to(memory_format=torch.channels_last)
 
 

@@ -45,6 +45,7 @@ class Comparison:
 
 def compare(job: Job, model: nn.Module, networks: Mapping[str, nn.Module], count: int) -> Comparison:
     """Sample `count` images with each network, in chunks of the job's batch size."""
+    lite0 = load_lite0()  # first: it may be missing
     trajectories = Trajectories()
     images: dict[str, list[Tensor]] = {name: [] for name in (FULL, *networks)}
     seconds = dict.fromkeys(images, 0.0)
@@ -62,12 +63,12 @@ def compare(job: Job, model: nn.Module, networks: Mapping[str, nn.Module], count
                 seconds[name] += (perf_counter() - started) / count
                 progress.update(len(chunk))
     joined = {name: torch.cat(parts) for name, parts in images.items()}
-    lite0 = load_lite0()
     likeness = {}
     for name in networks:
-        pairs = zip(joined[name].split(16), joined[FULL].split(16), strict=True)
+        pairs = list(zip(joined[name].split(16), joined[FULL].split(16), strict=True))
         distance = torch.cat([perceptual_distance(lite0, first, second) for first, second in pairs]).mean().item()
-        likeness[name] = Likeness(psnr(joined[name], joined[FULL]), ssim(joined[name], joined[FULL]), distance)
+        similarity = sum(ssim(first, second) * len(first) for first, second in pairs) / count
+        likeness[name] = Likeness(psnr(joined[name], joined[FULL]), similarity, distance)
     memory = {name: max(found, default=None) for name, found in peaks.items()}
     return Comparison(trajectories.eps_errors(), trajectories.x_errors(), likeness, joined, seconds, memory)
 

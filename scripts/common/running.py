@@ -100,12 +100,13 @@ def open_run(parent: Path, settings: dict[str, Any], continue_run: bool) -> Path
 
 @contextmanager
 def discard_on_error(folder: Path) -> Iterator[None]:
-    """Remove a run's folder again if the work inside the `with` fails before it has written anything else."""
+    """Remove a run's folder again if the work inside the `with` fails before it has written anything but its settings."""
     try:
         yield
     except (ConfigError, CheckpointError, OSError):
-        if folder.is_dir() and {path.name for path in folder.iterdir()} <= {"run.json", "run.log"}:
-            shutil.rmtree(folder)
+        first = Ranks.from_environment().rank == 0
+        if first and folder.is_dir() and {path.name for path in folder.iterdir()} <= {"run.json", "run.log", "sampling_config.yaml"}:
+            shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
