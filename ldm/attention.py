@@ -1,6 +1,6 @@
 """The two attentions of the latent family: the one on `qkv` convolutions, and the spatial transformer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +11,15 @@ from qdiff.layers import MatMul, fused_attention
 SLICE_BYTES = 2**28  # of one matrix of attention probabilities that is held at a time
 
 
-def sliced(attend: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def sliced(attend: Callable[[Tensor, Tensor, Tensor], Tensor], products: Sequence[nn.Module], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """`attend(q, k, v)` over batch x heads (dimension 0), in slices whose probabilities fit SLICE_BYTES.
 
-    The tokens of q and k are in dimension 1. The result does not depend on the slices.
+    The tokens of q and k are in dimension 1. The result does not depend on the slices; where one of the `products` of `attend` needs
+    the rows of the whole batch, there are none.
     """
     one = q.shape[1] * k.shape[1] * q.element_size()
     step = max(1, SLICE_BYTES // one)
-    if step >= len(q):
+    if step >= len(q) or any(product.whole_batch for product in products):
         return attend(q, k, v)
     return torch.cat([attend(q[i : i + step], k[i : i + step], v[i : i + step]) for i in range(0, len(q), step)])
 
@@ -42,7 +43,7 @@ class QKVAttention(nn.Module):
         d = width // (3 * self.heads)
         q, k, v = qkv.reshape(n * self.heads, 3 * d, tokens).transpose(1, 2).split(d, dim=2)
         scale = d**-0.25
-        return sliced(self._attend, q * scale, k * scale, v).transpose(1, 2).reshape(n, -1, tokens)
+        return sliced(self._attend, (self.qkv_matmul, self.smv_matmul), q * scale, k * scale, v).transpose(1, 2).reshape(n, -1, tokens)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.fused:
@@ -88,7 +89,7 @@ class CrossAttention(nn.Module):
             part.unflatten(2, (self.heads, -1)).transpose(1, 2).flatten(0, 1)
             for part in (self.to_q(x), self.to_k(context), self.to_v(context))
         )
-        h = sliced(self._attend, q, k, v)
+        h = sliced(self._attend, (self.qk, self.av), q, k, v)
         return self.to_out(h.unflatten(0, (n, self.heads)).transpose(1, 2).reshape(n, tokens, channels))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

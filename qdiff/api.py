@@ -1,15 +1,18 @@
 """Quantizing any network from Python: `qdiff.quantize`."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from qdiff.calibration.dataset import Rows
 from qdiff.calibration.ranges import time_bounds
 from qdiff.calibration.run import Workplace, calibrate
 from qdiff.config import PRESETS, ConfigError, QuantConfig
+from qdiff.layers import LAYER_TYPES
 from qdiff.model import Family, Product
 
 
@@ -35,7 +38,7 @@ def quantize(
     are modules named in `products`.
 
     Args:
-        model: any network of floating-point layers; not changed. Its device is where the work is done.
+        model: any network in float32 (or float64); not changed. Its device is where the work is done.
         inputs: its positional inputs, all with the rows first: x_t [N, ...], t [N], contexts. They should be
             inputs that it meets while sampling, from all time steps; 500 rows and more.
         weight_bit, act_bit: 2 to 16; `act_bit` None leaves activations as they are.
@@ -50,20 +53,30 @@ def quantize(
 
     Raises:
         ConfigError: settings that cannot work, by name.
-        TypeError: a layer with parameters that has no quantized form, by path and type.
+        TypeError: a layer with parameters that has no quantized form, by path and type; a block without a product that `products` names.
+        NotImplementedError: a convolution whose padding is not zeros, by path.
         RuntimeError: a block that cannot be a unit, by path.
     """
     if preset not in PRESETS:
         raise ConfigError(f"preset {preset!r}: expected one of {', '.join(PRESETS)}")
-    if unknown := set(recipe) - set(PRESETS[preset].to_dict()):
+    if unknown := set(recipe) - set(PRESETS[preset].to_dict()) | {"steps", "samples"} & set(recipe):  # all rows given are taken
         raise ConfigError(f"unknown settings of the recipe: {', '.join(sorted(unknown))}")
     lengths = {len(tensor) for tensor in inputs}
     if len(lengths) != 1:
         raise ConfigError(f"inputs of {sorted(lengths)} rows: expected the same number in each")
     rows = Rows(tuple(inputs))
-    paths = dict(model.named_modules())
-    if missing := [path for path in splits or {} if path not in paths]:
-        raise ConfigError(f"splits: no layer {missing[0]}")
+    modules = dict(model.named_modules())
+    for path, channels in (splits or {}).items():
+        if type(modules.get(path)) not in LAYER_TYPES:
+            raise ConfigError(f"splits: no layer {path}")
+        if not 0 < channels < modules[path].weight.shape[1]:
+            raise ConfigError(
+                f"splits: {path} has {modules[path].weight.shape[1]} input channels: expected 1 or more in each half, found {channels}"
+            )
+    if absent := [kind.__name__ for kind in blocks if not any(type(module) is kind for module in modules.values())]:
+        raise ConfigError(f"blocks: no {absent[0]} in the network")
+    if narrow := [name for name, p in model.named_parameters() if p.dtype in (torch.float16, torch.bfloat16)]:
+        raise ConfigError(f"{narrow[0]} is half precision: expected float32 (model.float())")
     family = Family(
         "custom",
         build=lambda _: model,
@@ -73,9 +86,9 @@ def quantize(
     )
     quant = QuantConfig(
         weight_bit=weight_bit,
-        act_bit=act_bit or 8,
+        act_bit=8 if act_bit is None else act_bit,
         quant_act=act_bit is not None,
-        sm_abit=act_bit or 8,
+        sm_abit=8 if act_bit is None else act_bit,
         a_sym=symmetric,
         split=bool(splits),
         weight_scale_method="mse",
@@ -83,4 +96,6 @@ def quantize(
         time_bounds=time_bounds(rows, time_sets) if time_sets > 1 else (),
     )
     config = replace(PRESETS[preset], **recipe)
-    return calibrate(model, family, quant, config, rows, workplace=Workplace(None if folder is None else Path(folder)))
+    if config.running_stat and time_sets > 1:
+        raise ConfigError("time_sets and running_stat: expected one of them")
+    return calibrate(copy.deepcopy(model), family, quant, config, rows, workplace=Workplace(None if folder is None else Path(folder)))

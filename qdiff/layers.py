@@ -119,11 +119,15 @@ class WeightQuantizer(nn.Module):
 class QuantLayer(nn.Module):
     """A convolution or linear layer with quantized weight and input; subclasses give the product.
 
+    `channels` is the dimension of the input channels, in the input and in the weight.
+
     Args:
         layer: the full-precision layer; its parameters are shared, not copied.
         split: input channels that belong to the first half of a concatenated input; 0: no split.
         steps: the time-step sets, where each has its own activation step size.
     """
+
+    channels = 1
 
     def __init__(
         self, layer: nn.Module, weight_bit: int, act_bit: int, a_sym: bool, split: int = 0, steps: TimeSteps | None = None
@@ -155,11 +159,11 @@ class QuantLayer(nn.Module):
         return [self.act_quantizer] + ([self.act_quantizer_0] if self.split else [])
 
     def _parts(self, tensor: Tensor) -> list[Tensor]:
-        """The halves of a weight or of an input along the input channels (dimension 1), or the whole."""
-        return [tensor[:, : self.split], tensor[:, self.split :]] if self.split else [tensor]
+        """The halves of a weight or of an input along the input channels, or the whole."""
+        return list(tensor.tensor_split([self.split], dim=self.channels)) if self.split else [tensor]
 
     def _join(self, parts: list[Tensor]) -> Tensor:
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=self.channels)
 
     def set_integers(self, integers: list[Tensor]) -> None:
         """Fix the weight to `integers` (one tensor a half); from now on `weight` is their dequantized value."""
@@ -205,7 +209,7 @@ class QuantLayer(nn.Module):
         if not self.split:
             return self.act_quantizer(x)
         halves = zip(self.act_quantizers, self._parts(x), strict=True)
-        return torch.cat([quantizer(half) for quantizer, half in halves], dim=1) if self._acts_matter() else x
+        return self._join([quantizer(half) for quantizer, half in halves]) if self._acts_matter() else x
 
     def forward(self, x: Tensor) -> Tensor:
         return self.product(self.quantize_input(x), self.effective_weight())
@@ -239,6 +243,8 @@ def register_layer(float_type: type[nn.Module]) -> Callable[[type[QuantLayer]], 
 
 @register_layer(nn.Linear)
 class QuantLinear(QuantLayer):
+    channels = -1
+
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight, self.bias)
 
@@ -263,7 +269,12 @@ class QuantConv2d(_QuantConv):
 
 
 class MatMul(nn.Module):
-    """`torch.matmul` as a module: the handle by which an attention product is quantized."""
+    """`torch.matmul` as a module: the handle by which an attention product is quantized.
+
+    whole_batch: the rows of the operands must be all those of the batch, not a slice of them.
+    """
+
+    whole_batch = False
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         return torch.matmul(a, b)
@@ -288,6 +299,11 @@ class QuantMatMul(nn.Module):
     @property
     def act_quantizers(self) -> list[ActQuantizer]:
         return [module for module in self.children() if isinstance(module, ActQuantizer)]
+
+    @property
+    def whole_batch(self) -> bool:
+        """With time-step sets each row has its own step size, found by its place in the batch."""
+        return any(q.steps is not None and (q.observer is not None or not isinstance(q.steps.current, int)) for q in self.act_quantizers)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         first, second = self.act_quantizers

@@ -87,7 +87,8 @@ def quantize_model(model: nn.Module, family: Family, config: QuantConfig) -> nn.
     sets the second input of the network is the time step of each row.
 
     Raises:
-        TypeError: a layer with parameters that the registry does not know, by name and type.
+        TypeError: a layer with parameters that the registry does not know, by name and type; a block without a product of the family.
+        NotImplementedError: a layer that is known, but not in this form, by name.
     """
     config.validate()
     shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
@@ -97,15 +98,35 @@ def quantize_model(model: nn.Module, family: Family, config: QuantConfig) -> nn.
     if steps is not None:
         wrapped.time_step_sets = steps  # an attribute, so that copies of the network have their own
         wrapped.register_forward_pre_hook(_tell_time)
-    for path, module in list(wrapped.named_modules()):
+    replaced: dict[int, QuantLayer] = {}  # a layer may stand at several paths
+    for path, module in list(wrapped.named_modules(remove_duplicate=False)):
         if type(module) in LAYER_TYPES:
-            layer = LAYER_TYPES[type(module)](module, config.weight_bit, config.act_bit, config.a_sym, splits.get(path, 0), steps)
-            _replace(wrapped, path, layer)
+            if id(module) not in replaced:
+                replaced[id(module)] = _quantized(path, module, config, splits.get(path, 0), steps)
+            _replace(wrapped, path, replaced[id(module)])
         elif list(module.parameters(recurse=False)) and not isinstance(module, UNQUANTIZED):
             raise TypeError(f"{path or 'the network'}: no quantized form registered for {type(module).__name__}")
+    for path, module in wrapped.named_modules():
         for name, product in family.products.get(type(module), {}).items():
+            if not hasattr(module, name):
+                raise TypeError(f"{path or 'the network'}: {type(module).__name__} has no product {name}")
             setattr(module, name, product.build(config, steps).to(next(model.parameters()).device))
     return wrapped.eval()
+
+
+def _quantized(path: str, layer: nn.Module, config: QuantConfig, split: int, steps: TimeSteps | None) -> QuantLayer:
+    try:
+        return LAYER_TYPES[type(layer)](layer, config.weight_bit, config.act_bit, config.a_sym, split, steps)
+    except NotImplementedError as error:
+        raise NotImplementedError(f"{path or 'the network'}: {error}") from None
+
+
+def copy_weights(source: nn.Module, target: nn.Module) -> None:
+    """Give `target` the quantized weights and the parameters of `source`, both wrapped from one network; activations stay as they are."""
+    own = {name: tensor for name, tensor in target.state_dict().items() if ".act_quantizer" in f".{name}"}
+    target.load_state_dict(source.state_dict() | own, assign=True)
+    for layer in quant_layers(target).values():
+        layer.freeze()
 
 
 def _tell_time(model: nn.Module, inputs: tuple) -> None:

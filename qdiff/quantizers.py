@@ -82,8 +82,9 @@ def find_scale(
 def scale_from_range(
     low: Tensor, high: Tensor, n_bits: int, symmetric: bool, always_zero: bool = False, growth: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """(delta, zero_point) of the range [low, high] by the `max` rules; formed in float64, returned in float32."""
-    low, high = low.double(), high.double()
+    """(delta, zero_point) of the range [low, high] by the `max` rules; formed in float64 on the CPU (MPS has none), returned in float32."""
+    device = low.device
+    low, high = low.cpu().double(), high.cpu().double()
     if symmetric:
         limit = torch.maximum(high, -low).clamp(min=0.0) * growth
         delta = limit / (2 ** (n_bits - 1) - 1)
@@ -93,8 +94,8 @@ def scale_from_range(
         log.warning("degenerate range: %d of %d step sizes set to %g", int((delta < MIN_DELTA).sum()), delta.numel(), MIN_DELTA)
         delta = delta.clamp(min=MIN_DELTA)
     if symmetric or always_zero:
-        return delta.float(), torch.zeros_like(delta, dtype=torch.float32)
-    return delta.float(), torch.round(-(low.clamp(max=0.0) * growth) / delta).float()
+        return delta.float().to(device), torch.zeros_like(delta, dtype=torch.float32).to(device)
+    return delta.float().to(device), torch.round(-(low.clamp(max=0.0) * growth) / delta).float().to(device)
 
 
 def _search_mse(rows: Tensor, low: Tensor, high: Tensor, n_bits: int, symmetric: bool, always_zero: bool) -> tuple[Tensor, Tensor]:

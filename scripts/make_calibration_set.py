@@ -99,6 +99,8 @@ def main(argv: list[str] | None = None) -> None:
     setup_threads(args.threads)
     device = select_device(args.device)
     recipe = CalibrationConfig(steps=args.cali_st, samples=args.cali_n, batch_size=args.cali_batch_size).validate()
+    if args.output.is_dir():
+        raise ConfigError(f"-o {args.output}: expected a file, found a folder")
     log_to(None, args.verbose)
     data = (draw_latent if is_latent(args.config) else draw_pixel)(args, recipe, device)
     args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from ddim.family import PIXEL, describe
+from ldm.attention import CrossAttention
+from ldm.family import LATENT
 from qdiff.calibration.dataset import CalibrationSet, Recorder, Rows, load_set, save_set
 from qdiff.calibration.ranges import init_activation_ranges, time_bounds
 from qdiff.calibration.reconstruct import UnitData, reconstruct_activations, reconstruct_weights
@@ -19,7 +21,7 @@ from qdiff.calibration.run import calibrate
 from qdiff.checkpoint import CheckpointError, PackedInfo, load_packed, save_packed, save_published
 from qdiff.config import CalibrationConfig, ConfigError, QuantConfig
 from qdiff.layers import QuantConv2d, QuantLinear, TimeSteps
-from qdiff.model import Family, act_quantizers, quant_layers, quantize_model, units
+from qdiff.model import Family, Product, act_quantizers, copy_weights, quant_layers, quantize_model, units
 
 CPU = torch.device("cpu")
 W4A8 = QuantConfig(weight_bit=4, quant_act=True, a_sym=True, split=True)
@@ -119,6 +121,102 @@ def test_ranges_come_from_all_time_steps(network, rows):
         init_activation_ranges(plain, rows, W4A8, CalibrationConfig(running_stat=running), CPU)
         grown, before = (m.conv_in.act_quantizer.delta.item() for m in (model, plain))
         assert grown > (10 if not running else 1.5) * before
+
+
+class Attending(nn.Module):
+    """One attention of the latent family, called as networks are."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = CrossAttention(32, 4)
+
+    def forward(self, x, t):
+        return self.attention(x)
+
+
+@pytest.mark.parametrize("method", ["max", "mse"])
+@pytest.mark.parametrize("change", [{}, {"running_stat": True}, {"time_sets": 2}])
+def test_ranges_do_not_depend_on_the_slices_of_an_attention(monkeypatch, method, change):
+    torch.manual_seed(0)
+    heads = torch.linspace(0.2, 3, 4).repeat_interleave(8)
+    network = Attending().requires_grad_(False)
+    network.attention.to_q.weight *= heads[:, None]  # heads of very different ranges: no slice stands for all
+    rows = Rows((torch.randn(24, 16, 32) * torch.linspace(0.5, 2, 24)[:, None, None], torch.arange(24.0)))
+    bounds = time_bounds(rows, change["time_sets"]) if "time_sets" in change else ()
+    quant = QuantConfig(quant_act=True, act_scale_method=method, time_bounds=bounds)
+    family = Family("attending", lambda _: None, {}, products=LATENT.products)
+    found = []
+    for size in (2**28, 1):
+        monkeypatch.setattr("ldm.attention.SLICE_BYTES", size)
+        model = quantize_model(network, family, quant)
+        init_activation_ranges(model, rows, quant, CalibrationConfig(running_stat="running_stat" in change), CPU)
+        with torch.no_grad():
+            output = golden.relative_error(model(*rows.inputs), network(*rows.inputs))
+        found.append(
+            (output, {name.rpartition("_")[2]: q.delta for name, q in act_quantizers(model.attention).items() if name[:2] in ("qk", "av")})
+        )
+    (whole, deltas), (sliced, others) = found
+    assert set(deltas) == {"q", "k", "v", "w"} and sliced < 1.1 * whole
+    for name, delta in deltas.items():
+        exact = bounds or (method == "max" and name != "w")
+        assert torch.allclose(others[name], delta, rtol=1e-6 if exact else 0.05), name
+
+
+def test_ranges_take_fewer_rows_where_memory_does_not_suffice(network, rows, caplog):
+    model = quantize_model(network, PIXEL, W4A8)
+    sizes = []
+
+    def small(_, inputs):
+        sizes.append(len(inputs[0]))
+        if len(inputs[0]) > 20:
+            raise RuntimeError("MPS backend out of memory")
+
+    with model.register_forward_pre_hook(small):
+        init_activation_ranges(model, rows, W4A8, CalibrationConfig(running_stat=True), CPU)
+    assert sizes[:3] == [64, 32, 16] and max(sizes[2:]) == 16 and sum(sizes[3:]) == len(rows) and "taking 16" in caplog.text
+
+
+def test_weights_of_one_network_serve_other_activations(network, rows, tmp_path):
+    """`--resume_w`: the activations are those asked for, whatever the file with the weights was made with."""
+    first = calibrate(network, PIXEL, replace(W4A8, quant_act=False), replace(SHORT, iters=2), rows)
+    quant = replace(W4A8, act_bit=4, a_sym=False)
+    target = quantize_model(network, PIXEL, quant)
+    copy_weights(first, target)
+    model = calibrate(network, PIXEL, quant, replace(SHORT, iters_a=2), rows, target)
+    assert all(q.n_bits == 4 and not q.symmetric for q in model.conv_in.act_quantizers)
+    integers = {name: layer.weight_quantizer.integers for name, layer in quant_layers(first).items()}
+    assert all(torch.equal(layer.weight_quantizer.integers, integers[name]) for name, layer in quant_layers(model).items())
+    save_packed(tmp_path / "packed.safetensors", model, PackedInfo(PIXEL.name, describe(tiny.MODEL), quant, {}, ""))
+    with torch.no_grad():
+        assert torch.equal(load_packed(tmp_path / "packed.safetensors")[0](*rows.inputs), model(*rows.inputs))
+
+
+def test_a_layer_at_two_paths_is_quantized_at_both():
+    net = nn.Module()
+    net.first = net.alias = nn.Linear(4, 4)
+    net.forward = net.alias.forward
+    model = quantize_model(net, Family("tied", lambda _: None, {}), QuantConfig())
+    assert isinstance(model.alias, QuantLinear) and model.alias is model.first
+
+
+def test_what_cannot_be_quantized_is_named():
+    net = nn.Sequential(nn.Conv2d(4, 4, 3, padding_mode="circular"))
+    with pytest.raises(NotImplementedError, match="0: padding_mode 'circular'"):
+        quantize_model(net, Family("odd", lambda _: None, {}), QuantConfig())
+    family = Family("odd", lambda _: None, {}, products={nn.Sequential: {"qk": Product({"q": "q", "k": "k"})}})
+    with pytest.raises(TypeError, match="Sequential has no product qk"):
+        quantize_model(nn.Sequential(nn.Linear(4, 4)), family, QuantConfig())
+
+
+def test_a_split_linear_layer_splits_channels_not_tokens():
+    layer = QuantLinear(nn.Linear(12, 4), 8, 8, True, split=8)
+    layer.init_weight_scales("max")
+    assert [q.integers.shape for q in layer.weight_quantizers] == [(4, 8), (4, 4)]
+    seen = []
+    for q in layer.act_quantizers:
+        q.observer = lambda x: seen.append(tuple(x.shape))
+    layer(torch.randn(2, 5, 12))
+    assert seen == [(2, 5, 8), (2, 5, 4)]
 
 
 def test_running_statistics_of_softmax_only(network, rows):
@@ -234,13 +332,14 @@ def test_sets_round_trip_and_select(tmp_path):
     chosen = loaded.select(3, 2)
     assert chosen.inputs[1].tolist() == [0, 0, 2, 2, 4, 4]
     assert torch.equal(chosen.inputs[0][2:4], data.xs[2][:2])
+    assert loaded.select(4, 1).inputs[1].tolist() == [0, 1, 3, 4], "spread to the end where the number does not divide"
 
 
 def test_conditional_and_unconditional_rows_are_both_used(tmp_path):
     cs, ucs = ([torch.full((4, 7, 2), value) for _ in range(2)] for value in (1.0, 2.0))
     data = CalibrationSet([torch.randn(4, 3, 8, 8) for _ in range(2)], [torch.zeros(4)] * 2, cs, ucs)
     save_set(tmp_path / "set.pt", data)
-    x, t, context = load_set(tmp_path / "set.pt", (3, 8, 8)).select(2, 3).inputs
+    x, t, context = load_set(tmp_path / "set.pt", (3, 8, 8), guided=True).select(2, 3).inputs
     assert len(x) == len(t) == len(context) == 12
     assert context[:6].eq(1).all() and context[6:].eq(2).all() and torch.equal(x[:6], x[6:])
 
@@ -252,12 +351,23 @@ def test_conditional_and_unconditional_rows_are_both_used(tmp_path):
         ({"xs": [torch.zeros(2, 3, 4, 4)], "ts": [torch.zeros(2)]}, "expected"),
         ({"xs": [torch.zeros(2, 3, 8, 8)], "ts": []}, "different lengths"),
         ({"xs": [torch.full((2, 3, 8, 8), float("nan"))], "ts": [torch.zeros(2)]}, "finite"),
+        ({"xs": [torch.zeros(2, 3, 8, 8)], "ts": [torch.zeros(2)], "cs": [torch.zeros(2, 7, 4)]}, "expected ts, xs for an unconditional"),
     ],
 )
 def test_bad_sets_are_refused(tmp_path, content, words):
     torch.save(content, tmp_path / "set.pt")
     with pytest.raises(CheckpointError, match=words):
         load_set(tmp_path / "set.pt", (3, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"), [({"cs": 2}, "expected cs, ts, ucs, xs"), ({"cs": 2, "ucs": 3}, "3 contexts in ucs for 2 rows")]
+)
+def test_bad_sets_of_guided_networks_are_refused(tmp_path, rows, words):
+    contexts = {name: [torch.zeros(count, 7, 4)] for name, count in rows.items()}
+    torch.save({"xs": [torch.zeros(2, 3, 8, 8)], "ts": [torch.zeros(2)]} | contexts, tmp_path / "set.pt")
+    with pytest.raises(CheckpointError, match=words):
+        load_set(tmp_path / "set.pt", (3, 8, 8), guided=True)
 
 
 def test_too_few_steps_in_a_set():

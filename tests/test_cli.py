@@ -138,11 +138,12 @@ def test_calibration_then_both_formats_then_weights_reused(files, tmp_path):
         again = tiny.script(SAMPLE, *base(files, tmp_path / f"b{i}", *quant, "--cali_ckpt", folder / name, "--resume"))
         assert again.returncode == 0, again.stderr
         assert content(run_folder(tmp_path / f"b{i}")) == content(folder)
-    more = ("--resume_w", "--cali_ckpt", folder / "ckpt.pth", "--ckpt", files["ckpt"])
+    more = ("--act_bit", 6, "--resume_w", "--cali_ckpt", folder / "ckpt.safetensors", "--ckpt", files["ckpt"])
     reused = tiny.script(SAMPLE, *base(files, tmp_path / "c", *quant, *short, *more))
     assert reused.returncode == 0, reused.stderr
-    from qdiff.checkpoint import read_tensors
+    from qdiff.checkpoint import read_packed_info, read_tensors
 
+    assert read_packed_info(run_folder(tmp_path / "c") / "ckpt.safetensors").config.act_bit == 6
     old, new = (read_tensors(run_folder(tmp_path / part) / "ckpt.safetensors") for part in ("a", "c"))
     assert all(torch.equal(old[name], new[name]) for name in old if name.endswith("integers"))
 

@@ -286,8 +286,41 @@ def test_a_layer_without_quantized_form_is_named():
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"weight_bit": 1}, "weight_bit"), ({"preset": "x"}, "preset"), ({"itres": 1}, "itres"), ({"splits": {"no": 1}}, "no layer no")],
+    [
+        ({"weight_bit": 1}, "weight_bit"),
+        ({"act_bit": 0}, "act_bit"),
+        ({"preset": "x"}, "preset"),
+        ({"itres": 1}, "itres"),
+        ({"samples": 8}, "samples"),
+        ({"splits": {"no": 1}}, "no layer no"),
+        ({"splits": {"blocks": 1}}, "no layer blocks"),
+        ({"splits": {"head": 16}}, "head has 16 input channels"),
+        ({"blocks": [nn.GELU]}, "no GELU"),
+        ({"time_sets": 2, "running_stat": True}, "running_stat"),
+    ],
 )
 def test_wrong_settings_are_named(options, words):
     with pytest.raises(ConfigError, match=words):
-        qdiff.quantize(Denoiser(), (torch.randn(4, 3, 8, 8), torch.zeros(4)), **options)
+        qdiff.quantize(Denoiser(), (torch.randn(4, 3, 8, 8), torch.arange(4.0)), **options)
+
+
+def test_wrong_inputs_are_named():
+    with pytest.raises(ConfigError, match="1 rows: expected 2 or more"):
+        qdiff.quantize(Denoiser(), (torch.randn(1, 3, 8, 8), torch.zeros(1)))
+    with pytest.raises(ConfigError, match="weight is half precision"):
+        qdiff.quantize(Denoiser().bfloat16(), (torch.randn(4, 3, 8, 8), torch.zeros(4)))
+
+
+def test_a_network_may_hold_what_it_does_not_use(tmp_path):
+    """A norm that never runs, and a buffer that two blocks share."""
+    model = Denoiser()
+    model.unused = nn.LayerNorm(3)
+    table = torch.arange(5.0)
+    for block in model.blocks:
+        block.register_buffer("table", table)
+    model.train()
+    quantized = qdiff.quantize(
+        model, (torch.randn(8, 3, 8, 8), torch.arange(8.0)), blocks=[Residual], folder=tmp_path, iters=1, iters_a=1, iters_tune=2
+    )
+    assert torch.equal(quantized.blocks[1].table, table)
+    assert model.training and all(p.requires_grad for p in model.parameters()), "the caller's network is as it was"

@@ -124,6 +124,7 @@ def test_calls_by_keyword_and_constants(tmp_path):
         (lambda self, x: self.b(self.a(self.a(x))), "more than once"),
         (lambda self, x: self.b(x), "never reached"),
         (lambda self, x: self.b(self.a(x[:1])), "rows first"),
+        (lambda self, x: self.b(x) + self.a(x, [{"skip": x}]), "inside a list"),
     ],
 )
 def test_what_cannot_be_a_unit_is_named(forward, words):
@@ -132,6 +133,19 @@ def test_what_cannot_be_a_unit_is_named(forward, words):
     net.forward = lambda x: forward(net, x)
     with pytest.raises(RuntimeError, match=f"a: .*{words}|{words}.*a"):
         make_plan(net, ["a", "b"], Rows((torch.randn(3, 4),)), CPU)
+
+
+def test_a_graph_that_is_cut_is_named():
+    net = nn.Module()
+    net.a, net.b, net.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+    net.forward = lambda x: net.c(net.a(x).detach() + net.b(x))
+    net.requires_grad_(False)
+    rows = Rows((torch.randn(3, 4),))
+    replay = Replay(net, make_plan(net, ["a", "b", "c"], rows, CPU), rows, 2, CPU, Cache())
+    for unit in ("a", "b"):
+        replay.finish(unit)
+    with pytest.raises(RuntimeError, match="c: an input is not a number"):
+        replay.arguments("c")
 
 
 def test_bfloat16_is_kept_where_asked_and_read_in_the_precision_written():
@@ -144,7 +158,9 @@ def test_bfloat16_is_kept_where_asked_and_read_in_the_precision_written():
 
 def test_too_little_room_is_an_error_before_work(tmp_path):
     with pytest.raises(ConfigError, match=r"GB free in .*cali_n"):
-        Cache(0, tmp_path).check_space(10**18)
+        Cache(0, tmp_path).check_space(10**18, 0)
+    with pytest.raises(ConfigError, match=r"0.0 GB for activations and 1000000000.0 GB for its files"):
+        Cache(0, tmp_path).check_space(1, 10**18)
 
 
 def test_a_batch_halves_itself_where_memory_does_not_suffice():

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qdiff import ranks
 from qdiff.config import ConfigError
 
 
@@ -15,13 +16,13 @@ class Cache:
     """Room for row-wise tensors.
 
     Args:
-        budget: bytes of memory; what does not fit goes to files. None: half of the memory that is free now.
+        budget: bytes of memory; what does not fit goes to files. None: half of the memory that is free now, shared by all processes.
         folder: where those files lie. They have no name once they are mapped, so that nothing is left behind by a crash.
         dtype: in which floating-point values are kept, float32 or bfloat16 (relative error up to 0.4 %).
     """
 
     def __init__(self, budget: int | None = None, folder: Path | None = None, dtype: torch.dtype = torch.float32) -> None:
-        self.budget = free_memory() // 2 if budget is None else budget
+        self.budget = free_memory() // 2 // ranks.world() if budget is None else budget
         self.folder = Path(tempfile.gettempdir()) if folder is None else folder
         self.dtype = dtype
         self.used = 0
@@ -29,13 +30,13 @@ class Cache:
     def item_size(self, dtype: torch.dtype) -> int:
         return (self.dtype if dtype.is_floating_point else dtype).itemsize
 
-    def check_space(self, peak: int) -> None:
-        """ConfigError if `peak` bytes fit neither in the budget nor on the disk."""
+    def check_space(self, peak: int, written: int) -> None:
+        """ConfigError if `peak` bytes of activations fit neither in the budget nor on the disk, beside `written` bytes of results."""
         free = shutil.disk_usage(self.folder).free
-        if peak - self.budget > free:
+        if max(0, peak - self.budget) + written > free:
             raise ConfigError(
-                f"calibration needs {peak / 1e9:.1f} GB for activations: found {self.budget / 1e9:.1f} GB of memory and "
-                f"{free / 1e9:.1f} GB free in {self.folder}; take fewer rows (--cali_st, --cali_n)"
+                f"calibration needs {peak / 1e9:.1f} GB for activations and {written / 1e9:.1f} GB for its files: found "
+                f"{self.budget / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB free in {self.folder}; take fewer rows (--cali_st, --cali_n)"
             )
 
     def reserve(self, shape: tuple[int, ...], dtype: torch.dtype) -> "Stored":

@@ -35,7 +35,7 @@ class CalibrationSet:
             raise CheckpointError(f"--cali_st {steps}: the calibration set holds {len(self.ts)} time steps")
         if samples > len(self.xs[0]):
             raise CheckpointError(f"--cali_n {samples}: the calibration set holds {len(self.xs[0])} samples of each time step")
-        chosen = range(0, len(self.ts), len(self.ts) // steps)[:steps]
+        chosen = [len(self.ts) * i // steps for i in range(steps)]  # to the end, also where `steps` does not divide their number
         x = torch.cat([self.xs[i][:samples] for i in chosen])
         t = torch.cat([self.ts[i][:samples] for i in chosen])
         if self.cs is None:
@@ -107,8 +107,10 @@ def save_set(path: str | Path, data: CalibrationSet) -> None:
         torch.save(content, temporary)
 
 
-def load_set(path: str | Path, shape: Iterable[int]) -> CalibrationSet:
+def load_set(path: str | Path, shape: Iterable[int], guided: bool = False) -> CalibrationSet:
     """Read a published calibration file and check it against the network's input `shape` (C, H, W).
+
+    guided: the network takes contexts too, with and without the condition.
 
     Raises:
         CheckpointError: not a calibration set, damaged, or for another network.
@@ -118,6 +120,10 @@ def load_set(path: str | Path, shape: Iterable[int]) -> CalibrationSet:
         found = f"a dict with {', '.join(map(str, list(content)[:4]))}" if isinstance(content, dict) else type(content).__name__
         raise CheckpointError(f"{path}: expected a calibration set (a dict with xs and ts), found {found}")
     parts = {name: _as_list(content[name]) for name in ("xs", "ts", "cs", "ucs") if name in content}
+    expected = {"xs", "ts", "cs", "ucs"} if guided else {"xs", "ts"}
+    if set(parts) != expected:
+        kind = "a guided" if guided else "an unconditional"
+        raise CheckpointError(f"{path}: expected {', '.join(sorted(expected))} for {kind} network, found {', '.join(sorted(parts))}")
     lengths = {name: len(part) for name, part in parts.items()}
     if len(set(lengths.values())) != 1 or not parts["xs"]:
         raise CheckpointError(f"{path}: lists of different lengths or empty: {lengths}")
@@ -127,6 +133,10 @@ def load_set(path: str | Path, shape: Iterable[int]) -> CalibrationSet:
             raise CheckpointError(f"{path}: rows of shape {tuple(x.shape[1:])} with {len(t)} times: expected {shape}, one time for each")
         if not torch.isfinite(x).all():
             raise CheckpointError(f"{path}: damaged: rows that are not finite numbers")
+    for name in ("cs", "ucs"):
+        for x, context in zip(parts["xs"], parts.get(name, parts["xs"]), strict=True):
+            if len(context) != len(x):
+                raise CheckpointError(f"{path}: {len(context)} contexts in {name} for {len(x)} rows: expected one for each")
     return CalibrationSet(parts["xs"], parts["ts"], parts.get("cs"), parts.get("ucs"))
 
 

@@ -69,7 +69,7 @@ class Journal:
         if self.folder is not None and self.writes:
             path = self.folder / f"{len(self.entries):04d}.safetensors"
             with atomic_write(path) as temporary:
-                save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, temporary)
+                save_file(_apart(tensors), temporary)
             entry |= {"file": path.name, "sha256": file_hash(path)}
         self.entries.append(entry)
         self._write()
@@ -102,6 +102,17 @@ class Journal:
                 log.warning("%s: damaged or missing: continuing after step %d", self.folder / entry["file"], number)
                 return
             self.entries.append(entry)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, none of which shares memory with another."""
+    own: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        kept = tensor.detach().cpu().contiguous()
+        own[name] = kept.clone() if kept.data_ptr() in seen else kept
+        seen.add(kept.data_ptr())
+    return own
 
 
 def read_entries(path: Path) -> list[dict[str, Any]]:

@@ -17,7 +17,8 @@ T = TypeVar("T", bound=Sequence[int])
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device (CUDA, MPS) or the CPU's allocator ran out of memory."""
-    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    words = ("can't allocate memory", "out of memory")  # of the CPU; of MPS
+    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))
 
 
 def halving(work: Callable[[T], None], rows: T) -> None:
@@ -37,6 +38,21 @@ def halving(work: Callable[[T], None], rows: T) -> None:
     middle = (len(rows) + 1) // 2
     halving(work, rows[:middle])
     halving(work, rows[middle:])
+
+
+def largest_fitting(work: Callable[[T], None], rows: T) -> int:
+    """Call `work` on the first of `rows`: all, half of them where memory does not suffice, and so on; how many it was done on."""
+    while True:
+        try:
+            work(rows)
+            return len(rows)
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            if not is_out_of_memory(error) or len(rows) == 1:
+                raise
+        log.warning("out of memory with %d rows: taking %d of them", len(rows), len(rows) // 2)
+        rows = rows[: len(rows) // 2]
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def peak_memory() -> int:

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from qdiff import quantizers as Q
 from qdiff.calibration.dataset import Rows
+from qdiff.calibration.memory import largest_fitting
 from qdiff.config import CalibrationConfig, ConfigError, QuantConfig
 from qdiff.layers import ActQuantizer
 from qdiff.model import act_quantizers, enable_activations
@@ -20,35 +21,61 @@ def init_activation_ranges(model: nn.Module, rows: Rows, quant: QuantConfig, con
 
     Each range is found on inputs that the quantizers before it have already quantized. With
     `running_stat`, moving averages over shuffled batches of all rows follow (attention probabilities
-    only, with `rs_sm_only`); not with time-step sets. Afterwards all quantizers are on.
+    only, with `rs_sm_only`); not with time-step sets. Afterwards all quantizers are on. Where memory does not suffice for
+    RANGE_ROWS in one pass, fewer are taken.
     """
     enable_activations(model, True)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed))
-    for quantizer in act_quantizers(model).values():
-        first = _FirstRangeOfEachSet if quantizer.steps else _FirstRange
-        quantizer.observer = first(quantizer, quant.act_scale_method)
-    model(*(part.to(device) for part in rows[order[:RANGE_ROWS]]))
+
+    def first_ranges(chosen: Tensor) -> None:
+        for quantizer in act_quantizers(model).values():
+            first = _FirstRangeOfEachSet if quantizer.steps else _FirstRange
+            quantizer.observer = first(quantizer, quant.act_scale_method)
+        model(*(part.to(device) for part in rows[chosen]))
+
+    fitting = largest_fitting(first_ranges, order[:RANGE_ROWS])
     if unseen := [name for name, q in act_quantizers(model).items() if not torch.isfinite(q.delta).all()]:
         raise RuntimeError(f"activation quantizers never reached by a forward pass: {', '.join(unseen[:3])}")
     for quantizer in act_quantizers(model).values():
         averaged = config.running_stat and not quantizer.steps and (quantizer.is_softmax or not config.rs_sm_only)
         quantizer.observer = _RunningRange(quantizer) if averaged else None
     if config.running_stat:
-        for start in range(0, len(order), STAT_BATCH):
-            model(*(part.to(device) for part in rows[order[start : start + STAT_BATCH]]))
+        for part in order.split(min(STAT_BATCH, fitting)):
+            for quantizer in act_quantizers(model).values():
+                if quantizer.observer is not None:
+                    quantizer.observer.begin()
+            model(*(tensor.to(device) for tensor in rows[part]))
     for quantizer in act_quantizers(model).values():
         quantizer.observer = None
 
 
 class _FirstRange:
+    """The range of all that one forward pass shows: large attentions come in slices, each of which widens the last one's."""
+
     def __init__(self, quantizer: ActQuantizer, method: Q.ScaleMethod) -> None:
         self.quantizer, self.method = quantizer, method
+        self.seen, self.count = torch.empty(0), 0
+        self.generator = torch.Generator().manual_seed(0)
 
     def __call__(self, x: Tensor) -> None:
         q = self.quantizer
-        if self.method == "mse":
-            x = _thin(x)
-        q.set_scale(*Q.find_scale(x, q.n_bits, symmetric=q.symmetric, method=self.method, always_zero=q.always_zero))
+        self.seen = self._with(x.detach().flatten())
+        self.count += x.numel()
+        q.set_scale(*Q.find_scale(self.seen, q.n_bits, symmetric=q.symmetric, method=self.method, always_zero=q.always_zero))
+
+    def _with(self, x: Tensor) -> Tensor:
+        """What stands for all values so far and `x`: their least and greatest, for the `mse` search with a fair sample."""
+        if self.method != "mse":
+            ends = [x.amin(), x.amax(), *self.seen]
+            return torch.stack([torch.stack(ends).amin(), torch.stack(ends).amax()])
+        if not self.count:
+            return _thin(x)
+        old, new = (
+            values[torch.randint(0, len(values), (SEARCH_ELEMENTS,), generator=self.generator).to(x.device)] for values in (self.seen, x)
+        )
+        stays = torch.rand(SEARCH_ELEMENTS, generator=self.generator) < self.count / (self.count + x.numel())
+        ends = torch.stack([torch.minimum(self.seen.amin(), x.amin()), torch.maximum(self.seen.amax(), x.amax())])
+        return torch.cat([torch.where(stays.to(x.device), old, new), ends])
 
 
 class _FirstRangeOfEachSet:
@@ -79,15 +106,22 @@ def _thin(x: Tensor) -> Tensor:
 
 
 class _RunningRange:
+    """A moving average of the ranges of forward passes; within one, slices of an attention count together."""
+
     def __init__(self, quantizer: ActQuantizer) -> None:
         self.quantizer = quantizer
-        self.low: Tensor | None = None
-        self.high: Tensor | None = None
+        self.average: tuple[Tensor | None, Tensor | None] = (None, None)
+        self.begin()
+
+    def begin(self) -> None:
+        """The next forward pass begins."""
+        self.before, self.ends = self.average, []
 
     def __call__(self, x: Tensor) -> None:
-        self.low, self.high = Q.running_range(self.low, self.high, x)
+        self.ends += [x.detach().amin(), x.detach().amax()]
+        low, high = self.average = Q.running_range(*self.before, torch.stack(self.ends))
         q = self.quantizer
-        q.set_scale(*Q.scale_from_range(self.low, self.high, q.n_bits, q.symmetric, q.always_zero))
+        q.set_scale(*Q.scale_from_range(low, high, q.n_bits, q.symmetric, q.always_zero))
 
 
 def time_bounds(rows: Rows, sets: int) -> tuple[float, ...]:

@@ -54,7 +54,7 @@ class UnitData:
             with self.autocast():
                 output = self.call(unit, inputs)
             loss = reconstruction_loss(output.float(), target, p) * (len(part) / len(batch))
-            found = torch.autograd.grad(loss, parameters)
+            found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
             for total, gradient in zip(sums, found, strict=True):
                 total += gradient
             losses.add_(loss.item())

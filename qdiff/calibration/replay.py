@@ -38,7 +38,7 @@ class Call:
         tensors: list[Tensor] = []
 
         def place(value: Any) -> Any:
-            if not isinstance(value, Tensor):
+            if not isinstance(value, Tensor) or not value.dim():
                 return value
             tensors.append(value)
             return Slot(len(tensors) - 1)
@@ -87,7 +87,8 @@ def make_plan(model: nn.Module, units: Sequence[str], rows: Rows, device: torch.
     """Trace one forward pass on two rows: which unit needs the output of which.
 
     Raises:
-        RuntimeError: a unit is not reached, runs more than once, or does not return one tensor with the rows first.
+        RuntimeError: a unit is not reached, runs more than once, takes tensors inside other arguments, or does not return one
+            tensor with the rows first.
     """
     order: list[str] = []
     needs: dict[str, set[str]] = {}
@@ -102,12 +103,14 @@ def make_plan(model: nn.Module, units: Sequence[str], rows: Rows, device: torch.
             _, tensors = Call.of(args, kwargs)
             if path in needs:
                 raise RuntimeError(f"{path}: runs more than once in a forward pass, cannot be a unit")
+            if any(_holds_tensors(value) for value in [*args, *kwargs.values()] if not isinstance(value, Tensor)):
+                raise RuntimeError(f"{path}: takes tensors inside a list, tuple or dict, cannot be a unit; expected tensors as arguments")
             needs[path] = {leaves[leaf] for tensor in tensors for leaf in _leaves_of(tensor) if leaf in leaves}
             output = original(*args, **kwargs)
             if not isinstance(output, Tensor):
                 raise RuntimeError(f"{path}: returns {type(output).__name__}, a unit returns one tensor")
-            if any(len(tensor) != 2 for tensor in [*tensors, output] if tensor.dim()):
-                raise RuntimeError(f"{path}: a tensor of shape {tuple(output.shape)} for 2 rows; a unit has the rows first")
+            if wrong := [tuple(tensor.shape) for tensor in [*tensors, output] if not tensor.dim() or len(tensor) != 2]:
+                raise RuntimeError(f"{path}: a tensor of shape {wrong[0]} for 2 rows; a unit has the rows first")
             order.append(path)
             sizes[path] = (sum(tensor.numel() for tensor in tensors) // 2, output.numel() // 2)
             leaf = output.detach().requires_grad_()
@@ -126,6 +129,11 @@ def make_plan(model: nn.Module, units: Sequence[str], rows: Rows, device: torch.
     last_use = {unit: max([i, *(position[user] for user in order if unit in needs[user])]) for unit, i in position.items()}
     held = [sizes[unit][0] + 2 * sum(sizes[other][1] for other in order[: i + 1] if last_use[other] >= i) for i, unit in enumerate(order)]
     return Plan(order, last_use, max(held))
+
+
+def _holds_tensors(value: Any) -> bool:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return any(isinstance(part, Tensor) or _holds_tensors(part) for part in parts)
 
 
 def _leaves_of(tensor: Tensor) -> set[int]:
@@ -169,7 +177,11 @@ class Replay:
 
     @torch.no_grad()
     def arguments(self, unit: str) -> tuple[Call, tuple[Stored, ...]]:
-        """How `unit` is called, and its tensors over all rows. The caller releases them."""
+        """How `unit` is called, and its tensors over all rows. The caller releases them.
+
+        Raises:
+            RuntimeError: an input that is not a number.
+        """
         calls: list[Call] = []
         stored: list[Stored] = []
 
@@ -178,6 +190,11 @@ class Replay:
                 calls.append(call)
                 stored.extend(self.cache.reserve((len(self.rows), *tensor.shape[1:]), tensor.dtype) for tensor in tensors)
             for place, tensor in zip(stored, tensors, strict=True):
+                if tensor.is_floating_point() and tensor.isnan().any():
+                    raise RuntimeError(
+                        f"{unit}: an input is not a number: it comes from an earlier unit by a way that leaves no gradient "
+                        "(detach, no_grad, checkpointing), or the network itself gives such values"
+                    )
                 place.write(start, tensor)
 
         self._reach(unit, keep)

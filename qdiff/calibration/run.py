@@ -21,7 +21,7 @@ from qdiff.calibration.reconstruct import UnitData, UnitResult, correct_bias, re
 from qdiff.calibration.replay import Call, Replay, make_plan
 from qdiff.calibration.tune import tune
 from qdiff.checkpoint import state_hash
-from qdiff.config import CalibrationConfig, QuantConfig
+from qdiff.config import CalibrationConfig, ConfigError, QuantConfig
 from qdiff.layers import QuantLayer
 from qdiff.model import Family, act_quantizers, init_weights, quant_layers, quantize_model, time_steps, unit_modules, units
 
@@ -64,6 +64,7 @@ def calibrate(
     Raises:
         ConfigError: settings that cannot work, or that differ from those of the calibration in the folder; no room for activations.
         TypeError: a layer that has no quantized form, by name.
+        RuntimeError: a unit that cannot be one, by name (`qdiff.calibration.replay.make_plan`).
     """
     quant.validate()
     config.validate()
@@ -76,6 +77,8 @@ def calibrate(
         if quant.quant_act:
             init_activation_ranges(wrapped, rows, quant, config, device)
         return wrapped.eval()
+    if len(rows) < 2:
+        raise ConfigError(f"a calibration set of {len(rows)} rows: expected 2 or more, of which some are held out")
     rows = Rows(rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed))])
     workplace = workplace or Workplace()
     source = None if weights_from is None else state_hash(weights_from.state_dict())
@@ -125,11 +128,14 @@ class _Run:
     ) -> None:
         self.model, self.wrapped, self.family, self.rows = model, wrapped, family, rows
         self.quant, self.config, self.device, self.journal = quant, config, device, journal
-        self.held_out_from = len(rows) - (max(1, int(len(rows) * config.held_out)) if len(rows) > 1 else 0)
+        self.held_out_from = len(rows) - max(1, int(len(rows) * config.held_out))
         self.plan = make_plan(wrapped, units(wrapped, family), rows, device)
         dtype = torch.bfloat16 if config.bfloat16 else torch.float32
         self.cache = Cache(workplace.cache_bytes, workplace.folder, dtype)
-        self.cache.check_space(self.plan.peak_elements * len(rows) * self.cache.item_size(torch.float32))
+        written = 0
+        if workplace.folder is not None:  # a file for each unit, the whole after the ranges and after the final fit, both checkpoints
+            written = 5 * sum(tensor.nbytes for tensor in wrapped.state_dict().values()) + 8 * sum(p.numel() for p in model.parameters())
+        self.cache.check_space(self.plan.peak_elements * len(rows) * self.cache.item_size(torch.float32), written)
         iterations = config.iters + (config.iters_a if quant.quant_act else 0)
         total = len(self.plan.order) * iterations + config.iters_tune
         self.progress = tqdm(total=total, desc="calibration", unit="it", smoothing=0.02, disable=ranks.rank() > 0)

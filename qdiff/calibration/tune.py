@@ -87,7 +87,7 @@ def tune(
             with torch.no_grad():
                 target = model(*inputs)
             loss = relative_error(wrapped(*inputs), target) * (len(part) / len(batch))
-            for total, gradient in zip(sums, torch.autograd.grad(loss, parameters), strict=True):
+            for total, gradient in zip(sums, torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True), strict=True):
                 total += gradient
             losses.add_(loss.item())
 

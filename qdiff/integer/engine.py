@@ -331,6 +331,10 @@ class IntegerMatMul(nn.Module):
         self.usable = first.n_bits <= 8 and second.n_bits <= 8
         self.inputs = (_Input(first), _Input(second))
 
+    @property
+    def whole_batch(self) -> bool:
+        return self.simulated.whole_batch
+
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         if not self.usable or a.dtype == torch.float64 or any(i.mixed() for i in self.inputs) or a.dim() != 3:
             return self.simulated(a, b)

@@ -168,6 +168,8 @@ def check_quant_options(args: argparse.Namespace) -> None:
     """Combinations that cannot be meant."""
     if args.resume_w and not args.cali_ckpt:
         raise ConfigError("--resume_w: expected --cali_ckpt FILE to take the weights from")
+    if args.resume_w and not args.quant_act:
+        raise ConfigError("--resume_w: expected --quant_act, there is nothing else to calibrate")
     if not args.ptq and (args.cali_ckpt or args.cali_data_path or args.quant_act):
         raise ConfigError("--cali_ckpt, --cali_data_path and --quant_act need --ptq")
     if args.time_sets > 1 and args.running_stat:

@@ -30,7 +30,7 @@ from qdiff.checkpoint import (
 )
 from qdiff.config import CalibrationConfig, ConfigError, QuantConfig
 from qdiff.integer import prepare as choose_engine
-from qdiff.model import Family
+from qdiff.model import Family, copy_weights, quantize_model
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,9 @@ def check(args: argparse.Namespace, task: Task) -> None:
     check_quant_options(args)
     if args.ptq:
         quant_config(args, task.weight_method, task.act_method)
-        calibration_config(args)
+        config = calibration_config(args)
+        if args.time_sets > config.steps:
+            raise ConfigError(f"--time_sets {args.time_sets}: the calibration set has {config.steps} time steps (--cali_st)")
 
 
 def prepare_network(args: argparse.Namespace, task: Task, device: torch.device, folder: Path, ranks: Ranks) -> nn.Module:
@@ -114,24 +116,26 @@ def _comparable(values: dict) -> dict:
 
 def _calibrate(args: argparse.Namespace, task: Task, quant: QuantConfig, device: torch.device, folder: Path, ranks: Ranks) -> nn.Module:
     config = calibration_config(args)
-    weights_from = None
-    if args.resume_w:
-        weights = replace(quant, quant_act=False)
-        weights_from = load_calibrated(args.cali_ckpt, task, weights)[0].to(device)
-    data = load_set(args.cali_data_path, task.input_shape) if args.cali_data_path else None
+    finished = load_calibrated(args.cali_ckpt, task, replace(quant, quant_act=False))[0].to(device) if args.resume_w else None
+    guided = bool(task.build.get("context_dim"))
+    data = load_set(args.cali_data_path, task.input_shape, guided) if args.cali_data_path else None
     model = task.load().to(device).eval()
     if data is None:
         drawn = folder / "calibration_set.pt"
         if ranks.rank == 0 and not drawn.is_file():
             save_set(drawn, task.generate(model, config))
         ranks.barrier()
-        data = load_set(drawn, task.input_shape)
+        data = load_set(drawn, task.input_shape, guided)
     if config.samples > len(data.xs[0]):
         log.warning("--cali_n %d: the calibration set holds %d samples of each time step, all are used", config.samples, len(data.xs[0]))
         config = replace(config, samples=len(data.xs[0]))
     rows = data.select(config.steps, config.samples)
     if args.time_sets > 1:
         quant = replace(quant, time_bounds=time_bounds(rows, args.time_sets)).validate()
+    weights_from = None
+    if finished is not None:
+        weights_from = quantize_model(model, task.family, quant).requires_grad_(False)
+        copy_weights(finished, weights_from)
     cache_bytes = None if args.cali_cache_gb is None else int(args.cali_cache_gb * 1e9)
     workplace = Workplace(folder / "calibration", cache_bytes)
     wrapped = calibrate(model, task.family, quant, config, rows, weights_from, workplace)
@@ -150,7 +154,10 @@ def _write_results(
     info = PackedInfo(task.family.name, task.build, quant, config.to_dict() | {"rows_sha256": rows.hash()}, state_hash(state), stages)
     if not quant.time_bounds:
         save_published(folder / "ckpt.pth", wrapped, task.family, state, activations=quant.quant_act)
-    write_report(folder / "calibration", model, task.family, wrapped, quant, config, rows)
+    try:
+        write_report(folder / "calibration", model, task.family, wrapped, quant, config, rows)
+    except Exception:  # whatever it is, it must not cost the checkpoint
+        log.exception("%s: the report could not be written", folder / "calibration")
     save_packed(folder / "ckpt.safetensors", wrapped, info)
     log.info("calibrated checkpoints in %s: ckpt.safetensors (packed)%s", folder, "" if quant.time_bounds else ", ckpt.pth (published)")
 

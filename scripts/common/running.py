@@ -26,7 +26,7 @@ from qdiff.files import atomic_write
 log = logging.getLogger(__name__)
 _handlers: list[logging.Handler] = []  # those that `log_to` added
 
-IGNORED_SETTINGS = {"continue_run", "verbose", "logdir", "outdir", "max_images", "resume"}
+IGNORED_SETTINGS = {"continue_run", "verbose", "logdir", "outdir", "max_images", "resume", "cali_cache_gb"}
 
 
 @dataclass(frozen=True)
