@@ -99,10 +99,10 @@ class _Layer(nn.Module):
         weights = [torch.ops.qdiff.weight(*(getattr(self, name) for name in names)) for names in self.names]
         if not self.split:
             return self.layer.product(self.acts[0](x) if len(self.acts) else x, weights[0])
-        parts = [x[:, : self.split], x[:, self.split :]]
+        parts = self.layer._parts(x)
         if len(self.acts):
             parts = [act(part) for act, part in zip(self.acts, parts, strict=True)]
-        return self.layer.product(torch.cat(parts, dim=1), torch.cat(weights, dim=1))
+        return self.layer.product(self.layer._join(parts), self.layer._join(weights))
 
 
 class _Product(nn.Module):

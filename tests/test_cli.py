@@ -144,6 +144,10 @@ def test_calibration_then_both_formats_then_weights_reused(files, tmp_path):
     from qdiff.checkpoint import read_packed_info, read_tensors
 
     assert read_packed_info(run_folder(tmp_path / "c") / "ckpt.safetensors").config.act_bit == 6
+    foreign = read_tensors(files["ckpt"])
+    torch.save({name: tensor + 1 for name, tensor in foreign.items()}, tmp_path / "foreign.ckpt")
+    refused = tiny.script(SAMPLE, *base(files, tmp_path / "d", *quant, *short, *more[:-1], tmp_path / "foreign.ckpt"))
+    fails(refused, "ckpt.safetensors", "another full-precision checkpoint")
     old, new = (read_tensors(run_folder(tmp_path / part) / "ckpt.safetensors") for part in ("a", "c"))
     assert all(torch.equal(old[name], new[name]) for name in old if name.endswith("integers"))
 

@@ -116,10 +116,12 @@ def _comparable(values: dict) -> dict:
 
 def _calibrate(args: argparse.Namespace, task: Task, quant: QuantConfig, device: torch.device, folder: Path, ranks: Ranks) -> nn.Module:
     config = calibration_config(args)
-    finished = load_calibrated(args.cali_ckpt, task, replace(quant, quant_act=False))[0].to(device) if args.resume_w else None
+    finished, info = load_calibrated(args.cali_ckpt, task, replace(quant, quant_act=False)) if args.resume_w else (None, None)
     guided = bool(task.build.get("context_dim"))
     data = load_set(args.cali_data_path, task.input_shape, guided) if args.cali_data_path else None
     model = task.load().to(device).eval()
+    if info is not None and info.source_sha256 not in ("", state_hash(model.state_dict())):
+        raise CheckpointError(f"{args.cali_ckpt}: its weights were made from another full-precision checkpoint than the one given")
     if data is None:
         drawn = folder / "calibration_set.pt"
         if ranks.rank == 0 and not drawn.is_file():
@@ -135,7 +137,7 @@ def _calibrate(args: argparse.Namespace, task: Task, quant: QuantConfig, device:
     weights_from = None
     if finished is not None:
         weights_from = quantize_model(model, task.family, quant).requires_grad_(False)
-        copy_weights(finished, weights_from)
+        copy_weights(finished.to(device), weights_from)
     cache_bytes = None if args.cali_cache_gb is None else int(args.cali_cache_gb * 1e9)
     workplace = Workplace(folder / "calibration", cache_bytes)
     wrapped = calibrate(model, task.family, quant, config, rows, weights_from, workplace)
