@@ -25,6 +25,7 @@ from qdiff.calibration.run import calibrate
 from qdiff.config import CalibrationConfig, ConfigError, QuantConfig
 from qdiff.integer import engine, kernels
 from qdiff.integer.engine import prepare, to_integer, unavailable
+from qdiff.integer.lazy import Lazy
 from qdiff.layers import QuantConv1d, QuantConv2d, QuantLinear, QuantMatMul
 from qdiff.model import Product
 
@@ -239,6 +240,58 @@ def test_what_cannot_run_on_integers_stays_and_says_so(caplog, monkeypatch):
     assert prepare(simulated, "auto") is simulated and "integers are not faster" in caplog.text
     monkeypatch.setattr(engine, "unavailable", lambda: "no VNNI")
     assert prepare(simulated, "auto") is simulated and "VNNI" in caplog.text
+
+
+@here
+@torch.no_grad()
+def test_operations_in_place_reach_activations_between_products(operators):
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 5, 5)
+    layer = engine.IntegerConv2d(quantized_layer(nn.Conv2d(8, 6, 3, padding=1), QuantConv2d, 8, False, "mse", x))
+    plain, z = layer(x) + 0, torch.randn(2, 6, 5, 5)
+
+    def assign(y):
+        y[:, 1] = 0
+
+    def add(y):
+        y += z
+
+    changes = [
+        lambda y: y.mul_(2),
+        lambda y: y.mul_(y),
+        lambda y: nn.functional.relu_(y),
+        lambda y: nn.functional.silu(y, inplace=True),
+        lambda y: torch.mul(y, 3, out=y),
+        lambda y: torch.add(z, y, out=y),
+        assign,
+        add,
+    ]
+    for change in changes:
+        found, expected = layer(x), plain.clone()
+        silu = nn.functional.silu(found)  # shares the product with `found`
+        change(found)
+        change(expected)
+        assert isinstance(found, Lazy) and golden.relative_error(found + 0, expected) < 1e-6
+        assert golden.relative_error(silu + 0, nn.functional.silu(plain)) < 1e-6
+    found = layer(x)
+    assert (
+        found.mul_(2) is found
+        and torch.equal(torch.add(found, other=z), found + z)
+        and torch.equal(torch.add(input=z, other=found), found + z)
+    )
+    assert torch.equal(torch.add(found, z, out=torch.empty(0)), found + z) and torch.equal(torch.mul(found, other=z), found * z)
+    with pytest.raises(RuntimeError, match="resize_"):
+        layer(x).resize_(3)
+
+
+@here
+@torch.no_grad()
+def test_the_result_of_a_network_is_an_ordinary_tensor(operators):
+    network = tiny.unet()
+    rows = tiny.rows(network)
+    integer = to_integer(calibrate(network, PIXEL, LINEAR, CalibrationConfig(), rows))
+    found = integer(*(part[:2] for part in rows.inputs))
+    assert type(found) is torch.Tensor and found.clamp_(0, 0).abs().max() == 0
 
 
 ISA = """

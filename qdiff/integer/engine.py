@@ -18,7 +18,7 @@ from qdiff import quantizers as Q
 from qdiff.config import ConfigError
 from qdiff.integer.gpu import Int8Linear, fuse_attention, to_packed
 from qdiff.integer.kernels import Rows
-from qdiff.integer.lazy import Lazy, Pending, group_norm, lazy
+from qdiff.integer.lazy import Lazy, Pending, group_norm, lazy, plain_output
 from qdiff.layers import ActQuantizer, QuantConv1d, QuantConv2d, QuantLayer, QuantLinear, QuantMatMul, WeightQuantizer
 
 log = logging.getLogger(__name__)
@@ -119,6 +119,7 @@ def to_integer(model: nn.Module) -> nn.Module:
         if type(module) in _INTEGER:
             parent, _, name = path.rpartition(".")
             setattr(result.get_submodule(parent), name, _INTEGER[type(module)](module))
+    result.register_forward_hook(plain_output)
     return result
 
 

@@ -147,10 +147,10 @@ class Rows:
         return out
 
     def values(self, a: Tensor | None, b: Tensor | None, silu: bool, other: Tensor | None = None) -> Tensor:
-        """a * value + b (per image and channel), then SiLU, then plus `other` (of the same type): [n, pixels, channels]."""
+        """a * value + b (per image and channel), then SiLU, then plus `other` (of the same type): new [n, pixels, channels]."""
         if (compiled := self._compiled("values")) is None:
             x = self._mapped(a, b, silu)
-            return (x if other is None else x + other).to(self.data.dtype).contiguous()
+            return (x if other is None else x + other).to(self.data.dtype).clone(memory_format=torch.contiguous_format)
         out = torch.empty(self.n, self.pixels, self.channels, dtype=self.data.dtype)
         compiled(
             *self._geometry(),
