@@ -82,6 +82,9 @@ def check(layer, x, tolerance=1e-6):
         ((12, 96), {"kernel_size": 3, "padding": 1, "bias": False}, 5, False),
         ((3, 16), {"kernel_size": 3, "padding": 1}, 0, False),
         ((16, 3), {"kernel_size": 3, "padding": 1}, 0, True),
+        ((12, 20), {"kernel_size": 3, "padding": "same", "dilation": 2}, 0, False),
+        ((12, 20), {"kernel_size": (4, 3), "padding": "same"}, 0, False),
+        ((12, 20), {"kernel_size": 3, "padding": "valid"}, 0, False),
     ],
 )
 def test_every_convolution_is_exact(operators, bits, symmetric, method, channels, geometry, split, positive):
@@ -253,7 +256,7 @@ def test_operations_in_place_reach_activations_between_products(operators):
     def assign(y):
         y[:, 1] = 0
 
-    def add(y):
+    def increase(y):
         y += z
 
     changes = [
@@ -264,7 +267,7 @@ def test_operations_in_place_reach_activations_between_products(operators):
         lambda y: torch.mul(y, 3, out=y),
         lambda y: torch.add(z, y, out=y),
         assign,
-        add,
+        increase,
     ]
     for change in changes:
         found, expected = layer(x), plain.clone()
@@ -274,12 +277,10 @@ def test_operations_in_place_reach_activations_between_products(operators):
         assert isinstance(found, Lazy) and golden.relative_error(found + 0, expected) < 1e-6
         assert golden.relative_error(silu + 0, nn.functional.silu(plain)) < 1e-6
     found = layer(x)
-    assert (
-        found.mul_(2) is found
-        and torch.equal(torch.add(found, other=z), found + z)
-        and torch.equal(torch.add(input=z, other=found), found + z)
-    )
-    assert torch.equal(torch.add(found, z, out=torch.empty(0)), found + z) and torch.equal(torch.mul(found, other=z), found * z)
+    assert found.mul_(2) is found
+    for total in (torch.add(found, other=z), torch.add(input=z, other=found), torch.add(found, z, out=torch.empty(0))):
+        assert torch.equal(total, found + z)
+    assert torch.equal(torch.mul(found, other=z), found * z)
     with pytest.raises(RuntimeError, match="resize_"):
         layer(x).resize_(3)
 

@@ -211,6 +211,17 @@ class _Weight:
 SLOW_MULTIPLE = 48  # oneDNN's convolutions block such numbers of output channels by 48, up to 7 times slower than one channel more
 
 
+def _padding(layer: QuantConv2d) -> list[int] | None:
+    """The padding of both sides in numbers; None for a `same` that pads one side more."""
+    padding = layer.geometry["padding"]
+    if padding == "valid":
+        return [0, 0]
+    if padding == "same":
+        both = [dilation * (size - 1) for dilation, size in zip(layer.geometry["dilation"], layer.shape[2:], strict=True)]
+        return None if any(total % 2 for total in both) else [total // 2 for total in both]
+    return list(padding)
+
+
 class IntegerConv2d(nn.Module):
     """A convolution of bytes with int8 weights; takes and gives lazy activations.
 
@@ -222,16 +233,18 @@ class IntegerConv2d(nn.Module):
         geometry = layer.geometry
         self.simulated = layer
         self.groups = geometry["groups"]
-        self.stride, self.padding, self.dilation = (list(geometry[name]) for name in ("stride", "padding", "dilation"))
+        self.stride, self.dilation = list(geometry["stride"]), list(geometry["dilation"])
+        self.padding = _padding(layer)
         self.split = layer.split
         one_pixel = layer.shape[2:] == (1, 1) and self.stride == [1, 1]
         self.pointwise = one_pixel and self.padding == [0, 0] and self.groups == 1
         self.inputs = [_Input(q) for q in layer.act_quantizers]
         weights = [_Weight(q) for q in layer.weight_quantizers]
-        self.exact = self.groups == 1 or not any(w.corrected for w in weights)  # a sum over all channels is none of a group
+        one_sum = self.groups == 1 or not any(w.corrected for w in weights)  # a sum over all channels is none of a group
+        self.usable = one_sum and self.padding is not None
         self.out_channels = layer.shape[0]
         biases = [layer.bias, *[None] * (len(weights) - 1)]
-        self.parts = [self._part_of(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+        self.parts = [self._part_of(weight, bias) for weight, bias in zip(weights, biases, strict=True)] if self.usable else []
 
     def _part_of(self, weight: _Weight, bias: Tensor | None) -> tuple:
         if not self.pointwise and self.groups == 1 and len(weight.scales) % SLOW_MULTIPLE == 0:
@@ -246,7 +259,7 @@ class IntegerConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         source = lazy(x)
-        if source is None or not self.exact or any(i.mixed() for i in self.inputs):
+        if source is None or not self.usable or any(i.mixed() for i in self.inputs):
             return self.simulated(x if not isinstance(x, Lazy) else x.values())
         if not self.split:
             return self._product(source, source.rows, source.pending, 0)
