@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import pickle
 import statistics
 import subprocess
 import sys
@@ -52,6 +53,11 @@ def quantized_layer(layer: nn.Module, kind: type, bits: int, symmetric: bool, me
         quantizer.set_scale(*Q.find_scale(part, 8, symmetric=symmetric, method=method))
         quantizer.enabled = True
     return quantized
+
+
+def attention_product(symmetric: bool, sm_abit: int):
+    config = QuantConfig(quant_act=True, a_sym=symmetric, sm_abit=sm_abit)
+    return Product(("w", "v"), softmax="w", always_zero=True, follows_a_sym=False).build(config, None)
 
 
 def check(layer, x, tolerance=1e-6):
@@ -115,8 +121,7 @@ def test_every_linear_layer_is_exact(operators, bits, symmetric):
 @pytest.mark.parametrize("sm_abit", [8, 16])
 def test_every_attention_product_is_exact(operators, symmetric, sm_abit):
     torch.manual_seed(0)
-    config = QuantConfig(quant_act=True, a_sym=symmetric, sm_abit=sm_abit)
-    product = Product(("w", "v"), softmax="w", always_zero=True, follows_a_sym=False).build(config, None)
+    product = attention_product(symmetric, sm_abit)
     a, b = torch.softmax(torch.randn(4, 19, 13) * 4, 2), torch.randn(4, 13, 8)
     from qdiff import quantizers as Q
 
@@ -293,6 +298,41 @@ def test_the_result_of_a_network_is_an_ordinary_tensor(operators):
     integer = to_integer(calibrate(network, PIXEL, LINEAR, CalibrationConfig(), rows))
     found = integer(*(part[:2] for part in rows.inputs))
     assert type(found) is torch.Tensor and found.clamp_(0, 0).abs().max() == 0
+
+
+@here
+@torch.no_grad()
+def test_a_prepared_network_is_on_its_own(monkeypatch):
+    monkeypatch.setattr(engine, "NARROW", 0)
+    network = tiny.unet()
+    rows = tiny.rows(network)
+    inputs = tuple(part[:2] for part in rows.inputs)
+    simulated = calibrate(network, PIXEL, replace(LINEAR, sm_abit=16, time_bounds=time_bounds(rows, 2)), CalibrationConfig(), rows)
+    integer = prepare(simulated)
+    expected = integer(*inputs)
+    assert prepare(integer) is integer and to_integer(integer) is integer
+    copies = [copy.deepcopy(integer), pickle.loads(pickle.dumps(integer))]
+    simulated.double()
+    for found in (integer, *copies):
+        assert torch.equal(found(*inputs), expected)
+
+
+@here
+@torch.no_grad()
+def test_inputs_that_the_operators_cannot_take_are_simulated():
+    cases = [
+        (quantized_layer(nn.Linear(8, 6), QuantLinear, 4, False, "max", torch.randn(4, 8)), [torch.randn(4, 8)]),
+        (quantized_layer(nn.Conv1d(8, 6, 1), QuantConv1d, 4, False, "max", torch.randn(4, 8, 5)), [torch.randn(4, 8, 5)]),
+        (quantized_layer(nn.Conv2d(8, 6, 3), QuantConv2d, 4, False, "max", torch.randn(4, 8, 5, 5)), [torch.randn(4, 8, 5, 5)]),
+        (attention_product(True, 8), [torch.rand(4, 7, 8), torch.randn(4, 8, 5)]),
+    ]
+    for layer, inputs in cases:
+        integer = engine._INTEGER[type(layer)](layer)
+        empty = [x[:0] for x in inputs]
+        assert integer(*empty).shape == layer(*empty).shape
+        meta = integer.to("meta")(*(x.to("meta") for x in inputs))
+        assert meta.is_meta and meta.shape == copy.deepcopy(layer)(*(x.to("meta") for x in inputs)).shape
+    assert prepare(nn.Identity(), "auto").training
 
 
 ISA = """

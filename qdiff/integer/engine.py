@@ -8,6 +8,7 @@ between the products is kept in it, and is no longer exact; products from which 
 """
 
 import copy
+import itertools
 import logging
 from functools import cache
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from qdiff import quantizers as Q
 from qdiff.config import ConfigError
-from qdiff.integer.gpu import Int8Linear, fuse_attention, to_packed
+from qdiff.integer.gpu import Int8Linear, PackedLayer, fuse_attention, to_packed
 from qdiff.integer.kernels import Rows
 from qdiff.integer.lazy import Lazy, Pending, group_norm, lazy, plain_output
 from qdiff.layers import ActQuantizer, QuantConv1d, QuantConv2d, QuantLayer, QuantLinear, QuantMatMul, WeightQuantizer
@@ -53,15 +54,17 @@ def prepare(model: nn.Module, engine: str = "auto") -> nn.Module:
 
     Args:
         model: the network, quantized or not, on its device. On CUDA every engine but `simulated` means packed weights (`gpu`).
+            One that is prepared already is returned as it is.
         engine: `simulated`: as it is. `integer`: products on integers. `auto`: integers where they are exact and fast, and a
             log line that says what was chosen.
 
     Raises:
         ConfigError: `integer` where it cannot run.
     """
-    if engine == "simulated":
+    if engine == "simulated" or _prepared(model):
         return model
-    if (kind := next(model.parameters()).device.type) == "cuda":
+    tensors = itertools.chain(model.parameters(), model.buffers(), [torch.zeros(0)])
+    if (kind := next(tensors).device.type) == "cuda":
         return _on_gpu(model, int8_products=engine == "integer")
     if engine == "auto" and not any(isinstance(module, QuantLayer) for module in model.modules()):
         return model
@@ -109,9 +112,18 @@ def _too_narrow(model: nn.Module) -> str | None:
     return f"{mean} weights a layer: integers are not faster below {NARROW}" if mean < NARROW else None
 
 
+def _prepared(model: nn.Module) -> bool:
+    return any(isinstance(module, _OnIntegers | PackedLayer | Int8Linear) for module in model.modules())
+
+
 def to_integer(model: nn.Module) -> nn.Module:
-    """A copy of a quantized network with integer products; parameters and scales are shared."""
-    shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    """A copy of a quantized network with integer products; integers and step sizes are shared, parameters are not.
+
+    A network that is prepared already is returned as it is.
+    """
+    if _prepared(model):
+        return model
+    shared = {id(tensor): tensor for tensor in model.buffers()}
     result = copy.deepcopy(model, shared).eval()
     for path, module in list(result.named_modules()):
         if isinstance(module, QuantLayer):
@@ -132,6 +144,11 @@ def _between() -> torch.dtype:
 def _result(coef: Tensor | None) -> torch.dtype:
     """The type of a product: where a sum is taken out of it afterwards, bfloat16 would leave mostly its rounding."""
     return _between() if coef is None else torch.float32
+
+
+def _fits(x: Tensor) -> bool:
+    """Whether the operators can take an activation: on the CPU, no float64, not empty."""
+    return x.device.type == "cpu" and x.dtype != torch.float64 and x.numel() > 0
 
 
 def _usable(x: Tensor) -> Tensor:
@@ -202,13 +219,22 @@ class _Weight:
         self.scales = torch.cat([self.scales, torch.ones(1)])
 
     def bias(self, bias: Tensor | None) -> Tensor | None:
-        """With zeros for the channels that the layer does not have."""
-        if bias is None or len(bias) == len(self.scales):
-            return bias
-        return torch.nn.functional.pad(bias, (0, len(self.scales) - len(bias)))
+        """A copy in float32, with zeros for the channels that the layer does not have."""
+        return None if bias is None else torch.nn.functional.pad(bias.detach().float().clone(), (0, len(self.scales) - len(bias)))
 
 
 SLOW_MULTIPLE = 48  # oneDNN's convolutions block such numbers of output channels by 48, up to 7 times slower than one channel more
+
+
+class _OnIntegers(nn.Module):
+    """Stands for the layer `simulated`. A copy is made from a copy of that, because prepacked weights cannot be copied."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.simulated = layer
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.simulated,)
 
 
 def _padding(layer: QuantConv2d) -> list[int] | None:
@@ -222,16 +248,15 @@ def _padding(layer: QuantConv2d) -> list[int] | None:
     return list(padding)
 
 
-class IntegerConv2d(nn.Module):
+class IntegerConv2d(_OnIntegers):
     """A convolution of bytes with int8 weights; takes and gives lazy activations.
 
     A kernel of one pixel is a linear layer over the pixels, and two to seven times faster as one.
     """
 
     def __init__(self, layer: QuantConv2d) -> None:
-        super().__init__()
+        super().__init__(layer)
         geometry = layer.geometry
-        self.simulated = layer
         self.groups = geometry["groups"]
         self.stride, self.dilation = list(geometry["stride"]), list(geometry["dilation"])
         self.padding = _padding(layer)
@@ -305,48 +330,45 @@ class _Linear:
         return y if self.coef is None else (y[:, : self.features] - self.coef * y[:, self.features :]).to(_between())
 
 
-class IntegerLinear(nn.Module):
+class IntegerLinear(_OnIntegers):
     def __init__(self, layer: QuantLinear) -> None:
-        super().__init__()
-        self.simulated = layer
+        super().__init__(layer)
         self.linear = None if layer.split else _Linear(layer.weight_quantizer, layer.act_quantizer, layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.linear is None or self.linear.input.mixed() or x.dtype == torch.float64:
+        if self.linear is None or self.linear.input.mixed() or not _fits(x):
             return self.simulated(x)
         return self.linear(_usable(x).reshape(-1, x.shape[-1]).contiguous()).reshape(*x.shape[:-1], -1)
 
 
-class IntegerConv1d(nn.Module):
+class IntegerConv1d(_OnIntegers):
     """A 1-D convolution of kernel size 1 as a product over the channels; others stay simulated."""
 
     def __init__(self, layer: QuantConv1d) -> None:
-        super().__init__()
-        self.simulated = layer
+        super().__init__(layer)
         g = layer.geometry
         pointwise = layer.shape[2] == 1 and g["stride"] == (1,) and g["padding"] in ((0,), "valid") and g["groups"] == 1
         usable = pointwise and not layer.split
         self.linear = _Linear(layer.weight_quantizer, layer.act_quantizer, layer.bias) if usable else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.linear is None or self.linear.input.mixed() or x.dtype == torch.float64:
+        if self.linear is None or self.linear.input.mixed() or not _fits(x):
             return self.simulated(x)
         n, c, tokens = x.shape
         return self.linear(_usable(x).transpose(1, 2).reshape(-1, c).contiguous()).reshape(n, tokens, -1).transpose(1, 2)
 
 
-class IntegerMatMul(nn.Module):
+class IntegerMatMul(_OnIntegers):
     """A product of two activations on int8; wider than 8 bits (16-bit softmax) it stays simulated."""
 
     def __init__(self, product: QuantMatMul) -> None:
-        super().__init__()
-        self.simulated = product
+        super().__init__(product)
         first, second = product.act_quantizers
         self.usable = first.n_bits <= 8 and second.n_bits <= 8
         self.inputs = (_Input(first), _Input(second))
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        if not self.usable or a.dtype == torch.float64 or any(i.mixed() for i in self.inputs) or a.dim() != 3:
+        if not self.usable or not _fits(a) or not _fits(b) or any(i.mixed() for i in self.inputs) or a.dim() != 3:
             return self.simulated(a, b)
         first, second = (self._bytes(i, _usable(x)) for i, x in zip(self.inputs, (a, b.transpose(1, 2)), strict=True))
         (p, delta_p, zero_p), (q, delta_q, zero_q) = first, second  # p [B, M, K], q [B, N, K]

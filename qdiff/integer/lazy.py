@@ -141,8 +141,8 @@ def group_norm(x: Tensor, groups: int, weight: Tensor | None = None, bias: Tenso
     shift = source.pending.shift
     mean, rstd = source.rows.stats(None if shift is None else shift.contiguous(), groups, eps)
     width = weight.numel() // groups
-    a = rstd.repeat_interleave(width, dim=1) * weight
-    b = bias - mean.repeat_interleave(width, dim=1) * a
+    a = rstd.repeat_interleave(width, dim=1) * weight.float()
+    b = bias.float() - mean.repeat_interleave(width, dim=1) * a
     return source.then(replace(source.pending, a=a, b=b))
 
 
