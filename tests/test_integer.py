@@ -20,6 +20,7 @@ from ddim.family import PIXEL
 from ldm.config import load_config
 from ldm.family import LATENT
 from ldm.unet import UNetModel
+from qdiff import quantizers as Q
 from qdiff.calibration.dataset import Rows
 from qdiff.calibration.ranges import time_bounds
 from qdiff.calibration.run import calibrate
@@ -27,7 +28,7 @@ from qdiff.config import CalibrationConfig, ConfigError, QuantConfig
 from qdiff.integer import engine, kernels
 from qdiff.integer.engine import prepare, to_integer, unavailable
 from qdiff.integer.lazy import Lazy
-from qdiff.layers import QuantConv1d, QuantConv2d, QuantLinear, QuantMatMul
+from qdiff.layers import ActQuantizer, QuantConv1d, QuantConv2d, QuantLinear, QuantMatMul
 from qdiff.model import Product
 
 here = pytest.mark.skipif(unavailable() is not None, reason=f"no integer engine here: {unavailable()}")
@@ -45,8 +46,6 @@ def operators(request, monkeypatch):
 
 
 def quantized_layer(layer: nn.Module, kind: type, bits: int, symmetric: bool, method: str, x: torch.Tensor, split: int = 0):
-    from qdiff import quantizers as Q
-
     quantized = kind(layer, bits, 8, symmetric, split).requires_grad_(False)
     quantized.init_weight_scales(method)
     for quantizer, part in zip(quantized.act_quantizers, quantized._parts(x), strict=True):
@@ -69,6 +68,7 @@ def check(layer, x, tolerance=1e-6):
 
 @here
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("method", ["max", "mse"])
@@ -123,8 +123,6 @@ def test_every_attention_product_is_exact(operators, symmetric, sm_abit):
     torch.manual_seed(0)
     product = attention_product(symmetric, sm_abit)
     a, b = torch.softmax(torch.randn(4, 19, 13) * 4, 2), torch.randn(4, 13, 8)
-    from qdiff import quantizers as Q
-
     for quantizer, x in zip(product.act_quantizers, (a, b), strict=True):
         quantizer.set_scale(*Q.find_scale(x, quantizer.n_bits, symmetric=quantizer.symmetric, always_zero=quantizer.always_zero))
         quantizer.enabled = True
@@ -333,6 +331,38 @@ def test_inputs_that_the_operators_cannot_take_are_simulated():
         meta = integer.to("meta")(*(x.to("meta") for x in inputs))
         assert meta.is_meta and meta.shape == copy.deepcopy(layer)(*(x.to("meta") for x in inputs)).shape
     assert prepare(nn.Identity(), "auto").training
+
+
+@here
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [QuantConv2d, QuantLinear, QuantMatMul])
+def test_zero_points_whose_sums_leave_int32_are_simulated(kind):
+    torch.manual_seed(0)
+    shape = (2, 64, 6, 6) if kind is QuantConv2d else (2, 6, 512)
+    for x in (torch.rand(shape) + 1e4, torch.full(shape, 0.5)):
+        if kind is QuantMatMul:
+            layer = QuantMatMul({"q": ActQuantizer(8, False), "k": ActQuantizer(8, False)})
+            inputs = (x, x.transpose(1, 2) - x.mean())
+            for quantizer, part in zip(layer.act_quantizers, inputs, strict=True):
+                quantizer.set_scale(*Q.find_scale(part, 8, method="mse"))
+                quantizer.enabled = True
+        else:
+            inputs = (x,)
+            layer = nn.Conv2d(64, 8, 3) if kind is QuantConv2d else nn.Linear(512, 8)
+            layer = quantized_layer(layer, kind, 8, False, "mse", x)
+        assert torch.equal(engine._INTEGER[kind](layer)(*inputs), layer(*inputs))
+
+
+@here
+@torch.no_grad()
+def test_zero_points_far_out_are_exact(operators):
+    torch.manual_seed(0)
+    x = (torch.randint(0, 256, (2, 12, 5, 5)) + 100_000) / 64
+    layer = quantized_layer(nn.Conv2d(12, 8, 3, padding=1), QuantConv2d, 4, False, "max", x)
+    layer.act_quantizer.set_scale(torch.tensor(1 / 64), torch.tensor(-100_000.0))
+    integer = engine.IntegerConv2d(layer)
+    assert integer.usable
+    check(layer, x)
 
 
 ISA = """

@@ -56,7 +56,7 @@ def prepare(model: nn.Module, engine: str = "auto") -> nn.Module:
         model: the network, quantized or not, on its device. On CUDA every engine but `simulated` means packed weights (`gpu`).
             One that is prepared already is returned as it is.
         engine: `simulated`: as it is. `integer`: products on integers. `auto`: integers where they are exact and fast, and a
-            log line that says what was chosen.
+            log line that says what was chosen. A NaN among the inputs of an integer product becomes a number: bytes have none.
 
     Raises:
         ConfigError: `integer` where it cannot run.
@@ -170,6 +170,8 @@ class _Input:
         self.quantizer = quantizer
         self.offset = 128 if quantizer.symmetric else 0
         self.low, self.high = low, high
+        zeros = torch.zeros(()) if quantizer.symmetric or quantizer.always_zero else quantizer.zero_point
+        self.span = max(128, *((bound - zeros).abs().max().item() for bound in (low, high)))  # |q - zero point| at most
         self.fixed = None if quantizer.steps else self._of(quantizer.delta, quantizer.zero_point)
 
     def _of(self, delta: Tensor, zero_point: Tensor) -> tuple[float, int]:
@@ -182,6 +184,11 @@ class _Input:
             return self.fixed
         current = self.quantizer.steps.current
         return self._of(self.quantizer.delta[current], self.quantizer.zero_point[current])
+
+    def sums_fit(self, weight: "_Weight") -> bool:
+        """Whether no sum of a product with `weight` leaves int32; then zero points are exact in float32 too."""
+        largest = weight.integers.flatten(1).short().abs().sum(1).max().item()
+        return (self.span + 255) * max(largest, 128) < 2**31
 
     def mixed(self) -> bool:
         """Whether the rows belong to different time-step sets: then there is no one scale."""
@@ -266,7 +273,8 @@ class IntegerConv2d(_OnIntegers):
         self.inputs = [_Input(q) for q in layer.act_quantizers]
         weights = [_Weight(q) for q in layer.weight_quantizers]
         one_sum = self.groups == 1 or not any(w.corrected for w in weights)  # a sum over all channels is none of a group
-        self.usable = one_sum and self.padding is not None
+        sums_fit = all(i.sums_fit(weight) for i, weight in zip(self.inputs, weights, strict=True))
+        self.usable = one_sum and sums_fit and self.padding is not None
         self.out_channels = layer.shape[0]
         biases = [layer.bias, *[None] * (len(weights) - 1)]
         self.parts = [self._part_of(weight, bias) for weight, bias in zip(weights, biases, strict=True)] if self.usable else []
@@ -319,9 +327,13 @@ class _Linear:
     def __init__(self, quantizer: WeightQuantizer, act: ActQuantizer, bias: Tensor | None) -> None:
         found = _Weight(quantizer)
         self.input, self.coef, self.scales, self.bias = _Input(act), found.coef, found.scales, found.bias(bias)
+        self.sums_fit = self.input.sums_fit(found)
         self.features = len(quantizer.integers)
         self.packed = torch.ops.onednn.qlinear_prepack(found.integers.flatten(1), None)
         self.zeros = torch.zeros(len(self.scales), dtype=torch.int32)
+
+    def takes(self, x: Tensor) -> bool:
+        return self.sums_fit and not self.input.mixed() and _fits(x)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [rows, K] float32 or bfloat16, contiguous."""
@@ -336,7 +348,7 @@ class IntegerLinear(_OnIntegers):
         self.linear = None if layer.split else _Linear(layer.weight_quantizer, layer.act_quantizer, layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.linear is None or self.linear.input.mixed() or not _fits(x):
+        if self.linear is None or not self.linear.takes(x):
             return self.simulated(x)
         return self.linear(_usable(x).reshape(-1, x.shape[-1]).contiguous()).reshape(*x.shape[:-1], -1)
 
@@ -352,7 +364,7 @@ class IntegerConv1d(_OnIntegers):
         self.linear = _Linear(layer.weight_quantizer, layer.act_quantizer, layer.bias) if usable else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.linear is None or self.linear.input.mixed() or not _fits(x):
+        if self.linear is None or not self.linear.takes(x):
             return self.simulated(x)
         n, c, tokens = x.shape
         return self.linear(_usable(x).transpose(1, 2).reshape(-1, c).contiguous()).reshape(n, tokens, -1).transpose(1, 2)
@@ -367,13 +379,18 @@ class IntegerMatMul(_OnIntegers):
         self.usable = first.n_bits <= 8 and second.n_bits <= 8
         self.inputs = (_Input(first), _Input(second))
 
+    def _takes(self, a: Tensor, b: Tensor) -> bool:
+        # sum |p - zp| |q - zq| must stay below 2^31; that of bytes with zero points among them does up to K = 33,025
+        sums_fit = self.inputs[0].span * self.inputs[1].span * a.shape[-1] < 2**31
+        return self.usable and sums_fit and _fits(a) and _fits(b) and not any(i.mixed() for i in self.inputs) and a.dim() == 3
+
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        if not self.usable or not _fits(a) or not _fits(b) or any(i.mixed() for i in self.inputs) or a.dim() != 3:
+        if not self._takes(a, b):
             return self.simulated(a, b)
         first, second = (self._bytes(i, _usable(x)) for i, x in zip(self.inputs, (a, b.transpose(1, 2)), strict=True))
         (p, delta_p, zero_p), (q, delta_q, zero_q) = first, second  # p [B, M, K], q [B, N, K]
         total = torch.stack([torch._int_mm(x, y.t()) for x, y in zip(p, q, strict=True)])
-        # sum (p - zp) (q - zq), in int32: 2^14 K stays below 2^31 for any K that occurs
+        # sum (p - zp) (q - zq), in int32
         if zero_q:
             total -= zero_q * p.sum(2, keepdim=True, dtype=torch.int32)
         if zero_p:
