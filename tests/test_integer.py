@@ -395,6 +395,24 @@ def test_a_processor_without_vnni_falls_back_or_stays_exact():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("mean", [0, 30, 1000, 100_000])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_group_statistics_are_those_of_float64(operators, mean, shifted):
+    torch.manual_seed(0)
+    data, coef = torch.randn(2, 150, 13), torch.randn(12) / 8
+    data[..., :12] += mean * (0.5 if shifted else 1)
+    shift = torch.randn(2, 12) + mean / 2 if shifted else None
+    rows = kernels.Rows(data, 2, 150, 12, 13, coef)
+    found = rows.stats(shift, 3, 1e-5)
+    values = data[..., :12].double() - coef.double() * data[..., 12:].double() + (shift.double()[:, None] if shifted else 0)
+    variance, expected = torch.var_mean(values.unflatten(2, (3, 4)), dim=(1, 3), unbiased=False)
+    scale = variance.sqrt()
+    # float32 itself holds values of this size to mean * 6e-8
+    assert ((found[0] - expected).abs() / scale).max() < 1e-6 + mean * 1.2e-7
+    assert (found[1] * (variance + 1e-5).sqrt() - 1).abs().max() < 1e-6 + mean * 1e-8
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_operators_without_a_compiler_are_the_same(dtype):
     if kernels.library() is None:
