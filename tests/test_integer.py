@@ -117,6 +117,20 @@ def test_every_linear_layer_is_exact(operators, bits, symmetric):
 
 @here
 @torch.no_grad()
+@pytest.mark.parametrize(("outlier", "tolerance"), [(False, 1e-6), (True, 3e-6)])
+def test_wide_linear_layers_keep_what_weight_zero_points_leave(outlier, tolerance):
+    torch.manual_seed(0)
+    x = nn.functional.silu(torch.randn(16, 5120))
+    layer = nn.Linear(5120, 64)
+    if outlier:
+        layer.weight.data[:, 0] = 3 * layer.weight.abs().amax(1).data
+    layer = quantized_layer(layer, QuantLinear, 8, False, "max", x)
+    inputs = layer.act_quantizer(x)  # so that no value lies on the edge between two integers
+    check(layer, inputs, tolerance)
+
+
+@here
+@torch.no_grad()
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("sm_abit", [8, 16])
 def test_every_attention_product_is_exact(operators, symmetric, sm_abit):
@@ -392,6 +406,16 @@ def test_a_processor_without_vnni_falls_back_or_stays_exact():
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout) < 0.05  # saturation would give far more
+
+
+def test_a_user_without_a_home_folder_runs_without_compiled_operators(monkeypatch, caplog):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(kernels.Path, "home", home)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("CXX", sys.executable)  # never run
+    assert kernels.library.__wrapped__() is None and "home directory" in caplog.text
 
 
 @torch.no_grad()

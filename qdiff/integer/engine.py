@@ -3,8 +3,9 @@
 oneDNN's quantized operators ignore weight zero points, so they are taken out beforehand: the integers
 are fed as q - z where that fits int8 (always at 4 bits with a zero point in range). Otherwise as q - 128, and one more
 output channel, of ones, gives the sum over the receptive field that the rest, (128 - z) times it, is made of.
-Both are exact. Without VNNI the 8-bit operators saturate silently: then the simulation stays. Under autocast in bfloat16 what lies
-between the products is kept in it, and is no longer exact; products from which a sum is still to be taken stay float32.
+Sums of integers are exact; that rest is subtracted in float32. Without VNNI the 8-bit operators saturate silently: then the
+simulation stays. Under autocast in bfloat16 what lies between the products is kept in it, and is no longer exact;
+products from which a sum is still to be taken stay float32.
 """
 
 import copy
