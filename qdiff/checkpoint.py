@@ -581,7 +581,8 @@ def _read_header(path: Path) -> dict:
     except (KeyError, TypeError, json.JSONDecodeError, ConfigError) as error:
         raise CheckpointError(f"{path}: damaged header ({_first_line(error)})") from None
     if header["family"] not in FAMILIES:
-        raise CheckpointError(f"{path}: family {header['family']!r}: expected one of {sorted(FAMILIES)}")
+        known = f"{sorted(FAMILIES)}; ddim.family and ldm.family register theirs when they are imported"
+        raise CheckpointError(f"{path}: family {header['family']!r}: expected one of {known}")
     return header
 
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from ddim.family import PIXEL, describe
+from qdiff import checkpoint
 from qdiff.checkpoint import (
     CheckpointError,
     PackedInfo,
@@ -236,6 +237,13 @@ def test_not_finite_values_are_named(files):
     torch.save(state, folder / "nan.pth")
     with pytest.raises(CheckpointError, match=r"conv_in\.weight"):
         load_published(folder / "nan.pth", BUILD, PIXEL, quant)
+
+
+def test_a_family_that_is_not_imported_is_named(files, monkeypatch):
+    folder, _, _ = files
+    monkeypatch.setattr(checkpoint, "FAMILIES", {})
+    with pytest.raises(CheckpointError, match=r"family 'pixel': .*ddim\.family .* imported"):
+        load_packed(folder / "q.safetensors")
 
 
 def test_header_tells_how_it_was_made(files):
