@@ -122,7 +122,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 for name, run in exported(simulated, inputs, Path(folder) / "network.onnx").items():
                     runs[f"W{bits}A8 {name}"] = run
-    wide = model.to(memory_format=torch.channels_last)
+    wide = copy.deepcopy(model).to(memory_format=torch.channels_last)
 
     channels_last = (inputs[0].contiguous(memory_format=torch.channels_last), *inputs[1:])
     runs["bfloat16 autocast, channels_last"] = lambda: in_bfloat16(wide, channels_last)

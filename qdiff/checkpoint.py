@@ -9,7 +9,9 @@ import hashlib
 import json
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -98,6 +100,17 @@ INERT = (
     "_codecs.encode",
 )
 INERT_BUILTINS = {"dict", "list", "tuple", "set", "int", "float", "str", "bool"}
+_DAMAGE = (  # what torch.load raises over damaged files
+    OSError,
+    RuntimeError,
+    EOFError,
+    LookupError,
+    ValueError,
+    AttributeError,
+    TypeError,
+    AssertionError,
+    struct.error,
+)
 
 
 def _load_pickle(path: Path) -> Any:
@@ -119,7 +132,7 @@ def _load_pickle(path: Path) -> Any:
             raise CheckpointError(f"{path}: damaged or not a PyTorch checkpoint ({_first_line(error)})") from None
         except PermissionError:
             raise CheckpointError(f"{path}: cannot be read (permission denied)") from None
-        except (OSError, RuntimeError, EOFError, KeyError, ValueError, AttributeError, IndexError, TypeError) as error:
+        except _DAMAGE as error:
             if mmap and "mmap" in str(error):
                 mmap = False  # files of torch < 1.6 are no zip archives and cannot be mapped
                 continue
@@ -132,9 +145,11 @@ def _global_in(error: pickle.UnpicklingError) -> str:
     return next((group for group in found.groups() if group), "") if found else ""
 
 
-def _open_safetensors(path: Path) -> Any:
+@contextmanager
+def _open_safetensors(path: Path) -> Iterator[Any]:
     try:
-        return safe_open(path, framework="pt")
+        with safe_open(path, framework="pt") as file:
+            yield file
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: damaged safetensors file ({_first_line(error)})") from None
 
@@ -243,7 +258,7 @@ def save_published(path: str | Path, model: nn.Module, family: Family, weights: 
         activations: write the activation step sizes too.
 
     Raises:
-        CheckpointError: the network has time-step sets, which this format cannot hold.
+        CheckpointError: the network has time-step sets, which this format cannot hold, or the weights are those of another network.
     """
     if time_steps(model) is not None:
         raise CheckpointError(f"{path}: the published format holds one step size for all time steps, not time-step sets")
@@ -255,7 +270,11 @@ def save_published(path: str | Path, model: nn.Module, family: Family, weights: 
         for suffix, quantizer, part in parts:
             stem = f"{name}.weight_quantizer{suffix}"
             delta, zero = quantizer.delta.cpu(), quantizer.zero_point.cpu()
-            state[f"{stem}.alpha"] = Q.alpha_from_integers(part, quantizer.integers.cpu().float(), delta, zero)
+            integers = quantizer.integers.cpu().float()
+            alpha = Q.alpha_from_integers(part, integers, delta, zero)
+            if not torch.equal(Q.hard_integers(part, alpha, delta, zero, quantizer.n_bits), integers):
+                raise CheckpointError(f"{path}: {name}: its integers are not a rounding of the full-precision weights given")
+            state[f"{stem}.alpha"] = alpha
             state[f"{stem}.delta"], state[f"{stem}.zero_point"] = delta, zero
     if activations:
         renamed = published_names(model, family)
@@ -562,7 +581,8 @@ def _read_header(path: Path) -> dict:
     except (KeyError, TypeError, json.JSONDecodeError, ConfigError) as error:
         raise CheckpointError(f"{path}: damaged header ({_first_line(error)})") from None
     if header["family"] not in FAMILIES:
-        raise CheckpointError(f"{path}: family {header['family']!r}: expected one of {sorted(FAMILIES)}")
+        known = f"{sorted(FAMILIES)}; ddim.family and ldm.family register theirs when they are imported"
+        raise CheckpointError(f"{path}: family {header['family']!r}: expected one of {known}")
     return header
 
 

@@ -88,6 +88,8 @@ class _Layer(nn.Module):
             else:
                 four = ""
                 shifted = integers.double() - quantizer.zero_point.double()
+                if shifted.min() < -(2**15) or shifted.max() >= 2**15 or bool((shifted != shifted.round()).any()):
+                    raise ConfigError(f"{path}: integers less their zero points do not fit 16 bits: ONNX has no wider ones")
                 dtype = torch.int8 if shifted.min() >= -128 and shifted.max() <= 127 else torch.int16
                 stored, stored_zero = shifted.to(dtype), torch.zeros(len(zero), dtype=dtype)
             names = (f"integers{index}{four}", f"scale{index}", f"zero_point{index}{four}")
@@ -130,7 +132,7 @@ def export_onnx(path: str | Path, model: nn.Module, inputs: Sequence[Tensor]) ->
     """Write a quantized network as ONNX, for inputs of the given shapes.
 
     Raises:
-        ConfigError: onnx or onnxscript is not installed; time-step sets; widths that ONNX does not have.
+        ConfigError: onnx or onnxscript is not installed; time-step sets; widths or zero points that ONNX does not have.
     """
     if missing := [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]:
         raise ConfigError(f"export to ONNX needs the packages onnx and onnxscript: pip install {' '.join(missing)}")

@@ -55,6 +55,8 @@ def pixel_task(args: argparse.Namespace) -> Task:
 
 
 def latent_task(args: argparse.Namespace) -> Task:
+    if args.use_pretrained and not args.ckpt:
+        raise ConfigError("--use_pretrained: the configuration of a latent model names no weights; give them with --ckpt")
     config = load_latent_config(args.config)
     checkpoint = cache(lambda: open_checkpoint(args.ckpt, config))
     sampler = LatentSampler(config, LatentSettings(), select_device("cpu"))

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from ddim.family import PIXEL, describe
+from qdiff import checkpoint
 from qdiff.checkpoint import (
     CheckpointError,
     PackedInfo,
@@ -82,6 +83,13 @@ def test_round_trips_give_the_same_bits(tmp_path, settings):
     assert torch.equal(again(X, T), packed(X, T))
 
 
+def test_full_precision_weights_of_another_network_are_refused(tmp_path):
+    _, model, _ = quantized()
+    with pytest.raises(CheckpointError, match=r"temb\.dense\.0: .* full-precision weights"):
+        save_published(tmp_path / "q.pth", model, PIXEL, tiny.unet(seed=1).state_dict(), activations=True)
+    assert not (tmp_path / "q.pth").exists()
+
+
 def test_published_file_has_exactly_the_published_keys(files):
     folder, model, _ = files
     state = read_tensors(folder / "q.pth")
@@ -116,6 +124,29 @@ def test_truncation_is_noticed(files, name):
     (folder / name).write_bytes(content[: len(content) // 2])
     with pytest.raises(CheckpointError, match="damaged"):
         load_published(folder / name, BUILD, PIXEL, quant) if name.endswith("pth") else load_packed(folder / name)
+
+
+def test_damaged_legacy_files_are_named(tmp_path):
+    """Pickles beside raw storages, as PyTorch before 1.6 wrote them: every damage is one error or goes unnoticed."""
+    torch.save({"a": torch.ones(20, 3), "b": torch.arange(5)}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    content = (tmp_path / "old.pth").read_bytes()
+    generator = torch.Generator().manual_seed(0)
+    refused = 0
+    for position in torch.randint(1, len(content), (200,), generator=generator).tolist():
+        for damaged in (content[:position], content[:position] + b"~" + content[position + 1 :]):
+            (tmp_path / "damaged.pth").write_bytes(damaged)
+            try:
+                read_tensors(tmp_path / "damaged.pth")
+            except CheckpointError:
+                refused += 1
+    assert refused > 200
+
+
+def test_safetensors_of_an_unknown_type_are_damaged(tmp_path):
+    header = b'{"a":{"dtype":"F6_E2M3","shape":[4],"data_offsets":[0,3]}}'
+    (tmp_path / "q.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(3))
+    with pytest.raises(CheckpointError, match="damaged safetensors file"):
+        read_tensors(tmp_path / "q.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -206,6 +237,13 @@ def test_not_finite_values_are_named(files):
     torch.save(state, folder / "nan.pth")
     with pytest.raises(CheckpointError, match=r"conv_in\.weight"):
         load_published(folder / "nan.pth", BUILD, PIXEL, quant)
+
+
+def test_a_family_that_is_not_imported_is_named(files, monkeypatch):
+    folder, _, _ = files
+    monkeypatch.setattr(checkpoint, "FAMILIES", {})
+    with pytest.raises(CheckpointError, match=r"family 'pixel': .*ddim\.family .* imported"):
+        load_packed(folder / "q.safetensors")
 
 
 def test_header_tells_how_it_was_made(files):

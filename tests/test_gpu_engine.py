@@ -46,10 +46,26 @@ def test_int8_linear_layers_are_exact(bits, symmetric, shape):
     assert (found.double() - expected).norm() / expected.norm() < 1e-6
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_wide_int8_linear_layers_are_exact(bits):
+    torch.manual_seed(0)
+    x = torch.nn.functional.silu(torch.randn(32, 2560) * 2)
+    layer = quantized_layer(nn.Linear(2560, 64), QuantLinear, bits, False, "max", x)
+    act, weight = layer.act_quantizer, layer.weight_quantizer
+    q = torch.clamp(torch.round(x / act.delta) + act.zero_point, 0, 255)
+    expected = (q.double() - act.zero_point) * act.delta @ weight.dequantize().double().T + layer.bias
+    found = Int8Linear(PackedLayer(layer))(x)
+    assert (found.double() - expected).norm() / expected.norm() < 1e-6
+
+
 def test_what_does_not_fit_int8_is_told_apart():
     x = torch.randn(20, 16)
     fits = lambda layer, **changes: Int8Linear.fits(quantized_layer(layer, QuantLinear, changes.get("bits", 8), True, "max", x))  # noqa: E731
     assert fits(nn.Linear(16, 8)) and not fits(nn.Linear(16, 9)) and not fits(nn.Linear(16, 8), bits=12)
+    far = quantized_layer(nn.Linear(16, 8), QuantLinear, 8, False, "mse", x.clamp(0, 1) + 1e4)
+    assert far.act_quantizer.zero_point.abs() > 1e6 and not Int8Linear.fits(far)  # its sums would leave int32
+    far.act_quantizer.zero_point.fill_(100.5)
+    assert not Int8Linear.fits(far)
     off = quantized_layer(nn.Linear(16, 8), QuantLinear, 8, True, "max", x)
     off.act_quantizer.enabled = False
     assert not Int8Linear.fits(off)

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import pickle
 import statistics
 import subprocess
 import sys
@@ -19,13 +20,15 @@ from ddim.family import PIXEL
 from ldm.config import load_config
 from ldm.family import LATENT
 from ldm.unet import UNetModel
+from qdiff import quantizers as Q
 from qdiff.calibration.dataset import Rows
 from qdiff.calibration.ranges import time_bounds
 from qdiff.calibration.run import calibrate
 from qdiff.config import CalibrationConfig, ConfigError, QuantConfig
 from qdiff.integer import engine, kernels
 from qdiff.integer.engine import prepare, to_integer, unavailable
-from qdiff.layers import QuantConv1d, QuantConv2d, QuantLinear, QuantMatMul
+from qdiff.integer.lazy import Lazy
+from qdiff.layers import ActQuantizer, QuantConv1d, QuantConv2d, QuantLinear, QuantMatMul
 from qdiff.model import Product
 
 here = pytest.mark.skipif(unavailable() is not None, reason=f"no integer engine here: {unavailable()}")
@@ -43,14 +46,17 @@ def operators(request, monkeypatch):
 
 
 def quantized_layer(layer: nn.Module, kind: type, bits: int, symmetric: bool, method: str, x: torch.Tensor, split: int = 0):
-    from qdiff import quantizers as Q
-
     quantized = kind(layer, bits, 8, symmetric, split).requires_grad_(False)
     quantized.init_weight_scales(method)
     for quantizer, part in zip(quantized.act_quantizers, quantized._parts(x), strict=True):
         quantizer.set_scale(*Q.find_scale(part, 8, symmetric=symmetric, method=method))
         quantizer.enabled = True
     return quantized
+
+
+def attention_product(symmetric: bool, sm_abit: int):
+    config = QuantConfig(quant_act=True, a_sym=symmetric, sm_abit=sm_abit)
+    return Product(("w", "v"), softmax="w", always_zero=True, follows_a_sym=False).build(config, None)
 
 
 def check(layer, x, tolerance=1e-6):
@@ -62,6 +68,7 @@ def check(layer, x, tolerance=1e-6):
 
 @here
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("method", ["max", "mse"])
@@ -81,6 +88,9 @@ def check(layer, x, tolerance=1e-6):
         ((12, 96), {"kernel_size": 3, "padding": 1, "bias": False}, 5, False),
         ((3, 16), {"kernel_size": 3, "padding": 1}, 0, False),
         ((16, 3), {"kernel_size": 3, "padding": 1}, 0, True),
+        ((12, 20), {"kernel_size": 3, "padding": "same", "dilation": 2}, 0, False),
+        ((12, 20), {"kernel_size": (4, 3), "padding": "same"}, 0, False),
+        ((12, 20), {"kernel_size": 3, "padding": "valid"}, 0, False),
     ],
 )
 def test_every_convolution_is_exact(operators, bits, symmetric, method, channels, geometry, split, positive):
@@ -107,15 +117,26 @@ def test_every_linear_layer_is_exact(operators, bits, symmetric):
 
 @here
 @torch.no_grad()
+@pytest.mark.parametrize(("outlier", "tolerance"), [(False, 1e-6), (True, 3e-6)])
+def test_wide_linear_layers_keep_what_weight_zero_points_leave(outlier, tolerance):
+    torch.manual_seed(0)
+    x = nn.functional.silu(torch.randn(16, 5120))
+    layer = nn.Linear(5120, 64)
+    if outlier:
+        layer.weight.data[:, 0] = 3 * layer.weight.abs().amax(1).data
+    layer = quantized_layer(layer, QuantLinear, 8, False, "max", x)
+    inputs = layer.act_quantizer(x)  # so that no value lies on the edge between two integers
+    check(layer, inputs, tolerance)
+
+
+@here
+@torch.no_grad()
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("sm_abit", [8, 16])
 def test_every_attention_product_is_exact(operators, symmetric, sm_abit):
     torch.manual_seed(0)
-    config = QuantConfig(quant_act=True, a_sym=symmetric, sm_abit=sm_abit)
-    product = Product(("w", "v"), softmax="w", always_zero=True, follows_a_sym=False).build(config, None)
+    product = attention_product(symmetric, sm_abit)
     a, b = torch.softmax(torch.randn(4, 19, 13) * 4, 2), torch.randn(4, 13, 8)
-    from qdiff import quantizers as Q
-
     for quantizer, x in zip(product.act_quantizers, (a, b), strict=True):
         quantizer.set_scale(*Q.find_scale(x, quantizer.n_bits, symmetric=quantizer.symmetric, always_zero=quantizer.always_zero))
         quantizer.enabled = True
@@ -241,6 +262,123 @@ def test_what_cannot_run_on_integers_stays_and_says_so(caplog, monkeypatch):
     assert prepare(simulated, "auto") is simulated and "VNNI" in caplog.text
 
 
+@here
+@torch.no_grad()
+def test_operations_in_place_reach_activations_between_products(operators):
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 5, 5)
+    layer = engine.IntegerConv2d(quantized_layer(nn.Conv2d(8, 6, 3, padding=1), QuantConv2d, 8, False, "mse", x))
+    plain, z = layer(x) + 0, torch.randn(2, 6, 5, 5)
+
+    def assign(y):
+        y[:, 1] = 0
+
+    def increase(y):
+        y += z
+
+    changes = [
+        lambda y: y.mul_(2),
+        lambda y: y.mul_(y),
+        lambda y: nn.functional.relu_(y),
+        lambda y: nn.functional.silu(y, inplace=True),
+        lambda y: torch.mul(y, 3, out=y),
+        lambda y: torch.add(z, y, out=y),
+        assign,
+        increase,
+    ]
+    for change in changes:
+        found, expected = layer(x), plain.clone()
+        silu = nn.functional.silu(found)  # shares the product with `found`
+        change(found)
+        change(expected)
+        assert isinstance(found, Lazy) and golden.relative_error(found + 0, expected) < 1e-6
+        assert golden.relative_error(silu + 0, nn.functional.silu(plain)) < 1e-6
+    found = layer(x)
+    assert found.mul_(2) is found
+    for total in (torch.add(found, other=z), torch.add(input=z, other=found), torch.add(found, z, out=torch.empty(0))):
+        assert torch.equal(total, found + z)
+    assert torch.equal(torch.mul(found, other=z), found * z)
+    with pytest.raises(RuntimeError, match="resize_"):
+        layer(x).resize_(3)
+
+
+@here
+@torch.no_grad()
+def test_the_result_of_a_network_is_an_ordinary_tensor(operators):
+    network = tiny.unet()
+    rows = tiny.rows(network)
+    integer = to_integer(calibrate(network, PIXEL, LINEAR, CalibrationConfig(), rows))
+    found = integer(*(part[:2] for part in rows.inputs))
+    assert type(found) is torch.Tensor and found.clamp_(0, 0).abs().max() == 0
+
+
+@here
+@torch.no_grad()
+def test_a_prepared_network_is_on_its_own(monkeypatch):
+    monkeypatch.setattr(engine, "NARROW", 0)
+    network = tiny.unet()
+    rows = tiny.rows(network)
+    inputs = tuple(part[:2] for part in rows.inputs)
+    simulated = calibrate(network, PIXEL, replace(LINEAR, sm_abit=16, time_bounds=time_bounds(rows, 2)), CalibrationConfig(), rows)
+    integer = prepare(simulated)
+    expected = integer(*inputs)
+    assert prepare(integer) is integer and to_integer(integer) is integer
+    copies = [copy.deepcopy(integer), pickle.loads(pickle.dumps(integer))]
+    simulated.double()
+    for found in (integer, *copies):
+        assert torch.equal(found(*inputs), expected)
+
+
+@here
+@torch.no_grad()
+def test_inputs_that_the_operators_cannot_take_are_simulated():
+    cases = [
+        (quantized_layer(nn.Linear(8, 6), QuantLinear, 4, False, "max", torch.randn(4, 8)), [torch.randn(4, 8)]),
+        (quantized_layer(nn.Conv1d(8, 6, 1), QuantConv1d, 4, False, "max", torch.randn(4, 8, 5)), [torch.randn(4, 8, 5)]),
+        (quantized_layer(nn.Conv2d(8, 6, 3), QuantConv2d, 4, False, "max", torch.randn(4, 8, 5, 5)), [torch.randn(4, 8, 5, 5)]),
+        (attention_product(True, 8), [torch.rand(4, 7, 8), torch.randn(4, 8, 5)]),
+    ]
+    for layer, inputs in cases:
+        integer = engine._INTEGER[type(layer)](layer)
+        empty = [x[:0] for x in inputs]
+        assert integer(*empty).shape == layer(*empty).shape
+        meta = integer.to("meta")(*(x.to("meta") for x in inputs))
+        assert meta.is_meta and meta.shape == copy.deepcopy(layer)(*(x.to("meta") for x in inputs)).shape
+    assert prepare(nn.Identity(), "auto").training
+
+
+@here
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [QuantConv2d, QuantLinear, QuantMatMul])
+def test_zero_points_whose_sums_leave_int32_are_simulated(kind):
+    torch.manual_seed(0)
+    shape = (2, 64, 6, 6) if kind is QuantConv2d else (2, 6, 512)
+    for x in (torch.rand(shape) + 1e4, torch.full(shape, 0.5)):
+        if kind is QuantMatMul:
+            layer = QuantMatMul({"q": ActQuantizer(8, False), "k": ActQuantizer(8, False)})
+            inputs = (x, x.transpose(1, 2) - x.mean())
+            for quantizer, part in zip(layer.act_quantizers, inputs, strict=True):
+                quantizer.set_scale(*Q.find_scale(part, 8, method="mse"))
+                quantizer.enabled = True
+        else:
+            inputs = (x,)
+            layer = nn.Conv2d(64, 8, 3) if kind is QuantConv2d else nn.Linear(512, 8)
+            layer = quantized_layer(layer, kind, 8, False, "mse", x)
+        assert torch.equal(engine._INTEGER[kind](layer)(*inputs), layer(*inputs))
+
+
+@here
+@torch.no_grad()
+def test_zero_points_far_out_are_exact(operators):
+    torch.manual_seed(0)
+    x = (torch.randint(0, 256, (2, 12, 5, 5)) + 100_000) / 64
+    layer = quantized_layer(nn.Conv2d(12, 8, 3, padding=1), QuantConv2d, 4, False, "max", x)
+    layer.act_quantizer.set_scale(torch.tensor(1 / 64), torch.tensor(-100_000.0))
+    integer = engine.IntegerConv2d(layer)
+    assert integer.usable
+    check(layer, x)
+
+
 ISA = """
 import sys, json, torch
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
@@ -268,6 +406,34 @@ def test_a_processor_without_vnni_falls_back_or_stays_exact():
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout) < 0.05  # saturation would give far more
+
+
+def test_a_user_without_a_home_folder_runs_without_compiled_operators(monkeypatch, caplog):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(kernels.Path, "home", home)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("CXX", sys.executable)  # never run
+    assert kernels.library.__wrapped__() is None and "home directory" in caplog.text
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mean", [0, 30, 1000, 100_000])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_group_statistics_are_those_of_float64(operators, mean, shifted):
+    torch.manual_seed(0)
+    data, coef = torch.randn(2, 150, 13), torch.randn(12) / 8
+    data[..., :12] += mean * (0.5 if shifted else 1)
+    shift = torch.randn(2, 12) + mean / 2 if shifted else None
+    rows = kernels.Rows(data, 2, 150, 12, 13, coef)
+    found = rows.stats(shift, 3, 1e-5)
+    values = data[..., :12].double() - coef.double() * data[..., 12:].double() + (shift.double()[:, None] if shifted else 0)
+    variance, expected = torch.var_mean(values.unflatten(2, (3, 4)), dim=(1, 3), unbiased=False)
+    scale = variance.sqrt()
+    # float32 itself holds values of this size to mean * 6e-8
+    assert ((found[0] - expected).abs() / scale).max() < 1e-6 + mean * 1.2e-7
+    assert (found[1] * (variance + 1e-5).sqrt() - 1).abs().max() < 1e-6 + mean * 1e-8
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Official checkpoint files, configurations and the text tower of the latent family."""
 
+import export
 import pytest
 import tiny_latent
 import torch
@@ -51,6 +52,12 @@ def test_ema_weights_are_used_where_the_configuration_says_so(tmp_path, caplog):
     del tensors[f"{EMA_PREFIX}out2weight"]
     with pytest.raises(CheckpointError, match="EMA weights are not complete"):
         LatentCheckpoint(saved(tmp_path, tensors), config).unet()
+
+
+def test_an_export_without_the_full_precision_file_says_so(text_model, tmp_path):
+    options = ["--config", str(text_model / "config.yaml"), "--cali_ckpt", "q.safetensors", "-o", str(tmp_path / "q.pth")]
+    with pytest.raises(ConfigError, match="--ckpt"):
+        export.main([*options, "--use_pretrained"])
 
 
 @pytest.mark.parametrize("name", ["other.ckpt", "other.safetensors"])

@@ -67,3 +67,7 @@ def test_what_onnx_cannot_hold_is_named(tmp_path):
         model = calibrate(network, PIXEL, QuantConfig(quant_act=True, quant_mode="linear", **change), CalibrationConfig(), rows)
         with pytest.raises(ConfigError, match=words):
             exportable(model)
+    model = calibrate(network, PIXEL, QuantConfig(8, quant_act=True, quant_mode="linear"), CalibrationConfig(), rows)
+    quant_layers(model)["mid.block_1.conv1"].weight_quantizer.zero_point[0] = -5e6  # as of a constant channel
+    with pytest.raises(ConfigError, match=r"mid\.block_1\.conv1: .* 16 bits"):
+        exportable(model)

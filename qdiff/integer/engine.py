@@ -3,11 +3,13 @@
 oneDNN's quantized operators ignore weight zero points, so they are taken out beforehand: the integers
 are fed as q - z where that fits int8 (always at 4 bits with a zero point in range). Otherwise as q - 128, and one more
 output channel, of ones, gives the sum over the receptive field that the rest, (128 - z) times it, is made of.
-Both are exact. Without VNNI the 8-bit operators saturate silently: then the simulation stays. Under autocast in bfloat16 what lies
-between the products is kept in it, and is no longer exact; products from which a sum is still to be taken stay float32.
+Sums of integers are exact; that rest is subtracted in float32. Without VNNI the 8-bit operators saturate silently: then the
+simulation stays. Under autocast in bfloat16 what lies between the products is kept in it, and is no longer exact;
+products from which a sum is still to be taken stay float32.
 """
 
 import copy
+import itertools
 import logging
 from functools import cache
 
@@ -16,9 +18,9 @@ from torch import Tensor, nn
 
 from qdiff import quantizers as Q
 from qdiff.config import ConfigError
-from qdiff.integer.gpu import Int8Linear, fuse_attention, to_packed
+from qdiff.integer.gpu import Int8Linear, PackedLayer, fuse_attention, to_packed
 from qdiff.integer.kernels import Rows
-from qdiff.integer.lazy import Lazy, Pending, group_norm, lazy
+from qdiff.integer.lazy import Lazy, Pending, group_norm, lazy, plain_output
 from qdiff.layers import ActQuantizer, QuantConv1d, QuantConv2d, QuantLayer, QuantLinear, QuantMatMul, WeightQuantizer
 
 log = logging.getLogger(__name__)
@@ -53,15 +55,17 @@ def prepare(model: nn.Module, engine: str = "auto") -> nn.Module:
 
     Args:
         model: the network, quantized or not, on its device. On CUDA every engine but `simulated` means packed weights (`gpu`).
+            One that is prepared already is returned as it is.
         engine: `simulated`: as it is. `integer`: products on integers. `auto`: integers where they are exact and fast, and a
-            log line that says what was chosen.
+            log line that says what was chosen. A NaN among the inputs of an integer product becomes a number: bytes have none.
 
     Raises:
         ConfigError: `integer` where it cannot run.
     """
-    if engine == "simulated":
+    if engine == "simulated" or _prepared(model):
         return model
-    if (kind := next(model.parameters()).device.type) == "cuda":
+    tensors = itertools.chain(model.parameters(), model.buffers(), [torch.zeros(0)])
+    if (kind := next(tensors).device.type) == "cuda":
         return _on_gpu(model, int8_products=engine == "integer")
     if engine == "auto" and not any(isinstance(module, QuantLayer) for module in model.modules()):
         return model
@@ -109,9 +113,18 @@ def _too_narrow(model: nn.Module) -> str | None:
     return f"{mean} weights a layer: integers are not faster below {NARROW}" if mean < NARROW else None
 
 
+def _prepared(model: nn.Module) -> bool:
+    return any(isinstance(module, _OnIntegers | PackedLayer | Int8Linear) for module in model.modules())
+
+
 def to_integer(model: nn.Module) -> nn.Module:
-    """A copy of a quantized network with integer products; parameters and scales are shared."""
-    shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    """A copy of a quantized network with integer products; integers and step sizes are shared, parameters are not.
+
+    A network that is prepared already is returned as it is.
+    """
+    if _prepared(model):
+        return model
+    shared = {id(tensor): tensor for tensor in model.buffers()}
     result = copy.deepcopy(model, shared).eval()
     for path, module in list(result.named_modules()):
         if isinstance(module, QuantLayer):
@@ -119,6 +132,7 @@ def to_integer(model: nn.Module) -> nn.Module:
         if type(module) in _INTEGER:
             parent, _, name = path.rpartition(".")
             setattr(result.get_submodule(parent), name, _INTEGER[type(module)](module))
+    result.register_forward_hook(plain_output)
     return result
 
 
@@ -131,6 +145,11 @@ def _between() -> torch.dtype:
 def _result(coef: Tensor | None) -> torch.dtype:
     """The type of a product: where a sum is taken out of it afterwards, bfloat16 would leave mostly its rounding."""
     return _between() if coef is None else torch.float32
+
+
+def _fits(x: Tensor) -> bool:
+    """Whether the operators can take an activation: on the CPU, no float64, not empty."""
+    return x.device.type == "cpu" and x.dtype != torch.float64 and x.numel() > 0
 
 
 def _usable(x: Tensor) -> Tensor:
@@ -152,6 +171,8 @@ class _Input:
         self.quantizer = quantizer
         self.offset = 128 if quantizer.symmetric else 0
         self.low, self.high = low, high
+        zeros = torch.zeros(()) if quantizer.symmetric or quantizer.always_zero else quantizer.zero_point
+        self.span = max(128, *((bound - zeros).abs().max().item() for bound in (low, high)))  # |q - zero point| at most
         self.fixed = None if quantizer.steps else self._of(quantizer.delta, quantizer.zero_point)
 
     def _of(self, delta: Tensor, zero_point: Tensor) -> tuple[float, int]:
@@ -164,6 +185,11 @@ class _Input:
             return self.fixed
         current = self.quantizer.steps.current
         return self._of(self.quantizer.delta[current], self.quantizer.zero_point[current])
+
+    def sums_fit(self, weight: "_Weight") -> bool:
+        """Whether no sum of a product with `weight` leaves int32; then zero points are exact in float32 too."""
+        largest = weight.integers.flatten(1).short().abs().sum(1).max().item()
+        return (self.span + 255) * max(largest, 128) < 2**31
 
     def mixed(self) -> bool:
         """Whether the rows belong to different time-step sets: then there is no one scale."""
@@ -201,36 +227,58 @@ class _Weight:
         self.scales = torch.cat([self.scales, torch.ones(1)])
 
     def bias(self, bias: Tensor | None) -> Tensor | None:
-        """With zeros for the channels that the layer does not have."""
-        if bias is None or len(bias) == len(self.scales):
-            return bias
-        return torch.nn.functional.pad(bias, (0, len(self.scales) - len(bias)))
+        """A copy in float32, with zeros for the channels that the layer does not have."""
+        return None if bias is None else torch.nn.functional.pad(bias.detach().float().clone(), (0, len(self.scales) - len(bias)))
 
 
 SLOW_MULTIPLE = 48  # oneDNN's convolutions block such numbers of output channels by 48, up to 7 times slower than one channel more
 
 
-class IntegerConv2d(nn.Module):
+class _OnIntegers(nn.Module):
+    """Stands for the layer `simulated`. A copy is made from a copy of that, because prepacked weights cannot be copied."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.simulated = layer
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.simulated,)
+
+
+def _padding(layer: QuantConv2d) -> list[int] | None:
+    """The padding of both sides in numbers; None for a `same` that pads one side more."""
+    padding = layer.geometry["padding"]
+    if padding == "valid":
+        return [0, 0]
+    if padding == "same":
+        both = [dilation * (size - 1) for dilation, size in zip(layer.geometry["dilation"], layer.shape[2:], strict=True)]
+        return None if any(total % 2 for total in both) else [total // 2 for total in both]
+    return list(padding)
+
+
+class IntegerConv2d(_OnIntegers):
     """A convolution of bytes with int8 weights; takes and gives lazy activations.
 
     A kernel of one pixel is a linear layer over the pixels, and two to seven times faster as one.
     """
 
     def __init__(self, layer: QuantConv2d) -> None:
-        super().__init__()
+        super().__init__(layer)
         geometry = layer.geometry
-        self.simulated = layer
         self.groups = geometry["groups"]
-        self.stride, self.padding, self.dilation = (list(geometry[name]) for name in ("stride", "padding", "dilation"))
+        self.stride, self.dilation = list(geometry["stride"]), list(geometry["dilation"])
+        self.padding = _padding(layer)
         self.split = layer.split
         one_pixel = layer.shape[2:] == (1, 1) and self.stride == [1, 1]
         self.pointwise = one_pixel and self.padding == [0, 0] and self.groups == 1
         self.inputs = [_Input(q) for q in layer.act_quantizers]
         weights = [_Weight(q) for q in layer.weight_quantizers]
-        self.exact = self.groups == 1 or not any(w.corrected for w in weights)  # a sum over all channels is none of a group
+        one_sum = self.groups == 1 or not any(w.corrected for w in weights)  # a sum over all channels is none of a group
+        sums_fit = all(i.sums_fit(weight) for i, weight in zip(self.inputs, weights, strict=True))
+        self.usable = one_sum and sums_fit and self.padding is not None
         self.out_channels = layer.shape[0]
         biases = [layer.bias, *[None] * (len(weights) - 1)]
-        self.parts = [self._part_of(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+        self.parts = [self._part_of(weight, bias) for weight, bias in zip(weights, biases, strict=True)] if self.usable else []
 
     def _part_of(self, weight: _Weight, bias: Tensor | None) -> tuple:
         if not self.pointwise and self.groups == 1 and len(weight.scales) % SLOW_MULTIPLE == 0:
@@ -245,7 +293,7 @@ class IntegerConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         source = lazy(x)
-        if source is None or not self.exact or any(i.mixed() for i in self.inputs):
+        if source is None or not self.usable or any(i.mixed() for i in self.inputs):
             return self.simulated(x if not isinstance(x, Lazy) else x.values())
         if not self.split:
             return self._product(source, source.rows, source.pending, 0)
@@ -280,9 +328,13 @@ class _Linear:
     def __init__(self, quantizer: WeightQuantizer, act: ActQuantizer, bias: Tensor | None) -> None:
         found = _Weight(quantizer)
         self.input, self.coef, self.scales, self.bias = _Input(act), found.coef, found.scales, found.bias(bias)
+        self.sums_fit = self.input.sums_fit(found)
         self.features = len(quantizer.integers)
         self.packed = torch.ops.onednn.qlinear_prepack(found.integers.flatten(1), None)
         self.zeros = torch.zeros(len(self.scales), dtype=torch.int32)
+
+    def takes(self, x: Tensor) -> bool:
+        return self.sums_fit and not self.input.mixed() and _fits(x)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [rows, K] float32 or bfloat16, contiguous."""
@@ -291,42 +343,39 @@ class _Linear:
         return y if self.coef is None else (y[:, : self.features] - self.coef * y[:, self.features :]).to(_between())
 
 
-class IntegerLinear(nn.Module):
+class IntegerLinear(_OnIntegers):
     def __init__(self, layer: QuantLinear) -> None:
-        super().__init__()
-        self.simulated = layer
+        super().__init__(layer)
         self.linear = None if layer.split else _Linear(layer.weight_quantizer, layer.act_quantizer, layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.linear is None or self.linear.input.mixed() or x.dtype == torch.float64:
+        if self.linear is None or not self.linear.takes(x):
             return self.simulated(x)
         return self.linear(_usable(x).reshape(-1, x.shape[-1]).contiguous()).reshape(*x.shape[:-1], -1)
 
 
-class IntegerConv1d(nn.Module):
+class IntegerConv1d(_OnIntegers):
     """A 1-D convolution of kernel size 1 as a product over the channels; others stay simulated."""
 
     def __init__(self, layer: QuantConv1d) -> None:
-        super().__init__()
-        self.simulated = layer
+        super().__init__(layer)
         g = layer.geometry
         pointwise = layer.shape[2] == 1 and g["stride"] == (1,) and g["padding"] in ((0,), "valid") and g["groups"] == 1
         usable = pointwise and not layer.split
         self.linear = _Linear(layer.weight_quantizer, layer.act_quantizer, layer.bias) if usable else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.linear is None or self.linear.input.mixed() or x.dtype == torch.float64:
+        if self.linear is None or not self.linear.takes(x):
             return self.simulated(x)
         n, c, tokens = x.shape
         return self.linear(_usable(x).transpose(1, 2).reshape(-1, c).contiguous()).reshape(n, tokens, -1).transpose(1, 2)
 
 
-class IntegerMatMul(nn.Module):
+class IntegerMatMul(_OnIntegers):
     """A product of two activations on int8; wider than 8 bits (16-bit softmax) it stays simulated."""
 
     def __init__(self, product: QuantMatMul) -> None:
-        super().__init__()
-        self.simulated = product
+        super().__init__(product)
         first, second = product.act_quantizers
         self.usable = first.n_bits <= 8 and second.n_bits <= 8
         self.inputs = (_Input(first), _Input(second))
@@ -335,13 +384,18 @@ class IntegerMatMul(nn.Module):
     def whole_batch(self) -> bool:
         return self.simulated.whole_batch
 
+    def _takes(self, a: Tensor, b: Tensor) -> bool:
+        # sum |p - zp| |q - zq| must stay below 2^31; that of bytes with zero points among them does up to K = 33,025
+        sums_fit = self.inputs[0].span * self.inputs[1].span * a.shape[-1] < 2**31
+        return self.usable and sums_fit and _fits(a) and _fits(b) and not any(i.mixed() for i in self.inputs) and a.dim() == 3
+
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        if not self.usable or a.dtype == torch.float64 or any(i.mixed() for i in self.inputs) or a.dim() != 3:
+        if not self._takes(a, b):
             return self.simulated(a, b)
         first, second = (self._bytes(i, _usable(x)) for i, x in zip(self.inputs, (a, b.transpose(1, 2)), strict=True))
         (p, delta_p, zero_p), (q, delta_q, zero_q) = first, second  # p [B, M, K], q [B, N, K]
         total = torch.stack([torch._int_mm(x, y.t()) for x, y in zip(p, q, strict=True)])
-        # sum (p - zp) (q - zq), in int32: 2^14 K stays below 2^31 for any K that occurs
+        # sum (p - zp) (q - zq), in int32
         if zero_q:
             total -= zero_q * p.sum(2, keepdim=True, dtype=torch.int32)
         if zero_p:

@@ -87,7 +87,7 @@ class PackedLayer(nn.Module):
 class Int8Linear(nn.Module):
     """A linear layer on `torch._int_mm`, exact in int32; inputs of 16 rows and less, which CUDA's cannot take, run as the packed layer.
 
-    y = delta_x delta_w (sum (q_x - z_x)(q_w - z_w)) + b, with both zero points taken out by sums over K.
+    y = delta_x delta_w (sum (q_x - z_x)(q_w - z_w)) + b, with both zero points taken out by sums over K, in int32.
     """
 
     MIN_ROWS = 17
@@ -96,7 +96,7 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.floating, self.packed = packed, packed.weights[0]
         self.act, self.bias = packed.layer.act_quantizer, packed.layer.bias
-        self.register_buffer("zero", self.packed.zero_point.flatten() - 128)
+        self.register_buffer("zero", self.packed.zero_point.flatten().to(torch.int32) - 128)
         self.register_buffer("scale", self.packed.delta.flatten())
         self.register_buffer("sums", self._weight().sum(1, dtype=torch.int32))  # [N]
 
@@ -111,7 +111,21 @@ class Int8Linear(nn.Module):
             return False
         act, weight = layer.act_quantizer, layer.weight_quantizer
         narrow = act.n_bits <= 8 and weight.n_bits <= 8 and act.enabled and act.steps is None
-        return narrow and layer.shape[0] % 8 == 0 and layer.shape[1] % 8 == 0
+        return narrow and layer.shape[0] % 8 == 0 and layer.shape[1] % 8 == 0 and Int8Linear._sums_fit(layer)
+
+    @staticmethod
+    def _sums_fit(layer: QuantLayer) -> bool:
+        """Whether zero points are whole numbers and such that no sum over K leaves int32."""
+        zeros = (Int8Linear._act_zero(layer.act_quantizer), layer.weight_quantizer.zero_point)
+        if not all(bool((zero == zero.round()).all()) for zero in zeros):
+            return False
+        # of bytes: the largest |q - z|, which is no less than |z - 128|
+        first, second = (127.5 + (zero.double() - 127.5).abs().max().item() for zero in zeros)
+        return first * second * layer.shape[1] < 2**31
+
+    @staticmethod
+    def _act_zero(act: ActQuantizer) -> Tensor:
+        return torch.zeros_like(act.delta) if act.symmetric or act.always_zero else act.zero_point
 
     def forward(self, x: Tensor) -> Tensor:
         act: ActQuantizer = self.act
@@ -119,13 +133,13 @@ class Int8Linear(nn.Module):
             return self.floating(x)
         flat = x.reshape(-1, x.shape[-1]).to(act.delta.dtype)
         low, high = Q.integer_range(act.n_bits, act.symmetric)
-        zero = torch.zeros_like(act.delta) if act.symmetric or act.always_zero else act.zero_point
+        zero = self._act_zero(act)
         shift = 0 if act.symmetric else 128
         q = (torch.clamp(torch.round(flat / act.delta) + zero, low, high) - shift).to(torch.int8)
-        zero_x = zero.reshape(()) - shift
-        total = torch._int_mm(q, self._weight().t()).to(act.delta.dtype)
-        total = total - zero_x * self.sums - self.zero * (q.sum(1, keepdim=True, dtype=torch.int32) - flat.shape[1] * zero_x)
-        y = total * (act.delta * self.scale)
+        zero_x = zero.reshape(()).to(torch.int32) - shift
+        total = torch._int_mm(q, self._weight().t()) - zero_x * self.sums
+        total -= self.zero * (q.sum(1, keepdim=True, dtype=torch.int32) - flat.shape[1] * zero_x)
+        y = total.to(act.delta.dtype) * (act.delta * self.scale)
         y = y if self.bias is None else y + self.bias
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         return y.to(dtype).unflatten(0, x.shape[:-1])

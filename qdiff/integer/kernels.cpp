@@ -73,14 +73,21 @@ inline const float* row(const T* from, int64_t c, const float* coef, const float
 }
 
 // mean and 1 / sqrt(variance + eps) of each group of channels of each image; shift [n][c] is added first.
+// Summed are differences from a value of the group, its first: squares of values far from 0 would cancel.
 template <typename T>
 void stats(const T* x, int64_t n, int64_t pixels, int64_t c, int64_t ld, const float* coef, const float* shift,
                  int64_t groups, double eps, float* mean, float* rstd, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < n; ++i) {
         std::vector<double> sum(c, 0.0), square(c, 0.0);
-        std::vector<float> s(c), q(c), zero(c, 0.0f);
-        const float* add = shift ? shift + i * c : zero.data();
+        std::vector<float> s(c), q(c), offset(c);
+        const int64_t width = c / groups;
+        const T* first = x + i * pixels * ld;
+        for (int64_t g = 0; g < c; g += width) {
+            const float start = first[g] - (coef ? coef[g] * first[c] : 0.0f);
+            for (int64_t k = g; k < g + width; ++k) offset[k] = shift ? shift[i * c + k] - (start + shift[i * c + g]) : -start;
+        }
+        const float* add = offset.data();
         for (int64_t from = 0; from < pixels; from += 32) {
             std::fill(s.begin(), s.end(), 0.0f);
             std::fill(q.begin(), q.end(), 0.0f);
@@ -109,16 +116,16 @@ void stats(const T* x, int64_t n, int64_t pixels, int64_t c, int64_t ld, const f
                 square[k] += q[k];
             }
         }
-        const int64_t width = c / groups;
         for (int64_t g = 0; g < groups; ++g) {
             double total = 0.0, squares = 0.0;
             for (int64_t k = g * width; k < (g + 1) * width; ++k) {
                 total += sum[k];
                 squares += square[k];
             }
-            const double count = static_cast<double>(width * pixels), m = total / count;
+            const double count = static_cast<double>(width * pixels), m = total / count;  // of the differences
+            const double pivot = (shift ? static_cast<double>(shift[i * c + g * width]) : 0.0) - offset[g * width];
             const double variance = squares / count - m * m;
-            mean[i * groups + g] = static_cast<float>(m);
+            mean[i * groups + g] = static_cast<float>(m + pivot);
             rstd[i * groups + g] = static_cast<float>(1.0 / std::sqrt((variance > 0.0 ? variance : 0.0) + eps));
         }
     }

@@ -31,14 +31,13 @@ def library() -> ctypes.CDLL | None:
         return None
     variants = [[*FLAGS, "-mprefer-vector-width=512", "-fopenmp"], [*FLAGS, "-fopenmp"], FLAGS]
     key = hashlib.sha256(SOURCE.read_bytes() + repr((compiler, variants, platform.machine(), _processor())).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "qdiff"
-    path = folder / f"kernels-{key}.so"
     try:
+        path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qdiff" / f"kernels-{key}.so"
         if not path.is_file():
             _compile(compiler, variants, path)
         _keep_memory()
         return ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: a user without a home folder
         log.warning("integer engine: %s: the pointwise work is not fused", str(error).splitlines()[0])
         return None
 
@@ -147,10 +146,10 @@ class Rows:
         return out
 
     def values(self, a: Tensor | None, b: Tensor | None, silu: bool, other: Tensor | None = None) -> Tensor:
-        """a * value + b (per image and channel), then SiLU, then plus `other` (of the same type): [n, pixels, channels]."""
+        """a * value + b (per image and channel), then SiLU, then plus `other` (of the same type): new [n, pixels, channels]."""
         if (compiled := self._compiled("values")) is None:
             x = self._mapped(a, b, silu)
-            return (x if other is None else x + other).to(self.data.dtype).contiguous()
+            return (x if other is None else x + other).to(self.data.dtype).clone(memory_format=torch.contiguous_format)
         out = torch.empty(self.n, self.pixels, self.channels, dtype=self.data.dtype)
         compiled(
             *self._geometry(),

@@ -2,7 +2,8 @@
 
 A network is written as norm, SiLU, convolution; run one by one each passes over the memory. A `Lazy` tensor
 only notes what is to be done, and the next quantization does all of it in one pass. Any other operation
-gets the values, so networks need not know.
+gets the values, so networks need not know; operations in place change the tensor itself (not through views of it).
+The network's result is an ordinary tensor (`plain_output`).
 """
 
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qdiff.integer.kernels import Rows
@@ -71,10 +72,45 @@ class Lazy(Tensor):
         if func in _METADATA:
             with _no_override():
                 return func(*args, **kwargs)
+        if _writes(func, kwargs):
+            return _write(func, args, kwargs)
         if (rule := _RULES.get(func)) is not None and (result := rule(*args, **kwargs)) is not None:
             return result
-        with _no_override():
-            return func(*map(_plain, args), **{name: _plain(value) for name, value in kwargs.items()})
+        return _on_values(func, args, kwargs)
+
+
+def _on_values(func: Callable, args: tuple, kwargs: dict) -> Any:
+    with _no_override():
+        return func(*map(_plain, args), **{name: _plain(value) for name, value in kwargs.items()})
+
+
+def _writes(func: Callable, kwargs: dict) -> bool:
+    """Whether an operation writes into its first argument, or into `out`."""
+    name = func.__name__.partition(".")[0]
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or name in ("__setitem__", "__set__") or bool(kwargs.get("inplace")) or kwargs.get("out") is not None
+
+
+def _write(func: Callable, args: tuple, kwargs: dict) -> Any:
+    """Run an operation that writes; a lazy tensor that it writes into holds the new values, with nothing pending."""
+    target = args[0] if args else kwargs["input"]
+    if kwargs.get("out") is not None:
+        target = kwargs["out"]
+    if not isinstance(target, Lazy):
+        return _on_values(func, args, kwargs)
+    values = target.values()
+    args = tuple(values if item is target else item for item in args)
+    result = _on_values(func, args, {name: values if item is target else item for name, item in kwargs.items()})
+    stored = lazy(values)
+    if stored is None or values.shape != target.shape4():
+        raise RuntimeError(f"{func.__name__}: shape and type of an activation between integer products cannot be changed in place")
+    target.rows, target.pending = stored.rows, stored.pending
+    return target if result is values else result
+
+
+def plain_output(_module: nn.Module, _inputs: tuple, output: Any) -> Any:
+    """Forward hook of a whole network: its result as an ordinary tensor."""
+    return _plain(output)
 
 
 def _plain(value: Any) -> Any:
@@ -105,8 +141,8 @@ def group_norm(x: Tensor, groups: int, weight: Tensor | None = None, bias: Tenso
     shift = source.pending.shift
     mean, rstd = source.rows.stats(None if shift is None else shift.contiguous(), groups, eps)
     width = weight.numel() // groups
-    a = rstd.repeat_interleave(width, dim=1) * weight
-    b = bias - mean.repeat_interleave(width, dim=1) * a
+    a = rstd.repeat_interleave(width, dim=1) * weight.float()
+    b = bias.float() - mean.repeat_interleave(width, dim=1) * a
     return source.then(replace(source.pending, a=a, b=b))
 
 
@@ -125,10 +161,10 @@ def _per_channel(value: Any, shape: torch.Size) -> Tensor | None:
     return None
 
 
-def _add(first: Any, second: Any, *, alpha: float = 1) -> Tensor | None:
+def _add(input: Any, other: Any, *, alpha: float = 1, out: None = None) -> Tensor | None:
     if alpha != 1:
         return None
-    x, other = (first, second) if isinstance(first, Lazy) else (second, first)
+    x, other = (input, other) if isinstance(input, Lazy) else (other, input)
     if not isinstance(other, Tensor):
         return None
     if (shift := _per_channel(other, x.shape4())) is not None and not x.pending.silu:
@@ -142,8 +178,8 @@ def _add(first: Any, second: Any, *, alpha: float = 1) -> Tensor | None:
     return x.values(other.to(x.rows.data.dtype))
 
 
-def _mul(first: Any, second: Any) -> Tensor | None:
-    x, other = (first, second) if isinstance(first, Lazy) else (second, first)
+def _mul(input: Any, other: Any, *, out: None = None) -> Tensor | None:
+    x, other = (input, other) if isinstance(input, Lazy) else (other, input)
     scale = _per_channel(other, x.shape4())
     if scale is None or x.pending.silu or x.pending.a is None:
         return None
