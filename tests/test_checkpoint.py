@@ -126,6 +126,7 @@ def test_truncation_is_noticed(files, name):
         load_published(folder / name, BUILD, PIXEL, quant) if name.endswith("pth") else load_packed(folder / name)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_damaged_legacy_files_are_named(tmp_path):
     """Pickles beside raw storages, as PyTorch before 1.6 wrote them: every damage is one error or goes unnoticed."""
     torch.save({"a": torch.ones(20, 3), "b": torch.arange(5)}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)

@@ -13,7 +13,7 @@ from torch import nn
 from ddim.family import PIXEL
 from qdiff.calibration.run import calibrate
 from qdiff.config import CalibrationConfig, ConfigError
-from qdiff.integer.engine import _on_gpu
+from qdiff.integer.engine import _on_gpu, prepare
 from qdiff.integer.gpu import Int8Linear, PackedLayer, fuse_attention, to_packed
 from qdiff.layers import MatMul, QuantConv2d, QuantLinear
 
@@ -91,6 +91,7 @@ def test_whole_networks_are_the_simulation(kind, tmp_path):
     before = {path: tensor.clone() for path, tensor in network.state_dict().items()}
     packed = to_packed(network, int8_products=False)
     assert torch.equal(packed(*inputs), expected)
+    assert prepare(packed) is packed and torch.equal(copy.deepcopy(packed)(*inputs), expected)
     assert all(torch.equal(before[path], tensor) for path, tensor in network.state_dict().items())  # the original is untouched
     chosen = _on_gpu(network, int8_products=True)
     assert torch.allclose(chosen(*inputs), expected, rtol=0.05, atol=0.05 * expected.abs().max().item())

@@ -344,7 +344,11 @@ def test_inputs_that_the_operators_cannot_take_are_simulated():
         assert integer(*empty).shape == layer(*empty).shape
         meta = integer.to("meta")(*(x.to("meta") for x in inputs))
         assert meta.is_meta and meta.shape == copy.deepcopy(layer)(*(x.to("meta") for x in inputs)).shape
-    assert prepare(nn.Identity(), "auto").training
+
+
+def test_a_network_without_parameters_is_returned():
+    network = nn.Identity()
+    assert prepare(network) is network
 
 
 @here
