@@ -427,12 +427,12 @@ def test_a_user_without_a_home_folder_runs_without_compiled_operators(monkeypatc
 @pytest.mark.parametrize("shifted", [False, True])
 def test_group_statistics_are_those_of_float64(operators, mean, shifted):
     torch.manual_seed(0)
-    data, coef = torch.randn(2, 150, 13), torch.randn(12) / 8
+    data, coef, sums = torch.randn(2, 150, 13), torch.randn(12) / 8, torch.randn(2, 150)
     data[..., :12] += mean * (0.5 if shifted else 1)
     shift = torch.randn(2, 12) + mean / 2 if shifted else None
-    rows = kernels.Rows(data, 2, 150, 12, 13, coef)
+    rows = kernels.Rows(data, 2, 150, 12, 13, coef, sums)
     found = rows.stats(shift, 3, 1e-5)
-    values = data[..., :12].double() - coef.double() * data[..., 12:].double() + (shift.double()[:, None] if shifted else 0)
+    values = data[..., :12].double() - coef.double() * sums[..., None].double() + (shift.double()[:, None] if shifted else 0)
     variance, expected = torch.var_mean(values.unflatten(2, (3, 4)), dim=(1, 3), unbiased=False)
     scale = variance.sqrt()
     # float32 itself holds values of this size to mean * 6e-8
@@ -446,18 +446,20 @@ def test_operators_without_a_compiler_are_the_same(dtype):
     if kernels.library() is None:
         pytest.skip("no C++ compiler")
     torch.manual_seed(0)
-    data, coef = torch.randn(2, 35, 13).to(dtype), torch.randn(12)
-    rows = kernels.Rows(data, 2, 35, 12, 13, coef)
+    data, coef, sums = torch.randn(2, 35, 13).to(dtype), torch.randn(12), torch.randn(2, 35)
+    rows = kernels.Rows(data, 2, 35, 12, 13, coef, sums)
     shift, a, b, other = torch.randn(2, 12), torch.rand(2, 12), torch.randn(2, 12), torch.randn(2, 35, 12).to(dtype)
     compiled = [*rows.stats(shift, 4, 1e-5), rows.values(a, b, True, other), rows.values(None, None, False)]
-    bytes_compiled = rows.quantize(a, b, True, 0.05, -128, 127, 128)
+    bytes_compiled, sums_compiled = rows.quantize(a, b, True, 0.05, -128, 127, 128)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "library", lambda: None)
         plain = [*rows.stats(shift, 4, 1e-5), rows.values(a, b, True, other), rows.values(None, None, False)]
-        bytes_plain = rows.quantize(a, b, True, 0.05, -128, 127, 128)
+        bytes_plain, sums_plain = rows.quantize(a, b, True, 0.05, -128, 127, 128)
     for found, expected in zip(compiled, plain, strict=True):
         # bfloat16: a few results lie on the edge between two
         assert found.dtype == expected.dtype
         assert golden.relative_error(found.float(), expected.float()) < (1e-6 if found.dtype == torch.float32 else 1e-4)
     assert (bytes_compiled.int() - bytes_plain.int()).abs().max() <= 1
     assert (bytes_compiled != bytes_plain).float().mean() < 0.001
+    assert torch.equal(sums_compiled, bytes_compiled.sum(2, dtype=torch.int32))
+    assert torch.equal(sums_plain, bytes_plain.sum(2, dtype=torch.int32))

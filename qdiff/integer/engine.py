@@ -1,8 +1,8 @@
 """The integer engine on CPU: a quantized network whose products run on int8 operators.
 
 oneDNN's quantized operators ignore weight zero points, so they are taken out beforehand: the integers
-are fed as q - z where that fits int8 (always at 4 bits with a zero point in range). Otherwise as q - 128, and one more
-output channel, of ones, gives the sum over the receptive field that the rest, (128 - z) times it, is made of.
+are fed as q - z where that fits int8 (always at 4 bits with a zero point in range). Otherwise as q - 128; the rest is
+(128 - z) times the sum of the inputs over the receptive field, which the quantization of the inputs gives along the way.
 Sums of integers are exact; that rest is subtracted in float32. Without VNNI the 8-bit operators saturate silently: then the
 simulation stays. Under autocast in bfloat16 what lies between the products is kept in it, and is no longer exact;
 products from which a sum is still to be taken stay float32.
@@ -12,9 +12,11 @@ import copy
 import itertools
 import logging
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from qdiff import quantizers as Q
 from qdiff.config import ConfigError
@@ -195,13 +197,26 @@ class _Input:
         """Whether the rows belong to different time-step sets: then there is no one scale."""
         return self.fixed is None and not isinstance(self.quantizer.steps.current, int)
 
-    def quantize(self, rows: Rows, pending: Pending) -> tuple[Tensor, float, int]:
-        """Bytes [n, pixels, c] of the values after the pending work, their scale and zero point."""
+    def quantize(self, rows: Rows, pending: Pending) -> "_Bytes":
+        """The values after the pending work as bytes."""
         delta, zero = self.scale()
         # clamp(round(x / delta) + z, low, high) = clamp(round(x / delta), low - z, high - z) + z
         a, b = pending.affine()
-        q = rows.quantize(a, b, pending.silu, delta, self.low - zero, self.high - zero, zero + self.offset)
-        return q, delta, zero + self.offset
+        q, sums = rows.quantize(a, b, pending.silu, delta, self.low - zero, self.high - zero, zero + self.offset)
+        return _Bytes(q, delta, zero + self.offset, sums)
+
+
+class _Bytes(NamedTuple):
+    """Bytes [n, pixels, c], their scale and zero point, and their sums [n, pixels] in int32."""
+
+    q: Tensor
+    delta: float
+    zero: int
+    sums: Tensor
+
+    def centered(self) -> Tensor:
+        """The sums without the zero point."""
+        return self.sums - self.q.shape[2] * self.zero
 
 
 class _Weight:
@@ -215,11 +230,9 @@ class _Weight:
         if not self.corrected:
             self.integers, self.coef = exact.to(torch.int8), None
             return
-        ones = torch.ones_like(quantizer.integers[:1], dtype=torch.int8)
-        self.integers = torch.cat([(quantizer.integers.int() - 128).to(torch.int8), ones])
+        self.integers = (quantizer.integers.int() - 128).to(torch.int8)
         # y = scale * (sum (q - 128) x - (z - 128) sum x)
         self.coef = (self.scales.double() * (z.flatten() - 128)).float()
-        self.scales = torch.cat([self.scales, torch.ones(1)])
 
     def add_channel(self) -> None:
         """One more output channel, of zeros."""
@@ -277,6 +290,7 @@ class IntegerConv2d(_OnIntegers):
         sums_fit = all(i.sums_fit(weight) for i, weight in zip(self.inputs, weights, strict=True))
         self.usable = one_sum and sums_fit and self.padding is not None
         self.out_channels = layer.shape[0]
+        self.ones = torch.ones(1, 1, *layer.shape[2:], dtype=torch.float64)
         biases = [layer.bias, *[None] * (len(weights) - 1)]
         self.parts = [self._part_of(weight, bias) for weight, bias in zip(weights, biases, strict=True)] if self.usable else []
 
@@ -297,29 +311,34 @@ class IntegerConv2d(_OnIntegers):
             return self.simulated(x if not isinstance(x, Lazy) else x.values())
         if not self.split:
             return self._product(source, source.rows, source.pending, 0)
-        values = source.values()  # [N, C, H, W] in channels_last memory: a half is a range of columns
-        n, c, h, w = values.shape
+        values = source.read()  # [N, C, H, W] in channels_last memory: a half is a range of columns
+        n, _, h, w = values.shape
         first, second = (
-            self._product(part, Rows(part, n, h * w, part.shape[1], c), Pending(), index)
+            self._product(part, Rows(part, n, h * w, part.shape[1], values.stride(3)), Pending(), index)
             for index, part in enumerate((values[:, : self.split], values[:, self.split :]))
         )
         return first + second
 
     def _product(self, shaped: Tensor, rows: Rows, pending: Pending, index: int) -> Tensor:
         n, c, h, w = shaped.shape
-        q, delta, zero = self.inputs[index].quantize(rows, pending)
+        x = self.inputs[index].quantize(rows, pending)
         packed, scales, zeros, bias, coef = self.parts[index]
-        dtype = _result(coef)
         if self.pointwise:
-            y = _qlinear(q.view(n * h * w, c), delta, zero, packed, scales, zeros, bias, dtype)
+            y = _qlinear(x.q.view(n * h * w, c), x.delta, x.zero, packed, scales, zeros, bias, _result(coef))
             y = y.view(n, h, w, -1).permute(0, 3, 1, 2)
-            return Lazy.of(y[:, : self.out_channels], Rows(y, n, h * w, self.out_channels, y.shape[1], coef), Pending())
-        q = q.view(n, h, w, c).permute(0, 3, 1, 2)
-        geometry = (self.stride, self.padding, self.dilation, self.groups)
-        y = torch.ops.onednn.qconv2d_pointwise(q, delta, zero, packed, scales, zeros, bias, *geometry, 1.0, 0, dtype, "none", [], "")
-        y = y.contiguous(memory_format=torch.channels_last)
+        else:
+            q = x.q.view(n, h, w, c).permute(0, 3, 1, 2)
+            form = (self.stride, self.padding, self.dilation, self.groups, 1.0, 0, _result(coef), "none", [], "")
+            y = torch.ops.onednn.qconv2d_pointwise(q, x.delta, x.zero, packed, scales, zeros, bias, *form)
+            y = y.contiguous(memory_format=torch.channels_last)
         _, wide, height, width = y.shape
-        return Lazy.of(y[:, : self.out_channels], Rows(y, n, height * width, self.out_channels, wide, coef), Pending())
+        sums = None if coef is None else self._receptive(x.centered().view(n, 1, h, w)).mul_(x.delta).float().view(n, height * width)
+        return Lazy.of(y[:, : self.out_channels], Rows(y, n, height * width, self.out_channels, wide, coef, sums), Pending())
+
+    def _receptive(self, sums: Tensor) -> Tensor:
+        """Sums over the channels [n, 1, h, w] to sums over the receptive fields [n, 1, height, width], in float64."""
+        sums = sums.double()
+        return sums if self.pointwise else F.conv2d(sums, self.ones, None, self.stride, self.padding, self.dilation)
 
 
 class _Linear:
@@ -329,7 +348,6 @@ class _Linear:
         found = _Weight(quantizer)
         self.input, self.coef, self.scales, self.bias = _Input(act), found.coef, found.scales, found.bias(bias)
         self.sums_fit = self.input.sums_fit(found)
-        self.features = len(quantizer.integers)
         self.packed = torch.ops.onednn.qlinear_prepack(found.integers.flatten(1), None)
         self.zeros = torch.zeros(len(self.scales), dtype=torch.int32)
 
@@ -338,9 +356,9 @@ class _Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [rows, K] float32 or bfloat16, contiguous."""
-        q, delta, zero = self.input.quantize(Rows(x, 1, len(x), x.shape[1], x.shape[1]), Pending())
-        y = _qlinear(q[0], delta, zero, self.packed, self.scales, self.zeros, self.bias, _result(self.coef))
-        return y if self.coef is None else (y[:, : self.features] - self.coef * y[:, self.features :]).to(_between())
+        x = self.input.quantize(Rows(x, 1, len(x), x.shape[1], x.shape[1]), Pending())
+        y = _qlinear(x.q[0], x.delta, x.zero, self.packed, self.scales, self.zeros, self.bias, _result(self.coef))
+        return y if self.coef is None else y.addcmul_(x.centered().view(-1, 1) * x.delta, self.coef, value=-1).to(_between())
 
 
 class IntegerLinear(_OnIntegers):
@@ -392,21 +410,20 @@ class IntegerMatMul(_OnIntegers):
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         if not self._takes(a, b):
             return self.simulated(a, b)
-        first, second = (self._bytes(i, _usable(x)) for i, x in zip(self.inputs, (a, b.transpose(1, 2)), strict=True))
-        (p, delta_p, zero_p), (q, delta_q, zero_q) = first, second  # p [B, M, K], q [B, N, K]
-        total = torch.stack([torch._int_mm(x, y.t()) for x, y in zip(p, q, strict=True)])
+        p, q = (self._bytes(i, _usable(x)) for i, x in zip(self.inputs, (a, b.transpose(1, 2)), strict=True))  # [B, M, K], [B, N, K]
+        total = torch.stack([torch._int_mm(x, y.t()) for x, y in zip(p.q, q.q, strict=True)])
         # sum (p - zp) (q - zq), in int32
-        if zero_q:
-            total -= zero_q * p.sum(2, keepdim=True, dtype=torch.int32)
-        if zero_p:
-            total -= zero_p * (q.sum(2, dtype=torch.int32)[:, None] - p.shape[2] * zero_q)
-        return total.float().mul_(delta_p * delta_q).to(_between())
+        if q.zero:
+            total -= q.zero * p.sums[:, :, None]
+        if p.zero:
+            total -= p.zero * q.centered()[:, None]
+        return total.float().mul_(p.delta * q.delta).to(_between())
 
-    def _bytes(self, source: _Input, x: Tensor) -> tuple[Tensor, float, int]:
+    def _bytes(self, source: _Input, x: Tensor) -> _Bytes:
         x = x.contiguous()
         n, rows, k = x.shape
-        q, delta, zero = source.quantize(Rows(x, n, rows, k, k), Pending())
-        return (q ^ 128).view(torch.int8), delta, zero - 128  # u8 - 128 is i8
+        q, delta, zero, sums = source.quantize(Rows(x, n, rows, k, k), Pending())
+        return _Bytes((q ^ 128).view(torch.int8), delta, zero - 128, sums - 128 * k)  # u8 - 128 is i8
 
 
 class LazyGroupNorm(nn.Module):

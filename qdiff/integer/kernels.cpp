@@ -1,6 +1,6 @@
 // The pointwise work between integer products, fused: what a GroupNorm, SiLU, an addition and a quantization
-// would each do in a pass of its own. Activations lie as [n][pixels][ld] floats or bfloat16s, channels innermost (channels_last);
-// channel c of a row may follow the c real ones and hold the sum that a weight zero point is corrected with.
+// would each do in a pass of its own. Activations lie as [n][pixels][ld] floats or bfloat16s, channels innermost (channels_last).
+// Where there is a coef [c], coef times the number of the pixel in sums [n][pixels] is subtracted first (weight zero points).
 // Compiled without any header of PyTorch; called through ctypes.
 #include <algorithm>
 #include <cmath>
@@ -48,7 +48,7 @@ inline void store(float value, bfloat16* to) {  // to the nearest, ties to even
 
 // One row of values: x, corrected, then as a * value + b, then SiLU. The result, maybe x itself; out holds c floats.
 template <typename T>
-inline const float* row(const T* from, int64_t c, const float* coef, const float* a, const float* b, bool silu, float* out) {
+inline const float* row(const T* from, int64_t c, const float* coef, float sum, const float* a, const float* b, bool silu, float* out) {
     const float* x;
     if constexpr (std::is_same_v<T, float>) {
         x = from;
@@ -57,8 +57,7 @@ inline const float* row(const T* from, int64_t c, const float* coef, const float
         x = out;
     }
     if (coef) {
-        const float s = from[c];
-        for (int64_t i = 0; i < c; ++i) out[i] = x[i] - coef[i] * s;
+        for (int64_t i = 0; i < c; ++i) out[i] = x[i] - coef[i] * sum;
         x = out;
     }
     if (a) {
@@ -75,8 +74,8 @@ inline const float* row(const T* from, int64_t c, const float* coef, const float
 // mean and 1 / sqrt(variance + eps) of each group of channels of each image; shift [n][c] is added first.
 // Summed are differences from a value of the group, its first: squares of values far from 0 would cancel.
 template <typename T>
-void stats(const T* x, int64_t n, int64_t pixels, int64_t c, int64_t ld, const float* coef, const float* shift,
-                 int64_t groups, double eps, float* mean, float* rstd, int threads) {
+void stats(const T* x, int64_t n, int64_t pixels, int64_t c, int64_t ld, const float* coef, const float* sums, const float* shift,
+           int64_t groups, double eps, float* mean, float* rstd, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < n; ++i) {
         std::vector<double> sum(c, 0.0), square(c, 0.0);
@@ -84,7 +83,7 @@ void stats(const T* x, int64_t n, int64_t pixels, int64_t c, int64_t ld, const f
         const int64_t width = c / groups;
         const T* first = x + i * pixels * ld;
         for (int64_t g = 0; g < c; g += width) {
-            const float start = first[g] - (coef ? coef[g] * first[c] : 0.0f);
+            const float start = first[g] - (coef ? coef[g] * sums[i * pixels] : 0.0f);
             for (int64_t k = g; k < g + width; ++k) offset[k] = shift ? shift[i * c + k] - (start + shift[i * c + g]) : -start;
         }
         const float* add = offset.data();
@@ -94,19 +93,19 @@ void stats(const T* x, int64_t n, int64_t pixels, int64_t c, int64_t ld, const f
             const int64_t to = from + 32 < pixels ? from + 32 : pixels;
             for (int64_t p = from; p < to; ++p) {
                 const T* in = x + (i * pixels + p) * ld;
-                const float z = coef ? static_cast<float>(in[c]) : 0.0f;
-                float* sums = s.data();
+                const float z = coef ? sums[i * pixels + p] : 0.0f;
+                float* values = s.data();
                 float* squares = q.data();
                 if (coef) {
                     for (int64_t k = 0; k < c; ++k) {
                         const float value = in[k] - coef[k] * z + add[k];
-                        sums[k] += value;
+                        values[k] += value;
                         squares[k] += value * value;
                     }
                 } else {
                     for (int64_t k = 0; k < c; ++k) {
                         const float value = in[k] + add[k];
-                        sums[k] += value;
+                        values[k] += value;
                         squares[k] += value * value;
                     }
                 }
@@ -131,37 +130,45 @@ void stats(const T* x, int64_t n, int64_t pixels, int64_t c, int64_t ld, const f
     }
 }
 
-// Rows of values as integers: clamp(round(value / delta) + zero, low, high) + offset, as bytes.
+// Rows of values as integers: clamp(round(value / delta) + zero, low, high) + offset, as bytes; and the sum of each row's bytes.
 template <typename T>
-void quantize(const T* x, int64_t n, int64_t pixels, int64_t c, int64_t ld, const float* coef, const float* a,
-                    const float* b, int silu, float delta, float low, float high, float offset, uint8_t* out, int threads) {
+void quantize(const T* x, int64_t n, int64_t pixels, int64_t c, int64_t ld, const float* coef, const float* sums, const float* a,
+              const float* b, int silu, float delta, float low, float high, float offset, uint8_t* out, int32_t* totals, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < n; ++i) {
         std::vector<float> v(c);
         for (int64_t p = 0; p < pixels; ++p) {
-            const float* values = row(x + (i * pixels + p) * ld, c, coef, a ? a + i * c : nullptr, b ? b + i * c : nullptr, silu, v.data());
-            uint8_t* to = out + (i * pixels + p) * c;
+            const int64_t pixel = i * pixels + p;
+            const float* values = row(x + pixel * ld, c, coef, coef ? sums[pixel] : 0.0f, a ? a + i * c : nullptr, b ? b + i * c : nullptr,
+                                      silu, v.data());
+            uint8_t* to = out + pixel * c;
+            int32_t total = 0;
             for (int64_t k = 0; k < c; ++k) {
                 float q = std::rint(values[k] / delta);
                 q = q < low ? low : (q > high ? high : q);
-                to[k] = static_cast<uint8_t>(static_cast<int32_t>(q + offset));
+                const int32_t byte = static_cast<int32_t>(q + offset);
+                to[k] = static_cast<uint8_t>(byte);
+                total += byte;
             }
+            if (totals) totals[pixel] = total;
         }
     }
 }
 
 // Rows of values, with another activation [n][pixels][c] added where there is one.
 template <typename T>
-void values(const T* x, int64_t n, int64_t pixels, int64_t c, int64_t ld, const float* coef, const float* a, const float* b, int silu,
-            const T* other, T* out, int threads) {
+void values(const T* x, int64_t n, int64_t pixels, int64_t c, int64_t ld, const float* coef, const float* sums, const float* a,
+            const float* b, int silu, const T* other, T* out, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < n; ++i) {
         std::vector<float> v(c);
         for (int64_t p = 0; p < pixels; ++p) {
-            const float* in = row(x + (i * pixels + p) * ld, c, coef, a ? a + i * c : nullptr, b ? b + i * c : nullptr, silu, v.data());
-            T* to = out + (i * pixels + p) * c;
+            const int64_t pixel = i * pixels + p;
+            const float* in = row(x + pixel * ld, c, coef, coef ? sums[pixel] : 0.0f, a ? a + i * c : nullptr, b ? b + i * c : nullptr,
+                                  silu, v.data());
+            T* to = out + pixel * c;
             if (other) {
-                const T* from = other + (i * pixels + p) * c;
+                const T* from = other + pixel * c;
                 for (int64_t k = 0; k < c; ++k) store(in[k] + from[k], to + k);
             } else {
                 for (int64_t k = 0; k < c; ++k) store(in[k], to + k);
@@ -173,18 +180,18 @@ void values(const T* x, int64_t n, int64_t pixels, int64_t c, int64_t ld, const 
 }  // namespace
 
 #define QDIFF_OPERATORS(T, SUFFIX)                                                                                                     \
-    void qdiff_stats_##SUFFIX(const T* x, int64_t n, int64_t pixels, int64_t c, int64_t ld, const float* coef, const float* shift,      \
-                              int64_t groups, double eps, float* mean, float* rstd, int threads) {                                     \
-        stats(x, n, pixels, c, ld, coef, shift, groups, eps, mean, rstd, threads);                                                     \
+    void qdiff_stats_##SUFFIX(const T* x, int64_t n, int64_t pixels, int64_t c, int64_t ld, const float* coef, const float* sums,       \
+                              const float* shift, int64_t groups, double eps, float* mean, float* rstd, int threads) {                 \
+        stats(x, n, pixels, c, ld, coef, sums, shift, groups, eps, mean, rstd, threads);                                               \
     }                                                                                                                                  \
-    void qdiff_quantize_##SUFFIX(const T* x, int64_t n, int64_t pixels, int64_t c, int64_t ld, const float* coef, const float* a,       \
-                                 const float* b, int silu, float delta, float low, float high, float offset, uint8_t* out,             \
-                                 int threads) {                                                                                        \
-        quantize(x, n, pixels, c, ld, coef, a, b, silu, delta, low, high, offset, out, threads);                                       \
+    void qdiff_quantize_##SUFFIX(const T* x, int64_t n, int64_t pixels, int64_t c, int64_t ld, const float* coef, const float* sums,    \
+                                 const float* a, const float* b, int silu, float delta, float low, float high, float offset,           \
+                                 uint8_t* out, int32_t* totals, int threads) {                                                         \
+        quantize(x, n, pixels, c, ld, coef, sums, a, b, silu, delta, low, high, offset, out, totals, threads);                         \
     }                                                                                                                                  \
-    void qdiff_values_##SUFFIX(const T* x, int64_t n, int64_t pixels, int64_t c, int64_t ld, const float* coef, const float* a,         \
-                               const float* b, int silu, const T* other, T* out, int threads) {                                        \
-        values(x, n, pixels, c, ld, coef, a, b, silu, other, out, threads);                                                            \
+    void qdiff_values_##SUFFIX(const T* x, int64_t n, int64_t pixels, int64_t c, int64_t ld, const float* coef, const float* sums,      \
+                               const float* a, const float* b, int silu, const T* other, T* out, int threads) {                        \
+        values(x, n, pixels, c, ld, coef, sums, a, b, silu, other, out, threads);                                                      \
     }
 
 extern "C" {

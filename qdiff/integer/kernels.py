@@ -84,15 +84,18 @@ def _int(value: int) -> ctypes.c_int64:
 class Rows:
     """Activations as the operators see them: [n, pixels, channels], float32 or bfloat16, with `ld` values from pixel to pixel.
 
-    All work is done in float32. coef [channels]: multiplied by the value in column `channels` of a row, it is subtracted
+    All work is done in float32. coef [channels], with sums [n, pixels]: their product is subtracted from each value
     (weight zero points).
     """
 
-    def __init__(self, data: Tensor, n: int, pixels: int, channels: int, ld: int, coef: Tensor | None = None) -> None:
-        self.data, self.n, self.pixels, self.channels, self.ld, self.coef = data, n, pixels, channels, ld, coef
+    def __init__(
+        self, data: Tensor, n: int, pixels: int, channels: int, ld: int, coef: Tensor | None = None, sums: Tensor | None = None
+    ) -> None:
+        self.data, self.n, self.pixels, self.channels, self.ld, self.coef, self.sums = data, n, pixels, channels, ld, coef, sums
 
     def _geometry(self) -> tuple:
-        return (_pointer(self.data), _int(self.n), _int(self.pixels), _int(self.channels), _int(self.ld), _pointer(self.coef))
+        sizes = map(_int, (self.n, self.pixels, self.channels, self.ld))
+        return (_pointer(self.data), *sizes, _pointer(self.coef), _pointer(self.sums))
 
     def _compiled(self, name: str) -> Callable[..., None] | None:
         """The operator for this type of activations."""
@@ -100,10 +103,8 @@ class Rows:
 
     def plain(self) -> Tensor:
         """[n, pixels, channels] in float32, corrected."""
-        width = self.channels + (self.coef is not None)
-        full = self.data.as_strided((self.n, self.pixels, width), (self.pixels * self.ld, self.ld, 1)).float()
-        x = full[..., : self.channels]
-        return x if self.coef is None else x - self.coef * full[..., self.channels :][..., :1]
+        x = self.data.as_strided((self.n, self.pixels, self.channels), (self.pixels * self.ld, self.ld, 1)).float()
+        return x if self.coef is None else x - self.coef * self.sums[..., None]
 
     def _mapped(self, a: Tensor | None, b: Tensor | None, silu: bool) -> Tensor:
         """`values` in float32, without a compiler."""
@@ -128,11 +129,15 @@ class Rows:
         )
         return mean, rstd
 
-    def quantize(self, a: Tensor | None, b: Tensor | None, silu: bool, delta: float, low: float, high: float, offset: float) -> Tensor:
-        """Bytes [n, pixels, channels]: clamp(round(f(value) / delta), low, high) + offset, f as in `values`."""
+    def quantize(
+        self, a: Tensor | None, b: Tensor | None, silu: bool, delta: float, low: float, high: float, offset: float
+    ) -> tuple[Tensor, Tensor]:
+        """Bytes [n, pixels, channels]: clamp(round(f(value) / delta), low, high) + offset, as in `values`; sums [n, pixels], int32."""
         if (compiled := self._compiled("quantize")) is None:
-            return (self._mapped(a, b, silu) / delta).round_().clamp_(low, high).add_(offset).to(torch.uint8)
+            out = (self._mapped(a, b, silu) / delta).round_().clamp_(low, high).add_(offset).to(torch.uint8)
+            return out, out.sum(2, dtype=torch.int32)
         out = torch.empty(self.n, self.pixels, self.channels, dtype=torch.uint8)
+        totals = torch.empty(self.n, self.pixels, dtype=torch.int32)
         numbers = (ctypes.c_float(value) for value in (delta, low, high, offset))
         compiled(
             *self._geometry(),
@@ -141,9 +146,10 @@ class Rows:
             ctypes.c_int(silu),
             *numbers,
             _pointer(out),
+            _pointer(totals),
             ctypes.c_int(torch.get_num_threads()),
         )
-        return out
+        return out, totals
 
     def values(self, a: Tensor | None, b: Tensor | None, silu: bool, other: Tensor | None = None) -> Tensor:
         """a * value + b (per image and channel), then SiLU, then plus `other` (of the same type): new [n, pixels, channels]."""

@@ -66,6 +66,14 @@ class Lazy(Tensor):
             other = other.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).view(n, h * w, c)
         return self.rows.values(a, b, self.pending.silu, other).view(n, h, w, c).permute(0, 3, 1, 2)
 
+    def read(self) -> Tensor:
+        """The values, which the caller must not change: without a copy where nothing is to be done."""
+        rows = self.rows
+        if self.pending != Pending() or rows.coef is not None:
+            return self.values()
+        n, c, h, w = self.shape4()
+        return rows.data.as_strided((n, c, h, w), (rows.pixels * rows.ld, 1, w * rows.ld, rows.ld))
+
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -80,8 +88,9 @@ class Lazy(Tensor):
 
 
 def _on_values(func: Callable, args: tuple, kwargs: dict) -> Any:
+    plain = _read if func in _FRESH else _plain
     with _no_override():
-        return func(*map(_plain, args), **{name: _plain(value) for name, value in kwargs.items()})
+        return func(*map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
 
 
 def _writes(func: Callable, kwargs: dict) -> bool:
@@ -113,12 +122,16 @@ def plain_output(_module: nn.Module, _inputs: tuple, output: Any) -> Any:
     return _plain(output)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, values: Callable[[Lazy], Tensor] = Lazy.values) -> Any:
     if isinstance(value, Lazy):
-        return value.values()
+        return values(value)
     if isinstance(value, list | tuple) and any(isinstance(item, Lazy) for item in value):
-        return type(value)(_plain(item) for item in value)
+        return type(value)(_plain(item, values) for item in value)
     return value
+
+
+def _read(value: Any) -> Any:
+    return _plain(value, Lazy.read)
 
 
 def lazy(x: Tensor) -> Lazy | None:
@@ -171,8 +184,7 @@ def _add(input: Any, other: Any, *, alpha: float = 1, out: None = None) -> Tenso
         if x.pending.a is not None:
             return x.then(replace(x.pending, b=x.pending.b + shift))
         return x.then(replace(x.pending, shift=shift if x.pending.shift is None else x.pending.shift + shift))
-    if isinstance(other, Lazy):
-        other = other.values()
+    other = _read(other)
     if other.shape != x.shape4() or other.dtype not in (torch.float32, torch.bfloat16):
         return None
     return x.values(other.to(x.rows.data.dtype))
@@ -199,6 +211,7 @@ _RULES: dict[Callable, Callable] = {
     Tensor.__mul__: _mul,
     Tensor.__rmul__: _mul,
 }
+_FRESH = {torch.cat, F.interpolate}  # what they give never shares memory with what they are given
 _METADATA = {
     Tensor.shape.__get__,
     Tensor.dtype.__get__,
