@@ -197,13 +197,14 @@ class _Input:
         """Whether the rows belong to different time-step sets: then there is no one scale."""
         return self.fixed is None and not isinstance(self.quantizer.steps.current, int)
 
-    def quantize(self, rows: Rows, pending: Pending) -> "_Bytes":
-        """The values after the pending work as bytes."""
+    def quantize(self, rows: Rows, pending: Pending, signed: bool = False) -> "_Bytes":
+        """The values after the pending work as bytes; signed: those minus 128."""
         delta, zero = self.scale()
         # clamp(round(x / delta) + z, low, high) = clamp(round(x / delta), low - z, high - z) + z
         a, b = pending.affine()
-        q, sums = rows.quantize(a, b, pending.silu, delta, self.low - zero, self.high - zero, zero + self.offset)
-        return _Bytes(q, delta, zero + self.offset, sums)
+        offset, dtype = (self.offset - 128, torch.int8) if signed else (self.offset, torch.uint8)
+        q, sums = rows.quantize(a, b, pending.silu, delta, self.low - zero, self.high - zero, zero + offset, dtype)
+        return _Bytes(q, delta, zero + offset, sums)
 
 
 class _Bytes(NamedTuple):
@@ -411,7 +412,9 @@ class IntegerMatMul(_OnIntegers):
         if not self._takes(a, b):
             return self.simulated(a, b)
         p, q = (self._bytes(i, _usable(x)) for i, x in zip(self.inputs, (a, b.transpose(1, 2)), strict=True))  # [B, M, K], [B, N, K]
-        total = torch.stack([torch._int_mm(x, y.t()) for x, y in zip(p.q, q.q, strict=True)])
+        total = torch.empty(len(a), a.shape[1], b.shape[2], dtype=torch.int32)
+        for x, y, result in zip(p.q, q.q, total, strict=True):
+            torch._int_mm(x, y.t(), out=result)
         # sum (p - zp) (q - zq), in int32
         if q.zero:
             total -= q.zero * p.sums[:, :, None]
@@ -419,11 +422,11 @@ class IntegerMatMul(_OnIntegers):
             total -= p.zero * q.centered()[:, None]
         return total.float().mul_(p.delta * q.delta).to(_between())
 
-    def _bytes(self, source: _Input, x: Tensor) -> _Bytes:
+    @staticmethod
+    def _bytes(source: _Input, x: Tensor) -> _Bytes:
         x = x.contiguous()
         n, rows, k = x.shape
-        q, delta, zero, sums = source.quantize(Rows(x, n, rows, k, k), Pending())
-        return _Bytes((q ^ 128).view(torch.int8), delta, zero - 128, sums - 128 * k)  # u8 - 128 is i8
+        return source.quantize(Rows(x, n, rows, k, k), Pending(), signed=True)
 
 
 class LazyGroupNorm(nn.Module):

@@ -130,7 +130,8 @@ void stats(const T* x, int64_t n, int64_t pixels, int64_t c, int64_t ld, const f
     }
 }
 
-// Rows of values as integers: clamp(round(value / delta) + zero, low, high) + offset, as bytes; and the sum of each row's bytes.
+// Rows of values as integers: clamp(round(value / delta) + zero, low, high) + offset, as bytes (with or without a sign);
+// and the sum of each row's integers.
 template <typename T>
 void quantize(const T* x, int64_t n, int64_t pixels, int64_t c, int64_t ld, const float* coef, const float* sums, const float* a,
               const float* b, int silu, float delta, float low, float high, float offset, uint8_t* out, int32_t* totals, int threads) {
@@ -146,9 +147,9 @@ void quantize(const T* x, int64_t n, int64_t pixels, int64_t c, int64_t ld, cons
             for (int64_t k = 0; k < c; ++k) {
                 float q = std::rint(values[k] / delta);
                 q = q < low ? low : (q > high ? high : q);
-                const int32_t byte = static_cast<int32_t>(q + offset);
-                to[k] = static_cast<uint8_t>(byte);
-                total += byte;
+                const int32_t integer = static_cast<int32_t>(q + offset);
+                to[k] = static_cast<uint8_t>(integer);
+                total += integer;
             }
             if (totals) totals[pixel] = total;
         }

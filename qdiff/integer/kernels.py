@@ -130,13 +130,24 @@ class Rows:
         return mean, rstd
 
     def quantize(
-        self, a: Tensor | None, b: Tensor | None, silu: bool, delta: float, low: float, high: float, offset: float
+        self,
+        a: Tensor | None,
+        b: Tensor | None,
+        silu: bool,
+        delta: float,
+        low: float,
+        high: float,
+        offset: float,
+        dtype: torch.dtype = torch.uint8,
     ) -> tuple[Tensor, Tensor]:
-        """Bytes [n, pixels, channels]: clamp(round(f(value) / delta), low, high) + offset, as in `values`; sums [n, pixels], int32."""
+        """Integers [n, pixels, channels], uint8 or int8, and their sums [n, pixels] in int32.
+
+        They are clamp(round(f(value) / delta), low, high) + offset, with f as in `values`.
+        """
         if (compiled := self._compiled("quantize")) is None:
-            out = (self._mapped(a, b, silu) / delta).round_().clamp_(low, high).add_(offset).to(torch.uint8)
+            out = (self._mapped(a, b, silu) / delta).round_().clamp_(low, high).add_(offset).to(dtype)
             return out, out.sum(2, dtype=torch.int32)
-        out = torch.empty(self.n, self.pixels, self.channels, dtype=torch.uint8)
+        out = torch.empty(self.n, self.pixels, self.channels, dtype=dtype)
         totals = torch.empty(self.n, self.pixels, dtype=torch.int32)
         numbers = (ctypes.c_float(value) for value in (delta, low, high, offset))
         compiled(
