@@ -149,11 +149,107 @@ def test_a_graph_that_is_cut_is_named():
 
 
 def test_bfloat16_is_kept_where_asked_and_read_in_the_precision_written():
-    stored = Cache(dtype=torch.bfloat16).reserve((4, 3), torch.float32)
-    x = torch.randn(4, 3)
+    stored = Cache(dtype=torch.bfloat16).reserve((4, 3, 30), torch.float32)
+    x = torch.randn(4, 3, 30)
     stored.write(0, x)
     assert stored.tensor.dtype == torch.bfloat16
     assert torch.equal(stored.read(torch.tensor([2, 0]), CPU), x.bfloat16().float()[[2, 0]])
+
+
+def test_time_steps_are_kept_exactly():
+    stored = Cache(dtype=torch.bfloat16).reserve((4,), torch.float32)
+    t = torch.tensor([999.0, 998.0, 501.0, 3.0])
+    stored.write(0, t)
+    assert torch.equal(stored.read(slice(0, 4), CPU), t)
+
+
+class InPlace(nn.Module):
+    """Changes its input, what a unit returned, and what goes into a unit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Sequential(nn.SiLU(inplace=True), nn.Conv2d(4, 4, 3, padding=1)) for _ in range(6)])
+
+    def forward(self, x, shift):
+        x /= 2
+        h = x
+        for layer in self.layers:
+            h = layer(h)
+            h += shift
+        return h
+
+
+@torch.no_grad()
+def test_operations_in_place_change_nothing_that_is_kept():
+    torch.manual_seed(0)
+    network, x = InPlace(), torch.randn(7, 4, 6, 6)
+    rows = Rows((x.clone(), torch.ones(7, 1, 1, 1)))
+    plan = make_plan(network, [f"layers.{i}" for i in range(6)], rows, CPU)
+    replay = Replay(network, plan, rows, 3, CPU, Cache())
+    for unit in plan.order:
+        call, arguments = replay.arguments(unit)
+        for start in (0, 3):  # as the fit of a unit reads them, twice
+            call(network.get_submodule(unit), [part.read(slice(start, start + 3), CPU) for part in arguments])
+        output = replay.finish(unit, call, arguments)
+    seen = []
+    network.layers[5].register_forward_hook(lambda _, args, result: seen.append(result.clone()))
+    network(x.clone(), torch.ones(7, 1, 1, 1))
+    assert torch.equal(rows.inputs[0], x)
+    assert torch.allclose(output.read(slice(0, 7), CPU), seen[0], rtol=1e-5, atol=1e-6)
+
+
+def test_a_forward_of_a_module_s_own_is_kept():
+    network = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    network[0].forward = lambda x: nn.functional.linear(x, network[0].weight) + 100
+    rows = Rows((torch.randn(4, 3),))
+    plan = make_plan(network, ["0", "1"], rows, CPU)
+    first = Replay(network, plan, rows, 2, CPU, Cache()).finish("0")
+    assert first.read(slice(0, 4), CPU).min() > 50
+    assert network[0](torch.zeros(1, 3)).min() > 50
+
+
+def test_other_constants_for_other_rows_are_named():
+    class Sized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Scaled()
+
+        def forward(self, x):
+            return self.block(x, len(x))
+
+    class Scaled(nn.Module):
+        def forward(self, x, count):
+            return x.reshape(count, -1)
+
+    network, rows = Sized(), Rows((torch.randn(5, 3),))
+    plan = make_plan(network, ["block"], rows, CPU)
+    with pytest.raises(RuntimeError, match=r"block: is called with .* what is no tensor must be the same"):
+        Replay(network, plan, rows, 3, CPU, Cache()).arguments("block")
+
+
+def test_a_network_that_returns_no_tensor_is_named_before_work():
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.layer(x), x
+
+    with pytest.raises(RuntimeError, match="the network returns tuple: expected one tensor"):
+        make_plan(Pair(), ["layer"], Rows((torch.randn(4, 3),)), CPU)
+
+
+def test_whole_trajectories_are_held_out():
+    trajectories = torch.arange(8).repeat(5)
+    rows = Rows((torch.randn(40, 2), torch.arange(40.0)), trajectories)
+    found, begins = rows.arranged(0.25, 3)
+    judges = set(found.trajectories[begins:].tolist())
+    assert len(judges) == 2 and begins == 30 and not judges & set(found.trajectories[:begins].tolist())
+    assert sorted(found.inputs[1].tolist()) == list(range(40))
+    assert torch.equal(trajectories[found.inputs[1].long()], found.trajectories)
+    alone, begins = Rows((torch.randn(40, 2),)).arranged(0.25, 3)
+    assert len(alone) == 40 and begins == 30
 
 
 def test_too_little_room_is_an_error_before_work(tmp_path):

@@ -11,6 +11,8 @@ from torch import Tensor
 from qdiff import ranks
 from qdiff.config import ConfigError
 
+EXACT_UP_TO = 64  # numbers in a row: time steps and other inputs of embeddings, whose last digits matter and whose size does not
+
 
 class Cache:
     """Room for row-wise tensors.
@@ -18,7 +20,7 @@ class Cache:
     Args:
         budget: bytes of memory; what does not fit goes to files. None: half of the memory that is free now, shared by all processes.
         folder: where those files lie. They have no name once they are mapped, so that nothing is left behind by a crash.
-        dtype: in which floating-point values are kept, float32 or bfloat16 (relative error up to 0.4 %).
+        dtype: in which floating-point values are kept, float32 or bfloat16 (relative error up to 0.4 %); short rows always exactly.
     """
 
     def __init__(self, budget: int | None = None, folder: Path | None = None, dtype: torch.dtype = torch.float32) -> None:
@@ -41,7 +43,8 @@ class Cache:
 
     def reserve(self, shape: tuple[int, ...], dtype: torch.dtype) -> "Stored":
         """Room for a tensor of this shape; its content is undefined until written."""
-        kept = self.dtype if dtype.is_floating_point else dtype
+        short = torch.Size(shape[1:]).numel() <= EXACT_UP_TO
+        kept = self.dtype if dtype.is_floating_point and not short else dtype
         size = torch.Size(shape).numel() * kept.itemsize
         if self.used + size <= self.budget or size == 0:
             self.used += size
@@ -73,7 +76,8 @@ class Stored:
         return len(self.tensor)
 
     def read(self, index: Tensor | slice, device: torch.device) -> Tensor:
-        return self.tensor[index].to(device, self.dtype)
+        """A copy, which may be changed in place."""
+        return self.tensor[index].to(device, self.dtype, copy=isinstance(index, slice))
 
     def write(self, start: int, rows: Tensor) -> None:
         self.tensor[start : start + len(rows)].copy_(rows.detach())

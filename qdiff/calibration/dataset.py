@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from qdiff.checkpoint import CheckpointError, load_object, tensor_hash
+from qdiff.checkpoint import CheckpointError, load_object, state_hash
 from qdiff.files import atomic_write
 
 
@@ -38,26 +38,48 @@ class CalibrationSet:
         chosen = [len(self.ts) * i // steps for i in range(steps)]  # to the end, also where `steps` does not divide their number
         x = torch.cat([self.xs[i][:samples] for i in chosen])
         t = torch.cat([self.ts[i][:samples] for i in chosen])
+        trajectories = torch.arange(len(self.xs[0][:samples])).repeat(steps)
         if self.cs is None:
-            return Rows((x.float(), t.float()))
+            return Rows((x.float(), t.float()), trajectories)
         context = [torch.cat([part[i][:samples] for i in chosen]).float() for part in (self.cs, self.ucs)]
-        return Rows((torch.cat([x, x]).float(), torch.cat([t, t]).float(), torch.cat(context)))
+        return Rows((torch.cat([x, x]).float(), torch.cat([t, t]).float(), torch.cat(context)), trajectories.repeat(2))
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows that the network is calibrated on: its positional inputs, each with the rows first."""
+    """The rows that the network is calibrated on: its positional inputs, each with the rows first.
+
+    trajectories: the number of the trajectory that each row was taken from; None: no two rows belong together.
+    """
 
     inputs: tuple[Tensor, ...]
+    trajectories: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.inputs[0])
 
     def __getitem__(self, index: Tensor | slice) -> tuple[Tensor, ...]:
-        return tuple(tensor[index] for tensor in self.inputs)
+        """Copies of some rows, which may be changed in place."""
+        return tuple(tensor[index].clone() if isinstance(index, slice) else tensor[index] for tensor in self.inputs)
 
     def hash(self) -> str:
-        return tensor_hash(torch.cat([tensor.flatten() for tensor in self.inputs]))
+        parts = [*self.inputs, *([] if self.trajectories is None else [self.trajectories])]
+        return state_hash({str(number): tensor for number, tensor in enumerate(parts)})
+
+    def arranged(self, held_out: float, seed: int) -> tuple["Rows", int]:
+        """The rows in random order, those that are held out last, and where these begin.
+
+        Whole trajectories are held out: other time steps of one, or the same with another condition, would tell about it.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        of_row = torch.arange(len(self)) if self.trajectories is None else self.trajectories
+        if len(names := of_row.unique()) < 2:
+            names = of_row = torch.arange(len(self))
+        chosen = names[torch.randperm(len(names), generator=generator)][: max(1, int(len(names) * held_out))]
+        order = torch.randperm(len(self), generator=generator)
+        judges = torch.isin(of_row[order], chosen)
+        order = torch.cat([order[~judges], order[judges]])
+        return Rows(self[order], of_row[order]), int((~judges).sum())
 
 
 class Recorder:

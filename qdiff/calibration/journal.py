@@ -1,16 +1,17 @@
 """A calibration that survives being killed: a folder with one file for each finished step and a manifest.
 
 The manifest has one JSON line for the settings and one for each finished step, in order, each with a
-checksum. It is replaced atomically and synced after every step, after the step's own file. A step that is
-not in it has not happened. Nothing else carries over from step to step: the random numbers of a step
-follow from the seed and its number alone, which the settings hold.
+checksum over it and the line before, so that a lost line is noticed. It is replaced atomically and synced after every
+step, after the step's own file. A step that is not in it has not happened. Nothing else carries over from
+step to step: the random numbers of a step follow from the seed and its number alone, which the settings hold.
 """
 
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from qdiff.files import atomic_write
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.jsonl"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass
@@ -78,19 +79,19 @@ class Journal:
         if self.folder is None or not self.writes:
             return
         with atomic_write(self.folder / MANIFEST) as temporary:
-            temporary.write_text("".join(_line(content) for content in [self.settings, *self.entries]))
+            temporary.write_text(_lines([self.settings, *self.entries]))
 
     def _read(self) -> None:
         path = self.folder / MANIFEST
-        lines = path.read_bytes().decode("utf-8", "replace").splitlines()
-        settings = _parse(lines[0]) if lines else None
+        contents = list(_parse(path.read_bytes().decode("utf-8", "replace").splitlines()))
+        settings = contents[0] if contents else None
         if settings is None:
             raise ConfigError(f"{path}: damaged: line 1 (the settings) cannot be read; remove the folder to calibrate anew")
         for key in sorted({*settings, *self.settings}):
             if settings.get(key) != self.settings.get(key):
-                raise ConfigError(f"{path}: {key} is {self.settings.get(key)} now, but was {settings.get(key)} when this calibration began")
-        for number, text in enumerate(lines[1:]):
-            entry = _parse(text)
+                now, then = _differing(self.settings.get(key), settings.get(key))
+                raise ConfigError(f"{path}: {key} is {now} now, but was {then} when this calibration began")
+        for number, entry in enumerate(contents[1:]):
             if entry is None:
                 log.warning("%s: line %d is damaged: continuing after step %d", path, number + 2, number)
                 return
@@ -117,16 +118,36 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def read_entries(path: Path) -> list[dict[str, Any]]:
     """What the manifest at `path` records of each finished step."""
-    return [entry for entry in map(_parse, path.read_text().splitlines()[1:]) if entry is not None]
+    return [entry for entry in list(_parse(path.read_text().splitlines()))[1:] if entry is not None]
 
 
-def _line(content: dict[str, Any]) -> str:
-    text = json.dumps(content, sort_keys=True)
-    return f"{hashlib.sha256(text.encode()).hexdigest()[:16]} {text}\n"
+def _differing(now: Any, then: Any) -> tuple[Any, Any]:
+    """Two values; of lists of the same kind, the first items that differ."""
+    if isinstance(now, list) and isinstance(then, list):
+        return next(((a, b) for a, b in zip_longest(now, then) if a != b), (now, then))
+    return now, then
 
 
-def _parse(line: str) -> dict[str, Any] | None:
-    checksum, _, text = line.partition(" ")
-    if hashlib.sha256(text.encode()).hexdigest()[:16] != checksum:
-        return None
-    return json.loads(text)
+def _checksum(previous: str, text: str) -> str:
+    return hashlib.sha256((previous + text).encode()).hexdigest()[:16]
+
+
+def _lines(contents: list[dict[str, Any]]) -> str:
+    lines, checksum = [], ""
+    for content in contents:
+        text = json.dumps(content, sort_keys=True)
+        checksum = _checksum(checksum, text)
+        lines.append(f"{checksum} {text}\n")
+    return "".join(lines)
+
+
+def _parse(lines: list[str]) -> Iterator[dict[str, Any] | None]:
+    """The content of each line; None, and the end, at the first that is damaged or does not follow the one before."""
+    previous = ""
+    for line in lines:
+        checksum, _, text = line.partition(" ")
+        if _checksum(previous, text) != checksum:
+            yield None
+            return
+        previous = checksum
+        yield json.loads(text)

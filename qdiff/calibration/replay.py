@@ -74,13 +74,16 @@ class _Reached(Exception):
 def _replaced(model: nn.Module, forwards: dict[str, Callable]) -> Iterator[None]:
     """Give modules another `forward` inside the `with`."""
     modules = {path: model.get_submodule(path) for path in forwards}
+    own = {path: module.__dict__["forward"] for path, module in modules.items() if "forward" in module.__dict__}
     try:
         for path, module in modules.items():
             module.forward = forwards[path]
         yield
     finally:
-        for module in modules.values():
+        for path, module in modules.items():
             module.__dict__.pop("forward", None)
+            if path in own:
+                module.forward = own[path]
 
 
 def make_plan(model: nn.Module, units: Sequence[str], rows: Rows, device: torch.device) -> Plan:
@@ -122,7 +125,9 @@ def make_plan(model: nn.Module, units: Sequence[str], rows: Rows, device: torch.
 
     two = rows[:2] if len(rows) > 1 else tuple(torch.cat([part, part]) for part in rows[:1])
     with torch.enable_grad(), _replaced(model, {path: traced(path) for path in units}):
-        model(*(part.to(device) for part in two))
+        output = model(*(part.to(device) for part in two))
+    if not isinstance(output, Tensor):
+        raise RuntimeError(f"the network returns {type(output).__name__}: expected one tensor (wrap the network)")
     if missing := [unit for unit in units if unit not in order]:
         raise RuntimeError(f"units never reached by a forward pass: {', '.join(missing[:3])}")
     position = {unit: i for i, unit in enumerate(order)}
@@ -174,6 +179,7 @@ class Replay:
         self.batch_size, self.device, self.cache = batch_size, device, cache
         self.outputs: dict[str, Stored] = {}
         self.finished: dict[str, tuple[int, ...]] = {}  # with the shape of one row of the output
+        self.dropped = torch.empty(0)
 
     @torch.no_grad()
     def arguments(self, unit: str) -> tuple[Call, tuple[Stored, ...]]:
@@ -186,8 +192,10 @@ class Replay:
         stored: list[Stored] = []
 
         def keep(start: int, call: Call, tensors: list[Tensor]) -> None:
+            calls.append(call)
+            if call != calls[0]:
+                raise RuntimeError(f"{unit}: is called with {call} after {calls[0]}: what is no tensor must be the same for all rows")
             if not stored:
-                calls.append(call)
                 stored.extend(self.cache.reserve((len(self.rows), *tensor.shape[1:]), tensor.dtype) for tensor in tensors)
             for place, tensor in zip(stored, tensors, strict=True):
                 if tensor.is_floating_point() and tensor.isnan().any():
@@ -231,6 +239,13 @@ class Replay:
         self.finished[unit] = tuple(output[0].tensor.shape[1:])
         return output[0]
 
+    def _nothing(self, shape: tuple[int, ...]) -> Tensor:
+        """Not a number, many times, for what is dropped; in the same memory each time, so that it costs nothing."""
+        size = torch.Size(shape).numel()
+        if len(self.dropped) < size:
+            self.dropped = torch.full((size,), float("nan"), device=self.device)
+        return self.dropped[:size].view(shape)
+
     def _drop(self, position: int) -> None:
         for unit in [unit for unit in self.outputs if self.plan.last_use[unit] <= position]:
             self.outputs.pop(unit).release()
@@ -247,7 +262,7 @@ class Replay:
             def forward(*_: Any, **__: Any) -> Tensor:
                 if path in self.outputs:
                     return self.outputs[path].read(slice(*span), self.device)
-                return torch.full((), float("nan"), device=self.device).expand(span[1] - span[0], *self.finished[path])
+                return self._nothing((span[1] - span[0], *self.finished[path]))
 
             return forward
 

@@ -18,11 +18,11 @@ from qdiff.calibration.journal import Journal
 from qdiff.calibration.memory import peak_memory
 from qdiff.calibration.ranges import init_activation_ranges
 from qdiff.calibration.reconstruct import UnitData, UnitResult, correct_bias, reconstruct_activations, reconstruct_weights
-from qdiff.calibration.replay import Call, Replay, make_plan
+from qdiff.calibration.replay import Call, Plan, Replay, make_plan
 from qdiff.calibration.tune import tune
 from qdiff.checkpoint import state_hash
 from qdiff.config import CalibrationConfig, ConfigError, QuantConfig
-from qdiff.layers import QuantLayer
+from qdiff.layers import QuantLayer, QuantMatMul
 from qdiff.model import Family, act_quantizers, init_weights, quant_layers, quantize_model, time_steps, unit_modules, units
 
 log = logging.getLogger(__name__)
@@ -79,11 +79,15 @@ def calibrate(
         return wrapped.eval()
     if len(rows) < 2:
         raise ConfigError(f"a calibration set of {len(rows)} rows: expected 2 or more, of which some are held out")
-    rows = Rows(rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed))])
+    rows, held_out_from = rows.arranged(config.held_out, config.seed)
     workplace = workplace or Workplace()
     source = None if weights_from is None else state_hash(weights_from.state_dict())
+    plan = make_plan(wrapped, units(wrapped, family), rows, device)
     settings = {
         "family": family.name,
+        "units": plan.order,
+        "splits": {path: layer.split for path, layer in quant_layers(wrapped).items() if layer.split},
+        "products": [path for path, module in wrapped.named_modules() if isinstance(module, QuantMatMul)],
         **{f"quantization.{name}": value for name, value in quant.to_dict().items()},
         **{f"recipe.{name}": value for name, value in config.to_dict().items()},
         "weights_sha256": state_hash(model.state_dict()),
@@ -95,7 +99,7 @@ def calibrate(
     journal = Journal.open(workplace.folder, settings, writes=ranks.rank() == 0)
     ranks.barrier()
     with logging_redirect_tqdm(), torch.enable_grad():
-        run = _Run(model, wrapped, family, rows, quant, config, device, journal, workplace)
+        run = _Run(model, wrapped, family, rows, held_out_from, quant, config, device, journal, workplace, plan)
         if weights_from is None:
             run.over("weights", config.iters, run.weights)
         if quant.quant_act:
@@ -120,16 +124,17 @@ class _Run:
         wrapped: nn.Module,
         family: Family,
         rows: Rows,
+        held_out_from: int,
         quant: QuantConfig,
         config: CalibrationConfig,
         device: torch.device,
         journal: Journal,
         workplace: Workplace,
+        plan: Plan,
     ) -> None:
         self.model, self.wrapped, self.family, self.rows = model, wrapped, family, rows
         self.quant, self.config, self.device, self.journal = quant, config, device, journal
-        self.held_out_from = len(rows) - max(1, int(len(rows) * config.held_out))
-        self.plan = make_plan(wrapped, units(wrapped, family), rows, device)
+        self.held_out_from, self.plan = held_out_from, plan
         dtype = torch.bfloat16 if config.bfloat16 else torch.float32
         self.cache = Cache(workplace.cache_bytes, workplace.folder, dtype)
         written = 0
@@ -240,7 +245,8 @@ class _Run:
 
     def ranges(self) -> None:
         def work(_: list[float]) -> None:
-            init_activation_ranges(self.wrapped, self.rows, self.quant, self.config, self.device)
+            fitted = Rows(self.rows[: self.held_out_from])
+            init_activation_ranges(self.wrapped, fitted, self.quant, self.config, self.device)
 
         self.step("ranges", 0, work, lambda: self.state(self.wrapped), lambda tensors: self.restore(self.wrapped, tensors))
 

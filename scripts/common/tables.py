@@ -133,7 +133,7 @@ def _stable_diffusion() -> Table:
         command="txt2img.py --plms --cond --n_samples 1 --n_iter 1 --skip_grid --ddim_steps 50 --scale 7.5",
         weights="--split --no_grad_ckpt",
         acts="--quant_act --act_bit 8 --sm_abit 16",
-        calibration="--cali_st 25 --cali_batch_size 8 --cali_n 128",
+        calibration="--cali_st 25 --cali_batch_size 8 --cali_n 128 --running_stat",
         count="",  # by the number of captions
         seed=42,
         logdir="--outdir",

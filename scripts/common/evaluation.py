@@ -1,0 +1,168 @@
+"""The figures of a set of images: what evaluate.py prints and reproduce.py puts into tables."""
+
+import argparse
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from common.options import Parser, add_device_options, positive, select_device
+from common.running import Ranks
+from qdiff.analysis import psnr, ssim
+from qdiff.config import ConfigError
+from qdiff.evaluation.clip import ClipScore
+from qdiff.evaluation.features import EXTRACTORS, Features, default_cache, extract, load_extractor
+from qdiff.evaluation.images import Selected, open_images
+from qdiff.evaluation.lite0 import load_lite0, perceptual_distance
+from qdiff.evaluation.metrics import METRICS, Statistics, compute, expect_extractor, load_statistics, save_statistics, statistics_of
+
+UNBIASED_FROM = 10_000  # images; with fewer, FID is biased upwards by more than differences between methods
+
+
+def evaluation_parser(description: str) -> Parser:
+    """The options of evaluate.py."""
+    parser = Parser(description)
+    parser.add_argument("images", nargs="?", help="what is evaluated (or a sampling command after --)")
+    parser.add_argument("--reference", help="what it is compared with: images or saved statistics")
+    parser.add_argument("--against", help="images of full precision from the same noises: PSNR, SSIM, a perceptual distance")
+    parser.add_argument("--metrics", nargs="+", choices=METRICS, help="default: all that can be had")
+    parser.add_argument("--extractor", choices=EXTRACTORS, default="inception", help="lite0: offline, not comparable with published FID")
+    parser.add_argument("--weights", type=Path, help="the extractor's weights (default: fetched, or the installed package's)")
+    parser.add_argument("--count", type=positive, help="take the first so many images (default: all)")
+    parser.add_argument("--crop", type=positive, help="cut the reference to centered squares of this size, as latent diffusion does")
+    parser.add_argument("--clip", type=Path, help="folder of a CLIP model, for the CLIP score")
+    parser.add_argument("--prompts", type=Path, help="the prompts, one a line for each image (default: those inside the PNG files)")
+    parser.add_argument("--npz", type=Path, help="also write the images as .npz for the ADM evaluator")
+    parser.add_argument("--save_statistics", type=Path, help="also write mean and covariance of the images' features")
+    parser.add_argument("--output", type=Path, help="also write the figures as JSON")
+    parser.add_argument("--cache", type=Path, default=default_cache(), help="where features are kept")
+    parser.add_argument("--batch_size", type=positive, default=64)
+    add_device_options(parser)
+    return parser
+
+
+def open_reference(args: argparse.Namespace) -> Selected | Statistics | None:
+    """Saved statistics, or images that are not read yet."""
+    if args.reference is None:
+        return None
+    path = Path(args.reference)
+    if path.suffix == ".npz" and path.is_file() and (found := load_statistics(path)) is not None:
+        return found
+    return Selected(open_images(args.reference), crop=args.crop)
+
+
+def check_inputs(args: argparse.Namespace) -> None:
+    """Raise before a long sampling what would be raised after it: weights, reference, images and prompts that do not fit."""
+    reference = open_reference(args)
+    if args.against:
+        open_images(args.against)
+        load_lite0()
+    if args.clip:
+        ClipScore(args.clip, torch.device("cpu"))
+    if args.prompts:
+        read_prompts(args.prompts)
+    extractor = load_extractor(args.extractor, torch.device("cpu"), args.weights)  # last: it may be fetched
+    if isinstance(reference, Statistics):
+        expect_extractor(reference, extractor.identity)
+    for path in (args.npz, args.save_statistics, args.output):
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def check_wishes(args: argparse.Namespace) -> None:
+    """Raise ConfigError for options of the command that would have no effect."""
+    reference = open_reference(args)
+    possible = {"is"} if reference is None else {"is", "fid"} if isinstance(reference, Statistics) else set(METRICS)
+    if lacking := [name for name in args.metrics or [] if name not in possible]:
+        expected = "a --reference" if reference is None else "images as the --reference"
+        raise ConfigError(f"--metrics {' '.join(lacking)}: expected {expected}")
+    if args.crop and not isinstance(reference, Selected):
+        raise ConfigError("--crop: expected images as the --reference")
+
+
+def batches(images: Selected, size: int) -> Iterator[tuple[range, torch.Tensor]]:
+    for start in range(0, len(images), size):
+        indices = range(start, min(start + size, len(images)))
+        yield indices, images.read(indices)
+
+
+def likeness(images: Selected, others: Selected, batch_size: int, device: torch.device) -> dict[str, float]:
+    """PSNR (of the mean squared error over all images), SSIM and perceptual distance (means over the images)."""
+    network = load_lite0().to(device)
+    error = similarity = distance = 0.0
+    for indices, batch in batches(images, batch_size):
+        reference = others.read(indices)
+        if reference.shape != batch.shape:
+            raise ConfigError(f"--against {others.name}: images of {list(reference.shape[2:])}, expected {list(batch.shape[2:])}")
+        error += 10 ** (-psnr(batch, reference) / 10) * len(batch)
+        similarity += ssim(batch, reference) * len(batch)
+        distance += perceptual_distance(network, batch.to(device), reference.to(device)).sum().item()
+    decibels = -10 * math.log10(error / len(images)) if error else math.inf
+    return {"psnr": decibels, "ssim": similarity / len(images), "perceptual": distance / len(images)}
+
+
+def read_prompts(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--prompts {file}: expected text in UTF-8 ({error})") from None
+
+
+def load_prompts(images: Selected, file: Path | None) -> list[str]:
+    """One prompt for each image."""
+    if file is None:
+        return prompts_inside(images)
+    words = read_prompts(file)
+    if len(words) < len(images):
+        raise ConfigError(f"--prompts {file}: {len(words)} prompts, expected one for each of {len(images)} images")
+    return words
+
+
+def prompts_inside(images: Selected) -> list[str]:
+    """The prompts that txt2img.py writes into its PNG files."""
+    found = []
+    for file in getattr(images.images, "files", [])[: len(images)]:
+        with Image.open(file) as picture:
+            found.append(picture.info.get("prompt"))
+    if not found or None in found:
+        raise ConfigError(f"--clip: {images.name} has no prompts inside its images; give them by --prompts")
+    return found
+
+
+def evaluate(args: argparse.Namespace, source: str | Path) -> dict:
+    """All figures asked for, of the images at `source`; on every process the same."""
+    device = select_device(args.device)
+    images = Selected(open_images(source), args.count)
+    others = Selected(open_images(args.against), args.count) if args.against else None
+    if others is not None and len(images) != len(others):
+        raise ConfigError(f"--against {others.name}: {len(others)} images, expected {len(images)} as in {images.name}")
+    if others is not None and others.names() and images.names() and others.names() != images.names():
+        first = next(pair for pair in zip(others.names(), images.names(), strict=True) if pair[0] != pair[1])
+        raise ConfigError(f"--against {others.name}: {first[0]} stands where {images.name} has {first[1]}; expected the same names")
+    clip = ClipScore(args.clip, device) if args.clip else None
+    prompts = load_prompts(images, args.prompts) if clip is not None else []
+    extractor = load_extractor(args.extractor, device, args.weights)
+
+    def features_of(selected: Selected) -> Features:
+        return extract(selected, extractor, args.cache, args.batch_size)
+
+    reference = open_reference(args)
+    if isinstance(reference, Selected):
+        reference = features_of(reference)
+    found = features_of(images)
+    figures: dict = {"images": str(source), "reference": args.reference, "count": len(images), "extractor": extractor.identity}
+    figures |= compute(found, reference, tuple(args.metrics or METRICS))
+    if others is not None:
+        figures |= likeness(images, others, args.batch_size, device)
+    if clip is not None:
+        for indices, batch in batches(images, args.batch_size):
+            clip.add(batch, [prompts[i] for i in indices])
+        figures["clip"] = clip.mean
+    if args.save_statistics and Ranks.from_environment().rank == 0:
+        save_statistics(args.save_statistics, statistics_of(found))
+    figures["note"] = extractor.note
+    if "fid" in figures and len(images) < UNBIASED_FROM:
+        figures["note"] += f"; FID of {len(images)} images is biased upwards: compare it only with FIDs of as many"
+    return figures
