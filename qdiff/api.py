@@ -8,12 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from qdiff import ranks
 from qdiff.calibration.dataset import Rows
 from qdiff.calibration.ranges import time_bounds
+from qdiff.calibration.report import try_report
 from qdiff.calibration.run import Workplace, calibrate
 from qdiff.config import PRESETS, ConfigError, QuantConfig
 from qdiff.layers import LAYER_TYPES
-from qdiff.model import Family, Product
+from qdiff.model import Family, Product, check_layers
 
 
 def quantize(
@@ -23,7 +25,9 @@ def quantize(
     weight_bit: int = 8,
     act_bit: int | None = 8,
     symmetric: bool = False,
-    blocks: Sequence[type[nn.Module]] = (),
+    blocks: Sequence[type[nn.Module]] | Mapping[type[nn.Module], str | None] = (),
+    separate: Sequence[str] = (),
+    keep: Sequence[type[nn.Module] | str] = (),
     products: Mapping[type[nn.Module], dict[str, Product]] | None = None,
     splits: Mapping[str, int] | None = None,
     time_sets: int = 1,
@@ -33,30 +37,38 @@ def quantize(
 ) -> nn.Module:
     """A quantized and calibrated copy of a denoiser that knows nothing of this package.
 
-    Every `nn.Conv1d`, `nn.Conv2d` and `nn.Linear` is replaced; GroupNorm, LayerNorm and embeddings stay as
+    Every `nn.Conv1d`, `nn.Conv2d` and `nn.Linear` is replaced; normalizations and embeddings stay as
     they are; products made by functions (`F.scaled_dot_product_attention`) are not quantized unless they
     are modules named in `products`.
 
     Args:
-        model: any network in float32 (or float64); not changed. Its device is where the work is done.
+        model: any network in float32 that returns one tensor; not changed. Its device is where the work is done.
         inputs: its positional inputs, all with the rows first: x_t [N, ...], t [N], contexts. They should be
             inputs that it meets while sampling, from all time steps; 500 rows and more.
         weight_bit, act_bit: 2 to 16; `act_bit` None leaves activations as they are.
         symmetric: signed activations without zero point.
         blocks: module types that are reconstructed as a whole (residual blocks, attention blocks). Each must return
             one tensor with the rows first and run once in a forward pass. Layers outside them are reconstructed alone.
+            As a dict, with the path of the layer inside whose bias is added to the block's output: its mean error is then corrected.
+        separate: how the paths of those layers inside blocks end that are reconstructed apart (projections of the time embedding).
+        keep: types and paths of modules whose own parameters stay in full precision: layers that have no quantized form, or should
+            have none, and modules with parameters beside their layers (position embeddings).
         products: module types with attention products as attributes (`qdiff.layers.MatMul`), see `qdiff.model.Product`.
         splits: for layers whose input is a concatenation, by path: the channels of its first half (Q-Diffusion, section 4.3).
         time_sets: sets of time steps with activation step sizes of their own.
         preset: the recipe: `fast` or `published`; `recipe` overrides its settings (`qdiff.config.CalibrationConfig`).
-        folder: keeps every finished unit there; the same call continues after an interruption.
+        folder: keeps every finished unit there; the same call continues after an interruption. At the end it has a report too:
+            `layers.csv`, `layers.png`, `units.png`.
 
     Raises:
         ConfigError: settings that cannot work, by name.
-        TypeError: a layer with parameters that has no quantized form, by path and type; a block without a product that `products` names.
+        TypeError: a module with parameters that has no quantized form and is not kept, by path and type; a layer with hooks; a block
+            without a product that `products` names.
         NotImplementedError: a convolution whose padding is not zeros, by path.
-        RuntimeError: a block that cannot be a unit, by path.
+        RuntimeError: a block or layer that cannot be a unit, by path.
     """
+    if torch.is_inference_mode_enabled():
+        raise ConfigError("inside torch.inference_mode(): expected to be called outside, gradients are needed")
     if preset not in PRESETS:
         raise ConfigError(f"preset {preset!r}: expected one of {', '.join(PRESETS)}")
     if unknown := set(recipe) - set(PRESETS[preset].to_dict()) | {"steps", "samples"} & set(recipe):  # all rows given are taken
@@ -64,6 +76,8 @@ def quantize(
     lengths = {len(tensor) for tensor in inputs}
     if len(lengths) != 1:
         raise ConfigError(f"inputs of {sorted(lengths)} rows: expected the same number in each")
+    if time_sets > 1 and len(inputs) < 2:
+        raise ConfigError(f"time_sets {time_sets}: expected the time steps as the second input")
     rows = Rows(tuple(inputs))
     modules = dict(model.named_modules())
     for path, channels in (splits or {}).items():
@@ -73,14 +87,18 @@ def quantize(
             raise ConfigError(
                 f"splits: {path} has {modules[path].weight.shape[1]} input channels: expected 1 or more in each half, found {channels}"
             )
-    if absent := [kind.__name__ for kind in blocks if not any(type(module) is kind for module in modules.values())]:
-        raise ConfigError(f"blocks: no {absent[0]} in the network")
-    if narrow := [name for name, p in model.named_parameters() if p.dtype in (torch.float16, torch.bfloat16)]:
-        raise ConfigError(f"{narrow[0]} is half precision: expected float32 (model.float())")
+    types = {type(module) for module in modules.values()}
+    for name, wanted in (("blocks", blocks), ("keep", keep)):
+        if absent := [kind for kind in wanted if kind not in types and kind not in modules]:
+            raise ConfigError(f"{name}: no {getattr(absent[0], '__name__', absent[0])} in the network")
+    if other := [(name, p.dtype) for name, p in model.named_parameters() if p.is_floating_point() and p.dtype != torch.float32]:
+        raise ConfigError(f"{other[0][0]} is {str(other[0][1]).removeprefix('torch.')}: expected float32 (model.float())")
     family = Family(
         "custom",
         build=lambda _: model,
-        blocks=dict.fromkeys(blocks),
+        blocks=dict(blocks) if isinstance(blocks, Mapping) else dict.fromkeys(blocks),
+        separate=tuple(separate),
+        keep=tuple(keep),
         products=dict(products or {}),
         split_points=lambda _: dict(splits or {}),
     )
@@ -98,4 +116,9 @@ def quantize(
     config = replace(PRESETS[preset], **recipe)
     if config.running_stat and time_sets > 1:
         raise ConfigError("time_sets and running_stat: expected one of them")
-    return calibrate(copy.deepcopy(model), family, quant, config, rows, workplace=Workplace(None if folder is None else Path(folder)))
+    check_layers(model, family)
+    model = copy.deepcopy(model)
+    quantized = calibrate(model, family, quant, config, rows, workplace=Workplace(None if folder is None else Path(folder)))
+    if folder is not None and ranks.rank() == 0:
+        try_report(Path(folder), model, family, quantized, quant, config, rows)
+    return quantized

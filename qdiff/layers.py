@@ -142,6 +142,9 @@ class QuantLayer(nn.Module):
         for suffix, part in zip(("", "_0"), self._parts(self.weight), strict=False):
             setattr(self, f"weight_quantizer{suffix}", WeightQuantizer(tuple(part.shape), weight_bit, part.device))
             setattr(self, f"act_quantizer{suffix}", ActQuantizer(act_bit, a_sym, steps=steps))
+        for name in getattr(layer, "__constants__", ()):  # in_channels, stride, ...: networks read them
+            if hasattr(layer, name):
+                setattr(self, name, getattr(layer, name))
         self.copy_geometry(layer)
 
     def copy_geometry(self, layer: nn.Module) -> None:

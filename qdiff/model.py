@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from qdiff.config import QuantConfig
+from qdiff.config import ConfigError, QuantConfig
 from qdiff.layers import LAYER_TYPES, ActQuantizer, QuantLayer, QuantMatMul, TimeSteps
 
-UNQUANTIZED = (nn.GroupNorm, nn.LayerNorm, nn.Embedding)
+NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+UNQUANTIZED = (*NORMS, nn.Embedding, nn.PReLU)
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Family:
     how the paths of those layers inside blocks end that are reconstructed on their own, before the
     block (time embeddings: TFMQ-DM, arXiv 2311.16503). products: for each block type, its attention
     products by attribute name. split_points: from a network to {layer: channels of the first half}.
+    keep: types and paths of modules whose own parameters stay in full precision (layers, or modules with parameters beside their layers).
     signature: a key by which a state dict of this family is recognized.
     """
 
@@ -57,7 +59,12 @@ class Family:
     separate: tuple[str, ...] = ()
     products: dict[type[nn.Module], dict[str, Product]] = field(default_factory=dict)
     split_points: Callable[[nn.Module], dict[str, int]] = lambda _: {}
+    keep: tuple[type[nn.Module] | str, ...] = ()
     signature: str = ""
+
+    def keeps(self, path: str, module: nn.Module) -> bool:
+        """Whether the parameters of `module` itself stay as they are."""
+        return path in self.keep or type(module) in self.keep or isinstance(module, UNQUANTIZED)
 
     def output_layer(self, unit: nn.Module) -> nn.Module | None:
         """The layer whose bias is added to the output of `unit`: the unit itself where it is a layer."""
@@ -87,10 +94,12 @@ def quantize_model(model: nn.Module, family: Family, config: QuantConfig) -> nn.
     sets the second input of the network is the time step of each row.
 
     Raises:
-        TypeError: a layer with parameters that the registry does not know, by name and type; a block without a product of the family.
+        TypeError: a layer with parameters that the registry does not know, or that has hooks or a `forward` of its own, by name
+            and type; a block without a product of the family.
         NotImplementedError: a layer that is known, but not in this form, by name.
     """
     config.validate()
+    check_layers(model, family)
     shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     wrapped = copy.deepcopy(model, shared).eval()
     splits = family.split_points(model) if config.split else {}
@@ -100,18 +109,30 @@ def quantize_model(model: nn.Module, family: Family, config: QuantConfig) -> nn.
         wrapped.register_forward_pre_hook(_tell_time)
     replaced: dict[int, QuantLayer] = {}  # a layer may stand at several paths
     for path, module in list(wrapped.named_modules(remove_duplicate=False)):
-        if type(module) in LAYER_TYPES:
+        if type(module) in LAYER_TYPES and not family.keeps(path, module):
             if id(module) not in replaced:
                 replaced[id(module)] = _quantized(path, module, config, splits.get(path, 0), steps)
             _replace(wrapped, path, replaced[id(module)])
-        elif list(module.parameters(recurse=False)) and not isinstance(module, UNQUANTIZED):
-            raise TypeError(f"{path or 'the network'}: no quantized form registered for {type(module).__name__}")
     for path, module in wrapped.named_modules():
         for name, product in family.products.get(type(module), {}).items():
             if not hasattr(module, name):
                 raise TypeError(f"{path or 'the network'}: {type(module).__name__} has no product {name}")
             setattr(module, name, product.build(config, steps).to(next(model.parameters()).device))
     return wrapped.eval()
+
+
+def check_layers(model: nn.Module, family: Family) -> None:
+    """TypeError, by name, for a module that can be neither quantized nor kept."""
+    for path, module in model.named_modules():
+        if family.keeps(path, module):
+            continue
+        if type(module) not in LAYER_TYPES:
+            if list(module.parameters(recurse=False)):
+                raise TypeError(
+                    f"{path or 'the network'}: no quantized form registered for {type(module).__name__}, expected it among `keep`"
+                )
+        elif module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            raise TypeError(f"{path or 'the network'}: a hook or a `forward` of its own would be lost; remove it, or name it in `keep`")
 
 
 def _quantized(path: str, layer: nn.Module, config: QuantConfig, split: int, steps: TimeSteps | None) -> QuantLayer:
@@ -170,12 +191,18 @@ def units(model: nn.Module, family: Family) -> list[str]:
     """Reconstruction units by path: each block, each separate layer of a block, every layer outside blocks.
 
     The order is that of the modules; the calibration puts them in order of execution.
+
+    Raises:
+        ConfigError: a block inside another.
     """
     found: list[str] = []
     blocks: list[str] = []
     for path, module in model.named_modules():
         inside = any(path.startswith(block + ".") for block in blocks)
         if type(module) in family.blocks:
+            if inside:
+                outer = next(block for block in blocks if path.startswith(block + "."))
+                raise ConfigError(f"blocks: {path} ({type(module).__name__}) lies inside {outer}: expected blocks apart from one another")
             blocks.append(path)
             found.append(path)
         elif isinstance(module, QuantLayer) and (not inside or family.is_separate(path)):

@@ -190,6 +190,9 @@ def test_two_processes_calibrate_as_one(tmp_path):
 def test_two_processes_end_within_the_spread_of_seeds(tmp_path, network, rows):
     """The held-out error of a calibration by two processes lies within that of three seeds in one process."""
 
+    arranged, begins = rows.arranged(SHORT.held_out, SHORT.seed)
+    judges = arranged[begins:]
+
     def final(state):
         model = quantize_model(network, PIXEL, W4A8)
         model.load_state_dict(state, assign=True)
@@ -197,7 +200,7 @@ def test_two_processes_end_within_the_spread_of_seeds(tmp_path, network, rows):
             layer.freeze()
         enable_activations(model, True)
         with torch.no_grad():
-            return golden.relative_error(model(*rows.inputs), network(*rows.inputs))
+            return golden.relative_error(model(*judges), network(*judges))
 
     config = replace(SHORT, iters=200, iters_a=20, iters_tune=20)
     errors = {}
@@ -209,27 +212,42 @@ def test_two_processes_end_within_the_spread_of_seeds(tmp_path, network, rows):
             subprocess.run(command, env=environment(), check=True, capture_output=True, timeout=600)
             errors[world, seed] = final(torch.load(tmp_path / name / "done.pt", weights_only=True))
     spread = [errors[1, seed] for seed in range(3)]
-    margin = max(spread) - min(spread)
     print(f"one process {spread}, two {errors[2, 0]}")
-    assert min(spread) - margin <= errors[2, 0] <= max(spread) + margin
+    assert min(spread) <= errors[2, 0] <= max(spread)
 
 
-def test_gradients_of_two_shares_are_those_of_the_batch(monkeypatch):
-    """Each process's share of a batch, added up, gives the gradients of the whole batch to 1e-5."""
-    from qdiff import ranks
-    from qdiff.calibration.reconstruct import UnitData
+GRADIENTS = """
+import sys
+import torch
+import torch.distributed as dist
+from torch import nn
+from qdiff import ranks
+from qdiff.calibration.reconstruct import UnitData
 
-    torch.manual_seed(0)
-    layer = nn.Linear(6, 5)
-    x, target = torch.randn(32, 6), torch.randn(32, 5)
-    data = UnitData(lambda index: ((x[index],), target[index]), 32, 28, 9)
-    batch = data.draw(torch.Generator().manual_seed(0))
-    data.gradients(layer, batch, 2.0, [layer.weight])
-    whole, layer.weight.grad = layer.weight.grad, None
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+layer = nn.Linear(6, 5)
+x, target = torch.randn(32, 6), torch.randn(32, 5)
+data = UnitData(lambda index: ((x[index],), target[index]), 32, 28, 9)
+loss = data.gradients(layer, data.draw(torch.Generator().manual_seed(0)), 2.0, [layer.weight, layer.bias])
+path = f"{sys.argv[1]}/{dist.get_world_size()}-{dist.get_rank()}.pt"
+torch.save({"weight": layer.weight.grad, "bias": layer.bias.grad, "loss": loss}, path)
+dist.destroy_process_group()
+"""
+
+
+def test_gradients_of_two_processes_are_those_of_one(tmp_path):
+    """Each process takes its share of a batch; the sums, on both, are the gradients of the whole batch to 1e-5."""
+    (tmp_path / "gradients.py").write_text(GRADIENTS)
+    for world in (1, 2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", tmp_path / "gradients.py"]
+        subprocess.run([*command, tmp_path], env=environment(), check=True, capture_output=True, timeout=300)
+    whole = torch.load(tmp_path / "1-0.pt", weights_only=True)
     for rank in range(2):
-        monkeypatch.setattr(ranks, "share", lambda batch, rank=rank: batch[rank::2])
-        data.gradients(layer, batch, 2.0, [layer.weight])
-    assert golden.relative_error(layer.weight.grad, whole) < 1e-5
+        found = torch.load(tmp_path / f"2-{rank}.pt", weights_only=True)
+        assert found["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+        for name in ("weight", "bias"):
+            assert golden.relative_error(found[name], whole[name]) < 1e-5
 
 
 # --- the Python call ----------------------------------------------------------------------------
@@ -279,9 +297,78 @@ def test_any_network_is_quantized(tmp_path):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_a_layer_without_quantized_form_is_named():
-    with pytest.raises(TypeError, match="odd: no quantized form registered for Bilinear"):
-        qdiff.quantize(Denoiser(odd=True), (torch.randn(4, 3, 8, 8), torch.zeros(4)))
+INPUTS = (torch.randn(12, 3, 8, 8), torch.arange(12.0))
+QUICK = {"iters": 2, "iters_a": 2, "iters_tune": 2, "batch_size": 4}
+
+
+def test_a_layer_without_quantized_form_is_named_or_kept():
+    with pytest.raises(TypeError, match="odd: no quantized form registered for Bilinear, expected it among `keep`"):
+        qdiff.quantize(Denoiser(odd=True), INPUTS)
+    model = Denoiser(odd=True)
+    model.register_parameter("position", nn.Parameter(torch.ones(3, 8, 8)))
+    quantized = qdiff.quantize(model, INPUTS, keep=[nn.Bilinear, Denoiser, "head"], **QUICK)
+    assert type(quantized.head) is nn.Conv2d and torch.equal(quantized.head.weight, model.head.weight)
+    assert isinstance(quantized.stem, QuantConv2d) and torch.equal(quantized.position, model.position)
+
+
+def test_networks_that_read_their_layers_sizes():
+    class Curious(Denoiser):
+        def forward(self, x, t):
+            assert self.stem.in_channels == x.shape[1] and self.stem.kernel_size == (3, 3)
+            assert self.blocks[0].time.in_features == 8
+            return super().forward(x, t)
+
+    model = Curious()
+    assert qdiff.quantize(model, INPUTS, **QUICK)(*INPUTS).shape == INPUTS[0].shape
+
+
+def test_blocks_with_an_output_layer_and_layers_apart(tmp_path):
+    """As the families of the package have them; and the report."""
+    qdiff.quantize(Denoiser(), INPUTS, blocks={Residual: "second"}, separate=["time"], folder=tmp_path, **QUICK)
+    names = [entry["step"].split()[-1] for entry in read_entries(tmp_path / MANIFEST)]
+    assert names[:6] == ["stem", "blocks.0.time", "blocks.0", "blocks.1.time", "blocks.1", "head"]
+    assert {"layers.csv", "layers.png", "units.png"} <= {path.name for path in tmp_path.iterdir()}
+    assert "blocks.1.second" in (tmp_path / "layers.csv").read_text()
+
+
+def test_what_would_be_lost_is_named():
+    model = Denoiser()
+    model.stem.register_forward_hook(lambda module, args, output: output * 2)
+    with pytest.raises(TypeError, match="stem: a hook or a `forward` of its own would be lost"):
+        qdiff.quantize(model, INPUTS)
+    with pytest.raises(ConfigError, match=r"blocks: 0\.1 \(Conv\) lies inside 0"):
+        qdiff.quantize(nested(), (torch.randn(4, 3, 8, 8),), blocks=[nn.Sequential, Conv])
+
+
+class Conv(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+def nested():
+    network = nn.Module()
+    network.add_module("0", nn.Sequential(nn.Conv2d(3, 3, 1), Conv()))
+    network.forward = lambda x: network.get_submodule("0")(x)
+    return network
+
+
+def test_other_blocks_do_not_continue_a_calibration(tmp_path):
+    qdiff.quantize(Denoiser(), INPUTS, folder=tmp_path, **QUICK)
+    with pytest.raises(ConfigError, match=r"units is blocks\.0 now, but was blocks\.0\.first when this calibration began"):
+        torch.manual_seed(1)
+        qdiff.quantize(Denoiser(), INPUTS, blocks=[Residual], folder=tmp_path, **QUICK)
+
+
+def test_a_lost_line_of_the_manifest_is_noticed(tmp_path, network, rows, reference, caplog):
+    folder = cut(reference[1], tmp_path / "cut", 1000)
+    text = (folder / MANIFEST).read_text().splitlines(keepends=True)
+    (folder / MANIFEST).write_text("".join(text[:5] + text[6:]))
+    again = calibrate(network, PIXEL, W4A8, SHORT, rows, workplace=Workplace(folder)).state_dict()
+    assert "line 6 is damaged: continuing after step 4" in caplog.text and same(again, reference[0])
 
 
 @pytest.mark.parametrize(
@@ -296,6 +383,8 @@ def test_a_layer_without_quantized_form_is_named():
         ({"splits": {"blocks": 1}}, "no layer blocks"),
         ({"splits": {"head": 16}}, "head has 16 input channels"),
         ({"blocks": [nn.GELU]}, "no GELU"),
+        ({"keep": [nn.GELU]}, "keep: no GELU"),
+        ({"keep": ["tail"]}, "keep: no tail"),
         ({"time_sets": 2, "running_stat": True}, "running_stat"),
     ],
 )
@@ -307,8 +396,14 @@ def test_wrong_settings_are_named(options, words):
 def test_wrong_inputs_are_named():
     with pytest.raises(ConfigError, match="1 rows: expected 2 or more"):
         qdiff.quantize(Denoiser(), (torch.randn(1, 3, 8, 8), torch.zeros(1)))
-    with pytest.raises(ConfigError, match="weight is half precision"):
-        qdiff.quantize(Denoiser().bfloat16(), (torch.randn(4, 3, 8, 8), torch.zeros(4)))
+    with pytest.raises(ConfigError, match="weight is bfloat16: expected float32"):
+        qdiff.quantize(Denoiser().bfloat16(), INPUTS)
+    with pytest.raises(ConfigError, match="weight is float64: expected float32"):
+        qdiff.quantize(Denoiser().double(), INPUTS)
+    with pytest.raises(ConfigError, match="time_sets 2: expected the time steps"):
+        qdiff.quantize(nn.Sequential(nn.Conv2d(3, 3, 1)), INPUTS[:1], time_sets=2)
+    with torch.inference_mode(), pytest.raises(ConfigError, match="inference_mode"):
+        qdiff.quantize(Denoiser(), INPUTS)
 
 
 def test_a_network_may_hold_what_it_does_not_use(tmp_path):

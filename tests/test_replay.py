@@ -123,7 +123,7 @@ def test_calls_by_keyword_and_constants(tmp_path):
     [
         (lambda self, x: self.b(self.a(self.a(x))), "more than once"),
         (lambda self, x: self.b(x), "never reached"),
-        (lambda self, x: self.b(self.a(x[:1])), "rows first"),
+        (lambda self, x: self.b(self.a(x[:1])), "do not come first"),
         (lambda self, x: self.b(x) + self.a(x, [{"skip": x}]), "inside a list"),
     ],
 )

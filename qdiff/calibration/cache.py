@@ -11,6 +11,7 @@ from torch import Tensor
 from qdiff import ranks
 from qdiff.config import ConfigError
 
+PREFIX = ".activations."
 EXACT_UP_TO = 64  # numbers in a row: time steps and other inputs of embeddings, whose last digits matter and whose size does not
 
 
@@ -52,7 +53,7 @@ class Cache:
         return Stored(self, self._mapped(shape, kept, size), 0, dtype)
 
     def _mapped(self, shape: tuple[int, ...], dtype: torch.dtype, size: int) -> Tensor:
-        handle, name = tempfile.mkstemp(prefix=".activations.", dir=self.folder)
+        handle, name = tempfile.mkstemp(prefix=PREFIX, dir=self.folder)
         try:
             if hasattr(os, "posix_fallocate"):  # a full disk is an error here, not a crash later
                 os.posix_fallocate(handle, 0, size)
@@ -85,6 +86,12 @@ class Stored:
     def release(self) -> None:
         self.cache.used -= self.charged
         self.charged, self.tensor = 0, self.tensor[:0].clone()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Files that a process was killed over before they lost their names."""
+    for path in folder.glob(f"{PREFIX}*"):
+        path.unlink(missing_ok=True)
 
 
 def free_memory() -> int:

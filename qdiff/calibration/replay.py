@@ -18,6 +18,8 @@ from qdiff.calibration.cache import Cache, Stored
 from qdiff.calibration.dataset import Rows
 from qdiff.calibration.memory import halving
 
+NO_UNIT = ": cannot be a unit; expected the module around it among `blocks`, or the layer among `keep`"
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -105,15 +107,15 @@ def make_plan(model: nn.Module, units: Sequence[str], rows: Rows, device: torch.
         def forward(*args: Any, **kwargs: Any) -> Tensor:
             _, tensors = Call.of(args, kwargs)
             if path in needs:
-                raise RuntimeError(f"{path}: runs more than once in a forward pass, cannot be a unit")
+                raise RuntimeError(f"{path}: runs more than once in a forward pass{NO_UNIT}")
             if any(_holds_tensors(value) for value in [*args, *kwargs.values()] if not isinstance(value, Tensor)):
-                raise RuntimeError(f"{path}: takes tensors inside a list, tuple or dict, cannot be a unit; expected tensors as arguments")
+                raise RuntimeError(f"{path}: takes tensors inside a list, tuple or dict{NO_UNIT}")
             needs[path] = {leaves[leaf] for tensor in tensors for leaf in _leaves_of(tensor) if leaf in leaves}
             output = original(*args, **kwargs)
             if not isinstance(output, Tensor):
-                raise RuntimeError(f"{path}: returns {type(output).__name__}, a unit returns one tensor")
+                raise RuntimeError(f"{path}: returns {type(output).__name__} and no tensor{NO_UNIT}")
             if wrong := [tuple(tensor.shape) for tensor in [*tensors, output] if not tensor.dim() or len(tensor) != 2]:
-                raise RuntimeError(f"{path}: a tensor of shape {wrong[0]} for 2 rows; a unit has the rows first")
+                raise RuntimeError(f"{path}: a tensor of shape {wrong[0]} for 2 rows, which do not come first{NO_UNIT}")
             order.append(path)
             sizes[path] = (sum(tensor.numel() for tensor in tensors) // 2, output.numel() // 2)
             leaf = output.detach().requires_grad_()
@@ -129,7 +131,7 @@ def make_plan(model: nn.Module, units: Sequence[str], rows: Rows, device: torch.
     if not isinstance(output, Tensor):
         raise RuntimeError(f"the network returns {type(output).__name__}: expected one tensor (wrap the network)")
     if missing := [unit for unit in units if unit not in order]:
-        raise RuntimeError(f"units never reached by a forward pass: {', '.join(missing[:3])}")
+        raise RuntimeError(f"units never reached by a forward pass: {', '.join(missing[:3])}; expected them among `keep`")
     position = {unit: i for i, unit in enumerate(order)}
     last_use = {unit: max([i, *(position[user] for user in order if unit in needs[user])]) for unit, i in position.items()}
     held = [sizes[unit][0] + 2 * sum(sizes[other][1] for other in order[: i + 1] if last_use[other] >= i) for i, unit in enumerate(order)]

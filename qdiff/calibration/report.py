@@ -1,6 +1,7 @@
 """What a calibration did, as tables and pictures: loss of each unit, signal-to-noise ratio of each layer."""
 
 import csv
+import logging
 import math
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from qdiff.config import CalibrationConfig, QuantConfig
 from qdiff.files import atomic_write
 from qdiff.model import Family, quant_layers
 from qdiff.plotting import figure_of, save_figure
+
+log = logging.getLogger(__name__)
 
 REPORT_ROWS = 32  # rows, of all time steps, that the signal-to-noise ratios come from
 
@@ -69,6 +72,14 @@ def write_report(
     _plot_layers(folder / "layers.png", table, list(networks))
     if (folder / MANIFEST).is_file() and (steps := read_entries(folder / MANIFEST)):
         _plot_units(folder / "units.png", steps)
+
+
+def try_report(folder: Path, *args: object) -> None:
+    """`write_report`, whose failure, whatever it is, must not cost a calibration: it goes to the log."""
+    try:
+        write_report(folder, *args)
+    except Exception:
+        log.exception("%s: the report could not be written", folder)
 
 
 def _plot_layers(path: Path, table: dict[str, dict[str, float]], names: list[str]) -> None:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from qdiff import ranks
-from qdiff.calibration.cache import Cache, Stored
+from qdiff.calibration.cache import Cache, Stored, remove_leftovers
 from qdiff.calibration.dataset import Rows
 from qdiff.calibration.journal import Journal
 from qdiff.calibration.memory import peak_memory
@@ -95,6 +95,8 @@ def calibrate(
         "rows_sha256": rows.hash(),
         "torch": torch.__version__,
     }
+    if workplace.folder is not None and ranks.rank() == 0:
+        remove_leftovers(workplace.folder)
     ranks.barrier()  # all read the journal before one of them writes
     journal = Journal.open(workplace.folder, settings, writes=ranks.rank() == 0)
     ranks.barrier()

@@ -14,7 +14,7 @@ from common.options import calibration_config, check_quant_options, quant_config
 from common.running import Ranks
 from qdiff.calibration.dataset import CalibrationSet, Rows, load_set, save_set
 from qdiff.calibration.ranges import time_bounds
-from qdiff.calibration.report import write_report
+from qdiff.calibration.report import try_report
 from qdiff.calibration.run import Workplace, calibrate
 from qdiff.checkpoint import (
     CheckpointError,
@@ -156,10 +156,7 @@ def _write_results(
     info = PackedInfo(task.family.name, task.build, quant, config.to_dict() | {"rows_sha256": rows.hash()}, state_hash(state), stages)
     if not quant.time_bounds:
         save_published(folder / "ckpt.pth", wrapped, task.family, state, activations=quant.quant_act)
-    try:
-        write_report(folder / "calibration", model, task.family, wrapped, quant, config, rows)
-    except Exception:  # whatever it is, it must not cost the checkpoint
-        log.exception("%s: the report could not be written", folder / "calibration")
+    try_report(folder / "calibration", model, task.family, wrapped, quant, config, rows)
     save_packed(folder / "ckpt.safetensors", wrapped, info)
     log.info("calibrated checkpoints in %s: ckpt.safetensors (packed)%s", folder, "" if quant.time_bounds else ", ckpt.pth (published)")
 
