@@ -4,7 +4,8 @@
 
 W8A8, weights by nearest rounding with `mse` ranges. Trajectory errors (64 images, DDIM 50 quad steps) of: min-max ranges; ranges of
 least error; the same in time-step sets; and the floor: step sizes, biases and normalizations fitted on the evaluation
-trajectory itself, which no calibration with static scales can be expected to beat by much.
+trajectory itself, which no calibration with static scales can be expected to beat by much. Then calibrated checkpoints (whose weights
+are calibrated too): the embedded one and those given by --checkpoints.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from qdiff.calibration.dataset import Rows
 from qdiff.calibration.ranges import time_bounds
 from qdiff.calibration.run import calibrate
 from qdiff.calibration.tune import tune
+from qdiff.checkpoint import load_packed
 from qdiff.config import CalibrationConfig, QuantConfig
 
 CPU = torch.device("cpu")
@@ -39,6 +41,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--sets", type=int, nargs="*", default=[2, 5, 10, 20])
+    parser.add_argument(
+        "--checkpoints", type=Path, nargs="*", default=[], help="calibrated packed checkpoints, measured beside the embedded one"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -62,6 +67,8 @@ def main() -> None:
         held_out_from = len(seen) - int(FIT.held_out * len(seen))
         tune(model.model, network, seen, held_out_from, FIT, CPU, lambda _: None)
         print(f"  static scales, fitted on this very trajectory: {trajectory_error(network, trajectory):.4f}", flush=True)
+    for path in [model.folder / "w8a8.safetensors", *args.checkpoints]:
+        print(f"{path}: {trajectory_error(load_packed(path)[0], trajectory):.4f}")
 
 
 if __name__ == "__main__":

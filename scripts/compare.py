@@ -24,7 +24,7 @@ from common.options import Parser, add_device_options, positive, run_main, split
 from common.quantize import load_calibrated
 from common.running import log_to
 from qdiff.calibration.run import nearest_rounding
-from qdiff.checkpoint import read_packed_info
+from qdiff.checkpoint import is_packed, read_packed_info
 from qdiff.config import CalibrationConfig, ConfigError, QuantConfig
 from qdiff.evaluation.cost import DEFINITION, Cost
 from qdiff.evaluation.explain import observe, plot_errors, plot_ranges, plot_shortcuts, split_gains
@@ -33,7 +33,7 @@ from qdiff.files import atomic_write
 from qdiff.integer import prepare as choose_engine
 
 NEAREST_RECIPE = CalibrationConfig(steps=20, samples=16)  # of the baseline's ranges
-HEADER = ["setting", "size MB", "GMACs", "TBOPs", "eps error", "last x_t error", "PSNR dB", "SSIM", "perceptual", "s/image", "MB"]
+HEADER = ["setting", "size MB", "GMACs", "TBOPs", "eps error", "last x_t error", "PSNR dB", "SSIM", "perceptual (lite0)", "s/image", "MB"]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -63,6 +63,8 @@ def load_networks(job: Job, model: nn.Module, args: argparse.Namespace) -> dict[
     """Simulated networks by label, the widest first."""
     loaded: dict[str, tuple[QuantConfig, nn.Module]] = {}
     for path in args.checkpoints:
+        if not is_packed(path):
+            raise ConfigError(f"{path}: expected packed checkpoints; scripts/export.py converts published ones")
         config = read_packed_info(path).config
         for activations in (False, True) if config.quant_act else (False,):
             name = label(config, activations)
@@ -101,7 +103,7 @@ def write_report(folder: Path, job: Job, model: nn.Module, wrapped: nn.Module, f
     """Tables (Markdown, CSV, JSON), pictures and `index.html`; the rows of the table."""
     rows = table_of(found, cost)
     with atomic_write(folder / "table.md") as temporary:
-        temporary.write_text(markdown_table(HEADER, rows) + "\n")
+        temporary.write_text(f"{markdown_table(HEADER, rows)}\n\n{DEFINITION}\n")
     with atomic_write(folder / "table.csv") as temporary, temporary.open("w", newline="") as file:
         csv.writer(file).writerows([HEADER, *rows])
     content = {
@@ -156,7 +158,7 @@ def main(argv: list[str] | None = None) -> None:
     with torch.no_grad():
         found = compare(job, choose_engine(model, job.args.engine), networks, args.images)
     rows = write_report(args.output, job, model, next(iter(simulated.values())), found, cost)
-    print(markdown_table(HEADER, rows))
+    print(markdown_table(HEADER, rows), DEFINITION, sep="\n\n")
     print(f"{args.output / 'index.html'}")
 
 

@@ -19,6 +19,7 @@ from common.running import Ranks, log_to, setup_threads
 from common.tables import NAMED, tables
 from qdiff.config import PRESETS, ConfigError
 from qdiff.evaluation.features import EXTRACTORS, default_cache
+from qdiff.evaluation.metrics import METRICS
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -34,6 +35,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--preset", choices=list(PRESETS), help="recipe of calibrations (default: published; fast for the embedded models)")
     parser.add_argument("--reference", help="reference images or statistics, as evaluate.py takes them")
     parser.add_argument("--extractor", choices=EXTRACTORS, help="features (default: inception; lite0 for the embedded models)")
+    parser.add_argument("--crop", type=positive, help="cut reference images to this size (default: 256 for LSUN, 512 for Stable Diffusion)")
+    parser.add_argument("--metrics", nargs="+", choices=METRICS, help="default: those of the table")
+    parser.add_argument("--weights", type=Path, help="the extractor's weights (default: fetched, or the installed package's)")
     parser.add_argument("--captions", type=Path, help="COCO annotation file with the captions, for Stable Diffusion")
     parser.add_argument("--clip", type=Path, help="folder of a CLIP model, for the CLIP score")
     parser.add_argument("--check", action="store_true", help="pass or fail in minutes, before the long run")
@@ -53,7 +57,12 @@ def main(argv: list[str] | None = None) -> None:
     unknown = sorted(set(args.models or []) - {table.name for table in known})
     if unknown:
         raise ConfigError(f"--models {' '.join(unknown)}: expected some of {', '.join(table.name for table in known)}")
-    works = [Work(table, args) for table in known if not args.models or table.name in args.models]
+    chosen = [table for table in known if not args.models or table.name in args.models]
+    if args.clip and not any(table.prompts for table in chosen):
+        raise ConfigError(f"--clip: the images of {args.table} have no prompts")
+    if args.checkpoints and not args.checkpoints.is_dir():
+        raise ConfigError(f"--checkpoints {args.checkpoints}: expected a folder")
+    works = [Work(table, args) for table in chosen]
     log_to(None, verbose=False)
     if args.check:
         verdicts = [check(work) for work in works]  # all of them, whatever the first says
@@ -62,6 +71,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     for work in works:
         work.check_inputs()
+    for work in works:
         if ranks.rank == 0:
             print(work.estimate(), flush=True)
         ranks.barrier()

@@ -13,6 +13,8 @@ import numpy as np
 import pictures
 import pytest
 import tiny
+import torch
+from safetensors.torch import save_file
 from test_cli import fails
 
 FIGURES = ("fid", "kid", "is", "precision", "recall")
@@ -102,6 +104,11 @@ def test_bad_evaluations_say_what_is_wrong(work, tmp_path):
     fails(run(work / "a", "--count", 41), "40 images", "41")
     fails(run(tmp_path / "none"), "expected a folder of images")
     fails(run(work / "a", "--clip", tmp_path), "missing config.json")
+    pictures.save(pictures.make(1, 1), tmp_path / "one")
+    fails(run(work / "a", "--reference", tmp_path / "one"), "one: 1 image, expected at least 2")
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/data.mdb").write_bytes(b"no database")
+    fails(run(work / "a", "--reference", tmp_path / "base"), "not an lmdb database, or a damaged one")
     np.savez(tmp_path / "other.npz", mu=np.zeros(3), sigma=np.zeros((3, 3)))
     fails(run(work / "a", "--reference", tmp_path / "other.npz"), "another evaluator")
     pictures.save(pictures.make(39, 1), tmp_path / "fewer")
@@ -170,6 +177,9 @@ def test_comparison_refuses_what_does_not_fit(tmp_path):
     command = ["sample_diffusion_ddim.py", "--config", "configs/emoji32.yml", "--use_pretrained"]
     fails(tiny.script("compare.py", "--checkpoints", other, "-o", tmp_path, "--", *command), "another network")
     fails(tiny.script("compare.py", "-o", tmp_path, "--", *command), "--checkpoints")
+    torch.save({}, tmp_path / "published.pth")
+    result = tiny.script("compare.py", "--checkpoints", tmp_path / "published.pth", "-o", tmp_path, "--", *command)
+    fails(result, "expected packed checkpoints; scripts/export.py converts published ones")
 
 
 def test_a_table_is_filled_and_continued(tmp_path):
@@ -215,11 +225,85 @@ def test_a_table_is_checked_before_the_long_run(tmp_path):
     words = ["--table", "embedded", "--models", "emoji32", "--rows", "q-diffusion-w4a8", "--check", "--threads", 1, "--output", tmp_path]
     result = tiny.script("reproduce.py", *words)
     assert result.returncode == 0, result.stderr
-    assert "Q-Diffusion W4A8: PASS" in result.stdout and (tmp_path / "check_emoji32.png").is_file()
+    assert "full precision: PASS" in result.stdout and "Q-Diffusion W4A8: PASS" in result.stdout
+    assert (tmp_path / "check_emoji32.png").is_file()
     wrong = tmp_path / "wrong"
     wrong.mkdir()
     shutil.copy(tiny.REPOSITORY / "models/ldm/emoji64/w4a8.safetensors", wrong / "w4a8.safetensors")
-    fails(tiny.script("reproduce.py", *words, "--checkpoints", wrong), "a network of the latent family, expected pixel")
+    result = tiny.script("reproduce.py", *words, "--checkpoints", wrong)
+    fails(result, "the check failed")
+    assert "Q-Diffusion W4A8: FAIL" in result.stdout and "a network of the latent family, expected pixel" in result.stdout
+
+
+def test_the_check_sees_a_checkpoint_that_nothing_was_learned_for(tmp_path):
+    command = "--config configs/emoji32.yml --use_pretrained --timesteps 20 --skip_type quad --max_images 1 --threads 1"
+    command += " --ptq --weight_bit 4 --quant_mode linear --quant_act --a_sym --split --cali_st 4 --cali_n 4"
+    result = tiny.script("sample_diffusion_ddim.py", *shlex.split(command), "-l", tmp_path / "linear")
+    assert result.returncode == 0, result.stderr
+    (tmp_path / "given").mkdir()
+    shutil.copy(next((tmp_path / "linear").rglob("ckpt.safetensors")), tmp_path / "given" / "w4a8.safetensors")
+    words = ["--table", "embedded", "--models", "emoji32", "--rows", "q-diffusion-w4a8", "--check", "--threads", 1, "--output", tmp_path]
+    result = tiny.script("reproduce.py", *words, "--checkpoints", tmp_path / "given")
+    fails(result, "the check failed")
+    assert "Q-Diffusion W4A8: FAIL, trajectory error 0." in result.stdout
+
+
+@pytest.fixture
+def pixel_table(work, tmp_path):
+    """The CIFAR-10 table on a tiny network: a function of the number of images, the checkpoint and more sampling options."""
+    config = tiny.config_file(tmp_path)
+
+    def run(images, weights, *more):
+        words = ["--table", "cifar10", "--images", images, "--trajectory_images", 2, "--threads", 1, "--extractor", "lite0"]
+        words += ["--rows", "full-precision", "linear-w4a8", "q-diffusion-w4a8", "q-diffusion-w4a32", "--reference", work / "b"]
+        words += ["--output", tmp_path / "out", "--cache", work / "cache", "--", "--config", config, "--ckpt", weights]
+        return tiny.script("reproduce.py", *words, "--timesteps", 5, "--cali_st", 3, "--cali_n", 8, *more)
+
+    return run, tmp_path
+
+
+def test_the_table_of_a_paper_is_filled(pixel_table):
+    """On a tiny network: calibrations, their reuse, and what does not fit what was begun."""
+    run, folder = pixel_table
+    weights = tiny.weights_file(folder)
+    short = ("--cali_iters", 2, "--cali_iters_a", 2)
+    result = run(5, weights, *short)
+    assert result.returncode == 0, result.stderr
+    assert "calibrations (1)" in result.stdout and "| Q-Diffusion W4A8 |" in result.stdout and "| 4.93 |" in result.stdout
+    content = json.loads((folder / "out/table.json").read_text())["cifar10"]
+    assert content["q-diffusion-w4a32"][0]["trajectory_error"] < content["q-diffusion-w4a8"][0]["trajectory_error"]
+    assert len(list((folder / "out").rglob("ckpt.safetensors"))) == 2  # linear, and one for both rows of Q-Diffusion
+    result = run(5, weights, *short)
+    assert result.returncode == 0 and "nothing left to sample" in result.stdout
+    other = folder / "other.safetensors"
+    changed = {name: tensor * 1.01 for name, tensor in tiny.unet().state_dict().items()}
+    save_file(changed, other)
+    fails(run(5, other, *short), "begun with other options")
+    longer = run(4, weights, "--cali_iters", 3, "--cali_iters_a", 2)  # another recipe: not the checkpoint of the first
+    assert longer.returncode == 0, longer.stderr
+    assert len(list((folder / "out").rglob("ckpt.safetensors"))) == 4
+    shutil.copy(other, weights)  # under the same name
+    fails(run(5, weights, *short), "begun with another")
+
+
+def test_the_table_of_stable_diffusion_takes_captions_and_images_of_any_size(work, tmp_path):
+    prompts = ["red heart", "cat face", "flag", "blue heart"]
+    entries = [{"id": i, "image_id": i // 2, "caption": prompts[i // 2]} for i in range(8)]
+    (tmp_path / "captions.json").write_text(json.dumps({"annotations": entries}))
+    pictures.save(pictures.make(5, 3), tmp_path / "coco")
+    pictures.save(pictures.make(5, 3)[:, :, :, :20], tmp_path / "narrow")
+    (tmp_path / "narrow/0000.png").rename(tmp_path / "coco/0100.png")
+    words = ["--table", "stable-diffusion", "--rows", "full-precision", "linear-w8a8", "--images", 3, "--trajectory_images", 1]
+    words += ["--reference", tmp_path / "coco", "--crop", 32, "--captions", tmp_path / "captions.json", "--extractor", "lite0"]
+    words += ["--threads", 1, "--output", tmp_path / "out", "--cache", work / "cache"]
+    sampling = ["--", *TEXT, "--H", 64, "--W", 64, "--f", 4, "--ddim_steps", 2, "--cali_st", 2, "--cali_n", 2]
+    result = tiny.script("reproduce.py", *words, *sampling)
+    assert result.returncode == 0, result.stderr
+    kept = next((tmp_path / "out/stable-diffusion").glob("captions-3-*.txt")).read_text().splitlines()
+    assert len(set(kept)) == 3 and set(kept) <= set(prompts)
+    entries[0]["caption"] = entries[2]["caption"] = entries[4]["caption"] = entries[6]["caption"] = "another"
+    (tmp_path / "captions.json").write_text(json.dumps({"annotations": entries}))
+    fails(tiny.script("reproduce.py", *words, *sampling), "begun with other options")
 
 
 def test_bad_tables_say_what_is_wrong(tmp_path):
@@ -230,5 +314,7 @@ def test_bad_tables_say_what_is_wrong(tmp_path):
     fails(run("--table stable-diffusion --reference ."), "--captions")
     fails(run("--table lsun-church --reference ."), "no images")
     fails(run("--table embedded --clip ."), "missing config.json")
+    fails(run("--table cifar10 --clip ."), "--clip: the images of cifar10 have no prompts")
+    fails(run("--table cifar10 --check --checkpoints nowhere"), "--checkpoints nowhere: expected a folder")
     (tmp_path / "captions.json").write_text('{"annotations": [{"id": 1}]}')
     fails(run(f"--table stable-diffusion --reference . --captions {tmp_path / 'captions.json'}"), "not a COCO caption file")

@@ -12,12 +12,18 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from PIL import Image
 
 sys.path.insert(0, str(tiny.REPOSITORY / "scripts"))
 
 from common.running import Ranks, sample_missing
+from qdiff.evaluation.features import Extractor, extract
+from qdiff.evaluation.images import Selected
 
 SAMPLE = "sample_diffusion_ddim.py"
+
+
+SIZE = 96
 
 
 class Stub:
@@ -32,9 +38,9 @@ class Stub:
         if self.calls == self.dies_at:
             raise KeyboardInterrupt
         self.made.update(indices)
-        images = torch.zeros(len(indices), 3, 4, 4, dtype=torch.uint8)
+        images = torch.zeros(len(indices), 3, SIZE, SIZE, dtype=torch.uint8)
         for image, i in zip(images, indices, strict=True):
-            image[0, 0] = torch.tensor([i >> 24, i >> 16 & 255, i >> 8 & 255, i & 255], dtype=torch.uint8)
+            image[0, 0, :4] = torch.tensor([i >> 24, i >> 16 & 255, i >> 8 & 255, i & 255], dtype=torch.uint8)
         return images
 
 
@@ -50,13 +56,41 @@ def simulate(folder: Path, total: int) -> None:
     assert {path.name for path in folder.iterdir()} == {f"{i}.png" for i in range(total)}
     made = first.made + second.made
     assert len(made) == total and set(made.values()) == {1}  # none twice
-    seen = {tuple(load_png(folder / f"{i}.png")[0, 0].tolist()) for i in range(total)}
+    seen = {tuple(load_png(folder / f"{i}.png")[0, 0, :4].tolist()) for i in range(total)}
     assert len(seen) == total
-    assert grown < 30_000  # KiB; the images would be 50,000 * 3 * 4 * 4 bytes only, but so would no leaked file or tensor handle be
+    assert grown * 1024 < total * 3 * SIZE**2 / 4  # the half of the images that is made in this part would be twice that
 
 
 def test_many_images(tmp_path):
     simulate(tmp_path / "img", 2_000)
+
+
+class Drawn:
+    """Images that are drawn when they are read."""
+
+    name, hash = "drawn", "0"
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+
+    def __len__(self) -> int:
+        return self.total
+
+    def picture(self, index: int) -> Image.Image:
+        return Image.new("RGB", (SIZE, SIZE), (index % 256, 0, 0))
+
+
+def test_features_of_many_images_need_the_memory_of_a_batch(tmp_path):
+    def run(images):
+        return images[:, :, 0, 0].float(), images[:, :, 0, 0].float()
+
+    stub = Extractor("stub", "0" * 64, "", run)
+    extract(Selected(Drawn(64)), stub, tmp_path / "first")
+    early = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = extract(Selected(Drawn(4_000)), stub, tmp_path / "second")
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - early
+    assert found.features[:, 0].tolist() == [i % 256 for i in range(4_000)]
+    assert grown * 1024 < 4_000 * 3 * SIZE**2 / 4
 
 
 @pytest.mark.slow

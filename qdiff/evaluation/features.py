@@ -147,8 +147,11 @@ def _merge(parts: Path, path: Path, key: dict) -> None:
     files = [parts / _part_name(i) for i in range(-(-key["count"] // key["chunk"]))]
     if path.is_file() and not all(file.is_file() for file in files):
         return
-    loaded = [read_tensors(file) for file in files]
-    merged = {name: torch.cat([part[name] for part in loaded]) for name in ("features", "logits")}
+    merged: dict[str, Tensor] = {}
+    for number, file in enumerate(files):  # into their place: nothing is held twice
+        for name, part in read_tensors(file).items():
+            whole = merged.setdefault(name, torch.empty(key["count"], part.shape[1]))
+            whole[number * key["chunk"] :][: len(part)] = part
     with atomic_write(path) as temporary:
         save_file(merged, temporary, metadata={"key": json.dumps(key, sort_keys=True)})
     shutil.rmtree(parts, ignore_errors=True)

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -109,25 +109,34 @@ class _Npz:
 class _Lmdb:
     """An lmdb database of encoded images, as LSUN is published."""
 
+    hashes: ClassVar[dict[tuple, str]] = {}
+
     def __init__(self, path: Path) -> None:
         if importlib.util.find_spec("lmdb") is None:
             raise ConfigError(f"{path}: an lmdb database needs the package lmdb (pip install lmdb)")
         import lmdb
 
-        self.name = str(path)
-        self.database = lmdb.open(str(path), readonly=True, lock=False, readahead=False)
-        with self.database.begin() as transaction:
-            self.keys = [bytes(key) for key in transaction.cursor().iternext(values=False)]
+        self.name, self.file = str(path), path / "data.mdb"
+        try:
+            self.database = lmdb.open(str(path), readonly=True, lock=False, readahead=False)
+            with self.database.begin() as transaction:
+                self.keys = [bytes(key) for key in transaction.cursor().iternext(values=False)]
+        except lmdb.Error as error:
+            raise ConfigError(f"{path}: not an lmdb database, or a damaged one ({error})") from None
         if not self.keys:
             raise ConfigError(f"{path}: no images in this database")
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    @cached_property
+    @property
     def hash(self) -> str:
-        with self.database.begin() as transaction:
-            return _hash_all(hashlib.sha256(value).hexdigest() for _, value in transaction.cursor())
+        status = self.file.stat()
+        key = (self.name, status.st_size, status.st_mtime_ns)
+        if key not in self.hashes:  # a hundred gigabytes and more: read once a process
+            with self.database.begin() as transaction:
+                self.hashes[key] = _hash_all(hashlib.sha256(value).hexdigest() for _, value in transaction.cursor())
+        return self.hashes[key]
 
     def picture(self, index: int) -> Image.Image:
         with self.database.begin() as transaction:
@@ -200,7 +209,9 @@ class Selected:
         for index, picture in zip(indices, pictures, strict=True):
             if picture.size != self._size:
                 found, first = ("x".join(map(str, size)) for size in (picture.size, self._size))
-                raise ConfigError(f"{self.name}: image {index} is {found}, the first one {first}; expected one size (or --crop)")
+                raise ConfigError(
+                    f"{self.name}: image {index} is {found}, the first one {first}; expected one size (--crop cuts a reference)"
+                )
         return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2).contiguous()
 
 

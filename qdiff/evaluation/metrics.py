@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from qdiff.compat import make_torchvision_importable
 from qdiff.config import ConfigError
@@ -15,6 +16,9 @@ from qdiff.files import atomic_write
 METRICS = ("fid", "is", "kid", "pr")
 SEED = 2020  # torch-fidelity's
 KID_SUBSET, KID_SUBSETS, IS_SPLITS, NEIGHBORS = 1000, 100, 10, 3
+PART = 10_000  # features whose products are summed at once
+PR_IMAGES = 50_000  # of each set, spread over it, that precision and recall look at: their cost is that of all pairs
+PR_DISTANCES = 2**25  # held at once
 
 
 @dataclass(frozen=True)
@@ -29,11 +33,13 @@ class Statistics:
 
 
 def statistics_of(found: Features) -> Statistics:
-    make_torchvision_importable()
-    from torch_fidelity.metric_fid import fid_features_to_statistics
-
-    values = fid_features_to_statistics(found.features)
-    return Statistics(values["mu"], values["sigma"], found.extractor, len(found), found.source)
+    """Mean and unbiased covariance, summed up in float64 over parts, so that no copy of all features is made."""
+    mu = sum(part.double().sum(0) for part in found.features.split(PART)) / len(found)
+    products = torch.zeros(len(mu), len(mu), dtype=torch.float64)
+    for part in found.features.split(PART):
+        centered = part.double() - mu
+        products += centered.T @ centered
+    return Statistics(mu.numpy(), (products / (len(found) - 1)).numpy(), found.extractor, len(found), found.source)
 
 
 def save_statistics(path: Path, values: Statistics) -> None:
@@ -78,7 +84,7 @@ def compute(found: Features, reference: Features | Statistics | None, wanted: tu
 
     fid: Frechet distance (Heusel et al. 2017). is, is_std: Inception score over 10 splits (Salimans et al. 2016). kid, kid_std: 100
     subsets of 1000 images or, where there are fewer, of all (Binkowski et al. 2018). precision, recall: 3 nearest neighbors
-    (Kynkaanniemi et al. 2019), in the same features.
+    (Kynkaanniemi et al. 2019), in the same features, of PR_IMAGES images of each set at most.
 
     Raises:
         ConfigError: statistics or features of another extractor; fewer than 2 images.
@@ -89,8 +95,9 @@ def compute(found: Features, reference: Features | Statistics | None, wanted: tu
     from torch_fidelity.metric_kid import kid_features_to_metric
     from torch_fidelity.metric_prc import prc_features_to_metric
 
-    if len(found) < 2:
-        raise ConfigError(f"{found.source}: {len(found)} image, expected at least 2")
+    for one in (found, reference):
+        if isinstance(one, Features) and len(one) < 2:
+            raise ConfigError(f"{one.source}: {len(one)} image, expected at least 2")
     if reference is not None:
         expect_extractor(reference, found.extractor)
     result: dict[str, float] = {}
@@ -111,8 +118,10 @@ def compute(found: Features, reference: Features | Statistics | None, wanted: tu
         score = kid_features_to_metric(found.features, reference.features, **options)
         result |= {"kid": score["kernel_inception_distance_mean"], "kid_std": score["kernel_inception_distance_std"]}
     if "pr" in wanted:
-        neighbors = min(NEIGHBORS, len(found) - 1, len(reference) - 1)
-        options = {"prc_neighborhood": neighbors, "prc_batch_size": 10000, "save_cpu_ram": True, "verbose": False}
-        score = prc_features_to_metric(found.features, reference.features, **options)
+        pair = [one.features[:: -(-len(one) // PR_IMAGES)] for one in (found, reference)]
+        neighbors = min(NEIGHBORS, *(len(one) - 1 for one in pair))
+        rows = max(1, PR_DISTANCES // max(map(len, pair)))
+        options = {"prc_neighborhood": neighbors, "prc_batch_size": rows, "save_cpu_ram": True, "verbose": False}
+        score = prc_features_to_metric(*pair, **options)
         result |= {"precision": score["precision"], "recall": score["recall"]}
     return result

@@ -16,7 +16,16 @@ from qdiff.evaluation.clip import ClipScore
 from qdiff.evaluation.features import EXTRACTORS, Features, default_cache, extract, load_extractor
 from qdiff.evaluation.images import Selected, open_images
 from qdiff.evaluation.lite0 import load_lite0, perceptual_distance
-from qdiff.evaluation.metrics import METRICS, Statistics, compute, expect_extractor, load_statistics, save_statistics, statistics_of
+from qdiff.evaluation.metrics import (
+    METRICS,
+    PR_IMAGES,
+    Statistics,
+    compute,
+    expect_extractor,
+    load_statistics,
+    save_statistics,
+    statistics_of,
+)
 
 UNBIASED_FROM = 10_000  # images; with fewer, FID is biased upwards by more than differences between methods
 
@@ -54,7 +63,10 @@ def open_reference(args: argparse.Namespace) -> Selected | Statistics | None:
 
 
 def check_inputs(args: argparse.Namespace) -> None:
-    """Raise before a long sampling what would be raised after it: weights, reference, images and prompts that do not fit."""
+    """Raise before a long sampling what would be raised after it: weights, reference, images and prompts that do not fit.
+
+    The features of the reference are made, and kept, here.
+    """
     reference = open_reference(args)
     if args.against:
         open_images(args.against)
@@ -63,9 +75,11 @@ def check_inputs(args: argparse.Namespace) -> None:
         ClipScore(args.clip, torch.device("cpu"))
     if args.prompts:
         read_prompts(args.prompts)
-    extractor = load_extractor(args.extractor, torch.device("cpu"), args.weights)  # last: it may be fetched
+    extractor = load_extractor(args.extractor, select_device(args.device), args.weights)  # it may be fetched
     if isinstance(reference, Statistics):
         expect_extractor(reference, extractor.identity)
+    elif reference is not None:
+        extract(reference, extractor, args.cache, args.batch_size)  # kept; a broken image is found now
     for path in (args.npz, args.save_statistics, args.output):
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -153,16 +167,25 @@ def evaluate(args: argparse.Namespace, source: str | Path) -> dict:
         reference = features_of(reference)
     found = features_of(images)
     figures: dict = {"images": str(source), "reference": args.reference, "count": len(images), "extractor": extractor.identity}
-    figures |= compute(found, reference, tuple(args.metrics or METRICS))
-    if others is not None:
-        figures |= likeness(images, others, args.batch_size, device)
-    if clip is not None:
-        for indices, batch in batches(images, args.batch_size):
-            clip.add(batch, [prompts[i] for i in indices])
-        figures["clip"] = clip.mean
+
+    def rest() -> dict[str, float]:
+        more = compute(found, reference, tuple(args.metrics or METRICS))
+        if others is not None:
+            more |= likeness(images, others, args.batch_size, device)
+        if clip is not None:
+            for indices, batch in batches(images, args.batch_size):
+                clip.add(batch, [prompts[i] for i in indices])
+            more["clip"] = clip.mean
+        return more
+
+    figures |= Ranks.from_environment().from_first(rest)
     if args.save_statistics and Ranks.from_environment().rank == 0:
         save_statistics(args.save_statistics, statistics_of(found))
     figures["note"] = extractor.note
+    if "precision" in figures and max(len(found), len(reference)) > PR_IMAGES:
+        figures["note"] += f"; precision and recall of at most {PR_IMAGES} images of each"
+    if others is not None:
+        figures["note"] += "; perceptual: in lite0 features"
     if "fid" in figures and len(images) < UNBIASED_FROM:
         figures["note"] += f"; FID of {len(images)} images is biased upwards: compare it only with FIDs of as many"
     return figures

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +69,8 @@ def run(job: Job) -> Path:
     images = folder / job.images
     sample_missing(images, job.total, job.batch_size, lambda indices: job.sample(network, indices), ranks, job.name, job.metadata)
     ranks.barrier()
+    if missing := sum(not (images / job.name.format(i)).exists() for i in range(job.total)):
+        raise ConfigError(f"{images}: {missing} of {job.total} images are missing; expected a folder that all processes share")
     if ranks.rank == 0:
         log.info("precision: %s", str(autocast_dtype(job.device, args.precision) or torch.float32).removeprefix("torch."))
         job.finish(folder)
@@ -81,6 +84,12 @@ def prepare(command: Sequence[str]) -> Job:
     Raises:
         ConfigError: no such sampling script.
     """
+    module, args = parse(command)
+    return module.prepare(args)
+
+
+def parse(command: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
+    """The sampling script of a command, and its options."""
     import sample_diffusion_ddim
     import sample_diffusion_ldm
     import txt2img
@@ -89,5 +98,4 @@ def prepare(command: Sequence[str]) -> Job:
     name = Path(command[0]).name if command else ""
     if name not in modules:
         raise ConfigError(f"{name or 'no command'}: expected a sampling command, one of {', '.join(JOB_NAMES)} and its options")
-    module = modules[name]
-    return module.prepare(module.parse(list(command[1:])))
+    return modules[name], modules[name].parse(list(command[1:]))

@@ -206,5 +206,5 @@ def run_main(main: Callable[[list[str] | None], None]) -> None:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("interrupted; the same command with --continue goes on", file=sys.stderr)
+        print("interrupted; the same command goes on (sampling scripts: with --continue)", file=sys.stderr)
         sys.exit(130)

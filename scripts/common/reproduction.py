@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import hashlib
 import json
 import random
 import shlex
@@ -11,21 +12,26 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from common.comparison import save_rows
 from common.evaluation import check_inputs, evaluate, evaluation_parser
 from common.images import load_png
-from common.job import Job, prepare, run
-from common.options import select_device
+from common.job import Job, parse, prepare, run
+from common.options import calibration_config, select_device
 from common.quantize import load_calibrated
 from common.running import Ranks
 from common.tables import FROM_MEMORY, FULL, LINEAR, QDIFF, Row, Table
 from qdiff.analysis import Trajectories
-from qdiff.config import PRESETS, ConfigError, QuantConfig
+from qdiff.calibration.run import nearest_rounding
+from qdiff.checkpoint import CheckpointError
+from qdiff.config import CalibrationConfig, ConfigError, QuantConfig
 from qdiff.evaluation.page import Page, markdown_table
-from qdiff.files import atomic_write
+from qdiff.files import atomic_write, file_hash
 
-CHECK_LIMIT = 0.3  # trajectory error; the embedded calibrated checkpoints have 0.01 to 0.15
+CHECK_LIMIT = 0.1  # trajectory error of 8-bit weights by nearest rounding; the embedded models have 0.006 to 0.011
+CHECK_RATIO = 0.85  # of nearest rounding's error, at 4 bits; the embedded checkpoints have 0.3 to 0.7
+CHECK_RECIPE = CalibrationConfig(steps=10, samples=8)  # the rows behind the ranges of nearest rounding
 CHECK_STEPS, CHECK_IMAGES, GRID_IMAGES = 20, 4, 16
 REFERENCE_SEED = 1000  # added to a table's seed for the full-precision samples that are the reference where there is no other
 
@@ -63,15 +69,10 @@ class Work:
         """The options of a row: how its network is quantized, and where the result comes from."""
         if row.method == FULL:
             return []
-        words = ["--ptq", "--weight_bit", str(row.weight_bit), *shlex.split(self.table.weights)]
-        words += shlex.split(self.table.acts) if row.act_bit < 32 else []
-        found = self.checkpoint(row)
-        if found is not None:
-            return [*words, "--quant_mode", QDIFF_MODE[row.method], "--cali_ckpt", str(found)]
-        calibration = [*shlex.split(self.table.calibration), *(["--preset", self.args.preset] if self.args.preset else [])]
+        if (found := self.checkpoint(row)) is not None:
+            return [*self.method(row), "--cali_ckpt", str(found)]
         drawn = sorted(self.folder.rglob("calibration_set.pt"))  # by another row, of the same rows
-        calibration += ["--cali_data_path", str(drawn[0])] if drawn else []
-        return [*words, "--quant_mode", QDIFF_MODE[row.method], *calibration]
+        return [*self.method(row), *self.recipe(), *(["--cali_data_path", str(drawn[0])] if drawn else [])]
 
     def given_checkpoint(self, row: Row) -> Path | None:
         """The calibrated checkpoint for a row in --checkpoints or beside the embedded model."""
@@ -83,55 +84,81 @@ class Work:
         return None
 
     def checkpoint(self, row: Row) -> Path | None:
-        """A calibrated checkpoint for a row: given, or of an earlier calibration of the same weights here."""
+        """A calibrated checkpoint for a row: given, or of an earlier calibration here, of the same weights by the same recipe."""
         if (given := self.given_checkpoint(row)) is not None:
             return given
         same = [other for other in self.table.rows if (other.method, other.weight_bit) == (row.method, row.weight_bit)]
         same = [row] + [other for other in same if other.act_bit == 8 and row.method == QDIFF]
         found = [path for other in same for path in sorted((self.folder / other.slug).rglob("ckpt.safetensors"))]
-        return found[0] if found else None
+        return next((path for path in found if self._made_alike(path, row)), None)
+
+    def _made_alike(self, path: Path, row: Row) -> bool:
+        """Whether the run around a checkpoint was told what a calibration of `row` would be told now."""
+        words = [*self.options(self.count, 0, self.folder), *self.method(row), *self.recipe()]
+        wanted = vars(parse(words)[1])
+        made = json.loads((path.parent / "run.json").read_text())
+        told = [name for name in wanted if name in RECIPE or (name.startswith("cali_") and name not in NOT_RECIPE)]
+        return all(json.loads(json.dumps(wanted[name], default=str)) == made.get(name) for name in told)
+
+    def method(self, row: Row) -> list[str]:
+        """The options that say how a row is quantized."""
+        words = ["--ptq", "--weight_bit", str(row.weight_bit), *shlex.split(self.table.weights), "--quant_mode", QDIFF_MODE[row.method]]
+        return words + (shlex.split(self.table.acts) if row.act_bit < 32 else [])
+
+    def recipe(self) -> list[str]:
+        """The options of a calibration."""
+        return [*shlex.split(self.table.calibration), *(["--preset", self.args.preset] if self.args.preset else []), *self.args.more]
 
     def _captions(self, count: int) -> Path:
-        """A file of `count` captions, drawn once from the annotation file in a fixed order."""
+        """A file of `count` captions of as many images, drawn from the annotation file in a fixed order, under a hash of its content."""
         if self.args.captions is None:
             raise ConfigError("--captions: expected COCO's annotation file (captions_val2014.json)")
         try:
             entries = json.loads(self.args.captions.read_text(encoding="utf-8"))["annotations"]
-            words = [" ".join(str(entry["caption"]).split()) for entry in sorted(entries, key=lambda entry: entry["id"])]
+            words: dict[int, str] = {}
+            for entry in sorted(entries, key=lambda entry: entry["id"]):
+                if text := " ".join(str(entry["caption"]).split()):
+                    words.setdefault(entry["image_id"], text)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"--captions {self.args.captions}: not a COCO caption file ({error!r})") from None
-        words = [text for text in words if text]
         if len(words) < count:
-            raise ConfigError(f"--captions {self.args.captions}: {len(words)} captions, expected at least {count}")
-        path = self.folder / f"captions-{count}.txt"
+            raise ConfigError(f"--captions {self.args.captions}: captions of {len(words)} images, expected at least {count}")
+        content = "\n".join(random.Random(0).sample(list(words.values()), count)) + "\n"
+        path = self.folder / f"captions-{count}-{hashlib.sha256(content.encode()).hexdigest()[:8]}.txt"
         with atomic_write(path) as temporary:
-            temporary.write_text("\n".join(random.Random(0).sample(words, count)) + "\n", encoding="utf-8")
+            temporary.write_text(content, encoding="utf-8")
         return path
 
     # --- stages
 
+    def command(self, row: Row, seed: int, count: int) -> list[str]:
+        """The command that makes the images of a row: the first one, kept and used again; ConfigError where it would be another now."""
+        folder = self.place(row, seed, count)
+        kept, options = folder / "command.json", self.options(count, seed, folder)
+        if not kept.is_file():
+            words = options + self.quantization(row)
+            with atomic_write(kept) as temporary:
+                temporary.write_text(json.dumps({"words": words, "files": hashes(words)}))
+        begun = json.loads(kept.read_text())
+        words = begun["words"]
+        if ((given := self.given_checkpoint(row)) and str(given) not in words) or words[: len(options)] != options:
+            raise ConfigError(f"{folder}: begun with other options ({shlex.join(words)}); remove it, or take another --output")
+        if changed := [name for name, found in hashes(words).items() if begun["files"].get(name, found) != found]:
+            raise ConfigError(f"{folder}: begun with another {changed[0]} under this name; remove it, or take another --output")
+        return words + (["--continue"] if any(folder.rglob("run.json")) else [])
+
     def _sampled(self, row: Row, seed: int, count: int) -> tuple[Job, Path]:
-        """The job of a row and its images, made or continued; the command of the first time is kept and used again."""
-        folder = self.folder / row.slug / f"seed{seed}-{count}"
-
-        def command() -> list[str]:
-            kept, options = folder / "command.json", self.options(count, seed, folder)
-            if not kept.is_file():
-                with atomic_write(kept) as temporary:
-                    temporary.write_text(json.dumps(options + self.quantization(row)))
-            words = json.loads(kept.read_text())
-            if ((given := self.given_checkpoint(row)) and str(given) not in words) or words[: len(options)] != options:
-                raise ConfigError(f"{folder}: begun with other options ({shlex.join(words)}); remove it, or take another --output")
-            return words + (["--continue"] if any(folder.rglob("run.json")) else [])
-
-        job = prepare(Ranks.from_environment().from_first(command))
+        """The job of a row and its images, made or continued."""
+        job = prepare(Ranks.from_environment().from_first(lambda: self.command(row, seed, count)))
         return job, run(job)
+
+    def place(self, row: Row, seed: int, count: int) -> Path:
+        return self.folder / row.slug / f"seed{seed}-{count}"
 
     def network(self, job: Job, made: Path | None) -> nn.Module:
         """The simulated quantized network of a row: of the calibration in the run folder `made`, or the checkpoint of its command."""
         path = str(made / "ckpt.safetensors" if made and (made / "ckpt.safetensors").is_file() else job.args.cali_ckpt)
-        quant = QuantConfig(job.args.weight_bit, job.args.act_bit, job.args.quant_act, job.args.sm_abit, job.args.a_sym, job.args.split)
-        return load_calibrated(path, job.task, quant)[0].to(self.device)
+        return load_calibrated(path, job.task, quant_of(job))[0].to(self.device)
 
     def _full_precision(self, steps: int | None) -> Job:
         """The full-precision job that trajectories are drawn with; steps: other than the table's."""
@@ -144,7 +171,7 @@ class Work:
         model = job.task.load().to(self.device).eval()
         chunks = []
         began = time.perf_counter()
-        for chunk in job.chunks(count):
+        for chunk in tqdm(job.chunks(count), desc="trajectory in full precision", unit="batch"):
             kept: list[tuple[Tensor, Tensor, Tensor]] = []
             job.draw(model, chunk, lambda x, t, eps, kept=kept: kept.append((x.cpu(), t.cpu(), eps.cpu())))
             chunks.append(kept)
@@ -176,9 +203,11 @@ class Work:
         args = self.args
         words = [str(images), "--extractor", self.extractor, "--cache", str(args.cache)]
         words += ["--device", args.device, "--threads", str(args.threads)]
-        words += ["--crop", str(self.table.crop)] if self.table.crop else []
-        words += ["--metrics", *self.table.metrics]
-        words += ["--clip", str(args.clip)] if args.clip else []
+        crop = args.crop or self.table.crop
+        words += ["--crop", str(crop)] if crop else []
+        words += ["--metrics", *(args.metrics or self.table.metrics)]
+        words += ["--weights", str(args.weights)] if args.weights else []
+        words += ["--clip", str(args.clip)] if args.clip and self.table.prompts else []
         return evaluation_parser("").parse_args([*words, *more])
 
     def check_inputs(self) -> None:
@@ -189,12 +218,15 @@ class Work:
 
     def figures(self, row: Row, seed: int) -> dict:
         """All figures of a row for a seed, from its `result.json` if it is finished."""
-        done = self.folder / row.slug / f"seed{seed}-{self.count}" / "result.json"
-        given = self.given_checkpoint(row)
+        done = self.place(row, seed, self.count) / "result.json"
+        Ranks.from_environment().from_first(lambda: self.command(row, seed, self.count))  # refuses other weights and options
         key = {
-            "checkpoint": given and str(given),
             "extractor": self.extractor,
+            "weights": str(self.args.weights),
+            "metrics": self.args.metrics,
             "reference": self.args.reference,
+            "reference_files": hashes([str(self.args.reference)]),
+            "crop": self.args.crop,
             "clip": str(self.args.clip),
             "trajectory_images": self.args.trajectory_images,
         }
@@ -219,23 +251,56 @@ class Work:
         """Full precision first, and of the others those with 8-bit activations, whose checkpoints serve the rest."""
         return sorted(self.rows, key=lambda row: (row.method != FULL, row.act_bit))
 
+    def to_sample(self) -> set[Path]:
+        """The folders of all sets of images that are not there yet."""
+        full = next(row for row in self.table.rows if row.method == FULL)
+        seeds = [self.table.seed + i for i in range(self.args.seeds)]
+        wanted = {self.place(row, seed, self.count) for row in {full, *self.rows} for seed in seeds}  # full precision: --against
+        if self.reference_is_sampled():
+            wanted.add(self.place(full, self.table.seed + REFERENCE_SEED, self.count))
+        return {folder for folder in wanted if not (folder / "result.json").is_file()}
+
     def estimate(self) -> str:
-        """The time of everything, from a trial in full precision."""
+        """The time of what is not done, from a trial in full precision on this process."""
+        words = f"{self.table.title}: {len(self.rows)} rows, {self.count} images, {self.args.seeds} seed(s)"
+        if not (folders := self.to_sample()):
+            return f"{words}: nothing left to sample"
         chunks, each = self.trajectory(self.args.trajectory_images, None)
-        job = self.full_precision(None)
-        sampling = each * self.count * (len(self.rows) * self.args.seeds + self.reference_is_sampled())
         row_seconds = each / len(chunks[0])  # one evaluation for one image
-        recipe = PRESETS[self.args.preset or ("fast" if self.table.embedded else "published")]
-        missing = {row.weight_bit for row in self.rows if row.method == QDIFF and self.checkpoint(row) is None}
-        fitting = len(missing) * 3 * row_seconds * recipe.batch_size * (recipe.iters + recipe.iters_a)
-        words = f"sampling {hours(sampling)}, calibrations ({len(missing)}) about {hours(fitting)}, on this machine"
-        return f"{self.table.title}: {len(self.rows)} rows, {self.count} images, {self.args.seeds} seed(s): {words} ({job.device.type})"
+        missing = {row.weight_bit: row for row in self.rows if row.method == QDIFF and self.checkpoint(row) is None}
+        fitting = 0.0
+        for row in missing.values():
+            recipe = calibration_config(parse([*self.options(self.count, 0, self.folder), *self.method(row), *self.recipe()])[1])
+            fitting += 3 * row_seconds * recipe.batch_size * (recipe.iters + recipe.iters_a)
+        sampling = each * self.count * len(folders)
+        processes = Ranks.from_environment().world
+        where = f"on this machine ({self.device.type})" + (f", before it is shared by {processes} processes" if processes > 1 else "")
+        return f"{words}: sampling {hours(sampling)}, calibrations ({len(missing)}) about {hours(fitting)}, {where}"
 
     def reference_is_sampled(self) -> bool:
         return self.table.embedded and not self.args.reference
 
 
 QDIFF_MODE = {QDIFF: "qdiff", LINEAR: "linear"}
+# what a calibrated checkpoint depends on, by the names of the sampling scripts' options; and options named like it that say where from
+RECIPE = {"preset", "weight_bit", "split", "quant_mode", "weight_scale_method", "ckpt", "config", "resume_base", "overrides"}
+NOT_RECIPE = {"cali_data_path", "cali_ckpt", "cali_cache_gb"}
+
+
+def hashes(words: list[str]) -> dict[str, str]:
+    """sha256 of the files among the words of a command."""
+    return {word: _hash(word, Path(word).stat().st_size, Path(word).stat().st_mtime_ns) for word in words if Path(word).is_file()}
+
+
+@cache
+def _hash(path: str, size: int, modified: int) -> str:
+    return file_hash(path)
+
+
+def quant_of(job: Job) -> QuantConfig:
+    """The number formats of a quantized job."""
+    args = job.args
+    return QuantConfig(args.weight_bit, args.act_bit, args.quant_act, args.sm_abit, args.a_sym, args.split)
 
 
 def hours(seconds: float) -> str:
@@ -248,7 +313,7 @@ COLUMNS = {
     "trajectory_error": ("eps error", "{:.4f}"),
     "psnr": ("PSNR dB", "{:.1f}"),
     "ssim": ("SSIM", "{:.3f}"),
-    "perceptual": ("perceptual", "{:.3f}"),
+    "perceptual": ("perceptual (lite0)", "{:.3f}"),
     "fid": ("FID", "{:.2f}"),
     "kid": ("KID x 1000", "{:.2f}"),
     "is": ("IS", "{:.2f}"),
@@ -292,7 +357,8 @@ def write_tables(args: argparse.Namespace, works: list[Work], results: list[dict
         header, rows = table_of(work, found)
         note = next(iter(found.values()))[0]["note"]
         seeds = ", ".join(str(work.table.seed + i) for i in range(args.seeds))
-        words = f"{work.count} images, seed {seeds}. {note}."
+        words = f"{next(iter(found.values()))[0]['count']} images, seed {seeds}. {note}. "
+        words += f"eps error: of {args.trajectory_images} images along the trajectory of this sampler."
         words += f" {FROM_MEMORY}." if any("*" in text for row in work.rows for text in row.published.values()) else ""
         markdown += [f"### {work.table.title}", "", markdown_table(header, rows), "", words, ""]
         lines += [[work.table.name, *header], *([work.table.name, *row] for row in rows)]
@@ -320,24 +386,43 @@ def write_tables(args: argparse.Namespace, works: list[Work], results: list[dict
 
 
 def check(work: Work) -> bool:
-    """Whether weights, checkpoints and options of each Q-Diffusion row fit together; prints a line for each row."""
-    good, pictures = True, {}
+    """Whether weights, checkpoints and options fit together; prints a line for each row.
+
+    A row passes if it is much closer to full precision than nearest rounding in the same number formats (8-bit weights: not
+    much farther). Where there is no calibrated checkpoint, 8-bit nearest rounding must be close: it tells about the weights alone.
+    """
     job = work.full_precision(CHECK_STEPS)
+    model = job.task.load().to(work.device).eval()
+    rows = job.task.generate(model, CHECK_RECIPE).select(CHECK_RECIPE.steps, CHECK_RECIPE.samples)
+    verdicts, pictures = [], {}
+
+    def nearest(quant: QuantConfig) -> float:
+        return work.trajectory_error(nearest_rounding(model, job.task.family, quant, CHECK_RECIPE, rows), CHECK_IMAGES, CHECK_STEPS)
+
+    def sample(name: str, network: nn.Module) -> None:
+        pictures[name] = torch.cat([job.sample(network, chunk) for chunk in job.chunks(GRID_IMAGES)])
+
+    def verdict(name: str, error: float, limit: float, more: object) -> None:
+        verdicts.append(error < limit)
+        print(f"{name}: {'PASS' if verdicts[-1] else 'FAIL'}, trajectory error {error:.4f} (limit {limit:.4f}), {more}", flush=True)
+
     with torch.no_grad():
-        pictures[FULL] = torch.cat([job.sample(job.task.load().to(work.device), chunk) for chunk in job.chunks(GRID_IMAGES)])
-        for row in work.rows:
-            path = work.checkpoint(row) if row.method == QDIFF else None
-            if path is None:
-                if row.method == QDIFF:
-                    print(f"{row.name}: no checkpoint to check ({row.file}.safetensors or .pth in --checkpoints)")
+        sample(FULL, model)
+        verdict("full precision", nearest(QuantConfig()), CHECK_LIMIT, "of its 8-bit weights by nearest rounding")
+        for row in (row for row in work.rows if row.method == QDIFF):
+            if (path := work.checkpoint(row)) is None:
+                print(f"{row.name}: no checkpoint to check ({row.file}.safetensors or .pth in --checkpoints)")
                 continue
-            made = prepare(work.options(CHECK_IMAGES, work.table.seed, work.folder / "unused") + work.quantization(row))
-            network = work.network(made, None)
-            error = work.trajectory_error(network, CHECK_IMAGES, CHECK_STEPS)
-            passed = error < CHECK_LIMIT
-            good &= passed
-            print(f"{row.name}: {'PASS' if passed else 'FAIL'}, trajectory error {error:.4f} (limit {CHECK_LIMIT}), {path}", flush=True)
-            pictures[row.name] = torch.cat([job.sample(network, chunk) for chunk in job.chunks(GRID_IMAGES)])
+            try:
+                made = prepare(work.options(CHECK_IMAGES, work.table.seed, work.folder / "unused") + work.quantization(row))
+                network = work.network(made, None)
+            except (CheckpointError, ConfigError) as error:
+                verdicts.append(False)
+                print(f"{row.name}: FAIL, {error}", flush=True)
+                continue
+            limit = nearest(quant_of(made)) * (CHECK_RATIO if row.weight_bit < 8 else 1 / CHECK_RATIO)
+            verdict(row.name, work.trajectory_error(network, CHECK_IMAGES, CHECK_STEPS), limit, path)
+            sample(row.name, network)
     save_rows(work.args.output / f"check_{work.table.name}.png", pictures, GRID_IMAGES)
     print(f"{work.args.output / f'check_{work.table.name}.png'}: {GRID_IMAGES} images of each, {CHECK_STEPS} steps")
-    return good
+    return all(verdicts)

@@ -42,7 +42,8 @@ class Table:
     quantize weights, and activations beside them. calibration: the options of a calibration. count, logdir, steps: the options for
     the number of images, for the folder, for the sampling steps. reference: what images are compared with (None: other samples of full
     precision). images: how many the published figures come from. metrics: those of evaluate.py.
-    checkpoints: a folder of calibrated checkpoints that come with the model.
+    checkpoints: a folder of calibrated checkpoints that come with the model. crop: to what size reference images are cut. prompts:
+    images carry theirs, for the CLIP score.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Table:
     crop: int | None = None
     checkpoints: Path | None = None
     images_each: int = 1  # images that one of `count` stands for
+    prompts: bool = False
 
     @property
     def embedded(self) -> bool:
@@ -147,6 +149,8 @@ def _stable_diffusion() -> Table:
         ],
         metrics=("fid", "kid", "pr"),
         images=30_000,
+        crop=512,
+        prompts=True,
     )
 
 
@@ -173,6 +177,7 @@ def _embedded(name: str) -> Table:
         images=64,
         checkpoints=folder_of(name),
         images_each=SHOWN_PROMPTS if text else 1,
+        prompts=text,
     )
 
 
