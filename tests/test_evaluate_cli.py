@@ -231,7 +231,7 @@ def test_a_table_is_checked_before_the_long_run(tmp_path):
     wrong.mkdir()
     shutil.copy(tiny.REPOSITORY / "models/ldm/emoji64/w4a8.safetensors", wrong / "w4a8.safetensors")
     result = tiny.script("reproduce.py", *words, "--checkpoints", wrong)
-    fails(result, "the check failed")
+    assert result.returncode == 1 and "the check failed" in result.stderr.splitlines()[-1]
     assert "Q-Diffusion W4A8: FAIL" in result.stdout and "a network of the latent family, expected pixel" in result.stdout
 
 
@@ -244,7 +244,7 @@ def test_the_check_sees_a_checkpoint_that_nothing_was_learned_for(tmp_path):
     shutil.copy(next((tmp_path / "linear").rglob("ckpt.safetensors")), tmp_path / "given" / "w4a8.safetensors")
     words = ["--table", "embedded", "--models", "emoji32", "--rows", "q-diffusion-w4a8", "--check", "--threads", 1, "--output", tmp_path]
     result = tiny.script("reproduce.py", *words, "--checkpoints", tmp_path / "given")
-    fails(result, "the check failed")
+    assert result.returncode == 1 and "the check failed" in result.stderr.splitlines()[-1]
     assert "Q-Diffusion W4A8: FAIL, trajectory error 0." in result.stdout
 
 

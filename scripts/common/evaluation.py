@@ -59,7 +59,10 @@ def open_reference(args: argparse.Namespace) -> Selected | Statistics | None:
     path = Path(args.reference)
     if path.suffix == ".npz" and path.is_file() and (found := load_statistics(path)) is not None:
         return found
-    return Selected(open_images(args.reference), crop=args.crop)
+    images = Selected(open_images(args.reference), crop=args.crop)
+    if len(images) < 2:
+        raise ConfigError(f"--reference {images.name}: 1 image, expected at least 2")
+    return images
 
 
 def check_inputs(args: argparse.Namespace) -> None:
