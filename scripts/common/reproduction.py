@@ -161,8 +161,8 @@ class Work:
         return load_calibrated(path, job.task, quant_of(job))[0].to(self.device)
 
     def _full_precision(self, steps: int | None) -> Job:
-        """The full-precision job that trajectories are drawn with; steps: other than the table's."""
-        words = self.options(self.args.trajectory_images, self.table.seed, self.folder / "unused")
+        """The full-precision job that trajectories are drawn with; steps: other than the table's, for the check and its grid."""
+        words = self.options(GRID_IMAGES if steps else self.args.trajectory_images, self.table.seed, self.folder / "unused")
         return prepare(words + ([self.table.steps, str(steps)] if steps else []))
 
     def _trajectory(self, count: int, steps: int | None) -> tuple[list[list[tuple[Tensor, Tensor, Tensor]]], float]:
@@ -256,9 +256,11 @@ class Work:
         full = next(row for row in self.table.rows if row.method == FULL)
         seeds = [self.table.seed + i for i in range(self.args.seeds)]
         wanted = {self.place(row, seed, self.count) for row in {full, *self.rows} for seed in seeds}  # full precision: --against
-        if self.reference_is_sampled():
-            wanted.add(self.place(full, self.table.seed + REFERENCE_SEED, self.count))
-        return {folder for folder in wanted if not (folder / "result.json").is_file()}
+        wanted = {folder for folder in wanted if not (folder / "result.json").is_file()}
+        reference = self.place(full, self.table.seed + REFERENCE_SEED, self.count)
+        if self.reference_is_sampled() and sum(1 for _ in reference.rglob("*.png")) < self.count:
+            wanted.add(reference)
+        return wanted
 
     def estimate(self) -> str:
         """The time of what is not done, from a trial in full precision on this process."""
