@@ -4,7 +4,7 @@
     python benchmarks/calibration.py --config models/ldm/lsun_beds256/config.yaml --batch 4 --rows 4
     python benchmarks/calibration.py --capture
 
-Random weights. Every unit runs 1 and then 3 iterations of each phase on the same rows: the difference gives
+Random weights. After a warm-up every unit runs 1 and then 3 iterations of each phase on the same rows: the difference gives
 the time of an iteration, the rest is done once for each unit. The totals of both presets follow for the
 rows that the paper takes; `--batch` smaller than the preset's batch is scaled up linearly. The passes over held-out rows
 and those of the bias correction are counted at a third of an iteration's time a row. `--csv` writes the time of every unit.
@@ -85,6 +85,7 @@ def project(args: argparse.Namespace) -> None:
     model, family, row, kind = load(args.config)
     model = model.eval().requires_grad_(False)
     rows = many(row, args.rows)
+    seconds_of(model, family, rows, args.batch, 1)  # warm-up: oneDNN compiles its kernels for every shape
     once, capture = seconds_of(model, family, rows, args.batch, 1)
     thrice, _ = seconds_of(model, family, rows, args.batch, 3)
     iteration = {step: (thrice[step] - once[step]) / 2 for step in once if step != "ranges"}
