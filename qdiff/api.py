@@ -1,7 +1,7 @@
 """Quantizing any network from Python: `qdiff.quantize`."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,32 +67,8 @@ def quantize(
         NotImplementedError: a convolution whose padding is not zeros, by path.
         RuntimeError: a block or layer that cannot be a unit, by path.
     """
-    if torch.is_inference_mode_enabled():
-        raise ConfigError("inside torch.inference_mode(): expected to be called outside, gradients are needed")
-    if preset not in PRESETS:
-        raise ConfigError(f"preset {preset!r}: expected one of {', '.join(PRESETS)}")
-    if unknown := set(recipe) - set(PRESETS[preset].to_dict()) | {"steps", "samples"} & set(recipe):  # all rows given are taken
-        raise ConfigError(f"unknown settings of the recipe: {', '.join(sorted(unknown))}")
-    lengths = {len(tensor) for tensor in inputs}
-    if len(lengths) != 1:
-        raise ConfigError(f"inputs of {sorted(lengths)} rows: expected the same number in each")
-    if time_sets > 1 and len(inputs) < 2:
-        raise ConfigError(f"time_sets {time_sets}: expected the time steps as the second input")
+    _check(model, inputs, blocks, keep, splits or {}, time_sets, preset, recipe)
     rows = Rows(tuple(inputs))
-    modules = dict(model.named_modules())
-    for path, channels in (splits or {}).items():
-        if type(modules.get(path)) not in LAYER_TYPES:
-            raise ConfigError(f"splits: no layer {path}")
-        if not 0 < channels < modules[path].weight.shape[1]:
-            raise ConfigError(
-                f"splits: {path} has {modules[path].weight.shape[1]} input channels: expected 1 or more in each half, found {channels}"
-            )
-    types = {type(module) for module in modules.values()}
-    for name, wanted in (("blocks", blocks), ("keep", keep)):
-        if absent := [kind for kind in wanted if kind not in types and kind not in modules]:
-            raise ConfigError(f"{name}: no {getattr(absent[0], '__name__', absent[0])} in the network")
-    if other := [(name, p.dtype) for name, p in model.named_parameters() if p.is_floating_point() and p.dtype != torch.float32]:
-        raise ConfigError(f"{other[0][0]} is {str(other[0][1]).removeprefix('torch.')}: expected float32 (model.float())")
     family = Family(
         "custom",
         build=lambda _: model,
@@ -114,11 +90,49 @@ def quantize(
         time_bounds=time_bounds(rows, time_sets) if time_sets > 1 else (),
     )
     config = replace(PRESETS[preset], **recipe)
-    if config.running_stat and time_sets > 1:
-        raise ConfigError("time_sets and running_stat: expected one of them")
     check_layers(model, family)
     model = copy.deepcopy(model)
     quantized = calibrate(model, family, quant, config, rows, workplace=Workplace(None if folder is None else Path(folder)))
     if folder is not None and ranks.rank() == 0:
         try_report(Path(folder), model, family, quantized, quant, config, rows)
     return quantized
+
+
+def _check(
+    model: nn.Module,
+    inputs: Sequence[Tensor],
+    blocks: Iterable[type[nn.Module]],
+    keep: Iterable[type[nn.Module] | str],
+    splits: Mapping[str, int],
+    time_sets: int,
+    preset: str,
+    recipe: Mapping[str, object],
+) -> None:
+    """ConfigError for arguments of `quantize` that cannot be meant, by name."""
+    if torch.is_inference_mode_enabled():
+        raise ConfigError("inside torch.inference_mode(): expected to be called outside, gradients are needed")
+    if preset not in PRESETS:
+        raise ConfigError(f"preset {preset!r}: expected one of {', '.join(PRESETS)}")
+    if unknown := set(recipe) - set(PRESETS[preset].to_dict()) | {"steps", "samples"} & set(recipe):  # all rows given are taken
+        raise ConfigError(f"unknown settings of the recipe: {', '.join(sorted(unknown))}")
+    lengths = {len(tensor) for tensor in inputs}
+    if len(lengths) != 1:
+        raise ConfigError(f"inputs of {sorted(lengths)} rows: expected the same number in each")
+    if time_sets > 1 and len(inputs) < 2:
+        raise ConfigError(f"time_sets {time_sets}: expected the time steps as the second input")
+    modules = dict(model.named_modules())
+    for path, channels in splits.items():
+        if type(modules.get(path)) not in LAYER_TYPES:
+            raise ConfigError(f"splits: no layer {path}")
+        if not 0 < channels < modules[path].weight.shape[1]:
+            raise ConfigError(
+                f"splits: {path} has {modules[path].weight.shape[1]} input channels: expected 1 or more in each half, found {channels}"
+            )
+    types = {type(module) for module in modules.values()}
+    for name, wanted in (("blocks", blocks), ("keep", keep)):
+        if absent := [kind for kind in wanted if kind not in types and kind not in modules]:
+            raise ConfigError(f"{name}: no {getattr(absent[0], '__name__', absent[0])} in the network")
+    if other := [(name, p.dtype) for name, p in model.named_parameters() if p.is_floating_point() and p.dtype != torch.float32]:
+        raise ConfigError(f"{other[0][0]} is {str(other[0][1]).removeprefix('torch.')}: expected float32 (model.float())")
+    if recipe.get("running_stat") and time_sets > 1:
+        raise ConfigError("time_sets and running_stat: expected one of them")
