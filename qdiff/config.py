@@ -128,5 +128,5 @@ class CalibrationConfig:
 
 PRESETS = {
     "published": CalibrationConfig(),
-    "fast": CalibrationConfig(samples=64, iters=300, lr=3e-2, iters_a=40, lr_a=1e-3, iters_tune=150, bfloat16=True),
+    "fast": CalibrationConfig(samples=64, iters=400, lr=3e-2, iters_a=60, lr_a=1e-3, iters_tune=150, bfloat16=True),
 }
