@@ -88,7 +88,8 @@ class CalibrationConfig:
     iters, lr, iters_a, lr_a, p: iterations and learning rates of rounding and of the activation step
     sizes, the norm of the latter's loss. running_stat: moving averages for the activation ranges
     (rs_sm_only: of attention probabilities only). held_out: fraction of the rows that choose the best
-    step sizes and take no part in fitting them. iters_tune, lr_tune, batch_tune: of the fit of all step
+    step sizes and take no part in fitting them. patience: step sizes of a unit are done after so many of the checks
+    on those rows (20 in `iters_a`) without a better one; 0: never. iters_tune, lr_tune, batch_tune: of the fit of all step
     sizes, biases and normalizations together to the network's output, after the units. bfloat16: units run in it while they are fitted,
     and activations are kept in it.
     """
@@ -106,6 +107,7 @@ class CalibrationConfig:
     rounding_weight: float = 0.01
     warmup: float = 0.2
     held_out: float = 0.125
+    patience: int = 0
     iters_tune: int = 0
     lr_tune: float = 1e-2
     batch_tune: int = 16
@@ -118,6 +120,7 @@ class CalibrationConfig:
             _require(getattr(self, name) >= 1, f"--{option} {getattr(self, name)}: expected at least 1")
         for name, option in (("iters", "cali_iters"), ("iters_a", "cali_iters_a"), ("iters_tune", "cali_iters_tune")):
             _require(getattr(self, name) >= 0, f"--{option} {getattr(self, name)}: expected 0 or more")
+        _require(self.patience >= 0, f"patience {self.patience}: expected 0 or more")
         for name, option in (("lr", "cali_lr_w"), ("lr_a", "cali_lr"), ("p", "cali_p")):
             _require(getattr(self, name) > 0, f"--{option} {getattr(self, name)}: expected a positive number")
         return self
@@ -128,5 +131,5 @@ class CalibrationConfig:
 
 PRESETS = {
     "published": CalibrationConfig(),
-    "fast": CalibrationConfig(samples=64, iters=400, lr=3e-2, iters_a=60, lr_a=1e-3, iters_tune=150, bfloat16=True),
+    "fast": CalibrationConfig(samples=64, iters=400, lr=3e-2, iters_a=60, lr_a=1e-3, patience=5, iters_tune=150, bfloat16=True),
 }

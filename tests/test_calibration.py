@@ -292,6 +292,18 @@ def test_a_diverging_activation_phase_keeps_the_start():
     assert result.after == result.before and torch.equal(layer.act_quantizer.delta, start)
 
 
+@pytest.mark.parametrize("patience, iterations", [(0, 200), (3, 30)])
+def test_activation_phase_ends_after_checks_without_a_better_one(patience, iterations):
+    layer, data = _unit(8)
+    layer.init_weight_scales("max")
+    layer.act_quantizer.set_scale(data.read(slice(None))[0][0].abs().max() / 127, torch.tensor(0.0))
+    layer.act_quantizer.enabled = True
+    ticks = []
+    wild = CalibrationConfig(iters_a=200, lr_a=1e3, patience=patience)
+    reconstruct_activations(layer, layer.act_quantizers, data, wild, 0, ticks.append)
+    assert len(ticks) == iterations
+
+
 def test_activation_phase_mends_a_bad_step_size():
     layer, data = _unit(8)
     layer.init_weight_scales("max")

@@ -182,13 +182,14 @@ def reconstruct_activations(
 ) -> UnitResult:
     """Learn the step sizes of `quantizers` (LSQ); the best on the held-out rows, the start included, are kept.
 
+    Ends after `patience` checks on those rows in a row without a better one.
     16-bit quantizers (attention probabilities of Stable Diffusion) stay as they are.
     """
     learned = [q for q in quantizers if q.n_bits < 16]
     before = best = data.held_out_error(unit, config.p)
     if not learned or config.iters_a == 0:
         return UnitResult(before, before)
-    kept = [q.delta.clone() for q in learned]
+    kept, worse = [q.delta.clone() for q in learned], 0
     for quantizer in learned:
         quantizer.delta = quantizer.delta.clone().requires_grad_()
         quantizer.learning = True
@@ -207,9 +208,12 @@ def reconstruct_activations(
                 delta.clamp_(min=floor)
         if (step + 1) % max(1, config.iters_a // HELD_OUT_CHECKS) == 0 or step + 1 == config.iters_a:
             error = data.held_out_error(unit, config.p)
+            worse = 0 if error < best else worse + 1
             if error < best:
                 best, kept = error, [delta.detach().clone() for delta in deltas]
         tick(loss)
+        if config.patience and worse == config.patience:
+            break
     ranks.from_first(kept)
     for quantizer, delta in zip(learned, kept, strict=True):
         quantizer.delta, quantizer.learning = delta, False
