@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qdiff import quantizers as Q
 from qdiff import ranks
-from qdiff.calibration.memory import halving
+from qdiff.calibration.batches import add_gradients, in_batches, mean_loss
 from qdiff.config import CalibrationConfig
 from qdiff.layers import ActQuantizer, QuantLayer, QuantLinear
 from qdiff.quantizers import ScaleMethod
@@ -42,43 +42,25 @@ class UnitData:
         return torch.randint(0, self.held_out_from, (self.batch_size,), generator=generator)
 
     def gradients(self, unit: nn.Module, batch: Tensor, p: float, parameters: list[Tensor]) -> float:
-        """Add the gradients of the reconstruction loss over a batch to those of the parameters; return the loss.
+        """Add the gradients of the reconstruction loss over a batch to those of the parameters; return the loss."""
 
-        Each process takes its share of the batch; a share that does not fit into memory is halved.
-        """
-        sums = [torch.zeros_like(parameter) for parameter in parameters]
-        losses = torch.zeros(1, dtype=torch.float64)
-
-        def work(part: Tensor) -> None:
+        def loss(part: Tensor) -> Tensor:
             inputs, target = self.read(part)
             with self.autocast():
                 output = self.call(unit, inputs)
-            loss = reconstruction_loss(output.float(), target, p) * (len(part) / len(batch))
-            found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-            for total, gradient in zip(sums, found, strict=True):
-                total += gradient
-            losses.add_(loss.item())
+            return reconstruction_loss(output.float(), target, p)
 
-        if len(mine := ranks.share(batch)):
-            halving(work, mine)
-        ranks.sum_over_ranks([*sums, losses])
-        for parameter, gradient in zip(parameters, sums, strict=True):
-            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-        return losses.item()
+        return add_gradients(loss, batch, parameters)
 
     @torch.no_grad()
     def held_out_error(self, unit: nn.Module, p: float) -> float:
         """The reconstruction loss over the held-out rows, in full precision of the simulation."""
-        total = 0.0
 
-        def work(part: Sequence[int]) -> None:
-            nonlocal total
-            inputs, target = self.read(slice(part[0], part[-1] + 1))
-            total += reconstruction_loss(self.call(unit, inputs), target, p).item() * len(part)
+        def loss(part: slice) -> Tensor:
+            inputs, target = self.read(part)
+            return reconstruction_loss(self.call(unit, inputs), target, p)
 
-        for start in range(self.held_out_from, self.rows, self.batch_size):
-            halving(work, range(start, min(start + self.batch_size, self.rows)))
-        return ranks.agree(total / (self.rows - self.held_out_from))
+        return mean_loss(loss, range(self.held_out_from, self.rows), self.batch_size)
 
 
 def reconstruction_loss(output: Tensor, target: Tensor, p: float) -> Tensor:
@@ -160,14 +142,13 @@ def correct_bias(unit: nn.Module, layer: QuantLayer, data: UnitData) -> UnitResu
     channels = -1 if isinstance(layer, QuantLinear) else 1
     total, rows = 0.0, 0
 
-    def work(part: Sequence[int]) -> None:
+    def work(part: slice) -> None:
         nonlocal total, rows
-        inputs, target = data.read(slice(part[0], part[-1] + 1))
+        inputs, target = data.read(part)
         error = (target - data.call(unit, inputs)).movedim(channels, -1).flatten(0, -2)
         total, rows = total + error.sum(0).cpu().double(), rows + len(error)
 
-    for start in range(0, data.held_out_from, data.batch_size):
-        halving(work, range(start, min(start + data.batch_size, data.held_out_from)))
+    in_batches(work, range(data.held_out_from), data.batch_size)
     kept = layer.bias
     layer.bias = nn.Parameter(kept + (total / max(rows, 1)).to(kept.device, kept.dtype), requires_grad=False)
     ranks.from_first([layer.bias])

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qdiff.calibration.batches import in_batches
 from qdiff.calibration.cache import Cache, Stored
 from qdiff.calibration.dataset import Rows
-from qdiff.calibration.memory import halving
 
 NO_UNIT = ": cannot be a unit; expected the module around it among `blocks`, or the layer among `keep`"
 
@@ -229,13 +229,11 @@ class Replay:
             self._reach(unit, run)
         else:
 
-            def alone(part: Sequence[int]) -> None:
-                span = slice(part[0], part[-1] + 1)
-                self.at(span)
-                run(part[0], call, [x.read(span, self.device) for x in arguments])
+            def alone(part: slice) -> None:
+                self.at(part)
+                run(part.start, call, [x.read(part, self.device) for x in arguments])
 
-            for start in range(0, len(self.rows), self.batch_size):
-                halving(alone, range(start, min(start + self.batch_size, len(self.rows))))
+            in_batches(alone, range(len(self.rows)), self.batch_size)
         self._drop(self.plan.order.index(unit))
         self.outputs[unit] = output[0]
         self.finished[unit] = tuple(output[0].tensor.shape[1:])
@@ -258,28 +256,28 @@ class Replay:
 
     def _reach(self, unit: str, visit: Callable[[int, Call, list[Tensor]], None]) -> None:
         """Run the network on all rows up to `unit`, calling `visit` with the first row's number and what goes in."""
-        span = [0, 0]
+        span = slice(0, 0)
 
         def saved(path: str) -> Callable:
             def forward(*_: Any, **__: Any) -> Tensor:
                 if path in self.outputs:
-                    return self.outputs[path].read(slice(*span), self.device)
-                return self._nothing((span[1] - span[0], *self.finished[path]))
+                    return self.outputs[path].read(span, self.device)
+                return self._nothing((span.stop - span.start, *self.finished[path]))
 
             return forward
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             handle.remove()  # so that `visit` can run the unit
-            visit(span[0], *Call.of(args, kwargs))
+            visit(span.start, *Call.of(args, kwargs))
             raise _Reached
 
-        def through(part: Sequence[int]) -> None:
-            nonlocal handle
-            span[:] = part[0], part[-1] + 1
+        def through(part: slice) -> None:
+            nonlocal handle, span
+            span = part
             handle = module.register_forward_pre_hook(before, with_kwargs=True)
             try:
                 with _replaced(self.model, forwards):
-                    self.model(*(tensor.to(self.device) for tensor in self.rows[slice(*span)]))
+                    self.model(*(tensor.to(self.device) for tensor in self.rows[part]))
             except _Reached:
                 return
             finally:
@@ -288,5 +286,4 @@ class Replay:
 
         module, handle = self.model.get_submodule(unit), None
         forwards = {path: saved(path) for path in self.finished if not path.startswith(f"{unit}.")}
-        for start in range(0, len(self.rows), self.batch_size):
-            halving(through, range(start, min(start + self.batch_size, len(self.rows))))
+        in_batches(through, range(len(self.rows)), self.batch_size)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from qdiff import ranks
+from qdiff.calibration.batches import add_gradients, mean_loss
 from qdiff.calibration.dataset import Rows
-from qdiff.calibration.memory import halving
 from qdiff.calibration.reconstruct import UnitResult
 from qdiff.config import CalibrationConfig
 from qdiff.layers import QuantLayer
@@ -40,35 +40,12 @@ def tune(
 
     Step sizes are fitted by their logarithms with the rate `lr_tune`, the others with a tenth of it.
     """
-
-    def read(index: Tensor | slice) -> list[Tensor]:
-        return [part.to(device) for part in rows[index]]
-
-    @torch.no_grad()
-    def held_out_error() -> float:
-        total = 0.0
-
-        def work(part: range) -> None:
-            nonlocal total
-            inputs = read(slice(part[0], part[-1] + 1))
-            total += relative_error(wrapped(*inputs), model(*inputs)).item() * len(part)
-
-        for start in range(held_out_from, len(rows), config.batch_size):
-            halving(work, range(start, min(start + config.batch_size, len(rows))))
-        return ranks.agree(total / (len(rows) - held_out_from))
-
     quantizers = [q for q in act_quantizers(wrapped).values() if q.enabled]
     learned = [q for q in quantizers if q.n_bits < 16]
     starts = [q.delta.clone() for q in learned]
     logs = [torch.zeros_like(q.delta).requires_grad_() for q in learned]
     others = _own_parameters(wrapped)
     parameters = [*logs, *others]
-    before = best = held_out_error()
-    kept = [parameter.detach().clone() for parameter in parameters]
-    generator = torch.Generator().manual_seed(config.seed)
-    groups = [{"params": logs, "lr": config.lr_tune}, {"params": others, "lr": config.lr_tune / 10}]
-    optimizer = torch.optim.Adam([group for group in groups if group["params"]])
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.iters_tune)
 
     def place(learning: bool) -> None:
         for quantizer in quantizers:
@@ -76,34 +53,38 @@ def tune(
         for quantizer, start, value in zip(learned, starts, logs, strict=True):
             quantizer.delta = start * value.exp() if learning else (start * value.exp()).detach()
 
+    def error_of(part: Tensor | slice) -> Tensor:
+        inputs = [tensor.to(device) for tensor in rows[part]]
+        with torch.no_grad():
+            target = model(*inputs)
+        return relative_error(wrapped(*inputs), target)
+
+    def learning_error(part: Tensor) -> Tensor:
+        place(learning=True)  # each part has a graph of its own
+        return error_of(part)
+
+    @torch.no_grad()
+    def held_out_error() -> float:
+        place(learning=False)
+        return mean_loss(error_of, range(held_out_from, len(rows)), config.batch_size)
+
+    before = best = held_out_error()
+    kept = [parameter.detach().clone() for parameter in parameters]
+    generator = torch.Generator().manual_seed(config.seed)
+    groups = [{"params": logs, "lr": config.lr_tune}, {"params": others, "lr": config.lr_tune / 10}]
+    optimizer = torch.optim.Adam([group for group in groups if group["params"]])
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.iters_tune)
     for step in range(config.iters_tune):
         batch = torch.randint(0, held_out_from, (config.batch_tune,), generator=generator)
-        sums = [torch.zeros_like(value) for value in parameters]
-        losses = torch.zeros(1, dtype=torch.float64)
-
-        def work(part: Tensor, batch: Tensor = batch, sums: list[Tensor] = sums, losses: Tensor = losses) -> None:
-            place(learning=True)
-            inputs = read(part)
-            with torch.no_grad():
-                target = model(*inputs)
-            loss = relative_error(wrapped(*inputs), target) * (len(part) / len(batch))
-            for total, gradient in zip(sums, torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True), strict=True):
-                total += gradient
-            losses.add_(loss.item())
-
-        if len(mine := ranks.share(batch)):
-            halving(work, mine)
-        ranks.sum_over_ranks([*sums, losses])
-        for value, gradient in zip(parameters, sums, strict=True):
-            value.grad = gradient
+        optimizer.zero_grad()
+        loss = add_gradients(learning_error, batch, parameters)
         optimizer.step()
         schedule.step()
         if (step + 1) % max(1, config.iters_tune // HELD_OUT_CHECKS) == 0 or step + 1 == config.iters_tune:
-            place(learning=False)
             error = held_out_error()
             if error < best:
                 best, kept = error, [value.detach().clone() for value in parameters]
-        tick(losses.item())
+        tick(loss)
     ranks.from_first(kept)
     with torch.no_grad():
         for parameter, value in zip(parameters, kept, strict=True):
