@@ -107,12 +107,13 @@ def quantize_model(model: nn.Module, family: Family, config: QuantConfig) -> nn.
     if steps is not None:
         wrapped.time_step_sets = steps  # an attribute, so that copies of the network have their own
         wrapped.register_forward_pre_hook(_tell_time)
-    replaced: dict[int, QuantLayer] = {}  # a layer may stand at several paths
-    for path, module in list(wrapped.named_modules(remove_duplicate=False)):
-        if type(module) in LAYER_TYPES and not family.keeps(path, module):
-            if id(module) not in replaced:
-                replaced[id(module)] = _quantized(path, module, config, splits.get(path, 0), steps)
-            _replace(wrapped, path, replaced[id(module)])
+
+    def quantized(path: str, layer: nn.Module) -> nn.Module | None:
+        if type(layer) not in LAYER_TYPES or family.keeps(path, layer):
+            return None
+        return _quantized(path, layer, config, splits.get(path, 0), steps)
+
+    replace_modules(wrapped, quantized)
     for path, module in wrapped.named_modules():
         for name, product in family.products.get(type(module), {}).items():
             if not hasattr(module, name):
@@ -131,8 +132,13 @@ def check_layers(model: nn.Module, family: Family) -> None:
                 raise TypeError(
                     f"{path or 'the network'}: no quantized form registered for {type(module).__name__}, expected it among `keep`"
                 )
-        elif module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        elif has_own_behavior(module):
             raise TypeError(f"{path or 'the network'}: a hook or a `forward` of its own would be lost; remove it, or name it in `keep`")
+
+
+def has_own_behavior(module: nn.Module) -> bool:
+    """Whether a module does something that one in its place would not: hooks, or a `forward` of its own."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def _quantized(path: str, layer: nn.Module, config: QuantConfig, split: int, steps: TimeSteps | None) -> QuantLayer:
@@ -155,9 +161,15 @@ def _tell_time(model: nn.Module, inputs: tuple) -> None:
     model.time_step_sets.set(inputs[1])
 
 
-def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
+def replace_modules(model: nn.Module, replacement: Callable[[str, nn.Module], nn.Module | None]) -> None:
+    """Put `replacement(path, module)` in the place of every module for which it gives one; it is asked once for each module."""
+    found: dict[int, nn.Module | None] = {}
+    for path, module in list(model.named_modules(remove_duplicate=False)):  # a module may stand at several paths
+        if id(module) not in found:
+            found[id(module)] = replacement(path, module)
+        if (new := found[id(module)]) is not None:
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, new)
 
 
 def quant_layers(model: nn.Module) -> dict[str, QuantLayer]:

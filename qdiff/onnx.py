@@ -1,8 +1,8 @@
 """Export to ONNX: QuantizeLinear and DequantizeLinear nodes with exactly our integers and step sizes.
 
 Weights are stored as UINT4 or UINT8 with per-channel zero points (or as INT8 and INT16 without, where a zero point lies
-outside their range); activations pass a QuantizeLinear and a DequantizeLinear. ONNX Runtime, OpenVINO and TensorRT
-fuse these into integer products. Needs the packages onnx and onnxscript.
+outside their range); activations pass a QuantizeLinear and a DequantizeLinear, which runtimes may fuse into integer products.
+TensorRT takes no zero points but 0 (NVIDIA/TensorRT#2774, #4698). Needs the packages onnx and onnxscript.
 """
 
 import copy
@@ -17,6 +17,7 @@ from qdiff import quantizers as Q
 from qdiff.config import ConfigError
 from qdiff.files import atomic_write
 from qdiff.layers import ActQuantizer, QuantLayer, QuantMatMul
+from qdiff.model import replace_modules
 
 OPSET = 21
 _FOUR_BITS = "_as_uint4"  # the end of a buffer's name that says: store as UINT4
@@ -57,6 +58,8 @@ class _Act(nn.Module):
             raise ConfigError(f"{path}: {quantizer.n_bits}-bit activations: ONNX has 8 and 16 bits")
         low, high = Q.integer_range(quantizer.n_bits, quantizer.symmetric)
         zero = 0 if quantizer.symmetric or quantizer.always_zero else int(quantizer.zero_point.item())
+        if bool(quantizer.zero_point != quantizer.zero_point.round()):
+            raise ConfigError(f"{path}: an activation zero point of {quantizer.zero_point.item()}: ONNX has whole ones")
         inside = low <= zero <= high
         dtype = {8: (torch.uint8, torch.int8), 16: (torch.uint16, torch.int16)}[quantizer.n_bits][quantizer.symmetric]
         self.register_buffer("scale", quantizer.delta.detach().float().clone())
@@ -96,6 +99,8 @@ class _Layer(nn.Module):
             for name, value in zip(names, (stored, quantizer.delta.flatten().float(), stored_zero), strict=True):
                 self.register_buffer(name, value.clone())
             self.names.append(names)
+            quantizer.integers = integers.new_zeros(0)  # what is stored above is the only copy
+        layer._weight = None
 
     def forward(self, x: Tensor) -> Tensor:
         weights = [torch.ops.qdiff.weight(*(getattr(self, name) for name in names)) for names in self.names]
@@ -119,12 +124,13 @@ class _Product(nn.Module):
 def exportable(model: nn.Module) -> nn.Module:
     """A copy of a quantized network made of the operators that the export knows."""
     result = copy.deepcopy(model).eval()
-    for path, module in list(result.named_modules()):
-        parent, _, name = path.rpartition(".")
+
+    def replacement(path: str, module: nn.Module) -> nn.Module | None:
         if isinstance(module, QuantLayer):
-            setattr(result.get_submodule(parent), name, _Layer(module, path, module.act_quantizer.enabled))
-        elif isinstance(module, QuantMatMul) and module.act_quantizers[0].enabled:
-            setattr(result.get_submodule(parent), name, _Product(module, path))
+            return _Layer(module, path, module.act_quantizer.enabled)
+        return _Product(module, path) if isinstance(module, QuantMatMul) and module.act_quantizers[0].enabled else None
+
+    replace_modules(result, replacement)
     return result
 
 

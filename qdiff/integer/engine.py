@@ -23,7 +23,9 @@ from qdiff.config import ConfigError
 from qdiff.integer.gpu import Int8Linear, PackedLayer, fuse_attention, to_packed
 from qdiff.integer.kernels import Rows
 from qdiff.integer.lazy import Lazy, Pending, group_norm, lazy, plain_output
+from qdiff.integer.standin import StandIn
 from qdiff.layers import ActQuantizer, QuantConv1d, QuantConv2d, QuantLayer, QuantLinear, QuantMatMul, WeightQuantizer
+from qdiff.model import has_own_behavior, replace_modules
 
 log = logging.getLogger(__name__)
 
@@ -53,17 +55,19 @@ def _largest_products_are_right() -> bool:
 
 
 def prepare(model: nn.Module, engine: str = "auto") -> nn.Module:
-    """The network to sample with.
+    """The network to sample with: for inference, its results carry no gradients.
 
     Args:
-        model: the network, quantized or not, on its device. On CUDA every engine but `simulated` means packed weights (`gpu`).
-            One that is prepared already is returned as it is.
+        model: the network, quantized or not, on its device. On CUDA every engine but `simulated` means packed weights (`gpu`);
+            there one that is not quantized is changed in place. One that is prepared already is returned as it is.
         engine: `simulated`: as it is. `integer`: products on integers. `auto`: integers where they are exact and fast, and a
             log line that says what was chosen. A NaN among the inputs of an integer product becomes a number: bytes have none.
 
     Raises:
-        ConfigError: `integer` where it cannot run.
+        ConfigError: `integer` where it cannot run; an engine that does not exist.
     """
+    if engine not in ENGINES:
+        raise ConfigError(f"--engine {engine}: expected one of {', '.join(ENGINES)}")
     if engine == "simulated" or _prepared(model):
         return model
     tensors = itertools.chain(model.parameters(), model.buffers(), [torch.zeros(0)])
@@ -71,15 +75,18 @@ def prepare(model: nn.Module, engine: str = "auto") -> nn.Module:
         return _on_gpu(model, int8_products=engine == "integer")
     if engine == "auto" and not any(isinstance(module, QuantLayer) for module in model.modules()):
         return model
-    reason = _reason(model, kind)
+    reason = _reason(model, kind) or (_too_narrow(model) if engine == "auto" else None)
+    if reason is None:
+        integer = to_integer(model)
+        parts = [module.usable for module in integer.modules() if isinstance(module, _OnIntegers)]
+        reason = None if any(parts) else "no layer has a form that the integer products take"
     if engine == "integer" and reason is not None:
         raise ConfigError(f"--engine integer: {reason}")
-    reason = reason or (_too_narrow(model) if engine == "auto" else None)
     if reason is not None:
         log.info("engine: simulated (%s)", reason)
         return model
-    log.info("engine: integer")
-    return to_integer(model)
+    log.info("engine: integer (%d of %d layers and products)", sum(parts), len(parts))
+    return integer
 
 
 def _on_gpu(model: nn.Module, int8_products: bool) -> nn.Module:
@@ -122,18 +129,21 @@ def _prepared(model: nn.Module) -> bool:
 def to_integer(model: nn.Module) -> nn.Module:
     """A copy of a quantized network with integer products; integers and step sizes are shared, parameters are not.
 
-    A network that is prepared already is returned as it is.
+    A network that is prepared already is returned as it is. Layers with hooks stay simulated.
     """
     if _prepared(model):
         return model
     shared = {id(tensor): tensor for tensor in model.buffers()}
     result = copy.deepcopy(model, shared).eval()
-    for path, module in list(result.named_modules()):
+
+    def on_integers(_: str, module: nn.Module) -> nn.Module | None:
         if isinstance(module, QuantLayer):
             module.freeze()  # drops the copy's dequantized weight: it is formed again where a product stays simulated
-        if type(module) in _INTEGER:
-            parent, _, name = path.rpartition(".")
-            setattr(result.get_submodule(parent), name, _INTEGER[type(module)](module))
+        if type(module) is nn.GroupNorm:
+            module.__class__ = LazyGroupNorm
+        return _INTEGER[type(module)](module) if type(module) in _INTEGER and not has_own_behavior(module) else None
+
+    replace_modules(result, on_integers)
     result.register_forward_hook(plain_output)
     return result
 
@@ -174,6 +184,7 @@ class _Input:
         self.offset = 128 if quantizer.symmetric else 0
         self.low, self.high = low, high
         zeros = torch.zeros(()) if quantizer.symmetric or quantizer.always_zero else quantizer.zero_point
+        self.whole = bool((zeros == zeros.round()).all())
         self.span = max(128, *((bound - zeros).abs().max().item() for bound in (low, high)))  # |q - zero point| at most
         self.fixed = None if quantizer.steps else self._of(quantizer.delta, quantizer.zero_point)
 
@@ -189,9 +200,9 @@ class _Input:
         return self._of(self.quantizer.delta[current], self.quantizer.zero_point[current])
 
     def sums_fit(self, weight: "_Weight") -> bool:
-        """Whether no sum of a product with `weight` leaves int32; then zero points are exact in float32 too."""
+        """Whether the zero point is a whole number and no sum of a product with `weight` leaves int32; then all is exact in float32 too."""
         largest = weight.integers.flatten(1).short().abs().sum(1).max().item()
-        return (self.span + 255) * max(largest, 128) < 2**31
+        return self.whole and (self.span + 255) * max(largest, 128) < 2**31
 
     def mixed(self) -> bool:
         """Whether the rows belong to different time-step sets: then there is no one scale."""
@@ -248,8 +259,14 @@ class _Weight:
 SLOW_MULTIPLE = 48  # oneDNN's convolutions block such numbers of output channels by 48, up to 7 times slower than one channel more
 
 
-class _OnIntegers(nn.Module):
-    """Stands for the layer `simulated`. A copy is made from a copy of that, because prepacked weights cannot be copied."""
+class _OnIntegers(StandIn):
+    """Stands for the layer `simulated`. A copy is made from a copy of that, because prepacked weights cannot be copied.
+
+    usable: whether it ever runs on integers.
+    """
+
+    usable: bool
+    stands_for = "simulated"
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -273,6 +290,7 @@ def _padding(layer: QuantConv2d) -> list[int] | None:
 class IntegerConv2d(_OnIntegers):
     """A convolution of bytes with int8 weights; takes and gives lazy activations.
 
+    With one input channel in a group it stays simulated: oneDNN's int8 operator is wrong for some of these.
     A kernel of one pixel is a linear layer over the pixels, and two to seven times faster as one.
     """
 
@@ -280,7 +298,9 @@ class IntegerConv2d(_OnIntegers):
         super().__init__(layer)
         geometry = layer.geometry
         self.groups = geometry["groups"]
-        self.stride, self.dilation = list(geometry["stride"]), list(geometry["dilation"])
+        self.stride = list(geometry["stride"])
+        # along a side of one weight it means nothing, and makes oneDNN's int8 operator crash
+        self.dilation = [1 if size == 1 else d for size, d in zip(layer.shape[2:], geometry["dilation"], strict=True)]
         self.padding = _padding(layer)
         self.split = layer.split
         one_pixel = layer.shape[2:] == (1, 1) and self.stride == [1, 1]
@@ -289,8 +309,9 @@ class IntegerConv2d(_OnIntegers):
         weights = [_Weight(q) for q in layer.weight_quantizers]
         one_sum = self.groups == 1 or not any(w.corrected for w in weights)  # a sum over all channels is none of a group
         sums_fit = all(i.sums_fit(weight) for i, weight in zip(self.inputs, weights, strict=True))
-        self.usable = one_sum and sums_fit and self.padding is not None
-        self.out_channels = layer.shape[0]
+        several = self.pointwise or min(weight.integers.shape[1] for weight in weights) > 1
+        self.usable = one_sum and sums_fit and several and self.padding is not None
+        self.in_channels, self.out_channels = layer.shape[1] * self.groups, layer.shape[0]
         self.ones = torch.ones(1, 1, *layer.shape[2:], dtype=torch.float64)
         biases = [layer.bias, *[None] * (len(weights) - 1)]
         self.parts = [self._part_of(weight, bias) for weight, bias in zip(weights, biases, strict=True)] if self.usable else []
@@ -308,7 +329,7 @@ class IntegerConv2d(_OnIntegers):
 
     def forward(self, x: Tensor) -> Tensor:
         source = lazy(x)
-        if source is None or not self.usable or any(i.mixed() for i in self.inputs):
+        if source is None or not self._takes(source):
             return self.simulated(x if not isinstance(x, Lazy) else x.values())
         if not self.split:
             return self._product(source, source.rows, source.pending, 0)
@@ -319,6 +340,9 @@ class IntegerConv2d(_OnIntegers):
             for index, part in enumerate((values[:, : self.split], values[:, self.split :]))
         )
         return first + second
+
+    def _takes(self, x: Lazy) -> bool:
+        return self.usable and x.shape4()[1] == self.in_channels and not any(i.mixed() for i in self.inputs)
 
     def _product(self, shaped: Tensor, rows: Rows, pending: Pending, index: int) -> Tensor:
         n, c, h, w = shaped.shape
@@ -348,12 +372,13 @@ class _Linear:
     def __init__(self, quantizer: WeightQuantizer, act: ActQuantizer, bias: Tensor | None) -> None:
         found = _Weight(quantizer)
         self.input, self.coef, self.scales, self.bias = _Input(act), found.coef, found.scales, found.bias(bias)
-        self.sums_fit = self.input.sums_fit(found)
-        self.packed = torch.ops.onednn.qlinear_prepack(found.integers.flatten(1), None)
+        self.usable = self.input.sums_fit(found)
+        self.packed, self.channels = torch.ops.onednn.qlinear_prepack(found.integers.flatten(1), None), found.integers.shape[1]
         self.zeros = torch.zeros(len(self.scales), dtype=torch.int32)
 
-    def takes(self, x: Tensor) -> bool:
-        return self.sums_fit and not self.input.mixed() and _fits(x)
+    def takes(self, x: Tensor, channels: int) -> bool:
+        """Whether `x`, of so many channels, can be multiplied."""
+        return self.usable and channels == self.channels and not self.input.mixed() and _fits(x)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [rows, K] float32 or bfloat16, contiguous."""
@@ -363,28 +388,32 @@ class _Linear:
 
 
 class IntegerLinear(_OnIntegers):
+    """A linear layer; a split one stays simulated."""
+
     def __init__(self, layer: QuantLinear) -> None:
         super().__init__(layer)
         self.linear = None if layer.split else _Linear(layer.weight_quantizer, layer.act_quantizer, layer.bias)
+        self.usable = self.linear is not None and self.linear.usable
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.linear is None or not self.linear.takes(x):
+        if self.linear is None or not self.linear.takes(x, x.shape[-1]):
             return self.simulated(x)
         return self.linear(_usable(x).reshape(-1, x.shape[-1]).contiguous()).reshape(*x.shape[:-1], -1)
 
 
 class IntegerConv1d(_OnIntegers):
-    """A 1-D convolution of kernel size 1 as a product over the channels; others stay simulated."""
+    """A 1-D convolution of kernel size 1 as a product over the channels; others, and split ones, stay simulated."""
 
     def __init__(self, layer: QuantConv1d) -> None:
         super().__init__(layer)
         g = layer.geometry
         pointwise = layer.shape[2] == 1 and g["stride"] == (1,) and g["padding"] in ((0,), "valid") and g["groups"] == 1
-        usable = pointwise and not layer.split
-        self.linear = _Linear(layer.weight_quantizer, layer.act_quantizer, layer.bias) if usable else None
+        takes = pointwise and not layer.split
+        self.linear = _Linear(layer.weight_quantizer, layer.act_quantizer, layer.bias) if takes else None
+        self.usable = self.linear is not None and self.linear.usable
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.linear is None or not self.linear.takes(x):
+        if self.linear is None or x.dim() != 3 or not self.linear.takes(x, x.shape[1]):
             return self.simulated(x)
         n, c, tokens = x.shape
         return self.linear(_usable(x).transpose(1, 2).reshape(-1, c).contiguous()).reshape(n, tokens, -1).transpose(1, 2)
@@ -396,21 +425,23 @@ class IntegerMatMul(_OnIntegers):
     def __init__(self, product: QuantMatMul) -> None:
         super().__init__(product)
         first, second = product.act_quantizers
-        self.usable = first.n_bits <= 8 and second.n_bits <= 8
         self.inputs = (_Input(first), _Input(second))
-
-    @property
-    def whole_batch(self) -> bool:
-        return self.simulated.whole_batch
+        self.usable = all(q.n_bits <= 8 and q.enabled for q in (first, second)) and all(i.whole for i in self.inputs)
 
     def _takes(self, a: Tensor, b: Tensor) -> bool:
+        batches = a.dim() == b.dim() >= 3 and a.shape[:-2] == b.shape[:-2] and a.shape[-1] == b.shape[-2]
         # sum |p - zp| |q - zq| must stay below 2^31; that of bytes with zero points among them does up to K = 33,025
-        sums_fit = self.inputs[0].span * self.inputs[1].span * a.shape[-1] < 2**31
-        return self.usable and sums_fit and _fits(a) and _fits(b) and not any(i.mixed() for i in self.inputs) and a.dim() == 3
+        # with K = 1 `_int_mm` leaves its result as it was
+        sums_fit = a.shape[-1] > 1 and self.inputs[0].span * self.inputs[1].span * a.shape[-1] < 2**31
+        return self.usable and batches and sums_fit and _fits(a) and _fits(b) and not any(i.mixed() for i in self.inputs)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         if not self._takes(a, b):
             return self.simulated(a, b)
+        return self._product(a.flatten(0, -3), b.flatten(0, -3)).view(*a.shape[:-1], b.shape[-1])
+
+    def _product(self, a: Tensor, b: Tensor) -> Tensor:
+        """[B, M, K] x [B, K, N]."""
         p, q = (self._bytes(i, _usable(x)) for i, x in zip(self.inputs, (a, b.transpose(1, 2)), strict=True))  # [B, M, K], [B, N, K]
         total = torch.empty(len(a), a.shape[1], b.shape[2], dtype=torch.int32)
         for x, y, result in zip(p.q, q.q, total, strict=True):
@@ -429,13 +460,11 @@ class IntegerMatMul(_OnIntegers):
         return source.quantize(Rows(x, n, rows, k, k), Pending(), signed=True)
 
 
-class LazyGroupNorm(nn.Module):
-    def __init__(self, norm: nn.GroupNorm) -> None:
-        super().__init__()
-        self.norm = norm
+class LazyGroupNorm(nn.GroupNorm):
+    """A GroupNorm becomes one by its class alone: parameters and hooks stay."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return group_norm(x, self.norm.num_groups, self.norm.weight, self.norm.bias, self.norm.eps)
+        return group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
 
 _INTEGER: dict[type[nn.Module], type[nn.Module]] = {
@@ -443,5 +472,4 @@ _INTEGER: dict[type[nn.Module], type[nn.Module]] = {
     QuantConv1d: IntegerConv1d,
     QuantLinear: IntegerLinear,
     QuantMatMul: IntegerMatMul,
-    nn.GroupNorm: LazyGroupNorm,
 }

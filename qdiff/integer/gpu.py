@@ -13,23 +13,26 @@ from torch import Tensor, nn
 
 from qdiff import quantizers as Q
 from qdiff.checkpoint import pack_integers, unpack_integers
+from qdiff.integer.standin import StandIn
 from qdiff.layers import ActQuantizer, MatMul, QuantLayer, QuantLinear, QuantMatMul, WeightQuantizer
+from qdiff.model import has_own_behavior, replace_modules
 
 
 def to_packed(model: nn.Module, int8_products: bool) -> nn.Module:
-    """A copy of a quantized network whose weights are packed; biases, norms and step sizes are shared.
+    """A copy of a quantized network whose weights are packed; biases, norms and step sizes are shared. Layers with hooks stay.
 
     int8_products: linear layers multiply int8 where their widths and shapes allow it.
     """
     shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     result = copy.deepcopy(model, shared).eval()
-    for path, module in list(result.named_modules()):
-        if isinstance(module, QuantLayer):
-            parent, _, name = path.rpartition(".")
-            packed: nn.Module = PackedLayer(module)
-            if int8_products and Int8Linear.fits(module):
-                packed = Int8Linear(packed)
-            setattr(result.get_submodule(parent), name, packed)
+
+    def packed(_: str, layer: nn.Module) -> nn.Module | None:
+        if not isinstance(layer, QuantLayer) or has_own_behavior(layer):
+            return None
+        fits = int8_products and Int8Linear.fits(layer)
+        return Int8Linear(PackedLayer(layer)) if fits else PackedLayer(layer)
+
+    replace_modules(result, packed)
     return result
 
 
@@ -62,8 +65,10 @@ class PackedWeight(nn.Module):
         return (self.unpack().to(self.delta.dtype) - self.zero_point) * self.delta
 
 
-class PackedLayer(nn.Module):
+class PackedLayer(StandIn):
     """A quantized layer that holds its weight packed."""
+
+    stands_for = "layer"
 
     def __init__(self, layer: QuantLayer) -> None:
         super().__init__()
@@ -73,10 +78,14 @@ class PackedLayer(nn.Module):
             quantizer.integers = quantizer.integers.new_zeros(0)
         layer._weight = None
 
+    @property
+    def weight(self) -> Tensor:
+        return self.layer._join([weight.expand() for weight in self.weights])
+
     def forward(self, x: Tensor) -> Tensor:
         layer = self.layer
         x = layer.quantize_input(x)
-        weight = torch.cat([weight.expand() for weight in self.weights], dim=1) if layer.split else self.weights[0].expand()
+        weight = self.weight
         if torch.is_autocast_enabled(x.device.type):
             weight = weight.to(torch.get_autocast_dtype(x.device.type))
         if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
@@ -84,18 +93,19 @@ class PackedLayer(nn.Module):
         return layer.product(x, weight)
 
 
-class Int8Linear(nn.Module):
+class Int8Linear(StandIn):
     """A linear layer on `torch._int_mm`, exact in int32; inputs of 16 rows and less, which CUDA's cannot take, run as the packed layer.
 
     y = delta_x delta_w (sum (q_x - z_x)(q_w - z_w)) + b, with both zero points taken out by sums over K, in int32.
     """
 
     MIN_ROWS = 17
+    stands_for = "floating"
 
     def __init__(self, packed: PackedLayer) -> None:
         super().__init__()
         self.floating, self.packed = packed, packed.weights[0]
-        self.act, self.bias = packed.layer.act_quantizer, packed.layer.bias
+        self.act = packed.layer.act_quantizer
         self.register_buffer("zero", self.packed.zero_point.flatten().to(torch.int32) - 128)
         self.register_buffer("scale", self.packed.delta.flatten())
         self.register_buffer("sums", self._weight().sum(1, dtype=torch.int32))  # [N]

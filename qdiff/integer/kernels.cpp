@@ -71,58 +71,75 @@ inline const float* row(const T* from, int64_t c, const float* coef, float sum, 
     return x;
 }
 
+// Sums of the values of `count` pixels less offset, and of their squares; in blocks of 32 in float, added up in double.
+template <typename T>
+void sums_of(const T* x, int64_t count, int64_t c, int64_t ld, const float* coef, const float* sums, const float* offset, double* sum,
+             double* square) {
+    std::vector<float> s(c), q(c);
+    float *values = s.data(), *squares = q.data();
+    for (int64_t from = 0; from < count; from += 32) {
+        std::fill(s.begin(), s.end(), 0.0f);
+        std::fill(q.begin(), q.end(), 0.0f);
+        const int64_t to = std::min<int64_t>(from + 32, count);
+        for (int64_t p = from; p < to; ++p) {
+            const T* in = x + p * ld;
+            if (coef) {
+                const float z = sums[p];
+                for (int64_t k = 0; k < c; ++k) {
+                    const float value = in[k] - coef[k] * z + offset[k];
+                    values[k] += value;
+                    squares[k] += value * value;
+                }
+            } else {
+                for (int64_t k = 0; k < c; ++k) {
+                    const float value = in[k] + offset[k];
+                    values[k] += value;
+                    squares[k] += value * value;
+                }
+            }
+        }
+        for (int64_t k = 0; k < c; ++k) {
+            sum[k] += s[k];
+            square[k] += q[k];
+        }
+    }
+}
+
 // mean and 1 / sqrt(variance + eps) of each group of channels of each image; shift [n][c] is added first.
 // Summed are differences from a value of the group, its first: squares of values far from 0 would cancel.
+// Threads share parts of 256 pixels, which are added up in order: any number of them gives the same bits.
 template <typename T>
 void stats(const T* x, int64_t n, int64_t pixels, int64_t c, int64_t ld, const float* coef, const float* sums, const float* shift,
            int64_t groups, double eps, float* mean, float* rstd, int threads) {
-#pragma omp parallel for num_threads(threads) if (threads > 1)
+    const int64_t width = c / groups, part = 256, parts = (pixels + part - 1) / part;
+    std::vector<float> offsets(n * c);
     for (int64_t i = 0; i < n; ++i) {
-        std::vector<double> sum(c, 0.0), square(c, 0.0);
-        std::vector<float> s(c), q(c), offset(c);
-        const int64_t width = c / groups;
         const T* first = x + i * pixels * ld;
         for (int64_t g = 0; g < c; g += width) {
             const float start = first[g] - (coef ? coef[g] * sums[i * pixels] : 0.0f);
-            for (int64_t k = g; k < g + width; ++k) offset[k] = shift ? shift[i * c + k] - (start + shift[i * c + g]) : -start;
+            for (int64_t k = g; k < g + width; ++k) offsets[i * c + k] = shift ? shift[i * c + k] - (start + shift[i * c + g]) : -start;
         }
-        const float* add = offset.data();
-        for (int64_t from = 0; from < pixels; from += 32) {
-            std::fill(s.begin(), s.end(), 0.0f);
-            std::fill(q.begin(), q.end(), 0.0f);
-            const int64_t to = from + 32 < pixels ? from + 32 : pixels;
-            for (int64_t p = from; p < to; ++p) {
-                const T* in = x + (i * pixels + p) * ld;
-                const float z = coef ? sums[i * pixels + p] : 0.0f;
-                float* values = s.data();
-                float* squares = q.data();
-                if (coef) {
-                    for (int64_t k = 0; k < c; ++k) {
-                        const float value = in[k] - coef[k] * z + add[k];
-                        values[k] += value;
-                        squares[k] += value * value;
-                    }
-                } else {
-                    for (int64_t k = 0; k < c; ++k) {
-                        const float value = in[k] + add[k];
-                        values[k] += value;
-                        squares[k] += value * value;
-                    }
-                }
-            }
-            for (int64_t k = 0; k < c; ++k) {
-                sum[k] += s[k];
-                square[k] += q[k];
-            }
-        }
+    }
+    std::vector<double> totals(2 * n * parts * c, 0.0);
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t index = 0; index < n * parts; ++index) {
+        const int64_t i = index / parts, from = index % parts * part, pixel = i * pixels + from;
+        double* sum = totals.data() + 2 * index * c;
+        sums_of(x + pixel * ld, std::min<int64_t>(part, pixels - from), c, ld, coef, coef ? sums + pixel : nullptr, offsets.data() + i * c,
+                sum, sum + c);
+    }
+    for (int64_t i = 0; i < n; ++i) {
         for (int64_t g = 0; g < groups; ++g) {
             double total = 0.0, squares = 0.0;
-            for (int64_t k = g * width; k < (g + 1) * width; ++k) {
-                total += sum[k];
-                squares += square[k];
+            for (int64_t index = i * parts; index < (i + 1) * parts; ++index) {
+                const double* sum = totals.data() + 2 * index * c;
+                for (int64_t k = g * width; k < (g + 1) * width; ++k) {
+                    total += sum[k];
+                    squares += sum[c + k];
+                }
             }
             const double count = static_cast<double>(width * pixels), m = total / count;  // of the differences
-            const double pivot = (shift ? static_cast<double>(shift[i * c + g * width]) : 0.0) - offset[g * width];
+            const double pivot = (shift ? static_cast<double>(shift[i * c + g * width]) : 0.0) - offsets[i * c + g * width];
             const double variance = squares / count - m * m;
             mean[i * groups + g] = static_cast<float>(m + pivot);
             rstd[i * groups + g] = static_cast<float>(1.0 / std::sqrt((variance > 0.0 ? variance : 0.0) + eps));
@@ -130,16 +147,17 @@ void stats(const T* x, int64_t n, int64_t pixels, int64_t c, int64_t ld, const f
     }
 }
 
-// Rows of values as integers: clamp(round(value / delta) + zero, low, high) + offset, as bytes (with or without a sign);
+// Rows of values as integers: clamp(round(value / delta), low, high) + offset, as bytes (with or without a sign);
 // and the sum of each row's integers.
 template <typename T>
 void quantize(const T* x, int64_t n, int64_t pixels, int64_t c, int64_t ld, const float* coef, const float* sums, const float* a,
               const float* b, int silu, float delta, float low, float high, float offset, uint8_t* out, int32_t* totals, int threads) {
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t i = 0; i < n; ++i) {
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
         std::vector<float> v(c);
-        for (int64_t p = 0; p < pixels; ++p) {
-            const int64_t pixel = i * pixels + p;
+#pragma omp for schedule(static)
+        for (int64_t pixel = 0; pixel < n * pixels; ++pixel) {
+            const int64_t i = pixel / pixels;
             const float* values = row(x + pixel * ld, c, coef, coef ? sums[pixel] : 0.0f, a ? a + i * c : nullptr, b ? b + i * c : nullptr,
                                       silu, v.data());
             uint8_t* to = out + pixel * c;
@@ -160,11 +178,12 @@ void quantize(const T* x, int64_t n, int64_t pixels, int64_t c, int64_t ld, cons
 template <typename T>
 void values(const T* x, int64_t n, int64_t pixels, int64_t c, int64_t ld, const float* coef, const float* sums, const float* a,
             const float* b, int silu, const T* other, T* out, int threads) {
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t i = 0; i < n; ++i) {
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
         std::vector<float> v(c);
-        for (int64_t p = 0; p < pixels; ++p) {
-            const int64_t pixel = i * pixels + p;
+#pragma omp for schedule(static)
+        for (int64_t pixel = 0; pixel < n * pixels; ++pixel) {
+            const int64_t i = pixel / pixels;
             const float* in = row(x + pixel * ld, c, coef, coef ? sums[pixel] : 0.0f, a ? a + i * c : nullptr, b ? b + i * c : nullptr,
                                   silu, v.data());
             T* to = out + pixel * c;

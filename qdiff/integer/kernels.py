@@ -5,6 +5,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -25,8 +26,8 @@ FLAGS = ["-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fno-math-er
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled operators, from the cache or compiled now (seconds); None, with one log line, without a compiler."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None or not shutil.which(compiler):
+    compiler = shlex.split(os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or "")  # "ccache g++"
+    if not compiler or not shutil.which(compiler[0]):
         log.warning("integer engine: no C++ compiler found: the pointwise work is not fused")
         return None
     variants = [[*FLAGS, "-mprefer-vector-width=512", "-fopenmp"], [*FLAGS, "-fopenmp"], FLAGS]
@@ -61,16 +62,16 @@ def _processor() -> str:
         return platform.processor()
 
 
-def _compile(compiler: str, variants: list[list[str]], path: Path) -> None:
+def _compile(compiler: list[str], variants: list[list[str]], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / "kernels.so"
         for flags in variants:
-            result = subprocess.run([compiler, *flags, str(SOURCE), "-o", str(made)], capture_output=True, text=True)
+            result = subprocess.run([*compiler, *flags, str(SOURCE), "-o", str(made)], capture_output=True, text=True)
             if result.returncode == 0:
                 made.replace(path)
                 return
-    raise OSError(f"{compiler} failed: {(result.stderr.splitlines() or ['no message'])[0]}")
+    raise OSError(f"{shlex.join(compiler)} failed: {(result.stderr.splitlines() or ['no message'])[0]}")
 
 
 def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
@@ -85,15 +86,25 @@ class Rows:
     """Activations as the operators see them: [n, pixels, channels], float32 or bfloat16, with `ld` values from pixel to pixel.
 
     All work is done in float32. coef [channels], with sums [n, pixels]: their product is subtracted from each value
-    (weight zero points).
+    (weight zero points). version: that of `data`, where it is a tensor of the network, which could be changed in place.
     """
+
+    version: int | None = None
 
     def __init__(
         self, data: Tensor, n: int, pixels: int, channels: int, ld: int, coef: Tensor | None = None, sums: Tensor | None = None
     ) -> None:
         self.data, self.n, self.pixels, self.channels, self.ld, self.coef, self.sums = data, n, pixels, channels, ld, coef, sums
 
+    def _check(self) -> None:
+        if self.version is not None and self.data._version != self.version:
+            raise RuntimeError(
+                "an activation was changed in place between its GroupNorm and the product after it: "
+                "the integer engine cannot follow that, expected --engine simulated"
+            )
+
     def _geometry(self) -> tuple:
+        self._check()
         sizes = map(_int, (self.n, self.pixels, self.channels, self.ld))
         return (_pointer(self.data), *sizes, _pointer(self.coef), _pointer(self.sums))
 
@@ -103,6 +114,7 @@ class Rows:
 
     def plain(self) -> Tensor:
         """[n, pixels, channels] in float32, corrected."""
+        self._check()
         x = self.data.as_strided((self.n, self.pixels, self.channels), (self.pixels * self.ld, self.ld, 1)).float()
         return x if self.coef is None else x - self.coef * self.sums[..., None]
 

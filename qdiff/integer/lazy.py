@@ -2,8 +2,8 @@
 
 A network is written as norm, SiLU, convolution; run one by one each passes over the memory. A `Lazy` tensor
 only notes what is to be done, and the next quantization does all of it in one pass. Any other operation
-gets the values, so networks need not know; operations in place change the tensor itself (not through views of it).
-The network's result is an ordinary tensor (`plain_output`).
+gets the values, in channels_last memory; operations in place change the tensor itself (not through views of it).
+The network's result is an ordinary tensor in contiguous memory (`plain_output`).
 """
 
 from collections.abc import Callable
@@ -118,15 +118,26 @@ def _write(func: Callable, args: tuple, kwargs: dict) -> Any:
 
 
 def plain_output(_module: nn.Module, _inputs: tuple, output: Any) -> Any:
-    """Forward hook of a whole network: its result as an ordinary tensor."""
-    return _plain(output)
+    """Forward hook of a whole network: its result, a tensor or tensors in lists, tuples and dictionaries, as ordinary tensors."""
+    if isinstance(output, Tensor):
+        return _plain(output).contiguous()
+    if isinstance(output, dict):
+        for key, value in output.items():
+            output[key] = plain_output(_module, _inputs, value)
+    elif isinstance(output, list | tuple):
+        return _rebuilt(output, [plain_output(_module, _inputs, item) for item in output])
+    return output
+
+
+def _rebuilt(old: list | tuple, items: list) -> list | tuple:
+    return type(old)(*items) if hasattr(old, "_fields") else type(old)(items)
 
 
 def _plain(value: Any, values: Callable[[Lazy], Tensor] = Lazy.values) -> Any:
     if isinstance(value, Lazy):
         return values(value)
     if isinstance(value, list | tuple) and any(isinstance(item, Lazy) for item in value):
-        return type(value)(_plain(item, values) for item in value)
+        return _rebuilt(value, [_plain(item, values) for item in value])
     return value
 
 
@@ -149,14 +160,25 @@ def lazy(x: Tensor) -> Lazy | None:
 def group_norm(x: Tensor, groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """F.group_norm whose second pass is put off."""
     source = lazy(x)
-    if source is None or weight is None or bias is None or source.pending.a is not None or source.pending.silu:
+    affine = weight is not None and bias is not None and source is not None and weight.numel() == source.shape4()[1]
+    if not affine or source.pending.a is not None or source.pending.silu:
         return F.group_norm(_plain(x), groups, weight, bias, eps)
+    if source.rows.data is x:  # the network's own tensor, which it may change before the values are formed
+        if x.is_inference():
+            source = lazy(x.clone())
+        else:
+            source.rows.version = x._version
     shift = source.pending.shift
     mean, rstd = source.rows.stats(None if shift is None else shift.contiguous(), groups, eps)
     width = weight.numel() // groups
     a = rstd.repeat_interleave(width, dim=1) * weight.float()
     b = bias.float() - mean.repeat_interleave(width, dim=1) * a
     return source.then(replace(source.pending, a=a, b=b))
+
+
+def _view(x: Lazy, *shape: Any) -> Tensor | None:
+    """As in contiguous memory."""
+    return None if isinstance(shape[0], torch.dtype) else x.values().reshape(*shape)
 
 
 def _silu(x: Lazy, inplace: bool = False) -> Lazy | None:
@@ -202,6 +224,7 @@ _RULES: dict[Callable, Callable] = {
     F.silu: _silu,
     F.dropout: _dropout,
     F.group_norm: group_norm,
+    Tensor.view: _view,
     torch.add: _add,
     Tensor.add: _add,
     Tensor.__add__: _add,
