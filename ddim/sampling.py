@@ -81,6 +81,7 @@ def pixel_task_parts(config: PixelConfig, checkpoint: str | None, sampler: Pixel
         "family": PIXEL,
         "build": describe(config.model),
         "input_shape": sampler.shape,
+        "evaluations": sampler.evaluations,
         "load": lambda: load_unet(config, checkpoint),
         "generate": lambda network, calibration: make_calibration_set(network, sampler, seed, calibration),
         "weight_method": "max",

@@ -91,14 +91,18 @@ def find_checkpoint(path: str | Path) -> list[Path]:
         CheckpointError: nothing there.
     """
     path = Path(path)
-    if not path.is_dir():
-        if not path.is_file():
-            raise CheckpointError(f"{path}: no such file")
+    if found := _files(path):
+        return found
+    raise CheckpointError(f"{path}: no model.ckpt or model.safetensors in this folder" if path.is_dir() else f"{path}: no such file")
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
         return [path]
     for names in (["model.ckpt"], ["model.safetensors"], ["unet.safetensors", "stages.safetensors"]):
         if all((path / name).is_file() for name in names):
             return [path / name for name in names]
-    raise CheckpointError(f"{path}: no model.ckpt or model.safetensors in this folder")
+    return []
 
 
 class LatentCheckpoint:
@@ -165,7 +169,7 @@ class LatentCheckpoint:
 def open_checkpoint(path: str | Path, config: LatentConfig, calibrated: str | None = None) -> LatentCheckpoint:
     """The model at `path`; where it is missing, the stages that a packed calibrated checkpoint names."""
     require_supported(config)
-    if calibrated and not Path(path).exists() and is_packed(calibrated):
+    if calibrated and not _files(Path(path)) and is_packed(calibrated):
         return LatentCheckpoint(stages_file(calibrated), config)
     return LatentCheckpoint(path, config)
 

@@ -114,6 +114,7 @@ def latent_task_parts(
         "family": LATENT,
         "build": describe(sampler.config.unet),
         "input_shape": sampler.shape,
+        "evaluations": sampler.evaluations,
         "load": lambda: checkpoint().unet(),
         "generate": lambda network, calibration: make_calibration_set(network, sampler, seed, calibration),
         "weight_method": methods[0],

@@ -67,7 +67,7 @@ def quantize(
         NotImplementedError: a convolution whose padding is not zeros, by path.
         RuntimeError: a block or layer that cannot be a unit, by path.
     """
-    _check(model, inputs, blocks, keep, splits or {}, time_sets, preset, recipe)
+    _check(model, inputs, blocks, separate, keep, splits or {}, time_sets, preset, recipe)
     rows = Rows(tuple(inputs))
     family = Family(
         "custom",
@@ -101,7 +101,8 @@ def quantize(
 def _check(
     model: nn.Module,
     inputs: Sequence[Tensor],
-    blocks: Iterable[type[nn.Module]],
+    blocks: Iterable[type[nn.Module]] | Mapping[type[nn.Module], str | None],
+    separate: Sequence[str],
     keep: Iterable[type[nn.Module] | str],
     splits: Mapping[str, int],
     time_sets: int,
@@ -109,6 +110,12 @@ def _check(
     recipe: Mapping[str, object],
 ) -> None:
     """ConfigError for arguments of `quantize` that cannot be meant, by name."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model: expected an nn.Module, found {type(model).__name__}")
+    if isinstance(inputs, Tensor) or not all(isinstance(tensor, Tensor) for tensor in inputs):
+        raise ConfigError("inputs: expected a tuple of tensors, (x_t, t) and contexts")
+    if any(tensor.is_floating_point() and not torch.isfinite(tensor).all() for tensor in inputs):
+        raise ConfigError("inputs: values that are not finite numbers")
     if torch.is_inference_mode_enabled():
         raise ConfigError("inside torch.inference_mode(): expected to be called outside, gradients are needed")
     if preset not in PRESETS:
@@ -132,6 +139,15 @@ def _check(
     for name, wanted in (("blocks", blocks), ("keep", keep)):
         if absent := [kind for kind in wanted if kind not in types and kind not in modules]:
             raise ConfigError(f"{name}: no {getattr(absent[0], '__name__', absent[0])} in the network")
+    if isinstance(blocks, Mapping):
+        for path, module in modules.items():
+            if (inside := blocks.get(type(module))) is not None and inside not in dict(module.named_modules()):
+                raise ConfigError(f"blocks: {path} ({type(module).__name__}) has no layer {inside}")
+    if not any(issubclass(kind, tuple(LAYER_TYPES)) for kind in types):
+        raise ConfigError("the network has no layer that can be quantized")
+    for name in separate:
+        if not any(f".{path}".endswith(f".{name}") for path in modules):
+            raise ConfigError(f"separate: no layer whose path ends with {name}")
     if other := [(name, p.dtype) for name, p in model.named_parameters() if p.is_floating_point() and p.dtype != torch.float32]:
         raise ConfigError(f"{other[0][0]} is {str(other[0][1]).removeprefix('torch.')}: expected float32 (model.float())")
     if recipe.get("running_stat") and time_sets > 1:

@@ -129,7 +129,7 @@ def _load_pickle(path: Path) -> Any:
                 continue
             if name:
                 raise CheckpointError(f"{path}: refused: its pickle asks for {name}, which is not plain tensors") from None
-            raise CheckpointError(f"{path}: damaged or not a PyTorch checkpoint ({_first_line(error)})") from None
+            raise CheckpointError(f"{path}: damaged or not a PyTorch checkpoint: it is no pickle of tensors") from None
         except PermissionError:
             raise CheckpointError(f"{path}: cannot be read (permission denied)") from None
         except _DAMAGE as error:
@@ -281,8 +281,8 @@ def save_published(path: str | Path, model: nn.Module, family: Family, weights: 
         for name, quantizer in act_quantizers(model).items():
             stem = renamed.get(name, name)
             state[f"{stem}.delta"], state[f"{stem}.zero_point"] = quantizer.delta, quantizer.zero_point
-    with atomic_write(path) as temporary:
-        torch.save({PREFIX + name: tensor.cpu().contiguous() for name, tensor in state.items()}, temporary)
+    with atomic_write(path) as temporary, temporary.open("wb") as file:  # a path would leave its name inside
+        torch.save({PREFIX + name: tensor.cpu().contiguous() for name, tensor in state.items()}, file)
 
 
 def midpoint_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -400,6 +400,11 @@ def _check_activations(path: str | Path, state: Mapping[str, Tensor], config: Qu
     if symmetric != config.a_sym:
         given, file = ("with", "asymmetric") if config.a_sym else ("without", "symmetric")
         raise CheckpointError(f"{path}: --a_sym mismatch: called {given} --a_sym, but the activations of the file are {file}")
+    largest, levels = max((zero.max().item() for zero in zeros), default=0), 2**config.act_bit - 1
+    # the middle of the range for x_t itself; symmetric activations do not tell their width
+    if not symmetric and not levels / 16 < largest < 2 * levels:
+        words = f"--act_bit {config.act_bit} was given, but activation zero points of up to {largest:.0f} are those of another width"
+        raise CheckpointError(f"{path}: {words}")
     steps = [float(t) for name, t in state.items() if name.endswith(".act_quantizer_w.delta")]
     # a probability is at most 1: at 16 bits no step exceeds 1 / 32767; at 8 bits all of them below that would
     # mean that no attention weight ever exceeds 0.008
@@ -581,8 +586,9 @@ def _read_header(path: Path) -> dict:
     except (KeyError, TypeError, json.JSONDecodeError, ConfigError) as error:
         raise CheckpointError(f"{path}: damaged header ({_first_line(error)})") from None
     if header["family"] not in FAMILIES:
-        known = f"{sorted(FAMILIES)}; ddim.family and ldm.family register theirs when they are imported"
-        raise CheckpointError(f"{path}: family {header['family']!r}: expected one of {known}")
+        if not FAMILIES:
+            raise CheckpointError(f"{path}: no family is registered: ddim.family and ldm.family do so when they are imported")
+        raise CheckpointError(f"{path}: another network: of the {header['family']} family, expected {' or '.join(sorted(FAMILIES))}")
     return header
 
 

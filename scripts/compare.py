@@ -32,7 +32,7 @@ from qdiff.evaluation.page import Page, markdown_table
 from qdiff.files import atomic_write
 from qdiff.integer import prepare as choose_engine
 
-NEAREST_RECIPE = CalibrationConfig(steps=20, samples=16)  # of the baseline's ranges
+NEAREST_STEPS, NEAREST_SAMPLES = 20, 16  # of the baseline's ranges
 HEADER = ["setting", "size MB", "GMACs", "TBOPs", "eps error", "last x_t error", "PSNR dB", "SSIM", "perceptual (lite0)", "s/image", "MB"]
 
 
@@ -76,11 +76,12 @@ def load_networks(job: Job, model: nn.Module, args: argparse.Namespace) -> dict[
             loaded[name] = quant, load_calibrated(str(path), job.task, quant)[0].to(job.device)
     if args.no_nearest:
         return {name: network for name, (_, network) in loaded.items()}
-    rows = job.task.generate(model, NEAREST_RECIPE).select(NEAREST_RECIPE.steps, NEAREST_RECIPE.samples)
+    recipe = CalibrationConfig(steps=min(NEAREST_STEPS, job.task.evaluations), samples=NEAREST_SAMPLES)
+    rows = job.task.generate(model, recipe).select(recipe.steps, recipe.samples)
     networks: dict[str, nn.Module] = {}
     for name, (quant, network) in loaded.items():
         networks[name] = network
-        networks[f"{name} nearest"] = nearest_rounding(model, job.task.family, quant, NEAREST_RECIPE, rows)
+        networks[f"{name} nearest"] = nearest_rounding(model, job.task.family, quant, recipe, rows)
     return networks
 
 

@@ -13,7 +13,13 @@ import argparse
 import json
 from pathlib import Path
 
-from common.evaluation import check_inputs, check_wishes, evaluate, evaluation_parser  # first: it makes the packages importable
+from common.evaluation import (
+    check_count,
+    check_inputs,
+    check_wishes,
+    evaluate,
+    evaluation_parser,
+)  # first: it makes the packages importable
 from common.images import save_npz
 from common.job import prepare, run
 from common.options import run_main, split_command
@@ -41,9 +47,10 @@ def show(figures: dict, note: str) -> str:
     return "\n".join([*lines, note])
 
 
-def sample(command: list[str]) -> Path:
-    """The folder of the images that a sampling command makes."""
-    job = prepare(command)
+def sample(args: argparse.Namespace) -> Path:
+    """The folder of the images that the sampling command makes."""
+    job = prepare(args.command)
+    check_count(args, job.total)
     if getattr(job.args, "skip_save", False):
         raise ConfigError("--skip_save: no images would be left to evaluate")
     return run(job)
@@ -55,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     setup_threads(args.threads)
     check_wishes(args)
     check_inputs(args)
-    source = sample(args.command) if args.command else args.images
+    source = sample(args) if args.command else args.images
     log_to(None, verbose=False)
     setup_threads(args.threads)  # the command had its own
     files = getattr(open_images(source), "files", None)

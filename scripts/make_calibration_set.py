@@ -44,7 +44,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--skip_type", default="quad", choices=["uniform", "quad"], help="spacing of the time steps (pixel models)")
     parser.add_argument("--timesteps", type=positive, default=100, help="sampling steps")
     parser.add_argument("--eta", type=float, default=0.0)
-    parser.add_argument("--scale", type=float, default=7.5, help="guidance (models with text or classes)")
+    parser.add_argument("--scale", type=float, help="guidance, of models with text or classes (default: 7.5)")
     parser.add_argument("--from-file", dest="from_file", type=Path, help="prompts, one a line (default: prompts.txt beside the YAML file)")
     parser.add_argument("--classes", help="class numbers, in turn: 25,187 (default: all)")
     parser.add_argument("--cali_st", type=positive, default=20, help="time steps to keep")
@@ -65,8 +65,14 @@ def check_steps(args: argparse.Namespace, evaluations: int) -> None:
         raise ConfigError(f"--cali_st {args.cali_st}: the sampler makes only {evaluations} steps")
 
 
+def check_scale(args: argparse.Namespace, guided: bool) -> None:
+    if args.scale is not None and not guided:
+        raise ConfigError(f"--scale: {args.config} is an unconditional model")
+
+
 def draw_pixel(args: argparse.Namespace, recipe: CalibrationConfig, device: torch.device) -> CalibrationSet:
     config = load_pixel_config(args.config)
+    check_scale(args, guided=False)
     if not (args.ckpt or args.use_pretrained):
         raise ConfigError("no weights: expected --use_pretrained or --ckpt FILE")
     name = choose(args, PIXEL_SAMPLERS)
@@ -80,7 +86,9 @@ def draw_latent(args: argparse.Namespace, recipe: CalibrationConfig, device: tor
     config = load_latent_config(args.config)
     if not args.ckpt:
         raise ConfigError("no weights: expected --ckpt FILE or FOLDER")
-    settings = latent.LatentSettings(choose(args, LATENT_SAMPLERS), args.timesteps, args.eta, args.scale).validate(config)
+    check_scale(args, guided=config.conditioning is not None)
+    scale = 7.5 if args.scale is None else args.scale
+    settings = latent.LatentSettings(choose(args, LATENT_SAMPLERS), args.timesteps, args.eta, scale).validate(config)
     checkpoint = open_checkpoint(args.ckpt, config)
     stages = cache(lambda: checkpoint.stages().to(device))
     sampler = latent.LatentSampler(config, settings, device)

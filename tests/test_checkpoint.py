@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -240,10 +241,26 @@ def test_not_finite_values_are_named(files):
         load_published(folder / "nan.pth", BUILD, PIXEL, quant)
 
 
+def test_other_widths_of_asymmetric_activations_are_named(tmp_path):
+    unet, model, quant = quantized(a_sym=False)
+    save_published(tmp_path / "q.pth", model, PIXEL, unet.state_dict(), activations=True)
+    load_published(tmp_path / "q.pth", BUILD, PIXEL, quant)
+    for bits in (4, 16):
+        with pytest.raises(CheckpointError, match=rf"--act_bit {bits} was given, but activation zero points of up to \d+ are those of"):
+            load_published(tmp_path / "q.pth", BUILD, PIXEL, replace(quant, act_bit=bits))
+
+
+def test_published_files_do_not_hold_their_own_name(files, tmp_path):
+    unet, model, _ = quantized()
+    for name in "ab":
+        save_published(tmp_path / name, model, PIXEL, unet.state_dict(), activations=True)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
 def test_a_family_that_is_not_imported_is_named(files, monkeypatch):
     folder, _, _ = files
     monkeypatch.setattr(checkpoint, "FAMILIES", {})
-    with pytest.raises(CheckpointError, match=r"family 'pixel': .*ddim\.family .* imported"):
+    with pytest.raises(CheckpointError, match=r"no family is registered: ddim\.family"):
         load_packed(folder / "q.safetensors")
 
 

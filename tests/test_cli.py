@@ -153,10 +153,11 @@ def test_calibration_then_both_formats_then_weights_reused(files, tmp_path):
 
 
 def test_ptq_alone_generates_the_set_and_calibrates(files, tmp_path):
-    short = ("--cali_st", 2, "--cali_n", 4, "--cali_iters", 1, "--cali_iters_a", 1)
+    short = ("--cali_n", 4, "--cali_iters", 1, "--cali_iters_a", 1)
     result = tiny.script(SAMPLE, *base(files, tmp_path, "--ckpt", files["ckpt"], "--ptq", "--quant_act", *short))
     assert result.returncode == 0, result.stderr
     assert {"ckpt.pth", "ckpt.safetensors", "calibration_set.pt", "run.log"} <= {p.name for p in run_folder(tmp_path).iterdir()}
+    assert len(torch.load(run_folder(tmp_path) / "calibration_set.pt", weights_only=True)["xs"]) == 5  # as many as the sampler makes
     assert re.search(r"weights 1/\d+ temb.dense.0: held-out error", (run_folder(tmp_path) / "run.log").read_text())
 
 
@@ -206,6 +207,9 @@ BAD = {
     "truncated": (lambda f, d: [*QUANT, "--cali_ckpt", _truncated(f, d)], "damaged"),
     "web page": (lambda f, d: [*QUANT, "--cali_ckpt", _html(d)], "HTML"),
     "code": (lambda f, d: [*QUANT, "--cali_ckpt", _evil(d)], "refused"),
+    "time steps that are not there": (lambda f, d: ["--ckpt", f["ckpt"], "--ptq", "--cali_st", 6], "--cali_st 6: the sampler makes only 5"),
+    "linear with a checkpoint": (lambda f, d: [*QUANT, "--quant_mode", "linear", "--cali_ckpt", f["q"]], "--quant_mode linear"),
+    "text for a checkpoint": (lambda f, d: [*QUANT, "--cali_ckpt", tiny.REPOSITORY / "README.md"], "no pickle of tensors"),
     "unknown option": (lambda f, d: ["--bits", 4], "unrecognized"),
     "quantization without --ptq": (lambda f, d: ["--cali_ckpt", f["q"]], "--ptq"),
     "no such device": (lambda f, d: ["--ckpt", f["ckpt"], "--device", "mps"], "not present"),

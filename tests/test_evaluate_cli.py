@@ -92,7 +92,12 @@ def test_a_sampling_command_is_evaluated(work):
     result = tiny.script("evaluate.py", *options(work, "--reference", work / "b"), "--", "nothing.py")
     fails(result, "nothing.py", "sample_diffusion_ddim.py")
     shutil.rmtree(work / "out")
-    fails(tiny.script("evaluate.py", *options(work, "--reference", work / "none"), "--", *command), "expected a folder of images")
+    run = lambda *words: tiny.script("evaluate.py", *options(work, *words), "--", *command)  # noqa: E731
+    fails(run("--reference", work / "none"), "expected a folder of images")
+    result = run("--reference", work / "b", "--count", 7)
+    assert result.returncode == 1 and "--count 7: the sampling command makes 6 images" in result.stderr.splitlines()[-1]
+    result = run("--reference", work / "b", "--against", work / "a")
+    assert result.returncode == 1 and "40 images, expected 6" in result.stderr.splitlines()[-1]
     assert not (work / "out").exists()  # said before the sampling
 
 

@@ -336,6 +336,16 @@ def test_what_would_be_lost_is_named():
     model.stem.register_forward_hook(lambda module, args, output: output * 2)
     with pytest.raises(TypeError, match="stem: a hook or a `forward` of its own would be lost"):
         qdiff.quantize(model, INPUTS)
+    for words, arguments, changes in (
+        ("inputs: expected a tuple of tensors", (Denoiser(), INPUTS[0]), {}),
+        ("inputs: values that are not finite", (Denoiser(), (INPUTS[0] / 0, INPUTS[1])), {}),
+        ("model: expected an nn.Module, found function", (lambda x: x, INPUTS), {}),
+        ("no layer that can be quantized", (nn.ReLU(), INPUTS[:1]), {}),
+        ("separate: no layer whose path ends with tim", (Denoiser(), INPUTS), {"separate": ["tim"]}),
+        (r"blocks: blocks\.0 \(Residual\) has no layer conv9", (Denoiser(), INPUTS), {"blocks": {Residual: "conv9"}}),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            qdiff.quantize(*arguments, **changes)
     with pytest.raises(ConfigError, match=r"blocks: 0\.1 \(Conv\) lies inside 0"):
         qdiff.quantize(nested(), (torch.randn(4, 3, 8, 8),), blocks=[nn.Sequential, Conv])
 

@@ -115,7 +115,7 @@ def test_packed_files_load_without_the_model(models, tmp_path):
     shutil.copy(models["text"] / "config.yaml", alone)
     shutil.copy(models["text"] / "prompts.txt", alone)
     packed = run / "ckpt.safetensors"
-    succeeded(text(alone, tmp_path / "b", *options, "--ckpt", alone / "none.ckpt", "--cali_ckpt", packed))
+    succeeded(text(alone, tmp_path / "b", *options, "--ckpt", alone, "--cali_ckpt", packed))
     assert len(pixels(only(tmp_path / "b") / "samples")) == 2
     (run / "stages.safetensors").write_bytes(b"\0" + (run / "stages.safetensors").read_bytes()[1:])
     fails(text(alone, tmp_path / "c", *options, "--ckpt", alone / "none.ckpt", "--cali_ckpt", packed), "sha256")

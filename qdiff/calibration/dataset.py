@@ -125,8 +125,8 @@ def save_set(path: str | Path, data: CalibrationSet) -> None:
     content = {"xs": data.xs, "ts": data.ts}
     if data.cs is not None:
         content |= {"cs": data.cs, "ucs": data.ucs}
-    with atomic_write(path) as temporary:
-        torch.save(content, temporary)
+    with atomic_write(path) as temporary, temporary.open("wb") as file:  # a path would leave its name inside
+        torch.save(content, file)
 
 
 def load_set(path: str | Path, shape: Iterable[int], guided: bool = False) -> CalibrationSet:

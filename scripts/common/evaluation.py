@@ -77,7 +77,7 @@ def check_inputs(args: argparse.Namespace) -> None:
     if args.clip:
         ClipScore(args.clip, torch.device("cpu"))
     if args.prompts:
-        read_prompts(args.prompts)
+        read_prompts(args.prompts, 0)
     extractor = load_extractor(args.extractor, select_device(args.device), args.weights)  # it may be fetched
     if isinstance(reference, Statistics):
         expect_extractor(reference, extractor.identity)
@@ -86,6 +86,23 @@ def check_inputs(args: argparse.Namespace) -> None:
     for path in (args.npz, args.save_statistics, args.output):
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def open_others(args: argparse.Namespace, count: int) -> Selected | None:
+    """The images of --against, which must be as many as those that are evaluated."""
+    others = Selected(open_images(args.against), args.count) if args.against else None
+    if others is not None and len(others) != count:
+        raise ConfigError(f"--against {others.name}: {len(others)} images, expected {count} as there are to evaluate")
+    return others
+
+
+def check_count(args: argparse.Namespace, total: int) -> None:
+    """Raise ConfigError before `total` images are made where they would be too few."""
+    if args.count and args.count > total:
+        raise ConfigError(f"--count {args.count}: the sampling command makes {total} images")
+    open_others(args, args.count or total)
+    if args.prompts:
+        read_prompts(args.prompts, args.count or total)
 
 
 def check_wishes(args: argparse.Namespace) -> None:
@@ -120,21 +137,20 @@ def likeness(images: Selected, others: Selected, batch_size: int, device: torch.
     return {"psnr": decibels, "ssim": similarity / len(images), "perceptual": distance / len(images)}
 
 
-def read_prompts(file: Path) -> list[str]:
+def read_prompts(file: Path, count: int) -> list[str]:
+    """The lines of a file, one for each of `count` images."""
     try:
-        return file.read_text(encoding="utf-8").splitlines()
+        words = file.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise ConfigError(f"--prompts {file}: expected text in UTF-8 ({error})") from None
+    if len(words) < count:
+        raise ConfigError(f"--prompts {file}: {len(words)} prompts, expected one for each of {count} images")
+    return words
 
 
 def load_prompts(images: Selected, file: Path | None) -> list[str]:
     """One prompt for each image."""
-    if file is None:
-        return prompts_inside(images)
-    words = read_prompts(file)
-    if len(words) < len(images):
-        raise ConfigError(f"--prompts {file}: {len(words)} prompts, expected one for each of {len(images)} images")
-    return words
+    return prompts_inside(images) if file is None else read_prompts(file, len(images))
 
 
 def prompts_inside(images: Selected) -> list[str]:
@@ -152,9 +168,7 @@ def evaluate(args: argparse.Namespace, source: str | Path) -> dict:
     """All figures asked for, of the images at `source`; on every process the same."""
     device = select_device(args.device)
     images = Selected(open_images(source), args.count)
-    others = Selected(open_images(args.against), args.count) if args.against else None
-    if others is not None and len(images) != len(others):
-        raise ConfigError(f"--against {others.name}: {len(others)} images, expected {len(images)} as in {images.name}")
+    others = open_others(args, len(images))
     if others is not None and others.names() and images.names() and others.names() != images.names():
         first = next(pair for pair in zip(others.names(), images.names(), strict=True) if pair[0] != pair[1])
         raise ConfigError(f"--against {others.name}: {first[0]} stands where {images.name} has {first[1]}; expected the same names")
@@ -189,6 +203,7 @@ def evaluate(args: argparse.Namespace, source: str | Path) -> dict:
         figures["note"] += f"; precision and recall of at most {PR_IMAGES} images of each"
     if others is not None:
         figures["note"] += "; perceptual: in lite0 features"
-    if "fid" in figures and len(images) < UNBIASED_FROM:
-        figures["note"] += f"; FID of {len(images)} images is biased upwards: compare it only with FIDs of as many"
+    if {"fid", "is"} & set(figures) and len(images) < UNBIASED_FROM:
+        words = "FID (upwards) and Inception score are biased with so few: compare them only with those of as many"
+        figures["note"] += f"; {len(images)} images: {words}"
     return figures

@@ -21,11 +21,18 @@ FILE_STEPS, FILE_SAMPLES = 1, 1024  # the published defaults, for a calibration 
 OWN_STEPS, OWN_SAMPLES = 20, {"published": 256, "fast": 64}  # for a set that is generated; 256: the paper's
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Appends the default to a help text, unless that speaks of it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None or "default" in (action.help or "") else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
 
     def __init__(self, description: str) -> None:
-        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+        super().__init__(description=description, formatter_class=_Help, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -149,13 +156,19 @@ def quant_config(args: argparse.Namespace, weight_method: str, act_method: str) 
     ).validate()
 
 
-def calibration_config(args: argparse.Namespace) -> CalibrationConfig:
-    """The recipe asked for. The number of steps and samples depends on where the set comes from."""
+def calibration_config(args: argparse.Namespace, evaluations: int) -> CalibrationConfig:
+    """The recipe asked for; steps and samples depend on where the set comes from, and on how often the sampler calls the network.
+
+    Raises:
+        ConfigError: settings that cannot work; more time steps than the sampler makes.
+    """
     own = args.cali_data_path is None
     given = {field: getattr(args, option) for option, (field, _, _) in RECIPE_OPTIONS.items() if getattr(args, option) is not None}
+    if own and (args.cali_st or 0) > evaluations:
+        raise ConfigError(f"--cali_st {args.cali_st}: the sampler makes only {evaluations} steps")
     return replace(
         PRESETS[args.preset],
-        steps=args.cali_st or (OWN_STEPS if own else FILE_STEPS),
+        steps=args.cali_st or (min(OWN_STEPS, evaluations) if own else FILE_STEPS),
         samples=args.cali_n or (OWN_SAMPLES[args.preset] if own else FILE_SAMPLES),
         running_stat=args.running_stat,
         rs_sm_only=args.rs_sm_only,
@@ -170,6 +183,8 @@ def check_quant_options(args: argparse.Namespace) -> None:
         raise ConfigError("--resume_w: expected --cali_ckpt FILE to take the weights from")
     if args.resume_w and not args.quant_act:
         raise ConfigError("--resume_w: expected --quant_act, there is nothing else to calibrate")
+    if args.quant_mode == "linear" and args.cali_ckpt:
+        raise ConfigError("--quant_mode linear: expected no --cali_ckpt, nearest rounding starts from the full-precision weights")
     if not args.ptq and (args.cali_ckpt or args.cali_data_path or args.quant_act):
         raise ConfigError("--cali_ckpt, --cali_data_path and --quant_act need --ptq")
     if args.time_sets > 1 and args.running_stat:

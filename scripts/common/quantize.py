@@ -39,7 +39,8 @@ log = logging.getLogger(__name__)
 class Task:
     """What a family's script knows and the shared steps need.
 
-    build: the network's configuration for `family.build`. input_shape: (C, H, W) of x_t. load: the
+    build: the network's configuration for `family.build`. input_shape: (C, H, W) of x_t. evaluations: calls
+    of the network for one image. load: the
     full-precision network on the CPU. generate: draws a calibration set from it (network, steps, samples).
     weight_method, act_method: the family's published scale rules. save_stages: writes the rest of a
     latent model (autoencoder, text tower) to the file it is given.
@@ -48,6 +49,7 @@ class Task:
     family: Family
     build: dict
     input_shape: tuple[int, ...]
+    evaluations: int
     load: Callable[[], nn.Module]
     generate: Callable[[nn.Module, CalibrationConfig], CalibrationSet]
     weight_method: str = "max"
@@ -60,7 +62,7 @@ def check(args: argparse.Namespace, task: Task) -> None:
     check_quant_options(args)
     if args.ptq:
         quant_config(args, task.weight_method, task.act_method)
-        config = calibration_config(args)
+        config = calibration_config(args, task.evaluations)
         if args.time_sets > config.steps:
             raise ConfigError(f"--time_sets {args.time_sets}: the calibration set has {config.steps} time steps (--cali_st)")
 
@@ -115,7 +117,7 @@ def _comparable(values: dict) -> dict:
 
 
 def _calibrate(args: argparse.Namespace, task: Task, quant: QuantConfig, device: torch.device, folder: Path, ranks: Ranks) -> nn.Module:
-    config = calibration_config(args)
+    config = calibration_config(args, task.evaluations)
     finished, info = load_calibrated(args.cali_ckpt, task, replace(quant, quant_act=False)) if args.resume_w else (None, None)
     guided = bool(task.build.get("context_dim"))
     data = load_set(args.cali_data_path, task.input_shape, guided) if args.cali_data_path else None
@@ -129,7 +131,8 @@ def _calibrate(args: argparse.Namespace, task: Task, quant: QuantConfig, device:
         ranks.barrier()
         data = load_set(drawn, task.input_shape, guided)
     if config.samples > len(data.xs[0]):
-        log.warning("--cali_n %d: the calibration set holds %d samples of each time step, all are used", config.samples, len(data.xs[0]))
+        if args.cali_n:
+            log.warning("--cali_n %d: the calibration set holds %d samples of each time step, all are used", args.cali_n, len(data.xs[0]))
         config = replace(config, samples=len(data.xs[0]))
     rows = data.select(config.steps, config.samples)
     if args.time_sets > 1:

@@ -272,7 +272,8 @@ class Work:
         missing = {row.weight_bit: row for row in self.rows if row.method == QDIFF and self.checkpoint(row) is None}
         fitting = 0.0
         for row in missing.values():
-            recipe = calibration_config(parse([*self.options(self.count, 0, self.folder), *self.method(row), *self.recipe()])[1])
+            args = parse([*self.options(self.count, 0, self.folder), *self.method(row), *self.recipe()])[1]
+            recipe = calibration_config(args, self.full_precision(None).task.evaluations)
             fitting += 3 * row_seconds * recipe.batch_size * (recipe.iters + recipe.iters_a)
         sampling = each * self.count * len(folders)
         processes = Ranks.from_environment().world
