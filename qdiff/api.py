@@ -114,8 +114,8 @@ def _check(
         raise ConfigError(f"model: expected an nn.Module, found {type(model).__name__}")
     if isinstance(inputs, Tensor) or not all(isinstance(tensor, Tensor) for tensor in inputs):
         raise ConfigError("inputs: expected a tuple of tensors, (x_t, t) and contexts")
-    if any(tensor.is_floating_point() and not torch.isfinite(tensor).all() for tensor in inputs):
-        raise ConfigError("inputs: values that are not finite numbers")
+    if any(torch.isnan(tensor).any() for tensor in inputs) or any(torch.isinf(tensor).any() for tensor in inputs[:2]):
+        raise ConfigError("inputs: values that are not finite numbers")  # masks among the contexts may hold -inf
     if torch.is_inference_mode_enabled():
         raise ConfigError("inside torch.inference_mode(): expected to be called outside, gradients are needed")
     if preset not in PRESETS:

@@ -103,15 +103,17 @@ def quantize_model(model: nn.Module, family: Family, config: QuantConfig) -> nn.
     shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     wrapped = copy.deepcopy(model, shared).eval()
     splits = family.split_points(model) if config.split else {}
+    split_of = {id(wrapped.get_submodule(path)): channels for path, channels in splits.items()}  # a layer may stand at several paths
+    kept = _kept(wrapped, family)
     steps = TimeSteps(config.time_bounds) if config.time_bounds else None
     if steps is not None:
         wrapped.time_step_sets = steps  # an attribute, so that copies of the network have their own
         wrapped.register_forward_pre_hook(_tell_time)
 
     def quantized(path: str, layer: nn.Module) -> nn.Module | None:
-        if type(layer) not in LAYER_TYPES or family.keeps(path, layer):
+        if type(layer) not in LAYER_TYPES or id(layer) in kept:
             return None
-        return _quantized(path, layer, config, splits.get(path, 0), steps)
+        return _quantized(path, layer, config, split_of.get(id(layer), 0), steps)
 
     replace_modules(wrapped, quantized)
     for path, module in wrapped.named_modules():
@@ -124,8 +126,9 @@ def quantize_model(model: nn.Module, family: Family, config: QuantConfig) -> nn.
 
 def check_layers(model: nn.Module, family: Family) -> None:
     """TypeError, by name, for a module that can be neither quantized nor kept."""
+    kept = _kept(model, family)
     for path, module in model.named_modules():
-        if family.keeps(path, module):
+        if id(module) in kept:
             continue
         if type(module) not in LAYER_TYPES:
             if list(module.parameters(recurse=False)):
@@ -134,6 +137,11 @@ def check_layers(model: nn.Module, family: Family) -> None:
                 )
         elif has_own_behavior(module):
             raise TypeError(f"{path or 'the network'}: a hook or a `forward` of its own would be lost; remove it, or name it in `keep`")
+
+
+def _kept(model: nn.Module, family: Family) -> set[int]:
+    """The ids of modules whose own parameters stay as they are, by any of their paths."""
+    return {id(module) for path, module in model.named_modules(remove_duplicate=False) if family.keeps(path, module)}
 
 
 def has_own_behavior(module: nn.Module) -> bool:

@@ -50,7 +50,8 @@ def show(figures: dict, note: str) -> str:
 def sample(args: argparse.Namespace) -> Path:
     """The folder of the images that the sampling command makes."""
     job = prepare(args.command)
-    check_count(args, job.total)
+    if not job.args.continue_run:  # which may find more images than are asked for
+        check_count(args, job.total)
     if getattr(job.args, "skip_save", False):
         raise ConfigError("--skip_save: no images would be left to evaluate")
     return run(job)

@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
-from test_checkpoint import Payload, quantized
+from test_checkpoint import BUILD, Payload, quantized
 
 SAMPLE = "sample_diffusion_ddim.py"
 PUBLISHED = [
@@ -29,12 +29,14 @@ PUBLISHED = [
 def files(tmp_path_factory) -> dict[str, Path]:
     """Configuration, weights and a calibrated checkpoint of the tiny network."""
     from ddim.family import PIXEL
-    from qdiff.checkpoint import save_published
+    from qdiff.checkpoint import PackedInfo, save_packed, save_published
 
     folder = tmp_path_factory.mktemp("tiny")
-    unet, model, _ = quantized()
+    unet, model, quant = quantized()
     save_published(folder / "q.pth", model, PIXEL, unet.state_dict(), activations=True)
-    return {"config": tiny.config_file(folder), "ckpt": tiny.weights_file(folder), "q": folder / "q.pth", "folder": folder}
+    save_packed(folder / "q.safetensors", model, PackedInfo("pixel", BUILD, quant, {}, ""))
+    paths = {"q": folder / "q.pth", "packed": folder / "q.safetensors", "folder": folder}
+    return paths | {"config": tiny.config_file(folder), "ckpt": tiny.weights_file(folder)}
 
 
 def base(files, out, *more, images=6):
@@ -208,7 +210,7 @@ BAD = {
     "web page": (lambda f, d: [*QUANT, "--cali_ckpt", _html(d)], "HTML"),
     "code": (lambda f, d: [*QUANT, "--cali_ckpt", _evil(d)], "refused"),
     "time steps that are not there": (lambda f, d: ["--ckpt", f["ckpt"], "--ptq", "--cali_st", 6], "--cali_st 6: the sampler makes only 5"),
-    "linear with a checkpoint": (lambda f, d: [*QUANT, "--quant_mode", "linear", "--cali_ckpt", f["q"]], "--quant_mode linear"),
+    "linear with a learned one": (lambda f, d: [*QUANT, "--quant_mode", "linear", "--cali_ckpt", f["packed"]], "--quant_mode linear"),
     "text for a checkpoint": (lambda f, d: [*QUANT, "--cali_ckpt", tiny.REPOSITORY / "README.md"], "no pickle of tensors"),
     "unknown option": (lambda f, d: ["--bits", 4], "unrecognized"),
     "quantization without --ptq": (lambda f, d: ["--cali_ckpt", f["q"]], "--ptq"),

@@ -27,6 +27,11 @@ def convolution(x: Tensor = X, **changes) -> QuantConv2d:
     return quantized_layer(nn.Conv2d(x.shape[1], **geometry), QuantConv2d, 4, False, "max", x)
 
 
+class Single(tuple):
+    def __new__(cls, sample: Tensor):
+        return super().__new__(cls, (sample.contiguous(),))
+
+
 class Network(nn.Module):
     """GroupNorm and a quantized convolution; `body` says how they are used."""
 
@@ -127,6 +132,7 @@ def test_a_layer_at_two_paths_is_replaced_at_both():
 def test_what_networks_read_of_their_layers_stays():
     def body(network, x):
         assert network.norm.num_groups == 4 and network.conv.in_channels == 8 and network.conv.bias.shape == (8,)
+        assert network.conv.stride == network.conv.padding == network.conv.dilation == (1, 1)
         return network.conv(network.norm(x)).to(network.conv.weight.dtype)
 
     network = Network(body)
@@ -147,11 +153,18 @@ def test_hooks_stay():
 
 @here
 @torch.no_grad()
-@pytest.mark.parametrize("operation", ["view", "reshape", "flatten"])
-def test_results_of_convolutions_can_be_viewed(operators, operation):  # noqa: F811
-    calls = {"view": lambda y: y.view(4, 4, 36), "reshape": lambda y: y.reshape(4, 4, -1), "flatten": lambda y: y.flatten(1)}
-    network = Network(lambda network, x: calls[operation](network.conv(network.norm(x))))
-    assert near(to_integer(network)(X), network)
+def test_results_of_convolutions_can_be_viewed(operators):  # noqa: F811
+    calls = [
+        lambda y: y.view(4, 4, 36),
+        lambda y: y.view(2, 8, 36).view(4, 4, 36).view((16, 36)),
+        lambda y: y.view_as(torch.empty(16, 36)),
+        lambda y: y.view(dtype=torch.int32).view(torch.float32),
+        lambda y: y.reshape(4, 4, -1),
+        lambda y: y.flatten(1),
+    ]
+    for call in calls:
+        network = Network(lambda network, x, call=call: call(network.conv(network.norm(x))))
+        assert near(to_integer(network)(X), network)
 
 
 @here
@@ -163,6 +176,7 @@ def test_results_are_ordinary_tensors_in_contiguous_memory(operators):  # noqa: 
         (lambda y: {"sample": y, "rest": [y, 3]}, lambda y: y["rest"][0]),
         (lambda y: result(y, None), lambda y: y.sample),
         (lambda y: [y, (y,)], lambda y: y[1][0]),
+        (lambda y: Single(y + 0), lambda y: y[0]),
     ]
     for make, take in forms:
         network = Network(lambda network, x, make=make: make(network.conv(x)))
@@ -188,6 +202,32 @@ def test_an_input_changed_in_place_after_its_norm_is_noticed(operators):  # noqa
     assert golden.relative_error(to_integer(network)(X.clone()), expected) < 0.02  # was copied
     with torch.inference_mode():  # knows no changes: is copied
         assert golden.relative_error(to_integer(network)(wide.clone()), expected) < 0.02
+
+
+@here
+@torch.no_grad()
+def test_other_changes_in_place_are_followed(operators):  # noqa: F811
+    def half(network, x):
+        first, second = x.chunk(2)
+        h = network.norm(first)
+        second += 1  # another part of the same memory
+        return network.conv(F.silu(h)) + second
+
+    def shift(network, x):
+        t = torch.ones(2, 8, 1, 1)
+        h = network.conv(x) + t
+        t.mul_(5)
+        return network.conv(h)
+
+    def later(network, x):
+        h = network.conv(network.norm(x))
+        x += 1
+        return h + x
+
+    for body, x in ((half, torch.cat([X, X])), (shift, X), (later, X)):
+        x = x.contiguous(memory_format=torch.channels_last)
+        network = Network(body)
+        assert golden.relative_error(to_integer(network)(x.clone()), network(x.clone())) < 0.02
 
 
 @here

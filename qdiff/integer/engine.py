@@ -298,19 +298,19 @@ class IntegerConv2d(_OnIntegers):
         super().__init__(layer)
         geometry = layer.geometry
         self.groups = geometry["groups"]
-        self.stride = list(geometry["stride"])
+        self._stride = list(geometry["stride"])
         # along a side of one weight it means nothing, and makes oneDNN's int8 operator crash
-        self.dilation = [1 if size == 1 else d for size, d in zip(layer.shape[2:], geometry["dilation"], strict=True)]
-        self.padding = _padding(layer)
+        self._dilation = [1 if size == 1 else d for size, d in zip(layer.shape[2:], geometry["dilation"], strict=True)]
+        self._padding = _padding(layer)
         self.split = layer.split
-        one_pixel = layer.shape[2:] == (1, 1) and self.stride == [1, 1]
-        self.pointwise = one_pixel and self.padding == [0, 0] and self.groups == 1
+        one_pixel = layer.shape[2:] == (1, 1) and self._stride == [1, 1]
+        self.pointwise = one_pixel and self._padding == [0, 0] and self.groups == 1
         self.inputs = [_Input(q) for q in layer.act_quantizers]
         weights = [_Weight(q) for q in layer.weight_quantizers]
         one_sum = self.groups == 1 or not any(w.corrected for w in weights)  # a sum over all channels is none of a group
         sums_fit = all(i.sums_fit(weight) for i, weight in zip(self.inputs, weights, strict=True))
         several = self.pointwise or min(weight.integers.shape[1] for weight in weights) > 1
-        self.usable = one_sum and sums_fit and several and self.padding is not None
+        self.usable = one_sum and sums_fit and several and self._padding is not None
         self.in_channels, self.out_channels = layer.shape[1] * self.groups, layer.shape[0]
         self.ones = torch.ones(1, 1, *layer.shape[2:], dtype=torch.float64)
         biases = [layer.bias, *[None] * (len(weights) - 1)]
@@ -325,7 +325,8 @@ class IntegerConv2d(_OnIntegers):
     def _pack(self, weight: _Weight) -> Tensor:
         if self.pointwise:
             return torch.ops.onednn.qlinear_prepack(weight.integers.flatten(1), None)
-        return torch.ops.onednn.qconv_prepack(weight.integers, weight.scales, 1.0, 0, self.stride, self.padding, self.dilation, self.groups)
+        geometry = (self._stride, self._padding, self._dilation, self.groups)
+        return torch.ops.onednn.qconv_prepack(weight.integers, weight.scales, 1.0, 0, *geometry)
 
     def forward(self, x: Tensor) -> Tensor:
         source = lazy(x)
@@ -353,7 +354,7 @@ class IntegerConv2d(_OnIntegers):
             y = y.view(n, h, w, -1).permute(0, 3, 1, 2)
         else:
             q = x.q.view(n, h, w, c).permute(0, 3, 1, 2)
-            form = (self.stride, self.padding, self.dilation, self.groups, 1.0, 0, _result(coef), "none", [], "")
+            form = (self._stride, self._padding, self._dilation, self.groups, 1.0, 0, _result(coef), "none", [], "")
             y = torch.ops.onednn.qconv2d_pointwise(q, x.delta, x.zero, packed, scales, zeros, bias, *form)
             y = y.contiguous(memory_format=torch.channels_last)
         _, wide, height, width = y.shape
@@ -363,7 +364,7 @@ class IntegerConv2d(_OnIntegers):
     def _receptive(self, sums: Tensor) -> Tensor:
         """Sums over the channels [n, 1, h, w] to sums over the receptive fields [n, 1, height, width], in float64."""
         sums = sums.double()
-        return sums if self.pointwise else F.conv2d(sums, self.ones, None, self.stride, self.padding, self.dilation)
+        return sums if self.pointwise else F.conv2d(sums, self.ones, None, self._stride, self._padding, self._dilation)
 
 
 class _Linear:

@@ -125,7 +125,8 @@ def plain_output(_module: nn.Module, _inputs: tuple, output: Any) -> Any:
         for key, value in output.items():
             output[key] = plain_output(_module, _inputs, value)
     elif isinstance(output, list | tuple):
-        return _rebuilt(output, [plain_output(_module, _inputs, item) for item in output])
+        items = [plain_output(_module, _inputs, item) for item in output]
+        return output if all(new is old for new, old in zip(items, output, strict=True)) else _rebuilt(output, items)
     return output
 
 
@@ -164,7 +165,8 @@ def group_norm(x: Tensor, groups: int, weight: Tensor | None = None, bias: Tenso
     if not affine or source.pending.a is not None or source.pending.silu:
         return F.group_norm(_plain(x), groups, weight, bias, eps)
     if source.rows.data is x:  # the network's own tensor, which it may change before the values are formed
-        if x.is_inference():
+        part = x.untyped_storage().nbytes() != x.numel() * x.element_size()  # changes of the others would count as its own
+        if part or x.is_inference():
             source = lazy(x.clone())
         else:
             source.rows.version = x._version
@@ -176,9 +178,14 @@ def group_norm(x: Tensor, groups: int, weight: Tensor | None = None, bias: Tenso
     return source.then(replace(source.pending, a=a, b=b))
 
 
-def _view(x: Lazy, *shape: Any) -> Tensor | None:
-    """As in contiguous memory."""
-    return None if isinstance(shape[0], torch.dtype) else x.values().reshape(*shape)
+def _contiguous(func: Callable) -> Callable:
+    """A rule: `func` of the values in contiguous memory, where networks expect them."""
+
+    def rule(x: Tensor, *args: Any, **named: Any) -> Tensor:
+        with _no_override():
+            return func(_plain(x).contiguous(), *map(_plain, args), **named)
+
+    return rule
 
 
 def _silu(x: Lazy, inplace: bool = False) -> Lazy | None:
@@ -205,7 +212,7 @@ def _add(input: Any, other: Any, *, alpha: float = 1, out: None = None) -> Tenso
     if (shift := _per_channel(other, x.shape4())) is not None and not x.pending.silu:
         if x.pending.a is not None:
             return x.then(replace(x.pending, b=x.pending.b + shift))
-        return x.then(replace(x.pending, shift=shift if x.pending.shift is None else x.pending.shift + shift))
+        return x.then(replace(x.pending, shift=shift.clone() if x.pending.shift is None else x.pending.shift + shift))
     other = _read(other)
     if other.shape != x.shape4() or other.dtype not in (torch.float32, torch.bfloat16):
         return None
@@ -224,7 +231,8 @@ _RULES: dict[Callable, Callable] = {
     F.silu: _silu,
     F.dropout: _dropout,
     F.group_norm: group_norm,
-    Tensor.view: _view,
+    Tensor.view: _contiguous(Tensor.view),
+    Tensor.view_as: _contiguous(Tensor.view_as),
     torch.add: _add,
     Tensor.add: _add,
     Tensor.__add__: _add,

@@ -164,7 +164,8 @@ def calibration_config(args: argparse.Namespace, evaluations: int) -> Calibratio
     """
     own = args.cali_data_path is None
     given = {field: getattr(args, option) for option, (field, _, _) in RECIPE_OPTIONS.items() if getattr(args, option) is not None}
-    if own and (args.cali_st or 0) > evaluations:
+    drawn = own and (args.resume_w or not args.cali_ckpt)
+    if drawn and (args.cali_st or 0) > evaluations:
         raise ConfigError(f"--cali_st {args.cali_st}: the sampler makes only {evaluations} steps")
     return replace(
         PRESETS[args.preset],
@@ -183,8 +184,6 @@ def check_quant_options(args: argparse.Namespace) -> None:
         raise ConfigError("--resume_w: expected --cali_ckpt FILE to take the weights from")
     if args.resume_w and not args.quant_act:
         raise ConfigError("--resume_w: expected --quant_act, there is nothing else to calibrate")
-    if args.quant_mode == "linear" and args.cali_ckpt:
-        raise ConfigError("--quant_mode linear: expected no --cali_ckpt, nearest rounding starts from the full-precision weights")
     if not args.ptq and (args.cali_ckpt or args.cali_data_path or args.quant_act):
         raise ConfigError("--cali_ckpt, --cali_data_path and --quant_act need --ptq")
     if args.time_sets > 1 and args.running_stat:

@@ -104,6 +104,8 @@ def _compare(path: str, info: PackedInfo, task: Task, quant: QuantConfig) -> Non
     for key in sorted({*stored, *expected}):
         if stored.get(key) != expected.get(key):
             raise CheckpointError(f"{path}: another network: {key} is {stored.get(key)}, the configuration says {expected.get(key)}")
+    if quant.quant_mode == "linear" != info.config.quant_mode:
+        raise CheckpointError(f"{path}: --quant_mode linear: its rounding was learned")
     names = ["weight_bit", "split"] + (["act_bit", "a_sym", "sm_abit"] if quant.quant_act else [])
     for name in names:
         stored, given = getattr(info.config, name), getattr(quant, name)
