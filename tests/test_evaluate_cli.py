@@ -258,9 +258,10 @@ def pixel_table(work, tmp_path):
     """The CIFAR-10 table on a tiny network: a function of the number of images, the checkpoint and more sampling options."""
     config = tiny.config_file(tmp_path)
 
-    def run(images, weights, *more):
+    def run(images, weights, *more, seeds=1):
         words = ["--table", "cifar10", "--images", images, "--trajectory_images", 2, "--threads", 1, "--extractor", "lite0"]
         words += ["--rows", "full-precision", "linear-w4a8", "q-diffusion-w4a8", "q-diffusion-w4a32", "--reference", work / "b"]
+        words += ["--seeds", seeds]
         words += ["--output", tmp_path / "out", "--cache", work / "cache", "--", "--config", config, "--ckpt", weights]
         return tiny.script("reproduce.py", *words, "--timesteps", 5, "--cali_st", 3, "--cali_n", 8, *more)
 
@@ -280,6 +281,11 @@ def test_the_table_of_a_paper_is_filled(pixel_table):
     assert len(list((folder / "out").rglob("ckpt.safetensors"))) == 2  # linear, and one for both rows of Q-Diffusion
     result = run(5, weights, *short)
     assert result.returncode == 0 and "nothing left to sample" in result.stdout
+    result = run(5, weights, *short, seeds=2)  # the checkpoints of both methods serve again
+    assert result.returncode == 0, result.stderr
+    content = json.loads((folder / "out/table.json").read_text())["cifar10"]
+    assert all(len(seeds) == 2 for seeds in content.values())
+    assert len(list((folder / "out").rglob("ckpt.safetensors"))) == 2
     other = folder / "other.safetensors"
     changed = {name: tensor * 1.01 for name, tensor in tiny.unet().state_dict().items()}
     save_file(changed, other)
