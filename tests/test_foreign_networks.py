@@ -7,9 +7,11 @@ import golden
 import pytest
 import torch
 from test_integer import attention_product, check, here, operators, quantized_layer  # noqa: F401
+from test_journal import INPUTS, QUICK, Denoiser, Residual
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import qdiff
 from qdiff import quantizers as Q
 from qdiff.config import ConfigError
 from qdiff.integer import engine, kernels
@@ -125,6 +127,17 @@ def test_a_layer_at_two_paths_is_replaced_at_both():
         assert golden.relative_error(changed(X), expected) < 0.02
     exported = exportable(network)
     assert not any(isinstance(module, QuantConv2d) for module in exported.children()) and exported[1] is exported[0]
+
+
+@here
+def test_a_network_quantized_from_python_runs_on_integers():
+    model = Denoiser()
+    quantized = qdiff.quantize(model, INPUTS, weight_bit=8, blocks=[Residual], time_sets=2, **QUICK)
+    integer = prepare(quantized, "integer")
+    with torch.no_grad():
+        for rows in (slice(0, 1), slice(11, 12), slice(None)):  # of each time-step set, of both
+            inputs = tuple(tensor[rows] for tensor in INPUTS)
+            assert golden.relative_error(integer(*inputs), quantized(*inputs)) < 0.02
 
 
 @here
