@@ -17,7 +17,7 @@ from qdiff.integer import ENGINES
 log = logging.getLogger(__name__)
 
 JOB_NAMES = ("sample_diffusion_ddim.py", "sample_diffusion_ldm.py", "txt2img.py")
-FILE_STEPS, FILE_SAMPLES = 1, 1024  # the published defaults, for a calibration file
+FILE_STEPS, FILE_SAMPLES = 1, {"published": 1024, "fast": 64}  # for a calibration file; the published defaults
 OWN_STEPS, OWN_SAMPLES = 20, {"published": 256, "fast": 64}  # for a set that is generated; 256: the paper's
 
 
@@ -170,7 +170,7 @@ def calibration_config(args: argparse.Namespace, evaluations: int) -> Calibratio
     return replace(
         PRESETS[args.preset],
         steps=args.cali_st or (min(OWN_STEPS, evaluations) if own else FILE_STEPS),
-        samples=args.cali_n or (OWN_SAMPLES[args.preset] if own else FILE_SAMPLES),
+        samples=args.cali_n or (OWN_SAMPLES if own else FILE_SAMPLES)[args.preset],
         running_stat=args.running_stat,
         rs_sm_only=args.rs_sm_only,
         seed=args.seed,
