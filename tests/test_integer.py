@@ -240,7 +240,7 @@ def test_time_step_sets_and_mixed_rows():
     rows = tiny.rows(network)
     simulated = calibrate(network, PIXEL, replace(LINEAR, time_bounds=time_bounds(rows, 3)), CalibrationConfig(), rows)
     integer, exact = to_integer(simulated), copy.deepcopy(simulated).double()
-    times = rows.inputs[1][::16]
+    times = rows.inputs[1][::16].contiguous()
     assert set(torch.bucketize(times, simulated.time_step_sets.bounds, right=True).tolist()) == {0, 1, 2}
     for chosen in (*(slice(start, start + 2) for start in range(0, len(rows), 16)), slice(0, None, 9)):  # one time step, several
         inputs = tuple(part[chosen] for part in rows.inputs)
