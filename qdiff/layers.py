@@ -180,6 +180,12 @@ class QuantLayer(nn.Module):
         self.quantized = True
         self.rounding = None
 
+    def drop_weight(self) -> None:
+        """Forget integers and weight: another module holds the only copy from now on, and only `product` can be used."""
+        for quantizer in self.weight_quantizers:
+            quantizer.integers = quantizer.integers.new_zeros(0)
+        self._weight = None
+
     @property
     def weight(self) -> Tensor:
         if self._weight is None:

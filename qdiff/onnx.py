@@ -99,8 +99,7 @@ class _Layer(nn.Module):
             for name, value in zip(names, (stored, quantizer.delta.flatten().float(), stored_zero), strict=True):
                 self.register_buffer(name, value.clone())
             self.names.append(names)
-            quantizer.integers = integers.new_zeros(0)  # what is stored above is the only copy
-        layer._weight = None
+        layer.drop_weight()
 
     def forward(self, x: Tensor) -> Tensor:
         weights = [torch.ops.qdiff.weight(*(getattr(self, name) for name in names)) for names in self.names]

@@ -27,7 +27,7 @@ from ldm.checkpoint import open_checkpoint
 from ldm.conditions import calibration_prompt, class_conditions, parse_classes, read_prompts, text_conditions
 from ldm.config import load_config as load_latent_config
 from ldm.encoders import ClassEmbedder
-from qdiff.calibration.dataset import CalibrationSet, save_set
+from qdiff.calibration.dataset import CalibrationSet, check_steps, save_set
 from qdiff.config import CalibrationConfig, ConfigError
 
 PIXEL_SAMPLERS, LATENT_SAMPLERS = ["generalized", "dpm_solver", "ddpm_noisy"], ["ddim", "plms", "dpm", "vanilla"]
@@ -60,11 +60,6 @@ def choose(args: argparse.Namespace, known: list[str]) -> str:
     return args.sample_type or known[0]
 
 
-def check_steps(args: argparse.Namespace, evaluations: int) -> None:
-    if args.cali_st > evaluations:
-        raise ConfigError(f"--cali_st {args.cali_st}: the sampler makes only {evaluations} steps")
-
-
 def check_scale(args: argparse.Namespace, guided: bool) -> None:
     if args.scale is not None and not guided:
         raise ConfigError(f"--scale: {args.config} is an unconditional model")
@@ -78,7 +73,7 @@ def draw_pixel(args: argparse.Namespace, recipe: CalibrationConfig, device: torc
     name = choose(args, PIXEL_SAMPLERS)
     settings = pixel.SamplerSettings(name, args.skip_type, args.timesteps, args.eta).validate(config.diffusion)
     sampler = pixel.PixelSampler(config, settings, device)
-    check_steps(args, sampler.evaluations)
+    check_steps(args.cali_st, sampler.evaluations)
     return pixel.make_calibration_set(load_unet(config, args.ckpt).to(device), sampler, args.seed, recipe)
 
 
@@ -98,7 +93,7 @@ def draw_latent(args: argparse.Namespace, recipe: CalibrationConfig, device: tor
         prompts = read_prompts(args.from_file) if args.from_file else None
         prompt_of = (lambda i: prompts[i % len(prompts)]) if prompts else calibration_prompt(config.path)
         sampler.conditions = text_conditions(stages, prompt_of)
-    check_steps(args, sampler.evaluations)
+    check_steps(args.cali_st, sampler.evaluations)
     return latent.make_calibration_set(checkpoint.unet().to(device), sampler, args.seed, recipe)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from qdiff.checkpoint import CheckpointError, load_object, state_hash
+from qdiff.config import ConfigError
 from qdiff.files import atomic_write
 
 
@@ -82,12 +83,17 @@ class Rows:
         return Rows(self[order], of_row[order]), int((~judges).sum())
 
 
+def check_steps(steps: int, evaluations: int) -> None:
+    """ConfigError for more time steps than a sampler makes."""
+    if steps > evaluations:
+        raise ConfigError(f"--cali_st {steps}: the sampler makes only {evaluations} steps")
+
+
 class Recorder:
     """A sampler's callback that keeps x_t and t of `steps` evaluations spread evenly over `total`."""
 
     def __init__(self, steps: int, total: int) -> None:
-        if steps > total:
-            raise CheckpointError(f"--cali_st {steps}: the sampler makes only {total} steps")
+        check_steps(steps, total)
         self.keep = {total * i // steps for i in range(steps)}  # to the end of the trajectory, also where `steps` does not divide it
         self.seen = 0
         self.xs: list[Tensor] = []

@@ -74,9 +74,7 @@ class PackedLayer(StandIn):
         super().__init__()
         self.weights = nn.ModuleList([PackedWeight(quantizer) for quantizer in layer.weight_quantizers])
         self.layer = layer
-        for quantizer in layer.weight_quantizers:  # the packed copy is the only one from here on
-            quantizer.integers = quantizer.integers.new_zeros(0)
-        layer._weight = None
+        layer.drop_weight()
 
     @property
     def weight(self) -> Tensor:

@@ -10,6 +10,7 @@ from typing import NoReturn
 
 import torch
 
+from qdiff.calibration.dataset import check_steps
 from qdiff.checkpoint import CheckpointError
 from qdiff.config import PRESETS, CalibrationConfig, ConfigError, QuantConfig
 from qdiff.integer import ENGINES
@@ -17,8 +18,7 @@ from qdiff.integer import ENGINES
 log = logging.getLogger(__name__)
 
 JOB_NAMES = ("sample_diffusion_ddim.py", "sample_diffusion_ldm.py", "txt2img.py")
-FILE_STEPS, FILE_SAMPLES = 1, {"published": 1024, "fast": 64}  # for a calibration file; the published defaults
-OWN_STEPS, OWN_SAMPLES = 20, {"published": 256, "fast": 64}  # for a set that is generated; 256: the paper's
+OWN_STEPS, OWN_SAMPLES = 20, 256  # at most, of a calibration set that is generated: the paper's
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -122,20 +122,23 @@ def add_quant_options(parser: Parser) -> None:
     group.add_argument(
         "--cali_st",
         type=positive,
-        help=f"time steps used of the calibration set (default: {FILE_STEPS} of a file, {OWN_STEPS} of a generated one)",
+        help=f"time steps used of the calibration set (default: {CalibrationConfig.steps} of a file, {OWN_STEPS} of a generated one)",
     )
     group.add_argument(
         "--cali_n",
         type=positive,
-        help=f"samples of each time step (default: {FILE_SAMPLES} of a file; of a generated one {OWN_SAMPLES})",
+        help=f"samples of each time step (default: {preset_values('samples')}; of a generated set at most {OWN_SAMPLES})",
     )
     group.add_argument(
         "--preset", default="published", choices=list(PRESETS), help="the recipe: the paper's, or one that takes a small part of its time"
     )
     for option, (field, kind, words) in RECIPE_OPTIONS.items():
-        values = ", ".join(f"{getattr(preset, field):g} {name}" for name, preset in PRESETS.items())
-        group.add_argument(f"--{option}", type=kind, help=f"{words} (default: {values})")
+        group.add_argument(f"--{option}", type=kind, help=f"{words} (default: {preset_values(field)})")
     group.add_argument("--cali_cache_gb", type=float, help="memory for activations, the rest goes to files (default: half of what is free)")
+
+
+def preset_values(field: str) -> str:
+    return ", ".join(f"{getattr(preset, field):g} {name}" for name, preset in PRESETS.items())
 
 
 def quant_config(args: argparse.Namespace, weight_method: str, act_method: str) -> QuantConfig:
@@ -162,15 +165,14 @@ def calibration_config(args: argparse.Namespace, evaluations: int) -> Calibratio
     Raises:
         ConfigError: settings that cannot work; more time steps than the sampler makes.
     """
-    own = args.cali_data_path is None
+    own, preset = args.cali_data_path is None, PRESETS[args.preset]
     given = {field: getattr(args, option) for option, (field, _, _) in RECIPE_OPTIONS.items() if getattr(args, option) is not None}
-    drawn = own and (args.resume_w or not args.cali_ckpt)
-    if drawn and (args.cali_st or 0) > evaluations:
-        raise ConfigError(f"--cali_st {args.cali_st}: the sampler makes only {evaluations} steps")
+    if own and args.cali_st and (args.resume_w or not args.cali_ckpt):
+        check_steps(args.cali_st, evaluations)
     return replace(
-        PRESETS[args.preset],
-        steps=args.cali_st or (min(OWN_STEPS, evaluations) if own else FILE_STEPS),
-        samples=args.cali_n or (OWN_SAMPLES if own else FILE_SAMPLES)[args.preset],
+        preset,
+        steps=args.cali_st or (min(OWN_STEPS, evaluations) if own else preset.steps),
+        samples=args.cali_n or (min(OWN_SAMPLES, preset.samples) if own else preset.samples),
         running_stat=args.running_stat,
         rs_sm_only=args.rs_sm_only,
         seed=args.seed,
