@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import save_file
 
 from ddim.family import PIXEL, describe
-from qdiff import checkpoint
 from qdiff.checkpoint import (
     CheckpointError,
     PackedInfo,
@@ -19,6 +18,7 @@ from qdiff.checkpoint import (
     load_published,
     midpoint_weights,
     pack_integers,
+    packed,
     published_shapes,
     read_tensors,
     save_packed,
@@ -259,7 +259,7 @@ def test_published_files_do_not_hold_their_own_name(files, tmp_path):
 
 def test_a_family_that_is_not_imported_is_named(files, monkeypatch):
     folder, _, _ = files
-    monkeypatch.setattr(checkpoint, "FAMILIES", {})
+    monkeypatch.setattr(packed, "FAMILIES", {})
     with pytest.raises(CheckpointError, match=r"no family is registered: ddim\.family"):
         load_packed(folder / "q.safetensors")
 

@@ -18,9 +18,9 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qdiff.checkpoint import file_hash, read_tensors
+from qdiff.checkpoint import read_tensors
 from qdiff.config import ConfigError
-from qdiff.files import atomic_write
+from qdiff.files import atomic_write, file_hash
 
 log = logging.getLogger(__name__)
 

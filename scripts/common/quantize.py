@@ -19,7 +19,7 @@ from qdiff.calibration.run import Workplace, calibrate
 from qdiff.checkpoint import (
     CheckpointError,
     PackedInfo,
-    file_hash,
+    check_packed,
     is_packed,
     load_packed,
     load_published,
@@ -29,6 +29,7 @@ from qdiff.checkpoint import (
     state_hash,
 )
 from qdiff.config import CalibrationConfig, ConfigError, QuantConfig
+from qdiff.files import file_hash
 from qdiff.integer import prepare as choose_engine
 from qdiff.model import Family, copy_weights, quantize_model
 
@@ -93,29 +94,8 @@ def load_calibrated(path: str, task: Task, quant: QuantConfig) -> tuple[nn.Modul
     if not is_packed(path):
         network = load_published(path, task.build, task.family, quant)
         return network, PackedInfo(task.family.name, task.build, quant, {"published": Path(path).name}, "")
-    _compare(path, read_packed_info(path), task, quant)
+    check_packed(path, read_packed_info(path), task.family.name, task.build, quant)
     return load_packed(path, activations=quant.quant_act)
-
-
-def _compare(path: str, info: PackedInfo, task: Task, quant: QuantConfig) -> None:
-    if info.family != task.family.name:
-        raise CheckpointError(f"{path}: another network: a network of the {info.family} family, expected {task.family.name}")
-    stored, expected = _comparable(info.build), _comparable(task.build)
-    for key in sorted({*stored, *expected}):
-        if stored.get(key) != expected.get(key):
-            raise CheckpointError(f"{path}: another network: {key} is {stored.get(key)}, the configuration says {expected.get(key)}")
-    if quant.quant_mode == "linear" != info.config.quant_mode:
-        raise CheckpointError(f"{path}: --quant_mode linear: its rounding was learned")
-    names = ["weight_bit", "split"] + (["act_bit", "a_sym", "sm_abit"] if quant.quant_act else [])
-    for name in names:
-        stored, given = getattr(info.config, name), getattr(quant, name)
-        if stored != given:
-            raise CheckpointError(f"{path}: --{name}: the file has {stored}, called with {given}")
-
-
-def _comparable(values: dict) -> dict:
-    """Lists as tuples, so that a configuration read from JSON compares with one from code."""
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
 def _calibrate(args: argparse.Namespace, task: Task, quant: QuantConfig, device: torch.device, folder: Path, ranks: Ranks) -> nn.Module:

@@ -1,0 +1,205 @@
+"""The published format: `torch.save` of the wrapped network's state, prefix `model.`, full-precision weights with AdaRound's alpha.
+
+Bit widths are not stored; they are inferred where possible and compared with the options.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from qdiff import quantizers as Q
+from qdiff.checkpoint.reading import CheckpointError, assign_parameters, check_keys, has_acts, has_split, look_of, read_tensors
+from qdiff.config import QuantConfig
+from qdiff.files import atomic_write
+from qdiff.model import Family, act_quantizers, enable_activations, quant_layers, quantize_model, time_steps
+
+PREFIX = "model."
+
+
+def published_names(model: nn.Module, family: Family) -> dict[str, str]:
+    """From the path of each product's quantizer here to its name in a published file."""
+    names = {}
+    for path, module in model.named_modules():
+        for attribute, product in family.products.get(type(module), {}).items():
+            for operand in product.operands:
+                inner = f"{path}.{attribute}.act_quantizer_{operand}"
+                names[inner] = f"{path}.act_quantizer_{operand}" if product.on_block else inner
+    return names
+
+
+def published_shapes(model: nn.Module, family: Family, activations: bool = True) -> dict[str, torch.Size]:
+    """Every key of the published file of a quantized `model`, with its shape."""
+    shapes: dict[str, torch.Size] = {name: p.shape for name, p in model.named_parameters()}
+    for path, layer in quant_layers(model).items():
+        shapes[f"{path}.weight"] = layer.shape
+        for suffix, quantizer in zip(("", "_0"), layer.weight_quantizers, strict=False):
+            stem = f"{path}.weight_quantizer{suffix}"
+            shapes[f"{stem}.alpha"] = quantizer.integers.shape
+            shapes[f"{stem}.delta"] = shapes[f"{stem}.zero_point"] = quantizer.delta.shape
+    if activations:
+        renamed = published_names(model, family)
+        for path in act_quantizers(model):
+            stem = renamed.get(path, path)
+            shapes[f"{stem}.delta"] = shapes[f"{stem}.zero_point"] = torch.Size([])
+    return {PREFIX + name: shape for name, shape in shapes.items()}
+
+
+def save_published(path: str | Path, model: nn.Module, family: Family, weights: Mapping[str, Tensor], activations: bool) -> None:
+    """Write the published format.
+
+    Args:
+        weights: the full-precision state dict of the network: the file stores weights with alphas.
+        activations: write the activation step sizes too.
+
+    Raises:
+        CheckpointError: the network has time-step sets, which this format cannot hold, or the weights are those of another network.
+    """
+    if time_steps(model) is not None:
+        raise CheckpointError(f"{path}: the published format holds one step size for all time steps, not time-step sets")
+    state: dict[str, Tensor] = {name: p.detach() for name, p in model.named_parameters()}
+    for name, layer in quant_layers(model).items():
+        weight = weights[f"{name}.weight"].detach().float().cpu()
+        state[f"{name}.weight"] = weight
+        parts = zip(("", "_0"), layer.weight_quantizers, layer._parts(weight), strict=False)
+        for suffix, quantizer, part in parts:
+            stem = f"{name}.weight_quantizer{suffix}"
+            delta, zero = quantizer.delta.cpu(), quantizer.zero_point.cpu()
+            integers = quantizer.integers.cpu().float()
+            alpha = Q.alpha_from_integers(part, integers, delta, zero)
+            if not torch.equal(Q.hard_integers(part, alpha, delta, zero, quantizer.n_bits), integers):
+                raise CheckpointError(f"{path}: {name}: its integers are not a rounding of the full-precision weights given")
+            state[f"{stem}.alpha"] = alpha
+            state[f"{stem}.delta"], state[f"{stem}.zero_point"] = delta, zero
+    if activations:
+        renamed = published_names(model, family)
+        for name, quantizer in act_quantizers(model).items():
+            stem = renamed.get(name, name)
+            state[f"{stem}.delta"], state[f"{stem}.zero_point"] = quantizer.delta, quantizer.zero_point
+    with atomic_write(path) as temporary, temporary.open("wb") as file:  # a path would leave its name inside
+        torch.save({PREFIX + name: tensor.cpu().contiguous() for name, tensor in state.items()}, file)
+
+
+def midpoint_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Stand-ins for lost full-precision weights: the middle of each rounding interval, robust against its ends."""
+    weights = {}
+    for name, layer in quant_layers(model).items():
+        parts = [(q.integers.float() - q.zero_point + 0.5) * q.delta for q in layer.weight_quantizers]
+        weights[f"{name}.weight"] = torch.cat(parts, dim=1)
+    return weights
+
+
+def load_published(path: str | Path, build: dict, family: Family, config: QuantConfig) -> nn.Module:
+    """A quantized network from a published file: no forward pass, no random data, no second copy.
+
+    Args:
+        build: the network's configuration, as `family.build` takes it.
+        config: the options given; they are compared with what the file shows of itself.
+
+    Raises:
+        CheckpointError: another network, split or not, other widths or symmetry, damaged.
+    """
+    state = read_tensors(path)
+    _check_split(path, state, config)
+    activations = has_acts(state)
+    if config.quant_act and not activations:
+        raise CheckpointError(f"{path}: --quant_act was given, but the file holds no activation step sizes (weights only)")
+    with torch.device("meta"):
+        model = quantize_model(family.build(build), family, config)
+    check_keys(published_shapes(model, family, activations), state, path)
+    _check_finite(path, state)
+    _check_weight_bits(path, model, state, config.weight_bit)
+    if config.quant_act:
+        _check_activations(path, state, config)
+    _fill_published(model, family, state, activations)
+    enable_activations(model, config.quant_act)
+    return model
+
+
+def _fill_published(model: nn.Module, family: Family, state: Mapping[str, Tensor], activations: bool) -> None:
+    parameters = {name: state[PREFIX + name].float().clone() for name, _ in model.named_parameters()}
+    assign_parameters(model, parameters)
+    for path, layer in quant_layers(model).items():
+        integers = []
+        weight = state[f"{PREFIX}{path}.weight"].float()
+        for suffix, quantizer, part in zip(("", "_0"), layer.weight_quantizers, layer._parts(weight), strict=False):
+            stem = f"{PREFIX}{path}.weight_quantizer{suffix}"
+            delta, zero = state[f"{stem}.delta"].float().clone(), state[f"{stem}.zero_point"].float().clone()
+            quantizer.delta, quantizer.zero_point = delta, zero
+            integers.append(Q.hard_integers(part, state[f"{stem}.alpha"].float(), delta, zero, quantizer.n_bits))
+        layer.set_integers(integers)
+    renamed = published_names(model, family)
+    for path, quantizer in act_quantizers(model).items():
+        stem = PREFIX + renamed.get(path, path)
+        quantizer.delta = state[f"{stem}.delta"].float().clone() if activations else torch.tensor(float("nan"))
+        quantizer.zero_point = state[f"{stem}.zero_point"].float().clone() if activations else torch.tensor(0.0)
+
+
+def _check_split(path: str | Path, state: Mapping[str, Tensor], config: QuantConfig) -> None:
+    if has_split(state) != config.split and any(".weight_quantizer." in key for key in state):
+        given, file = ("with", "without") if config.split else ("without", "with")
+        raise CheckpointError(f"{path}: --split mismatch: called {given} --split, but the file was made {file} it; {look_of(state)}")
+
+
+def _check_finite(path: str | Path, state: Mapping[str, Tensor]) -> None:
+    for name, tensor in state.items():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{path}: damaged: {name} holds values that are not finite numbers")
+        if name.endswith(".delta") and (tensor == 0).any():
+            raise CheckpointError(f"{path}: damaged: {name} holds a step size of zero")
+
+
+def infer_weight_bits(model: nn.Module, state: Mapping[str, Tensor]) -> int | None:
+    """The width whose grid the step sizes were made for, or None where they tell nothing.
+
+    Per channel (max w - min w) / delta is (2^b - 1) / f with a shrink factor f in [0.21, 1] that is near
+    1 for some channel of most tensors; the least ratio of each tensor votes.
+    """
+    votes: list[int] = []
+    for name, layer in quant_layers(model).items():
+        weight = state[f"{PREFIX}{name}.weight"].float()
+        for suffix, part in zip(("", "_0"), layer._parts(weight), strict=False):
+            rows, delta = part.flatten(1), state[f"{PREFIX}{name}.weight_quantizer{suffix}.delta"].flatten()
+            ratio = ((rows.amax(1) - rows.amin(1)) / delta)[delta > 10 * Q.MIN_DELTA]
+            if len(ratio) == 0 or ratio.min() <= 0:
+                continue
+            n_bits = round(torch.log2(ratio.min() + 1).item())
+            # the shrink that gives this ratio must be one that the search can choose, and not a rare one
+            if 0.98 <= ratio.min().item() / (2**n_bits - 1) <= 1.4:
+                votes.append(n_bits)
+    total = sum(len(layer.weight_quantizers) for layer in quant_layers(model).values())
+    if not votes:
+        return None
+    winner = max(set(votes), key=votes.count)
+    return winner if votes.count(winner) > 0.8 * total else None
+
+
+def _check_weight_bits(path: str | Path, model: nn.Module, state: Mapping[str, Tensor], weight_bit: int) -> None:
+    found = infer_weight_bits(model, state)
+    if found is not None and found != weight_bit:
+        raise CheckpointError(
+            f"{path}: --weight_bit {weight_bit} was given, but the step sizes of the file are those of {found}-bit weights"
+        )
+
+
+def _check_activations(path: str | Path, state: Mapping[str, Tensor], config: QuantConfig) -> None:
+    zeros = [tensor for name, tensor in state.items() if ".act_quantizer" in name and name.endswith(".zero_point")]
+    symmetric = all(bool((zero == 0).all()) for zero in zeros)
+    if symmetric != config.a_sym:
+        given, file = ("with", "asymmetric") if config.a_sym else ("without", "symmetric")
+        raise CheckpointError(f"{path}: --a_sym mismatch: called {given} --a_sym, but the activations of the file are {file}")
+    levels, found = 2**config.act_bit - 1, torch.cat([zero.flatten().float() for zero in zeros])
+    # that of x_t lies in the middle of the range; some may lie outside it; symmetric activations do not tell their width
+    if not symmetric and ((found > levels).float().mean() > 0.25 or found.max() < levels / 16):
+        words = f"--act_bit {config.act_bit} was given, but activation zero points like {found.median():.0f} are those of another width"
+        raise CheckpointError(f"{path}: {words}")
+    steps = [float(t) for name, t in state.items() if name.endswith(".act_quantizer_w.delta")]
+    # a probability is at most 1: at 16 bits no step exceeds 1 / 32767; at 8 bits all of them below that would
+    # mean that no attention weight ever exceeds 0.008
+    if steps and config.sm_abit == 16 and max(steps) > 2 / 32767:
+        raise CheckpointError(f"{path}: --sm_abit 16 was given, but a softmax step size of {max(steps):.2g} is too coarse for 16 bits")
+    if steps and config.sm_abit <= 8 and max(steps) <= 1 / 32767:
+        raise CheckpointError(
+            f"{path}: --sm_abit {config.sm_abit} was given, but softmax step sizes of {max(steps):.2g} are those of 16 bits"
+        )
