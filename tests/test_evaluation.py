@@ -430,3 +430,15 @@ def test_clip_score_of_a_small_model(tmp_path):
         parts.add(images[i : i + 1], [prompt])
     assert parts.mean == pytest.approx(whole.mean, abs=1e-6) and -1 < whole.mean < 1
     assert whole.tokenizer("a red")["input_ids"] == tokenizer("a red")["input_ids"]
+
+
+def test_likeness_of_batches_is_that_of_all_images():
+    from qdiff.analysis import psnr
+    from qdiff.evaluation.likeness import likeness
+    from qdiff.evaluation.lite0 import load_lite0
+
+    first, second, network = pictures.make(20, 0), pictures.make(20, 1), load_lite0()
+    found = likeness(zip(first.split(8), second.split(8), strict=True), network)
+    assert found.psnr == pytest.approx(psnr(first, second), rel=1e-9) and 0 < found.ssim < 1 and found.perceptual > 0
+    same = likeness([(first, first)], network)
+    assert (same.psnr, same.perceptual) == (float("inf"), 0.0) and same.ssim == pytest.approx(1.0)

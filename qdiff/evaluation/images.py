@@ -6,7 +6,7 @@ import io
 import re
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -201,6 +201,11 @@ class Selected:
     def picture(self, index: int) -> Image.Image:
         picture = self.images.picture(index)
         return picture if self.crop is None else center_crop(picture, self.crop)
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """All images, `size` at a time, as `read` gives them."""
+        for start in range(0, len(self), size):
+            yield self.read(range(start, min(start + size, len(self))))
 
     def read(self, indices: Sequence[int]) -> Tensor:
         """uint8 [N, 3, H, W]; ConfigError where their sizes differ."""

@@ -12,22 +12,14 @@ from tqdm import tqdm
 
 from common.images import make_grid
 from common.job import Job
-from qdiff.analysis import StepErrors, Trajectories, psnr, ssim
+from qdiff.analysis import StepErrors, Trajectories
 from qdiff.calibration.memory import working_memory
 from qdiff.evaluation.cost import Cost, measure_cost
-from qdiff.evaluation.lite0 import load_lite0, perceptual_distance
+from qdiff.evaluation.likeness import Likeness, likeness
+from qdiff.evaluation.lite0 import load_lite0
 from qdiff.files import atomic_write
 
 FULL = "full precision"
-
-
-@dataclass(frozen=True)
-class Likeness:
-    """Final images against full precision. psnr in dB, of the mean squared error over all images; perceptual: lite0 features."""
-
-    psnr: float
-    ssim: float
-    perceptual: float
 
 
 @dataclass(frozen=True)
@@ -63,14 +55,9 @@ def compare(job: Job, model: nn.Module, networks: Mapping[str, nn.Module], count
                 seconds[name] += (perf_counter() - started) / count
                 progress.update(len(chunk))
     joined = {name: torch.cat(parts) for name, parts in images.items()}
-    likeness = {}
-    for name in networks:
-        pairs = list(zip(joined[name].split(16), joined[FULL].split(16), strict=True))
-        distance = torch.cat([perceptual_distance(lite0, first, second) for first, second in pairs]).mean().item()
-        similarity = sum(ssim(first, second) * len(first) for first, second in pairs) / count
-        likeness[name] = Likeness(psnr(joined[name], joined[FULL]), similarity, distance)
+    near = {name: likeness(zip(joined[name].split(16), joined[FULL].split(16), strict=True), lite0) for name in networks}
     memory = {name: max(found, default=None) for name, found in peaks.items()}
-    return Comparison(trajectories.eps_errors(), trajectories.x_errors(), likeness, joined, seconds, memory)
+    return Comparison(trajectories.eps_errors(), trajectories.x_errors(), near, joined, seconds, memory)
 
 
 def costs(job: Job, networks: Mapping[str, nn.Module]) -> dict[str, Cost]:

@@ -1,8 +1,9 @@
 """The figures of a set of images: what evaluate.py prints and reproduce.py puts into tables."""
 
 import argparse
-import math
 from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -10,12 +11,12 @@ from PIL import Image
 
 from common.options import Parser, add_device_options, positive, select_device
 from common.running import Ranks
-from qdiff.analysis import psnr, ssim
 from qdiff.config import ConfigError
 from qdiff.evaluation.clip import ClipScore
 from qdiff.evaluation.features import EXTRACTORS, Features, default_cache, extract, load_extractor
 from qdiff.evaluation.images import Selected, open_images
-from qdiff.evaluation.lite0 import load_lite0, perceptual_distance
+from qdiff.evaluation.likeness import likeness
+from qdiff.evaluation.lite0 import load_lite0
 from qdiff.evaluation.metrics import (
     METRICS,
     PR_IMAGES,
@@ -116,25 +117,12 @@ def check_wishes(args: argparse.Namespace) -> None:
         raise ConfigError("--crop: expected images as the --reference")
 
 
-def batches(images: Selected, size: int) -> Iterator[tuple[range, torch.Tensor]]:
-    for start in range(0, len(images), size):
-        indices = range(start, min(start + size, len(images)))
-        yield indices, images.read(indices)
-
-
-def likeness(images: Selected, others: Selected, batch_size: int, device: torch.device) -> dict[str, float]:
-    """PSNR (of the mean squared error over all images), SSIM and perceptual distance (means over the images)."""
-    network = load_lite0().to(device)
-    error = similarity = distance = 0.0
-    for indices, batch in batches(images, batch_size):
-        reference = others.read(indices)
+def pairs(images: Selected, others: Selected, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches of both, which must have one shape."""
+    for batch, reference in zip(images.batches(size), others.batches(size), strict=True):
         if reference.shape != batch.shape:
             raise ConfigError(f"--against {others.name}: images of {list(reference.shape[2:])}, expected {list(batch.shape[2:])}")
-        error += 10 ** (-psnr(batch, reference) / 10) * len(batch)
-        similarity += ssim(batch, reference) * len(batch)
-        distance += perceptual_distance(network, batch.to(device), reference.to(device)).sum().item()
-    decibels = -10 * math.log10(error / len(images)) if error else math.inf
-    return {"psnr": decibels, "ssim": similarity / len(images), "perceptual": distance / len(images)}
+        yield batch, reference
 
 
 def read_prompts(file: Path, count: int) -> list[str]:
@@ -188,10 +176,11 @@ def evaluate(args: argparse.Namespace, source: str | Path) -> dict:
     def rest() -> dict[str, float]:
         more = compute(found, reference, tuple(args.metrics or METRICS))
         if others is not None:
-            more |= likeness(images, others, args.batch_size, device)
+            more |= asdict(likeness(pairs(images, others, args.batch_size), load_lite0().to(device)))
         if clip is not None:
-            for indices, batch in batches(images, args.batch_size):
-                clip.add(batch, [prompts[i] for i in indices])
+            words = iter(prompts)
+            for batch in images.batches(args.batch_size):
+                clip.add(batch, list(islice(words, len(batch))))
             more["clip"] = clip.mean
         return more
 
