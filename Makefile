@@ -2,27 +2,37 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+CODE := qdiff qdiff_cli ddim ldm scripts benchmarks tests
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-unit test-slow lint format clean
 
 demo: $(VENV)/.installed
 	$(RUN) scripts/demo.py --output demo_output
 
-test: $(VENV)/.installed
-	$(RUN) -m ruff check .
+test: lint
 	$(RUN) -m pytest
+
+test-unit: $(VENV)/.installed
+	$(RUN) -m pytest -m "unit and not slow"
 
 test-slow: $(VENV)/.installed
 	$(RUN) -m pytest -m slow
 
 lint: $(VENV)/.installed
-	$(RUN) -m ruff format .
-	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(RUN) tests/check_length.py $(CODE)
 
-$(VENV)/.installed: requirements.txt
+format: $(VENV)/.installed
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+$(VENV)/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo_output results
+	rm -rf $(VENV) demo_output results build *.egg-info

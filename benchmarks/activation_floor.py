@@ -9,23 +9,19 @@ are calibrated too): the embedded one and those given by --checkpoints.
 """
 
 import argparse
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-
-from common.embedded import load_embedded
 from qdiff.calibration.dataset import Rows
 from qdiff.calibration.ranges import time_bounds
 from qdiff.calibration.run import calibrate
 from qdiff.calibration.tune import tune
 from qdiff.checkpoint import load_packed
 from qdiff.config import CalibrationConfig, QuantConfig
+from qdiff_cli.embedded import load_embedded
 
 CPU = torch.device("cpu")
 RECIPE = CalibrationConfig(steps=20, samples=32)

@@ -15,7 +15,6 @@ the start for every unit.
 
 import argparse
 import csv
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -23,8 +22,6 @@ from pathlib import Path
 
 import torch
 import yaml
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ddim.config import load_config as load_pixel
 from ddim.family import PIXEL

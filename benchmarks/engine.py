@@ -18,16 +18,12 @@ import copy
 import importlib.util
 import platform
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import yaml
 
 from ddim.config import load_config as load_pixel

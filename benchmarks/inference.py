@@ -7,13 +7,10 @@ The network is the CIFAR-10 UNet with random weights. Each pair runs float32 and
 
 import argparse
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ddim.config import load_config
 from ddim.family import PIXEL

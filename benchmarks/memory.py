@@ -16,8 +16,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from ddim.config import load_config
 from ddim.family import PIXEL, describe
 from ddim.unet import UNet
@@ -29,7 +27,6 @@ from qdiff.config import CalibrationConfig, QuantConfig
 ROOT = Path(__file__).resolve().parents[1]
 CHILD = """
 import sys, time, torch
-sys.path.insert(0, {root!r})
 from safetensors.torch import load_file
 from ddim.config import load_config
 from ddim.unet import UNet

@@ -5,17 +5,13 @@ python benchmarks/sampling.py
 
 import argparse
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-
-from common.embedded import NAMES, load_embedded
 from qdiff.checkpoint import load_packed
 from qdiff.integer.engine import to_integer
+from qdiff_cli.embedded import NAMES, load_embedded
 
 CPU = torch.device("cpu")
 

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from qdiff.config import ConfigError, fill
+from qdiff.resources import find
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def load_config(path: str | Path) -> PixelConfig:
     Raises:
         ConfigError: no such file, not YAML, or a setting is missing or cannot work.
     """
-    path = Path(path)
+    path = find(path)
     if not path.is_file():
         raise ConfigError(f"--config {path}: no such file")
     try:

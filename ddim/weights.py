@@ -9,8 +9,8 @@ from ddim.unet import UNet
 from qdiff.checkpoint import load_into, read_tensors
 from qdiff.config import ConfigError
 from qdiff.download import cache_root, fetch
+from qdiff.resources import find, is_clone
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 HOST = "https://heibox.uni-heidelberg.de/f"
 # name: (address, path in the cache, md5); EMA weights of the "pytorch_diffusion" release
 PUBLIC = {
@@ -39,7 +39,8 @@ def pretrained_file(config: PixelConfig) -> Path:
     if name in PUBLIC:
         address, place, md5 = PUBLIC[name]
         return fetch(f"{HOST}/{address}/?dl=1", cache_root() / "diffusion_models_converted" / place, md5)
-    path = REPOSITORY / name
+    path = find(name)
     if not path.is_file():
-        raise ConfigError(f"--use_pretrained: {path}: no such file (named by {config.path})")
+        where = "" if is_clone() else "; the bundled models are part of a clone of the repository, not of the installed package"
+        raise ConfigError(f"--use_pretrained: {path}: no such file (named by {config.path}){where}")
     return path

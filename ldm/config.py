@@ -15,6 +15,7 @@ from ldm.autoencoder import AutoencoderKL, IdentityFirstStage, VQModel
 from ldm.encoders import BERTEmbedder, ClassEmbedder, FrozenCLIPEmbedder
 from ldm.unet import UNetConfig, unet_config
 from qdiff.config import ConfigError
+from qdiff.resources import find
 
 DIFFUSION = "ldm.models.diffusion.ddpm.LatentDiffusion"
 UNET = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
@@ -83,7 +84,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LatentConfig
     Raises:
         ConfigError: no such file, not YAML, an unknown target, or a setting that is missing or cannot work.
     """
-    path = Path(path)
+    path = find(path)
     if not path.is_file():
         raise ConfigError(f"--config {path}: no such file")
     if wrong := [word for word in overrides if "=" not in word]:

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from qdiff.compat import make_torchvision_importable
 from qdiff.config import ConfigError
+from qdiff.resources import find
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 CLIP_MERGES = 48894
 
 
@@ -148,7 +148,7 @@ def clip_merges() -> list[str]:
 
 def read_merges(name: str) -> list[str]:
     """The merges of an embedded vocabulary: one a line, in a file below the repository."""
-    path = REPOSITORY / name
+    path = find(name)
     if not path.is_file():
         raise ConfigError(f"vocabulary {path}: no such file")
     return path.read_text(encoding="utf-8").splitlines()

@@ -1,5 +1,7 @@
 """Samplers of the latent family, with the signature of the pixel family's (`ddim.samplers`)."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -122,13 +124,14 @@ class Guided:
     """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598, eq. 6): e = e_u + scale (e_c - e_u), one batch of both.
 
     Args:
+        network: eps(x_t, t, context), called with both contexts in one batch, or with `context` alone without guidance.
         context, unconditional: [N, L, D] each, for the batch that will be sampled.
     """
 
-    def __init__(self, network: Denoiser, context: Tensor, unconditional: Tensor | None, scale: float) -> None:
+    def __init__(self, network: Callable[..., Tensor], context: Tensor, unconditional: Tensor | None, scale: float) -> None:
         self.network, self.scale = network, scale
         self.guided = unconditional is not None and scale != 1.0
-        self.context = torch.cat([unconditional, context]) if self.guided else context
+        self.context = context if unconditional is None or not self.guided else torch.cat([unconditional, context])
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         if not self.guided:

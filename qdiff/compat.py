@@ -19,7 +19,7 @@ _libraries: list[torch.library.Library] = []  # a library's operators live as lo
 def make_torchvision_importable() -> None:
     """Declare `torchvision::nms` and `torchvision::qnms` where the real extension cannot load."""
     spec = importlib.util.find_spec("torchvision")
-    if spec is None or _extension_loads(Path(spec.origin).parent):
+    if spec is None or spec.origin is None or _extension_loads(Path(spec.origin).parent):
         return
     library = torch.library.Library("torchvision", "DEF")
     for name in ("nms", "qnms"):

@@ -9,76 +9,8 @@ a reference can also be an `.npz` file that --save_statistics wrote. After `--` 
 made (or continued) first. `torchrun --nproc_per_node N` shares the work among processes.
 """
 
-import argparse
-import json
-from pathlib import Path
-
-from common.evaluation import (
-    check_count,
-    check_inputs,
-    check_wishes,
-    evaluate,
-    evaluation_parser,
-)  # first: it makes the packages importable
-from common.images import save_npz
-from common.job import prepare, run
-from common.options import run_main, split_command
-from common.running import Ranks, log_to, setup_threads
-from qdiff.config import ConfigError
-from qdiff.evaluation.images import open_images
-from qdiff.files import atomic_write
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    own, command = split_command(argv)
-    parser = evaluation_parser(__doc__.splitlines()[0])
-    args = parser.parse_args(own)
-    if bool(args.images) == bool(command):
-        parser.error("expected either images or a sampling command after --")
-    if args.prompts and not args.clip:
-        parser.error("--prompts: expected --clip with it")
-    args.command = command
-    return args
-
-
-def show(figures: dict, note: str) -> str:
-    lines = [f"{'images':12} {figures['count']}"]
-    lines += [f"{name:12} {value:.6g}" for name, value in figures.items() if isinstance(value, float)]
-    return "\n".join([*lines, note])
-
-
-def sample(args: argparse.Namespace) -> Path:
-    """The folder of the images that the sampling command makes."""
-    job = prepare(args.command)
-    if not job.args.continue_run:  # which may find more images than are asked for
-        check_count(args, job.total)
-    if getattr(job.args, "skip_save", False):
-        raise ConfigError("--skip_save: no images would be left to evaluate")
-    return run(job)
-
-
-def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
-    ranks = Ranks.from_environment()
-    setup_threads(args.threads)
-    check_wishes(args)
-    check_inputs(args)
-    source = sample(args) if args.command else args.images
-    log_to(None, verbose=False)
-    setup_threads(args.threads)  # the command had its own
-    files = getattr(open_images(source), "files", None)
-    if args.npz and files is None:
-        raise ConfigError(f"--npz: {source} is not a folder of images")
-    figures = evaluate(args, source)
-    if ranks.rank:
-        return
-    if args.npz:
-        save_npz(args.npz, files[: args.count])
-    if args.output:
-        with atomic_write(args.output) as temporary:
-            temporary.write_text(json.dumps(figures, indent=1))
-    print(show(figures, figures["note"]))
-
+from qdiff_cli.commands.evaluate import main
+from qdiff_cli.options import run_main
 
 if __name__ == "__main__":
     run_main(main)

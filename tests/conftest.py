@@ -1,10 +1,47 @@
-import sys
+"""Shared fixtures and settings. The folder of a test says its kind: `unit`, `cli`, `golden` or `gpu`."""
+
+import os
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-for folder in (ROOT, ROOT / "scripts", ROOT / "tests"):
-    sys.path.insert(0, str(folder))
+import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before NumPy is imported: its sums depend on the number of threads, as PyTorch's do
 
 import torch  # noqa: E402
 
+from tests.support import tiny  # noqa: E402
+from tests.support.commands import REPOSITORY  # noqa: E402
+
+KINDS = ("unit", "cli", "golden", "gpu")
+
 torch.set_num_threads(1)  # the networks are tiny: more threads only wait for one another
+# for the processes that tests start, so that an installation is not needed
+os.environ["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test by the folder that it is in."""
+    root = Path(__file__).parent
+    for item in items:
+        kind = item.path.relative_to(root).parts[0] if item.path.is_relative_to(root) else ""
+        if kind in KINDS:
+            item.add_marker(kind)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Commands set the number of threads of the process that they run in."""
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def network():
+    """The tiny pixel UNet; tests must not change it."""
+    return tiny.unet()
+
+
+@pytest.fixture(scope="session")
+def rows(network):
+    """Calibration samples of the tiny pixel UNet: 4 time steps, 16 of each."""
+    return tiny.rows(network)

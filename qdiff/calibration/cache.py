@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -95,9 +96,5 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def free_memory() -> int:
-    """Bytes of memory that are free now; of a small machine where the system does not tell."""
-    try:
-        content = Path("/proc/meminfo").read_text()
-        return int(content.split("MemAvailable:")[1].split()[0]) * 1024
-    except (OSError, IndexError, ValueError):
-        return 8 * 2**30
+    """Bytes of memory that processes can take now without swapping."""
+    return psutil.virtual_memory().available

@@ -2,13 +2,13 @@
 
 import ctypes
 import logging
-import resource
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+import psutil
 import torch
 
 log = logging.getLogger(__name__)
@@ -57,6 +57,10 @@ def largest_fitting(work: Callable[[T], None], rows: T) -> int:
 
 def peak_memory() -> int:
     """Bytes of memory that this process held at its peak."""
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return psutil.Process().memory_info().peak_wset
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -19,5 +19,5 @@ def state_hash(state: Mapping[str, Tensor]) -> str:
 def tensor_hash(tensor: Tensor) -> str:
     """sha256 of a tensor's type, shape and bytes."""
     digest = hashlib.sha256(f"{tensor.dtype}{list(tensor.shape)}".encode())
-    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -88,8 +88,8 @@ def save_packed(path: str | Path, model: nn.Module, info: PackedInfo) -> None:
             tensors[f"{stem}.delta"] = quantizer.delta.flatten()
             tensors[f"{stem}.zero_point"] = _small_integers(quantizer.zero_point.flatten())
     if info.config.quant_act:
-        for name, quantizer in act_quantizers(model).items():
-            tensors[f"{name}.delta"], tensors[f"{name}.zero_point"] = quantizer.delta, quantizer.zero_point
+        for name, act_quantizer in act_quantizers(model).items():
+            tensors[f"{name}.delta"], tensors[f"{name}.zero_point"] = act_quantizer.delta, act_quantizer.zero_point
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = {
         "format": "qdiff-packed",
@@ -247,7 +247,7 @@ def _fill_packed(model: nn.Module, tensors: Mapping[str, Tensor], info: PackedIn
             quantizer.delta = tensors[f"{stem}.delta"].reshape(shape)
             quantizer.zero_point = tensors[f"{stem}.zero_point"].float().reshape(shape)
         layer.set_integers(integers)
-    for name, quantizer in act_quantizers(model).items():
+    for name, act_quantizer in act_quantizers(model).items():
         stored = info.config.quant_act
-        quantizer.delta = tensors[f"{name}.delta"] if stored else torch.full(quantizer.delta.shape, float("nan"))
-        quantizer.zero_point = tensors[f"{name}.zero_point"] if stored else torch.zeros(quantizer.zero_point.shape)
+        act_quantizer.delta = tensors[f"{name}.delta"] if stored else torch.full(act_quantizer.delta.shape, float("nan"))
+        act_quantizer.zero_point = tensors[f"{name}.zero_point"] if stored else torch.zeros(act_quantizer.zero_point.shape)

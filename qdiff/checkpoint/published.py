@@ -5,6 +5,7 @@ Bit widths are not stored; they are inferred where possible and compared with th
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ def published_shapes(model: nn.Module, family: Family, activations: bool = True)
     """Every key of the published file of a quantized `model`, with its shape."""
     shapes: dict[str, torch.Size] = {name: p.shape for name, p in model.named_parameters()}
     for path, layer in quant_layers(model).items():
-        shapes[f"{path}.weight"] = layer.shape
+        shapes[f"{path}.weight"] = cast(torch.Size, layer.shape)  # mypy sees Tensor | Module
         for suffix, quantizer in zip(("", "_0"), layer.weight_quantizers, strict=False):
             stem = f"{path}.weight_quantizer{suffix}"
             shapes[f"{stem}.alpha"] = quantizer.integers.shape
@@ -74,9 +75,9 @@ def save_published(path: str | Path, model: nn.Module, family: Family, weights: 
             state[f"{stem}.delta"], state[f"{stem}.zero_point"] = delta, zero
     if activations:
         renamed = published_names(model, family)
-        for name, quantizer in act_quantizers(model).items():
+        for name, act_quantizer in act_quantizers(model).items():
             stem = renamed.get(name, name)
-            state[f"{stem}.delta"], state[f"{stem}.zero_point"] = quantizer.delta, quantizer.zero_point
+            state[f"{stem}.delta"], state[f"{stem}.zero_point"] = act_quantizer.delta, act_quantizer.zero_point
     with atomic_write(path) as temporary, temporary.open("wb") as file:  # a path would leave its name inside
         torch.save({PREFIX + name: tensor.cpu().contiguous() for name, tensor in state.items()}, file)
 
@@ -130,10 +131,10 @@ def _fill_published(model: nn.Module, family: Family, state: Mapping[str, Tensor
             integers.append(Q.hard_integers(part, state[f"{stem}.alpha"].float(), delta, zero, quantizer.n_bits))
         layer.set_integers(integers)
     renamed = published_names(model, family)
-    for path, quantizer in act_quantizers(model).items():
+    for path, act_quantizer in act_quantizers(model).items():
         stem = PREFIX + renamed.get(path, path)
-        quantizer.delta = state[f"{stem}.delta"].float().clone() if activations else torch.tensor(float("nan"))
-        quantizer.zero_point = state[f"{stem}.zero_point"].float().clone() if activations else torch.tensor(0.0)
+        act_quantizer.delta = state[f"{stem}.delta"].float().clone() if activations else torch.tensor(float("nan"))
+        act_quantizer.zero_point = state[f"{stem}.zero_point"].float().clone() if activations else torch.tensor(0.0)
 
 
 def _check_split(path: str | Path, state: Mapping[str, Tensor], config: QuantConfig) -> None:

@@ -1,11 +1,12 @@
 """What a network costs: multiply-accumulates, bit operations, bytes."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from qdiff.layers import QuantLayer, QuantMatMul
+from qdiff.layers import ActQuantizer, QuantLayer, QuantMatMul
 
 DEFINITION = (
     "MACs: of convolutions, linear layers and both attention products, for one image and one evaluation. BOPs: MACs x bits of the weights "
@@ -28,12 +29,12 @@ def measure_cost(wrapped: nn.Module, inputs: tuple[Tensor, ...], weight_bits: in
     """The cost of a wrapped network for `inputs` of one image; with `weight_bits` or `act_bits` as if these were its widths."""
     macs = bops = 0
 
-    def bits(quantizer: nn.Module) -> int:
+    def bits(quantizer: ActQuantizer) -> int:
         return act_bits or (quantizer.n_bits if quantizer.enabled else 32)
 
     def layer_hook(layer: QuantLayer, args: tuple, output: Tensor) -> None:
         nonlocal macs, bops
-        positions = output.numel() // layer.shape[0]
+        positions = output.numel() // cast(torch.Size, layer.shape)[0]  # mypy sees Tensor | Module
         for weight, act in zip(layer.weight_quantizers, layer.act_quantizers, strict=True):
             part = positions * weight.integers.numel()
             macs += part

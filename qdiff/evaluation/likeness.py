@@ -4,10 +4,10 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from qdiff.analysis import psnr, ssim
-from qdiff.evaluation.lite0 import perceptual_distance
+from qdiff.evaluation.lite0 import EfficientNetLite0, perceptual_distance
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Likeness:
     perceptual: float
 
 
-def likeness(pairs: Iterable[tuple[Tensor, Tensor]], lite0: nn.Module) -> Likeness:
+def likeness(pairs: Iterable[tuple[Tensor, Tensor]], lite0: EfficientNetLite0) -> Likeness:
     """Of batches of uint8 images [N, 3, H, W] and those they are compared with, one batch in memory at a time.
 
     lite0: `qdiff.evaluation.lite0.load_lite0()`, on the device where it is to run.

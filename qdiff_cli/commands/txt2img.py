@@ -1,0 +1,143 @@
+"""Images from text with Stable Diffusion v1, in full precision or quantized, calibrating it first if needed."""
+
+import argparse
+import json
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from ldm.checkpoint import open_checkpoint
+from ldm.conditions import calibration_prompt, read_prompts, text_conditions
+from ldm.config import LatentConfig, load_config
+from ldm.encoders import ClassEmbedder
+from ldm.sampling import LatentSampler, LatentSettings, latent_task_parts
+from qdiff.config import ConfigError
+from qdiff_cli.images import load_png, make_grid, save_png, to_uint8_truncated
+from qdiff_cli.job import Job, run
+from qdiff_cli.options import Parser, add_quant_options, add_run_options, positive, project_file, seed, select_device
+from qdiff_cli.quantize import Task, check
+from qdiff_cli.running import setup_threads
+
+NAME = "{:05d}.png"
+CHECKPOINT = "models/ldm/stable-diffusion-v1/model.ckpt"
+LAION400M = ("configs/latent-diffusion/txt2img-1p4B-eval.yaml", "models/ldm/text2img-large/model.ckpt")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(__doc__.splitlines()[0])
+    parser.add_argument("--prompt", default="a painting of a virus monster playing guitar")
+    parser.add_argument("--from-file", dest="from_file", type=Path, help="a file of prompts, one a line, instead of --prompt")
+    parser.add_argument("--outdir", default="outputs/txt2img-samples", help="output folder")
+    parser.add_argument("--skip_grid", action="store_true", help="no grid")
+    parser.add_argument("--skip_save", action="store_true", help="remove the single images once the grid is made")
+    parser.add_argument("--ddim_steps", type=positive, default=50, help="sampling steps")
+    parser.add_argument("--plms", action="store_true", help="PLMS (default: DDIM)")
+    parser.add_argument("--dpm", action="store_true", help="DPM-Solver++ 2M")
+    parser.add_argument("--laion400m", action="store_true", help="LAION's 1p4B model")
+    parser.add_argument("--fixed_code", action="store_true", help="the same starting noises for every prompt and iteration")
+    parser.add_argument("--ddim_eta", type=float, default=0.0, help="noise of DDIM")
+    parser.add_argument("--n_iter", type=positive, default=2, help="rounds over all prompts")
+    parser.add_argument("--H", type=positive, help="height in pixels (default: the model's; 512)")
+    parser.add_argument("--W", type=positive, help="width in pixels (default: the model's; 512)")
+    parser.add_argument("--C", type=positive, help="latent channels (default: the model's; 4)")
+    parser.add_argument("--f", type=positive, help="pixels per latent pixel (default: the model's; 8)")
+    parser.add_argument("--n_samples", type=positive, default=3, help="images of each prompt in a round, and the batch size")
+    parser.add_argument("--n_rows", type=positive, help="columns of the grid (default: n_samples)")
+    parser.add_argument("--scale", type=float, default=7.5, help="guidance")
+    parser.add_argument("--config", type=project_file, default="configs/stable-diffusion/v1-inference.yaml", help="YAML file of the model")
+    parser.add_argument(
+        "--ckpt", type=project_file, default="models/ldm/stable-diffusion-v1/model.ckpt", help="the model's checkpoint or its folder"
+    )
+    parser.add_argument("--seed", type=seed, default=42)
+    parser.add_argument("--no_grad_ckpt", action="store_true", help="accepted for the published commands; changes nothing")
+    add_run_options(parser, precision="autocast")
+    add_quant_options(parser)
+    return parser.parse_args(argv)
+
+
+def latent_shape(args: argparse.Namespace, config: LatentConfig) -> tuple[int, int, int]:
+    """(C, h, w) from --C, --H, --W and --f; ConfigError where the model cannot make such a picture."""
+    stages_factor = 2 ** (len(config.first_stage.params["ddconfig"]["ch_mult"]) - 1)
+    factor, channels = args.f or stages_factor, args.C or config.channels
+    height, width = args.H or config.image_size * factor, args.W or config.image_size * factor
+    if factor != stages_factor or channels != config.channels:
+        raise ConfigError(f"--f {factor} --C {channels}: this model has a factor of {stages_factor} and {config.channels} latent channels")
+    unit = factor * 2 ** (len(config.unet.channel_mult) - 1)
+    if height % unit or width % unit:
+        raise ConfigError(f"--H {height} --W {width}: expected multiples of {unit}")
+    return channels, height // factor, width // factor
+
+
+def load_text_config(args: argparse.Namespace) -> LatentConfig:
+    if args.laion400m:
+        args.config, args.ckpt = map(
+            project_file, ("configs/latent-diffusion/txt2img-1p4B-eval.yaml", "models/ldm/text2img-large/model.ckpt")
+        )
+    config = load_config(args.config)
+    if config.conditioning is None or config.conditioning.kind is ClassEmbedder:
+        raise ConfigError(f"--config {args.config}: a model without text; sample it with scripts/sample_diffusion_ldm.py")
+    return config
+
+
+GRID_IMAGES = 144  # at most, where the images themselves are kept: a grid of a long run would not fit into memory
+
+
+def write_grid(folder: Path, count: int, columns: int, keep: bool) -> None:
+    files = [folder / "samples" / NAME.format(i) for i in range(count)]
+    shown = files[:GRID_IMAGES] if keep else files
+    save_png(folder / "grid-0000.png", make_grid(torch.stack([load_png(file) for file in shown]), columns))
+    if not keep:
+        for file in files:
+            file.unlink()
+
+
+def prepare(args: argparse.Namespace) -> Job:
+    """The job that the options describe, checked."""
+    setup_threads(args.threads)
+    device = select_device(args.device)
+    config = load_text_config(args)
+    if args.plms and args.dpm:
+        raise ConfigError("--plms and --dpm: expected one of them")
+    name = "plms" if args.plms else "dpm" if args.dpm else "ddim"
+    settings = LatentSettings(name, args.ddim_steps, args.ddim_eta, args.scale).validate(config)
+    prompts = read_prompts(args.from_file) if args.from_file else [args.prompt]
+    checkpoint = cache(lambda: open_checkpoint(args.ckpt, config, args.cali_ckpt))
+    stages = cache(lambda: checkpoint().stages().to(device))
+
+    def prompt_of(index: int) -> str:
+        return prompts[index // args.n_samples % len(prompts)]
+
+    shape, repeat = latent_shape(args, config), args.n_samples if args.fixed_code else None
+    sampler = LatentSampler(config, settings, device, shape, text_conditions(stages, prompt_of), repeat)
+    drawer = LatentSampler(config, settings, device, shape, text_conditions(stages, calibration_prompt(config.path)))
+    task = Task(**latent_task_parts(checkpoint, drawer, args.seed, ("mse", "mse")), save_stages=lambda path: stages().save(path))
+    check(args, task)
+    stages()
+
+    def metadata(index: int) -> dict[str, str]:
+        shown = {"steps": args.ddim_steps, "sampler": name, "scale": args.scale, "weight_bit": args.weight_bit if args.ptq else 32}
+        shown["act_bit"] = args.act_bit if args.quant_act else 32
+        return {"prompt": prompt_of(index), "seed": str(args.seed), "index": str(index), "settings": json.dumps(shown)}
+
+    total = args.n_iter * len(prompts) * args.n_samples
+    return Job(
+        title=f"text to image ({config.path.parent.name}), {name}, {args.ddim_steps} steps, guidance {args.scale:g}",
+        args=args,
+        device=device,
+        task=task,
+        draw=lambda network, indices, callback=None: sampler(network, indices, args.seed, callback),
+        decode=lambda z: to_uint8_truncated(stages().decode(z)),
+        denoiser=sampler.denoiser,
+        total=total,
+        batch_size=args.n_samples,
+        runs=Path(args.outdir),
+        images="samples",
+        name=NAME,
+        metadata=metadata,
+        finish=lambda folder: None if args.skip_grid else write_grid(folder, total, args.n_rows or args.n_samples, keep=not args.skip_save),
+    )
+
+
+def main(argv: list[str] | None = None) -> Path:
+    return run(prepare(parse(argv)))

@@ -1,0 +1,93 @@
+"""Networks against full precision from the same noises: errors along the trajectory, images, cost."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from qdiff.analysis import StepErrors, Trajectories
+from qdiff.calibration.memory import working_memory
+from qdiff.evaluation.cost import Cost, measure_cost
+from qdiff.evaluation.likeness import Likeness, likeness
+from qdiff.evaluation.lite0 import load_lite0
+from qdiff.files import atomic_write
+from qdiff_cli.images import make_grid
+from qdiff_cli.job import Job
+
+FULL = "full precision"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """By the networks' names. images: uint8 [N, 3, H, W], full precision too. seconds: of an image, wall time.
+    memory: bytes while sampling a chunk, above what was held before (None: not measured on this device)."""
+
+    eps: dict[str, StepErrors]
+    x: dict[str, StepErrors]
+    likeness: dict[str, Likeness]
+    images: dict[str, Tensor]
+    seconds: dict[str, float]
+    memory: dict[str, int | None]
+
+
+def compare(job: Job, model: nn.Module, networks: Mapping[str, nn.Module], count: int) -> Comparison:
+    """Sample `count` images with each network, in chunks of the job's batch size."""
+    lite0 = load_lite0()  # first: it may be missing
+    trajectories = Trajectories()
+    images: dict[str, list[Tensor]] = {name: [] for name in (FULL, *networks)}
+    seconds = dict.fromkeys(images, 0.0)
+    peaks: dict[str, list[int]] = {name: [] for name in images}
+    with tqdm(total=count * len(images), desc="comparison", unit="image") as progress:
+        for chunk in job.chunks(count):
+            denoisers = {name: job.denoiser(network, chunk) for name, network in networks.items()}
+            callback = trajectories.watch(denoisers)
+            for name, network in ((FULL, model), *networks.items()):
+                if name == FULL:
+                    job.sample(model, chunk, callback)
+                started = perf_counter()
+                with working_memory(job.device, peaks[name]):
+                    images[name].append(job.sample(network, chunk, None if name == FULL else trajectories.follow(name)))
+                seconds[name] += (perf_counter() - started) / count
+                progress.update(len(chunk))
+    joined = {name: torch.cat(parts) for name, parts in images.items()}
+    near = {name: likeness(zip(joined[name].split(16), joined[FULL].split(16), strict=True), lite0) for name in networks}
+    memory = {name: max(found, default=None) for name, found in peaks.items()}
+    return Comparison(trajectories.eps_errors(), trajectories.x_errors(), near, joined, seconds, memory)
+
+
+def costs(job: Job, networks: Mapping[str, nn.Module]) -> dict[str, Cost]:
+    """The cost of each simulated network, and of full precision, for one image."""
+    inputs: list[Tensor] = []
+    with torch.no_grad():
+        first = next(iter(networks.values()))
+        probe = first.register_forward_pre_hook(lambda _, args: inputs.append(args) if not inputs else None)
+        x = torch.zeros(1, *job.task.input_shape, device=job.device)
+        job.denoiser(first, range(1))(x, torch.zeros(1, device=job.device))
+        probe.remove()
+    one = tuple(part[:1] for part in inputs[0])
+    return {FULL: measure_cost(first, one, 32, 32)} | {name: measure_cost(network, one) for name, network in networks.items()}
+
+
+def label_rows(grids: Mapping[str, Tensor]) -> Image.Image:
+    """Grids below one another, each with its name above it."""
+    width, height = next(iter(grids.values())).shape[2], next(iter(grids.values())).shape[1]
+    font, line = ImageFont.load_default(size=15), 22
+    picture = Image.new("RGB", (width, len(grids) * (height + line)), "white")
+    draw = ImageDraw.Draw(picture)
+    for i, (name, grid) in enumerate(grids.items()):
+        draw.text((4, i * (height + line) + 2), name, fill="black", font=font)
+        picture.paste(Image.fromarray(grid.permute(1, 2, 0).numpy()), (0, i * (height + line) + line))
+    return picture
+
+
+def save_rows(path: Path, images: Mapping[str, Tensor], count: int = 16) -> None:
+    """The first `count` images of each network, one row each."""
+    scale = 1 if next(iter(images.values())).shape[2] > 32 else 2
+    grids = {name: make_grid(batch[:count], columns=min(count, len(batch)), scale=scale) for name, batch in images.items()}
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        label_rows(grids).save(file, format="PNG")

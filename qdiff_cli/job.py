@@ -1,0 +1,97 @@
+"""A sampling command made ready: what the three sampling scripts, the comparison and the tables run alike."""
+
+import argparse
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from qdiff.config import ConfigError
+from qdiff_cli.options import JOB_NAMES, autocast_dtype, printable
+from qdiff_cli.quantize import Task, prepare_network
+from qdiff_cli.running import Ranks, discard_on_error, log_to, open_run, sample_missing
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Checked options with the sampler that they describe.
+
+    title: what is sampled, in words. draw: from (network, indices, callback on the sampler) to x_0 or latents. decode: from these to uint8
+    images [N, 3, H, W]. denoiser: eps(x_t, t) of a network for the images of these indices. total,
+    batch_size: images to make, in fixed chunks. runs: the folder of run folders; images: the folder of images inside a run; name:
+    their pattern. metadata: the text inside image i. begin, finish: called with
+    the run's folder, before and after sampling, by the first process.
+    """
+
+    title: str
+    args: argparse.Namespace
+    device: torch.device
+    task: Task
+    draw: Callable[..., Tensor]
+    decode: Callable[[Tensor], Tensor]
+    denoiser: Callable[[nn.Module, Sequence[int]], Callable]
+    total: int
+    batch_size: int
+    runs: Path
+    images: str = "img"
+    name: str = "{}.png"
+    metadata: Callable[[int], dict[str, str]] | None = None
+    begin: Callable[[Path], None] = lambda folder: None
+    finish: Callable[[Path], None] = lambda folder: None
+
+    def sample(self, network: nn.Module, indices: Sequence[int], callback: Callable | None = None) -> Tensor:
+        """uint8 images [N, 3, H, W] of these indices."""
+        half = autocast_dtype(self.device, self.args.precision)
+        with torch.autocast(self.device.type, half or torch.float32, enabled=half is not None):
+            return self.decode(self.draw(network, indices, callback))
+
+    def chunks(self, count: int) -> list[range]:
+        """The first `count` images in chunks of the batch size."""
+        return [range(start, min(start + self.batch_size, count)) for start in range(0, count, self.batch_size)]
+
+
+def run(job: Job) -> Path:
+    """Load or calibrate, sample what is missing; the folder of the images."""
+    args, ranks = job.args, Ranks.from_environment()
+    folder = ranks.from_first(lambda: open_run(job.runs, printable(args), args.continue_run))
+    log_to(folder if ranks.rank == 0 else None, args.verbose)
+    if ranks.rank == 0:
+        job.begin(folder)
+    with discard_on_error(folder):
+        network = prepare_network(args, job.task, job.device, folder, ranks)
+    images = folder / job.images
+    sample_missing(images, job.total, job.batch_size, lambda indices: job.sample(network, indices), ranks, job.name, job.metadata)
+    ranks.barrier()
+    if missing := sum(not (images / job.name.format(i)).exists() for i in range(job.total)):
+        raise ConfigError(f"{images}: {missing} of {job.total} images are missing; expected a folder that all processes share")
+    if ranks.rank == 0:
+        log.info("precision: %s", str(autocast_dtype(job.device, args.precision) or torch.float32).removeprefix("torch."))
+        job.finish(folder)
+        print(f"{job.total} images in {images}")
+    return images
+
+
+def prepare(command: Sequence[str]) -> Job:
+    """The job of a sampling command: the name of its script, then its options.
+
+    Raises:
+        ConfigError: no such sampling script.
+    """
+    module, args = parse(command)
+    return module.prepare(args)
+
+
+def parse(command: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
+    """The sampling script of a command, and its options."""
+    name = Path(command[0]).name if command else ""
+    if name not in JOB_NAMES:
+        raise ConfigError(f"{name or 'no command'}: expected a sampling command, one of {', '.join(JOB_NAMES)} and its options")
+    module = import_module(f"qdiff_cli.commands.{JOB_NAMES[name]}")
+    return module, module.parse(list(command[1:]))

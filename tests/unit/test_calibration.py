@@ -1,0 +1,429 @@
+"""Wrapping, calibration sets, ranges and reconstruction on a tiny network of our own."""
+
+import logging
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from ddim.family import PIXEL, describe
+from ldm.attention import CrossAttention
+from ldm.family import LATENT
+from qdiff.calibration.dataset import CalibrationSet, Recorder, Rows, load_set, save_set
+from qdiff.calibration.ranges import init_activation_ranges, time_bounds
+from qdiff.calibration.reconstruct import UnitData, reconstruct_activations, reconstruct_weights
+from qdiff.calibration.replay import make_plan
+from qdiff.calibration.run import calibrate
+from qdiff.checkpoint import CheckpointError, PackedInfo, load_packed, save_packed, save_published
+from qdiff.config import CalibrationConfig, ConfigError, QuantConfig
+from qdiff.layers import QuantConv2d, QuantLinear, TimeSteps
+from qdiff.model import Family, Product, act_quantizers, copy_weights, quant_layers, quantize_model, units
+from tests.support import golden, tiny
+
+CPU = torch.device("cpu")
+W4A8 = QuantConfig(weight_bit=4, quant_act=True, a_sym=True, split=True)
+SHORT = CalibrationConfig(steps=4, samples=16, batch_size=8, iters=60, lr=1e-2, iters_a=40)
+
+
+def error(model, network, rows):
+    with torch.no_grad():
+        return golden.relative_error(model(*rows.inputs), network(*rows.inputs))
+
+
+def test_wrapping_changes_nothing_until_something_is_quantized(network, rows):
+    model = quantize_model(network, PIXEL, W4A8)
+    assert torch.equal(model(*rows.inputs), network(*rows.inputs))
+    shared = {p.data_ptr() for p in network.parameters()}
+    assert all(layer.weight.data_ptr() in shared for layer in quant_layers(model).values())
+    assert not any(isinstance(m, QuantConv2d) for m in network.modules())
+
+
+def test_split_layers_are_the_concatenated_shortcuts(network):
+    model = quantize_model(network, PIXEL, W4A8)
+    splits = {name: layer.split for name, layer in quant_layers(model).items() if layer.split}
+    assert splits and all(".nin_shortcut" in name and name.startswith("up.") for name in splits)
+    for name, split in splits.items():
+        layer = quant_layers(model)[name]
+        assert layer.weight_quantizer.integers.shape[1] == split
+        assert layer.weight_quantizer_0.integers.shape[1] == layer.weight.shape[1] - split
+
+
+def test_a_split_layer_quantizes_its_halves_apart():
+    torch.manual_seed(0)
+    layer = QuantConv2d(nn.Conv2d(6, 4, 1), 4, 8, True, split=2)
+    x = torch.cat([torch.randn(3, 2, 5, 5) * 10, torch.randn(3, 4, 5, 5) * 0.1], dim=1)
+    halves = []
+    for part, (low, high) in zip(layer._parts(layer.weight), ((0, 2), (2, 6)), strict=True):
+        lone = QuantConv2d(nn.Conv2d(high - low, 4, 1, bias=False), 4, 8, True)
+        lone.weight = part.clone()
+        lone.init_weight_scales("mse")
+        lone.act_quantizer.set_scale(x[:, low:high].abs().max() / 127, torch.tensor(0.0))
+        lone.act_quantizer.enabled = True
+        halves.append((lone, x[:, low:high]))
+    layer.init_weight_scales("mse")
+    for quantizer, (lone, _) in zip(layer.act_quantizers, halves, strict=True):
+        quantizer.set_scale(lone.act_quantizer.delta, torch.tensor(0.0))
+        quantizer.enabled = True
+    expected = sum(lone(part) for lone, part in halves) + layer.bias[None, :, None, None]
+    assert golden.relative_error(layer(x), expected) < 1e-6
+
+
+def test_double_precision_forms_the_weight_anew():
+    layer = QuantLinear(nn.Linear(5, 7), 4, 8, True)
+    layer.init_weight_scales("max")
+    q = layer.weight_quantizer
+    layer.double()
+    assert torch.equal(layer.weight, (q.integers.double() - q.zero_point) * q.delta)
+    assert q.integers.dtype == torch.uint8 and layer.weight.dtype == torch.float64
+
+
+def test_an_unknown_layer_is_named():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.deconv = nn.ConvTranspose2d(3, 3, 2)
+
+    family = Family("odd", build=lambda _: Odd(), blocks={})
+    with pytest.raises(TypeError, match=r"deconv.*ConvTranspose2d"):
+        quantize_model(Odd(), family, W4A8)
+
+
+def test_time_projections_are_units_of_their_own(network, rows):
+    model = quantize_model(network, PIXEL, W4A8)
+    order = make_plan(model, units(model, PIXEL), rows, CPU).order
+    assert order[0] == "temb.dense.0" and order[-1] == "conv_out"
+    assert order.index("mid.block_1.temb_proj") < order.index("mid.block_1") < order.index("mid.attn_1")
+    covered = [name for name in quant_layers(model) if name in order or any(name.startswith(unit + ".") for unit in order)]
+    assert set(covered) == set(quant_layers(model))
+
+
+def test_ranges_come_from_all_time_steps(network, rows):
+    """One huge row of the last time step must widen the first quantizer's range, with running statistics or not."""
+    x, t = (tensor.clone() for tensor in rows.inputs)
+    x[-1] *= 50
+    for running in (False, True):
+        model = quantize_model(network, PIXEL, W4A8)
+        init_activation_ranges(model, Rows((x, t)), W4A8, CalibrationConfig(running_stat=running), CPU)
+        plain = quantize_model(network, PIXEL, W4A8)
+        init_activation_ranges(plain, rows, W4A8, CalibrationConfig(running_stat=running), CPU)
+        grown, before = (m.conv_in.act_quantizer.delta.item() for m in (model, plain))
+        assert grown > (10 if not running else 1.5) * before
+
+
+class Attending(nn.Module):
+    """One attention of the latent family, called as networks are."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = CrossAttention(32, 4)
+
+    def forward(self, x, t):
+        return self.attention(x)
+
+
+@pytest.mark.parametrize("method", ["max", "mse"])
+@pytest.mark.parametrize("change", [{}, {"running_stat": True}, {"time_sets": 2}])
+def test_ranges_do_not_depend_on_the_slices_of_an_attention(monkeypatch, method, change):
+    torch.manual_seed(0)
+    heads = torch.linspace(0.2, 3, 4).repeat_interleave(8)
+    network = Attending().requires_grad_(False)
+    network.attention.to_q.weight *= heads[:, None]  # heads of very different ranges: no slice stands for all
+    rows = Rows((torch.randn(24, 16, 32) * torch.linspace(0.5, 2, 24)[:, None, None], torch.arange(24.0)))
+    bounds = time_bounds(rows, change["time_sets"]) if "time_sets" in change else ()
+    quant = QuantConfig(quant_act=True, act_scale_method=method, time_bounds=bounds)
+    family = Family("attending", lambda _: None, {}, products=LATENT.products)
+    monkeypatch.setattr("qdiff.calibration.ranges.SEARCH_ELEMENTS", 2**13)  # fewer than there are, so that samples stand for all
+    found = []
+    for size in (2**28, 1):
+        monkeypatch.setattr("ldm.attention.SLICE_BYTES", size)
+        model = quantize_model(network, family, quant)
+        init_activation_ranges(model, rows, quant, CalibrationConfig(running_stat="running_stat" in change), CPU)
+        with torch.no_grad():
+            output = golden.relative_error(model(*rows.inputs), network(*rows.inputs))
+        found.append(
+            (output, {name.rpartition("_")[2]: q.delta for name, q in act_quantizers(model.attention).items() if name[:2] in ("qk", "av")})
+        )
+    (whole, deltas), (sliced, others) = found
+    assert set(deltas) == {"q", "k", "v", "w"} and sliced < 1.1 * whole
+    for name, delta in deltas.items():
+        exact = bounds or (method == "max" and name != "w")
+        assert torch.allclose(others[name], delta, rtol=1e-6 if exact else 0.05), name
+
+
+def test_ranges_take_fewer_rows_where_memory_does_not_suffice(network, rows, caplog):
+    model = quantize_model(network, PIXEL, W4A8)
+    sizes = []
+
+    def small(_, inputs):
+        sizes.append(len(inputs[0]))
+        if len(inputs[0]) > 20:
+            raise RuntimeError("MPS backend out of memory")
+
+    with model.register_forward_pre_hook(small):
+        init_activation_ranges(model, rows, W4A8, CalibrationConfig(running_stat=True), CPU)
+    assert sizes[:3] == [64, 32, 16] and max(sizes[2:]) == 16 and sum(sizes[3:]) == len(rows) and "taking 16" in caplog.text
+
+
+def test_weights_of_one_network_serve_other_activations(network, rows, tmp_path):
+    """`--resume_w`: the activations are those asked for, whatever the file with the weights was made with."""
+    first = calibrate(network, PIXEL, replace(W4A8, quant_act=False), replace(SHORT, iters=2), rows)
+    quant = replace(W4A8, act_bit=4, a_sym=False)
+    target = quantize_model(network, PIXEL, quant)
+    copy_weights(first, target)
+    model = calibrate(network, PIXEL, quant, replace(SHORT, iters_a=2), rows, target)
+    assert all(q.n_bits == 4 and not q.symmetric for q in model.conv_in.act_quantizers)
+    integers = {name: layer.weight_quantizer.integers for name, layer in quant_layers(first).items()}
+    assert all(torch.equal(layer.weight_quantizer.integers, integers[name]) for name, layer in quant_layers(model).items())
+    save_packed(tmp_path / "packed.safetensors", model, PackedInfo(PIXEL.name, describe(tiny.MODEL), quant, {}, ""))
+    with torch.no_grad():
+        assert torch.equal(load_packed(tmp_path / "packed.safetensors")[0](*rows.inputs), model(*rows.inputs))
+
+
+def test_a_layer_at_two_paths_is_quantized_at_both():
+    net = nn.Module()
+    net.first = net.alias = nn.Linear(4, 4)
+    net.forward = net.alias.forward
+    model = quantize_model(net, Family("tied", lambda _: None, {}), QuantConfig())
+    assert isinstance(model.alias, QuantLinear) and model.alias is model.first
+
+
+def test_what_cannot_be_quantized_is_named():
+    net = nn.Sequential(nn.Conv2d(4, 4, 3, padding_mode="circular"))
+    with pytest.raises(NotImplementedError, match="0: padding_mode 'circular'"):
+        quantize_model(net, Family("odd", lambda _: None, {}), QuantConfig())
+    family = Family("odd", lambda _: None, {}, products={nn.Sequential: {"qk": Product({"q": "q", "k": "k"})}})
+    with pytest.raises(TypeError, match="Sequential has no product qk"):
+        quantize_model(nn.Sequential(nn.Linear(4, 4)), family, QuantConfig())
+
+
+def test_a_split_linear_layer_splits_channels_not_tokens():
+    layer = QuantLinear(nn.Linear(12, 4), 8, 8, True, split=8)
+    layer.init_weight_scales("max")
+    assert [q.integers.shape for q in layer.weight_quantizers] == [(4, 8), (4, 4)]
+    seen = []
+    for q in layer.act_quantizers:
+        q.observer = lambda x: seen.append(tuple(x.shape))
+    layer(torch.randn(2, 5, 12))
+    assert seen == [(2, 5, 8), (2, 5, 4)]
+
+
+def test_running_statistics_of_softmax_only(network, rows):
+    deltas = {}
+    for only in (False, True):
+        model = quantize_model(network, PIXEL, W4A8)
+        init_activation_ranges(model, rows, W4A8, CalibrationConfig(running_stat=True, rs_sm_only=only), CPU)
+        deltas[only] = {name: q.delta.item() for name, q in act_quantizers(model).items()}
+    plain = quantize_model(network, PIXEL, W4A8)
+    init_activation_ranges(plain, rows, W4A8, CalibrationConfig(), CPU)
+    assert deltas[True]["conv_in.act_quantizer"] == plain.conv_in.act_quantizer.delta.item()
+    assert len(rows) <= 64 or deltas[False]["conv_in.act_quantizer"] != deltas[True]["conv_in.act_quantizer"]
+
+
+def test_calibration_beats_nearest_rounding_and_leaves_the_model_alone(network, rows, caplog):
+    """Every unit ends nearer to full precision than nearest rounding leaves it, and so does the whole network.
+
+    A random network gains little as a whole (its errors are not those of a trained one): the units are what is judged.
+    """
+    caplog.set_level(logging.INFO, "qdiff.calibration.run")
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    recipe = CalibrationConfig(steps=4, samples=16, batch_size=16, iters=120, lr=3e-2, iters_a=0)
+    weights = QuantConfig(weight_bit=4, split=True)
+    nearest = calibrate(network, PIXEL, QuantConfig(**{**weights.to_dict(), "quant_mode": "linear"}), recipe, rows)
+    calibrated = calibrate(network, PIXEL, weights, recipe, rows)
+    pairs = [tuple(map(float, found)) for found in re.findall(r"held-out error (\S+) -> (\S+), ", caplog.text)]
+    assert len(pairs) == len(units(calibrated, PIXEL))
+    ratios = [after / start for start, after in pairs]
+    assert max(ratios) <= 1 and sum(ratios) / len(ratios) < 0.75
+    assert error(calibrated, network, rows) < error(nearest, network, rows)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    assert not calibrated.training and not network.training
+
+
+def test_calibration_repeats_bit_for_bit(network, rows):
+    config = CalibrationConfig(steps=4, samples=16, batch_size=8, iters=5, lr=1e-2, iters_a=5)
+    first, second = (calibrate(network, PIXEL, W4A8, config, rows).state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_dropout_is_off_while_calibrating(network, rows):
+    training = tiny.unet()
+    training.train()
+    calibrated = calibrate(training, PIXEL, W4A8, CalibrationConfig(steps=4, samples=16, iters=3, iters_a=0), rows)
+    assert not any(module.training for module in calibrated.modules())
+    reference = calibrate(network, PIXEL, W4A8, CalibrationConfig(steps=4, samples=16, iters=3, iters_a=0), rows)
+    assert torch.equal(calibrated(*rows.inputs), reference(*rows.inputs))
+
+
+def _unit(n_bits=4):
+    torch.manual_seed(0)
+    layer = QuantLinear(nn.Linear(16, 8), n_bits, 8, True)
+    x = torch.randn(128, 4) @ torch.randn(4, 16)  # few directions, as the activations of a trained network have
+    target = nn.functional.linear(x, layer.weight, layer.bias)
+    return layer, UnitData(lambda index: ((x[index],), target[index]), 128, 112, 32)
+
+
+def test_adaround_beats_nearest_on_one_layer():
+    layer, data = _unit()
+    result = reconstruct_weights(layer, [layer], data, "max", CalibrationConfig(iters=400, lr=1e-2), 0, lambda _: None)
+    assert result.after < 0.8 * result.before
+    assert result.after == pytest.approx(data.held_out_error(layer, 2.0))
+
+
+def test_a_diverging_activation_phase_keeps_the_start():
+    layer, data = _unit(8)
+    layer.init_weight_scales("max")
+    layer.act_quantizer.set_scale(data.read(slice(None))[0][0].abs().max() / 127, torch.tensor(0.0))
+    layer.act_quantizer.enabled = True
+    start = layer.act_quantizer.delta.clone()
+    wild = CalibrationConfig(iters_a=10, lr_a=1e3)
+    result = reconstruct_activations(layer, layer.act_quantizers, data, wild, 0, lambda _: None)
+    assert result.after == result.before and torch.equal(layer.act_quantizer.delta, start)
+
+
+@pytest.mark.parametrize("patience, iterations", [(0, 200), (3, 30)])
+def test_activation_phase_ends_after_checks_without_a_better_one(patience, iterations):
+    layer, data = _unit(8)
+    layer.init_weight_scales("max")
+    layer.act_quantizer.set_scale(data.read(slice(None))[0][0].abs().max() / 127, torch.tensor(0.0))
+    layer.act_quantizer.enabled = True
+    ticks = []
+    wild = CalibrationConfig(iters_a=200, lr_a=1e3, patience=patience)
+    reconstruct_activations(layer, layer.act_quantizers, data, wild, 0, ticks.append)
+    assert len(ticks) == iterations
+
+
+def test_activation_phase_mends_a_bad_step_size():
+    layer, data = _unit(8)
+    layer.init_weight_scales("max")
+    layer.act_quantizer.set_scale(data.read(slice(None))[0][0].abs().max() / 127 * 4, torch.tensor(0.0))
+    layer.act_quantizer.enabled = True
+    config = CalibrationConfig(iters_a=200, lr_a=1e-2)
+    result = reconstruct_activations(layer, layer.act_quantizers, data, config, 0, lambda _: None)
+    assert result.after < 0.5 * result.before
+    assert result.after == pytest.approx(data.held_out_error(layer, config.p))
+
+
+def test_sixteen_bit_softmax_stays_fixed(network, rows):
+    quant = QuantConfig(weight_bit=4, quant_act=True, sm_abit=16, split=True)
+    model = calibrate(network, PIXEL, quant, CalibrationConfig(steps=4, samples=16, iters=2, iters_a=0), rows)
+    kept = {name: q.delta.clone() for name, q in act_quantizers(model).items() if q.is_softmax}
+    block = model.mid.attn_1
+    x = torch.randn(64, 32, 4, 4)
+    data = UnitData(lambda index: ((x[index],), network.mid.attn_1(x[index])), 64, 48, 16)
+    quantizers = list(act_quantizers(block).values())
+    reconstruct_activations(block, quantizers, data, CalibrationConfig(iters_a=10, lr_a=1e-2), 0, lambda _: None)
+    assert kept and all(torch.equal(act_quantizers(model)[name].delta, delta) for name, delta in kept.items())
+
+
+# --- calibration sets ---------------------------------------------------------------------------
+
+
+def test_recorder_keeps_steps_spread_over_the_whole_trajectory():
+    recorder = Recorder(4, 50)
+    for step in range(50):
+        recorder(torch.full((2, 1), float(step)), torch.full((2,), float(step)), torch.zeros(2, 1))
+    assert [t[0].item() for t in recorder.ts] == [0, 12, 25, 37]
+
+
+def test_sets_round_trip_and_select(tmp_path):
+    data = CalibrationSet([torch.randn(5, 3, 8, 8) for _ in range(6)], [torch.full((5,), float(i)) for i in range(6)])
+    save_set(tmp_path / "set.pt", data)
+    loaded = load_set(tmp_path / "set.pt", (3, 8, 8))
+    chosen = loaded.select(3, 2)
+    assert chosen.inputs[1].tolist() == [0, 0, 2, 2, 4, 4]
+    assert torch.equal(chosen.inputs[0][2:4], data.xs[2][:2])
+    assert loaded.select(4, 1).inputs[1].tolist() == [0, 1, 3, 4], "spread to the end where the number does not divide"
+
+
+def test_conditional_and_unconditional_rows_are_both_used(tmp_path):
+    cs, ucs = ([torch.full((4, 7, 2), value) for _ in range(2)] for value in (1.0, 2.0))
+    data = CalibrationSet([torch.randn(4, 3, 8, 8) for _ in range(2)], [torch.zeros(4)] * 2, cs, ucs)
+    save_set(tmp_path / "set.pt", data)
+    x, t, context = load_set(tmp_path / "set.pt", (3, 8, 8), guided=True).select(2, 3).inputs
+    assert len(x) == len(t) == len(context) == 12
+    assert context[:6].eq(1).all() and context[6:].eq(2).all() and torch.equal(x[:6], x[6:])
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"a": 1}, "xs and ts"),
+        ({"xs": [torch.zeros(2, 3, 4, 4)], "ts": [torch.zeros(2)]}, "expected"),
+        ({"xs": [torch.zeros(2, 3, 8, 8)], "ts": []}, "different lengths"),
+        ({"xs": [torch.full((2, 3, 8, 8), float("nan"))], "ts": [torch.zeros(2)]}, "finite"),
+        ({"xs": [torch.zeros(2, 3, 8, 8)], "ts": [torch.zeros(2)], "cs": [torch.zeros(2, 7, 4)]}, "expected ts, xs for an unconditional"),
+    ],
+)
+def test_bad_sets_are_refused(tmp_path, content, words):
+    torch.save(content, tmp_path / "set.pt")
+    with pytest.raises(CheckpointError, match=words):
+        load_set(tmp_path / "set.pt", (3, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"), [({"cs": 2}, "expected cs, ts, ucs, xs"), ({"cs": 2, "ucs": 3}, "3 contexts in ucs for 2 rows")]
+)
+def test_bad_sets_of_guided_networks_are_refused(tmp_path, rows, words):
+    contexts = {name: [torch.zeros(count, 7, 4)] for name, count in rows.items()}
+    torch.save({"xs": [torch.zeros(2, 3, 8, 8)], "ts": [torch.zeros(2)]} | contexts, tmp_path / "set.pt")
+    with pytest.raises(CheckpointError, match=words):
+        load_set(tmp_path / "set.pt", (3, 8, 8), guided=True)
+
+
+def test_too_few_steps_in_a_set():
+    data = CalibrationSet([torch.zeros(2, 3, 8, 8)], [torch.zeros(2)])
+    with pytest.raises(CheckpointError, match="cali_st"):
+        data.select(2, 1)
+
+
+@pytest.mark.parametrize("settings", [{"weight_bit": 1}, {"weight_bit": 17}, {"act_bit": 0}, {"quant_mode": "x"}])
+def test_bad_widths_are_refused(settings):
+    with pytest.raises(ConfigError):
+        QuantConfig(**settings).validate()
+
+
+# --- time-step sets -----------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_time_step_sets_round_trip_and_serve_rows_of_different_times(network, rows, tmp_path):
+    """A batch of mixed times equals its rows one by one; the packed file keeps the sets, the published format refuses them."""
+    quant = replace(W4A8, time_bounds=time_bounds(rows, 3))
+    assert len(quant.time_bounds) == 2
+    model = calibrate(network, PIXEL, quant, replace(SHORT, iters=3, iters_a=3, iters_tune=3), rows)
+    deltas = [q.delta for q in act_quantizers(model).values()]
+    assert all(delta.shape == (3,) for delta in deltas) and any(delta.unique().numel() == 3 for delta in deltas)
+    x, t = (part[::7].double() for part in rows.inputs)
+    model.double()
+    together = model(x, t)
+    apart = torch.cat([model(x[i : i + 1], t[i : i + 1]) for i in range(len(x))])
+    assert golden.relative_error(together, apart) < 1e-9
+    model.float()
+    info = PackedInfo(PIXEL.name, describe(tiny.MODEL), quant, {}, "")
+    save_packed(tmp_path / "sets.safetensors", model, info)
+    loaded, read = load_packed(tmp_path / "sets.safetensors")
+    assert read.config == quant and torch.equal(loaded(*rows.inputs), model(*rows.inputs))
+    with pytest.raises(CheckpointError, match="time-step sets"):
+        save_published(tmp_path / "sets.pth", model, PIXEL, network.state_dict(), activations=True)
+
+
+def test_sets_have_equally_many_time_steps():
+    rows = Rows((torch.zeros(6, 1), torch.tensor([0.0, 10.0, 20.0, 30.0, 40.0, 50.0])))
+    assert time_bounds(rows, 3) == (15.0, 35.0)
+    steps = TimeSteps((15.0, 35.0))
+    steps.set(rows.inputs[1])
+    assert steps.current.tolist() == [0, 0, 1, 1, 2, 2]
+    steps.set(torch.tensor([36.0, 49.0]))
+    assert steps.current == 2
+    with pytest.raises(ConfigError, match="time_sets 7"):
+        time_bounds(rows, 7)
+
+
+def test_a_set_without_rows_takes_its_neighbors_range(network, rows):
+    quant = replace(W4A8, time_bounds=(*time_bounds(rows, 2), 2000.0))
+    model = quantize_model(network, PIXEL, quant)
+    init_activation_ranges(model, rows, quant, SHORT, CPU)
+    delta = model.conv_in.act_quantizer.delta
+    assert delta.shape == (3,) and delta[1] == delta[2]

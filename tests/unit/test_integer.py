@@ -1,0 +1,467 @@
+"""The integer engine: exact products, the same network, and a fallback where it would be wrong."""
+
+import copy
+import json
+import os
+import pickle
+import statistics
+import subprocess
+import sys
+from dataclasses import replace
+
+import golden
+import pytest
+import tiny
+import tiny_latent
+import torch
+from torch import nn
+
+from ddim.family import PIXEL
+from ldm.config import load_config
+from ldm.family import LATENT
+from ldm.unet import UNetModel
+from qdiff import quantizers as Q
+from qdiff.calibration.dataset import Rows
+from qdiff.calibration.ranges import time_bounds
+from qdiff.calibration.run import calibrate
+from qdiff.config import CalibrationConfig, ConfigError, QuantConfig
+from qdiff.integer import engine, kernels
+from qdiff.integer.engine import prepare, to_integer, unavailable
+from qdiff.integer.lazy import Lazy
+from qdiff.layers import ActQuantizer, QuantConv1d, QuantConv2d, QuantLinear, QuantMatMul
+from qdiff.model import Product
+
+here = pytest.mark.skipif(unavailable() is not None, reason=f"no integer engine here: {unavailable()}")
+LINEAR = QuantConfig(weight_bit=4, quant_act=True, a_sym=True, split=True, quant_mode="linear")
+
+
+@pytest.fixture(params=["compiled", "plain"])
+def operators(request, monkeypatch):
+    """The fused operators, compiled and in plain PyTorch."""
+    if request.param == "compiled" and kernels.library() is None:
+        pytest.skip("no C++ compiler")
+    if request.param == "plain":
+        monkeypatch.setattr(kernels, "library", lambda: None)
+    return request.param
+
+
+def quantized_layer(layer: nn.Module, kind: type, bits: int, symmetric: bool, method: str, x: torch.Tensor, split: int = 0):
+    quantized = kind(layer, bits, 8, symmetric, split).requires_grad_(False)
+    quantized.init_weight_scales(method)
+    for quantizer, part in zip(quantized.act_quantizers, quantized._parts(x), strict=True):
+        quantizer.set_scale(*Q.find_scale(part, 8, symmetric=symmetric, method=method))
+        quantizer.enabled = True
+    return quantized
+
+
+def attention_product(symmetric: bool, sm_abit: int):
+    config = QuantConfig(quant_act=True, a_sym=symmetric, sm_abit=sm_abit)
+    return Product(("w", "v"), softmax="w", always_zero=True, follows_a_sym=False).build(config, None)
+
+
+def check(layer, x, tolerance=1e-6):
+    """The integer layer against the simulation in float64."""
+    found = engine._INTEGER[type(layer)](layer)(x)
+    expected = copy.deepcopy(layer).double()(x.double())
+    assert golden.relative_error(found.double() + 0, expected) < tolerance
+
+
+@here
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("method", ["max", "mse"])
+@pytest.mark.parametrize(
+    ("channels", "geometry", "split", "positive"),
+    [
+        ((12, 20), {"kernel_size": 3, "padding": 1}, 0, False),
+        ((12, 20), {"kernel_size": 3, "padding": 1}, 0, True),
+        ((12, 20), {"kernel_size": 3, "stride": 2}, 0, False),
+        ((12, 20), {"kernel_size": 3, "padding": 2, "dilation": 2, "bias": False}, 0, False),
+        ((12, 24), {"kernel_size": 3, "padding": 1, "groups": 4}, 0, False),
+        ((12, 20), {"kernel_size": 1}, 5, False),
+        ((12, 20), {"kernel_size": 1}, 0, True),
+        ((12, 20), {"kernel_size": 1, "stride": 2}, 0, False),
+        ((12, 20), {"kernel_size": 1, "bias": False}, 0, False),
+        ((12, 48), {"kernel_size": 3, "padding": 1}, 0, False),
+        ((12, 96), {"kernel_size": 3, "padding": 1, "bias": False}, 5, False),
+        ((3, 16), {"kernel_size": 3, "padding": 1}, 0, False),
+        ((16, 3), {"kernel_size": 3, "padding": 1}, 0, True),
+        ((12, 20), {"kernel_size": 3, "padding": "same", "dilation": 2}, 0, False),
+        ((12, 20), {"kernel_size": (4, 3), "padding": "same"}, 0, False),
+        ((12, 20), {"kernel_size": 3, "padding": "valid"}, 0, False),
+    ],
+)
+def test_every_convolution_is_exact(operators, bits, symmetric, method, channels, geometry, split, positive):
+    torch.manual_seed(bits)
+    x = torch.randn(2, channels[0], 9, 7) * 3 + (4 if positive else 0.5)
+    x = x.abs() if positive else x
+    layer = nn.Conv2d(*channels, **geometry)
+    layer.weight.data += torch.randn(channels[1], 1, 1, 1) * 0.2  # weights of one sign too: zero points far out
+    check(quantized_layer(layer, QuantConv2d, bits, symmetric, method, x, split), x)
+
+
+@here
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_every_linear_layer_is_exact(operators, bits, symmetric):
+    torch.manual_seed(bits)
+    x = torch.randn(3, 5, 24)
+    layer = nn.Linear(24, 17)
+    layer.weight.data += torch.randn(17, 1) * 0.2
+    check(quantized_layer(layer, QuantLinear, bits, symmetric, "mse", x), x)
+    check(quantized_layer(nn.Conv1d(5, 9, 1), QuantConv1d, bits, symmetric, "mse", x), x)
+
+
+@here
+@torch.no_grad()
+@pytest.mark.parametrize(("outlier", "tolerance"), [(False, 1e-6), (True, 3e-6)])
+def test_wide_linear_layers_keep_what_weight_zero_points_leave(outlier, tolerance):
+    torch.manual_seed(0)
+    x = nn.functional.silu(torch.randn(16, 5120))
+    layer = nn.Linear(5120, 64)
+    if outlier:
+        layer.weight.data[:, 0] = 3 * layer.weight.abs().amax(1).data
+    layer = quantized_layer(layer, QuantLinear, 8, False, "max", x)
+    inputs = layer.act_quantizer(x)  # so that no value lies on the edge between two integers
+    check(layer, inputs, tolerance)
+
+
+@here
+@torch.no_grad()
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("sm_abit", [8, 16])
+def test_every_attention_product_is_exact(operators, symmetric, sm_abit):
+    torch.manual_seed(0)
+    product = attention_product(symmetric, sm_abit)
+    a, b = torch.softmax(torch.randn(4, 19, 13) * 4, 2), torch.randn(4, 13, 8)
+    for quantizer, x in zip(product.act_quantizers, (a, b), strict=True):
+        quantizer.set_scale(*Q.find_scale(x, quantizer.n_bits, symmetric=quantizer.symmetric, always_zero=quantizer.always_zero))
+        quantizer.enabled = True
+    found = engine.IntegerMatMul(product)(a, b)
+    expected = copy.deepcopy(product).double()(a.double(), b.double())
+    assert isinstance(product, QuantMatMul) and golden.relative_error(found.double(), expected) < 1e-6
+
+
+def network_of(kind, folder):
+    """A tiny network of each family: (network, family, rows)."""
+    if kind == "pixel":
+        network = tiny.unet()
+        return network, PIXEL, tiny.rows(network)
+    torch.manual_seed(0)
+    config = load_config(tiny_latent.model_folder(folder / kind, kind) / "config.yaml")
+    unet = UNetModel(config.unet).eval().requires_grad_(False)
+    inputs = [torch.randn(32, 4, 8, 8), torch.linspace(0, 999, 32)]
+    if kind == "text":
+        inputs.append(torch.randn(32, 8, 16))
+    return unet, LATENT, Rows(tuple(inputs))
+
+
+@here
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("kind", ["pixel", "none", "text"])
+def test_whole_networks_are_as_near_to_float64_as_float32_is(kind, bits, symmetric, tmp_path):
+    """Over 20 inputs the median error of the integer network is at most 1.5 times that of the float32 simulation."""
+    network, family, rows = network_of(kind, tmp_path)
+    simulated = calibrate(network, family, replace(LINEAR, weight_bit=bits, a_sym=symmetric), CalibrationConfig(), rows)
+    integer, exact = to_integer(simulated), copy.deepcopy(simulated).double()
+    errors = {"integer": [], "simulated": []}
+    for i in range(20):
+        inputs = tuple(part[i : i + 1] for part in rows.inputs)
+        reference = exact(*(part.double() for part in inputs))
+        errors["integer"].append(golden.relative_error(integer(*inputs).double(), reference))
+        errors["simulated"].append(golden.relative_error(simulated(*inputs).double(), reference))
+    assert statistics.median(errors["integer"]) <= 1.5 * statistics.median(errors["simulated"])
+
+
+@here
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("kind", ["pixel", "none", "text"])
+def test_bfloat16_between_the_products_costs_no_more_than_its_rounding(operators, bits, kind, tmp_path):
+    network, family, rows = network_of(kind, tmp_path)
+    simulated = calibrate(network, family, replace(LINEAR, weight_bit=bits), CalibrationConfig(), rows)
+    inputs = tuple(part[::8] for part in rows.inputs)
+    integer, exact = to_integer(simulated), simulated(*inputs)
+    seen = set()
+    for module in integer.modules():
+        if isinstance(module, engine.IntegerLinear):
+            module.register_forward_hook(lambda _, args, output: seen.add(output.dtype))
+        if isinstance(module, engine.IntegerConv2d) and not any(coef is not None for *_, coef in module.parts):
+            module.register_forward_hook(lambda _, args, output: seen.add(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        found, half = integer(*inputs), simulated(*inputs)
+    assert seen == {torch.bfloat16}
+    error = golden.relative_error(found.float(), exact)
+    assert 1e-4 < error < 1.5 * golden.relative_error(half.float(), exact)
+
+
+@here
+@torch.no_grad()
+@pytest.mark.parametrize("size", [1, 3])
+def test_bfloat16_keeps_what_weight_zero_points_leave(operators, size):
+    """An outlier in each channel moves the zero points away from 128; the sum that is taken out then cancels most of the product."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(64, 32, size, padding=size // 2)
+    conv.weight.data.flatten(1)[:, 0] = 3 * conv.weight.abs().amax((1, 2, 3)).data
+    linear = nn.Linear(64, 32)
+    linear.weight.data[:, 0] = 3 * linear.weight.abs().amax(1).data
+    x = nn.functional.silu(torch.randn(2, 64, 8, 8))
+    for layer, kind, inputs in ((conv, QuantConv2d, x), (linear, QuantLinear, x.permute(0, 2, 3, 1).flatten(1, 2))):
+        quantized = quantized_layer(layer, kind, 8, False, "max", inputs)
+        assert quantized.weight_quantizer.zero_point.max() < 90
+        exact = copy.deepcopy(quantized).double()(inputs.double())
+        with torch.autocast("cpu", torch.bfloat16):
+            found, half = engine._INTEGER[kind](quantized)(inputs) + 0, quantized(inputs)
+        assert golden.relative_error(found.double(), exact) < golden.relative_error(half.double(), exact)
+
+
+@here
+@torch.no_grad()
+def test_autocast_keeps_integer_products(tmp_path):
+    network, family, rows = network_of("text", tmp_path)
+    simulated = calibrate(network, family, replace(LINEAR, sm_abit=16, a_sym=False), CalibrationConfig(), rows)
+    integer = to_integer(simulated)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = integer(*rows.inputs)
+    assert golden.relative_error(found.float(), simulated(*rows.inputs)) < 0.1
+    formed = [path for path, layer in integer.named_modules() if isinstance(layer, QuantLinear | QuantConv2d) and layer._weight is not None]
+    assert not formed  # no product fell back to its dequantized weight
+
+
+@here
+@torch.no_grad()
+def test_time_step_sets_and_mixed_rows():
+    network = tiny.unet()
+    rows = tiny.rows(network)
+    simulated = calibrate(network, PIXEL, replace(LINEAR, time_bounds=time_bounds(rows, 3)), CalibrationConfig(), rows)
+    integer, exact = to_integer(simulated), copy.deepcopy(simulated).double()
+    times = rows.inputs[1][::16].contiguous()
+    assert set(torch.bucketize(times, simulated.time_step_sets.bounds, right=True).tolist()) == {0, 1, 2}
+    for chosen in (*(slice(start, start + 2) for start in range(0, len(rows), 16)), slice(0, None, 9)):  # one time step, several
+        inputs = tuple(part[chosen] for part in rows.inputs)
+        assert golden.relative_error(integer(*inputs).double(), exact(*(part.double() for part in inputs))) < 0.05
+
+
+def test_what_cannot_run_on_integers_stays_and_says_so(caplog, monkeypatch):
+    network = tiny.unet()
+    rows = tiny.rows(network)
+    simulated = calibrate(network, PIXEL, LINEAR, CalibrationConfig(), rows)
+    weights_only = calibrate(network, PIXEL, replace(LINEAR, quant_act=False), CalibrationConfig(), rows)
+    caplog.set_level("INFO")
+    assert prepare(weights_only, "auto") is weights_only and "activations are not quantized" in caplog.text
+    with pytest.raises(ConfigError, match="engine integer: activations"):
+        prepare(weights_only, "integer")
+    with pytest.raises(ConfigError, match="not quantized"):
+        prepare(network, "integer")
+    assert prepare(simulated, "simulated") is simulated
+    assert prepare(simulated, "auto") is simulated and "integers are not faster" in caplog.text
+    monkeypatch.setattr(engine, "unavailable", lambda: "no VNNI")
+    assert prepare(simulated, "auto") is simulated and "VNNI" in caplog.text
+
+
+@here
+@torch.no_grad()
+def test_operations_in_place_reach_activations_between_products(operators):
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 5, 5)
+    layer = engine.IntegerConv2d(quantized_layer(nn.Conv2d(8, 6, 3, padding=1), QuantConv2d, 8, False, "mse", x))
+    plain, z = layer(x) + 0, torch.randn(2, 6, 5, 5)
+
+    def assign(y):
+        y[:, 1] = 0
+
+    def increase(y):
+        y += z
+
+    changes = [
+        lambda y: y.mul_(2),
+        lambda y: y.mul_(y),
+        lambda y: nn.functional.relu_(y),
+        lambda y: nn.functional.silu(y, inplace=True),
+        lambda y: torch.mul(y, 3, out=y),
+        lambda y: torch.add(z, y, out=y),
+        assign,
+        increase,
+    ]
+    for change in changes:
+        found, expected = layer(x), plain.clone()
+        silu = nn.functional.silu(found)  # shares the product with `found`
+        change(found)
+        change(expected)
+        assert isinstance(found, Lazy) and golden.relative_error(found + 0, expected) < 1e-6
+        assert golden.relative_error(silu + 0, nn.functional.silu(plain)) < 1e-6
+    found = layer(x)
+    assert found.mul_(2) is found
+    for total in (torch.add(found, other=z), torch.add(input=z, other=found), torch.add(found, z, out=torch.empty(0))):
+        assert torch.equal(total, found + z)
+    assert torch.equal(torch.mul(found, other=z), found * z)
+    with pytest.raises(RuntimeError, match="resize_"):
+        layer(x).resize_(3)
+
+
+@here
+@torch.no_grad()
+def test_the_result_of_a_network_is_an_ordinary_tensor(operators):
+    network = tiny.unet()
+    rows = tiny.rows(network)
+    integer = to_integer(calibrate(network, PIXEL, LINEAR, CalibrationConfig(), rows))
+    found = integer(*(part[:2] for part in rows.inputs))
+    assert type(found) is torch.Tensor and found.clamp_(0, 0).abs().max() == 0
+
+
+@here
+@torch.no_grad()
+def test_a_prepared_network_is_on_its_own(monkeypatch):
+    monkeypatch.setattr(engine, "NARROW", 0)
+    network = tiny.unet()
+    rows = tiny.rows(network)
+    inputs = tuple(part[:2] for part in rows.inputs)
+    simulated = calibrate(network, PIXEL, replace(LINEAR, sm_abit=16, time_bounds=time_bounds(rows, 2)), CalibrationConfig(), rows)
+    integer = prepare(simulated)
+    expected = integer(*inputs)
+    assert prepare(integer) is integer and to_integer(integer) is integer
+    copies = [copy.deepcopy(integer), pickle.loads(pickle.dumps(integer))]
+    simulated.double()
+    for found in (integer, *copies):
+        assert torch.equal(found(*inputs), expected)
+
+
+@here
+@torch.no_grad()
+def test_inputs_that_the_operators_cannot_take_are_simulated():
+    cases = [
+        (quantized_layer(nn.Linear(8, 6), QuantLinear, 4, False, "max", torch.randn(4, 8)), [torch.randn(4, 8)]),
+        (quantized_layer(nn.Conv1d(8, 6, 1), QuantConv1d, 4, False, "max", torch.randn(4, 8, 5)), [torch.randn(4, 8, 5)]),
+        (quantized_layer(nn.Conv2d(8, 6, 3), QuantConv2d, 4, False, "max", torch.randn(4, 8, 5, 5)), [torch.randn(4, 8, 5, 5)]),
+        (attention_product(True, 8), [torch.rand(4, 7, 8), torch.randn(4, 8, 5)]),
+    ]
+    for layer, inputs in cases:
+        integer = engine._INTEGER[type(layer)](layer)
+        empty = [x[:0] for x in inputs]
+        assert integer(*empty).shape == layer(*empty).shape
+        meta = integer.to("meta")(*(x.to("meta") for x in inputs))
+        assert meta.is_meta and meta.shape == copy.deepcopy(layer)(*(x.to("meta") for x in inputs)).shape
+
+
+def test_a_network_without_parameters_is_returned():
+    network = nn.Identity()
+    assert prepare(network) is network
+
+
+@here
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [QuantConv2d, QuantLinear, QuantMatMul])
+def test_zero_points_whose_sums_leave_int32_are_simulated(kind):
+    torch.manual_seed(0)
+    shape = (2, 64, 6, 6) if kind is QuantConv2d else (2, 6, 512)
+    for x in (torch.rand(shape) + 1e4, torch.full(shape, 0.5)):
+        if kind is QuantMatMul:
+            layer = QuantMatMul({"q": ActQuantizer(8, False), "k": ActQuantizer(8, False)})
+            inputs = (x, x.transpose(1, 2) - x.mean())
+            for quantizer, part in zip(layer.act_quantizers, inputs, strict=True):
+                quantizer.set_scale(*Q.find_scale(part, 8, method="mse"))
+                quantizer.enabled = True
+        else:
+            inputs = (x,)
+            layer = nn.Conv2d(64, 8, 3) if kind is QuantConv2d else nn.Linear(512, 8)
+            layer = quantized_layer(layer, kind, 8, False, "mse", x)
+        assert torch.equal(engine._INTEGER[kind](layer)(*inputs), layer(*inputs))
+
+
+@here
+@torch.no_grad()
+def test_zero_points_far_out_are_exact(operators):
+    torch.manual_seed(0)
+    x = (torch.randint(0, 256, (2, 12, 5, 5)) + 100_000) / 64
+    layer = quantized_layer(nn.Conv2d(12, 8, 3, padding=1), QuantConv2d, 4, False, "max", x)
+    layer.act_quantizer.set_scale(torch.tensor(1 / 64), torch.tensor(-100_000.0))
+    integer = engine.IntegerConv2d(layer)
+    assert integer.usable
+    check(layer, x)
+
+
+ISA = """
+import sys, json, torch
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import tiny
+from ddim.family import PIXEL
+from qdiff.calibration.run import calibrate
+from qdiff.config import CalibrationConfig, QuantConfig
+from qdiff.integer import engine
+from qdiff.integer.engine import prepare
+engine.NARROW = 0
+network = tiny.unet()
+rows = tiny.rows(network)
+quant = QuantConfig(weight_bit=8, quant_act=True, split=True, quant_mode="linear")
+simulated = calibrate(network, PIXEL, quant, CalibrationConfig(), rows)
+with torch.no_grad():
+    x = tuple(part[:4] for part in rows.inputs)
+    found, expected = prepare(simulated, "auto")(*x), simulated(*x)
+print(json.dumps(((found - expected).norm() / expected.norm()).item()))
+"""
+
+
+def test_a_processor_without_vnni_falls_back_or_stays_exact():
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+    command = [sys.executable, "-c", ISA.format(root=str(commands.REPOSITORY))]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout) < 0.05  # saturation would give far more
+
+
+def test_a_user_without_a_home_folder_runs_without_compiled_operators(monkeypatch, caplog):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(kernels.Path, "home", home)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("CXX", sys.executable)  # never run
+    assert kernels.library.__wrapped__() is None and "home directory" in caplog.text
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mean", [0, 30, 1000, 100_000])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_group_statistics_are_those_of_float64(operators, mean, shifted):
+    torch.manual_seed(0)
+    data, coef, sums = torch.randn(2, 150, 13), torch.randn(12) / 8, torch.randn(2, 150)
+    data[..., :12] += mean * (0.5 if shifted else 1)
+    shift = torch.randn(2, 12) + mean / 2 if shifted else None
+    rows = kernels.Rows(data, 2, 150, 12, 13, coef, sums)
+    found = rows.stats(shift, 3, 1e-5)
+    values = data[..., :12].double() - coef.double() * sums[..., None].double() + (shift.double()[:, None] if shifted else 0)
+    variance, expected = torch.var_mean(values.unflatten(2, (3, 4)), dim=(1, 3), unbiased=False)
+    scale = variance.sqrt()
+    # float32 itself holds values of this size to mean * 6e-8
+    assert ((found[0] - expected).abs() / scale).max() < 1e-6 + mean * 1.2e-7
+    assert (found[1] * (variance + 1e-5).sqrt() - 1).abs().max() < 1e-6 + mean * 1e-8
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_operators_without_a_compiler_are_the_same(dtype):
+    if kernels.library() is None:
+        pytest.skip("no C++ compiler")
+    torch.manual_seed(0)
+    data, coef, sums = torch.randn(2, 35, 13).to(dtype), torch.randn(12), torch.randn(2, 35)
+    rows = kernels.Rows(data, 2, 35, 12, 13, coef, sums)
+    shift, a, b, other = torch.randn(2, 12), torch.rand(2, 12), torch.randn(2, 12), torch.randn(2, 35, 12).to(dtype)
+    compiled = [*rows.stats(shift, 4, 1e-5), rows.values(a, b, True, other), rows.values(None, None, False)]
+    bytes_compiled, sums_compiled = rows.quantize(a, b, True, 0.05, -128, 127, 128)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "library", lambda: None)
+        plain = [*rows.stats(shift, 4, 1e-5), rows.values(a, b, True, other), rows.values(None, None, False)]
+        bytes_plain, sums_plain = rows.quantize(a, b, True, 0.05, -128, 127, 128)
+    for found, expected in zip(compiled, plain, strict=True):
+        # bfloat16: a few results lie on the edge between two
+        assert found.dtype == expected.dtype
+        assert golden.relative_error(found.float(), expected.float()) < (1e-6 if found.dtype == torch.float32 else 1e-4)
+    assert (bytes_compiled.int() - bytes_plain.int()).abs().max() <= 1
+    assert (bytes_compiled != bytes_plain).float().mean() < 0.001
+    assert torch.equal(sums_compiled, bytes_compiled.sum(2, dtype=torch.int32))
+    assert torch.equal(sums_plain, bytes_plain.sum(2, dtype=torch.int32))
