@@ -3,7 +3,8 @@
     python scripts/demo.py --output demo_output
 
 Writes demo_<model>.png for each embedded model and prints tables: file size, PSNR and SSIM of
-the images against full precision, relative error of eps averaged over the trajectory, seconds per image.
+the images against full precision, relative error of eps averaged over the trajectory (of the first 4
+images), seconds per image. A picture grows by a row as soon as one is sampled.
 """
 
 from qdiff_cli.commands.demo import main

@@ -116,7 +116,7 @@ def generate(
         evaluations: how many the sampler makes for one image.
     """
     chunks = []
-    for start in tqdm(range(0, samples, batch_size), desc="calibration set", unit="batch"):
+    for start in tqdm(range(0, samples, batch_size), desc="calibration set", unit="batch", disable=samples <= batch_size):
         recorder = Recorder(steps, evaluations)
         run_sampler(list(range(start, min(start + batch_size, samples))), recorder)
         chunks.append(recorder)

@@ -1,21 +1,29 @@
 """The main job on the embedded models: the same noises in full precision and quantized, one picture and table per family."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from time import perf_counter
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from tqdm import tqdm
 
+from qdiff.analysis import Trajectories, psnr, ssim
 from qdiff.checkpoint import PackedInfo, load_packed, read_packed_info, save_packed, state_hash
 from qdiff.config import CalibrationConfig
 from qdiff.integer import prepare as choose_engine
-from qdiff_cli.comparison import FULL, compare, save_rows
-from qdiff_cli.embedded import NAMES, Embedded, load_embedded
+from qdiff_cli.comparison import FULL, save_rows
+from qdiff_cli.embedded import Embedded, load_embedded
 from qdiff_cli.options import Parser, add_device_options, positive, select_device
 from qdiff_cli.running import log_to, setup_threads
 
 NEAREST = "W4A8 nearest"
-RECIPE = CalibrationConfig(steps=10, samples=16)
+RECIPE = CalibrationConfig(steps=10, samples=8)
+ERROR_IMAGES = 4  # that the error along the trajectory is measured on
+COSTS = {"emoji64": 1, "emoji32": 2, "emoji64-text": 4}  # of an image, relative to one another; the first picture comes soonest
+BAR = "{desc}{percentage:3.0f}%|{bar}| {elapsed} < {remaining}"
+NETWORKS = (FULL, "W8A8", "W4A8", NEAREST)
 
 
 def nearest_rounding(show: Embedded, file: Path) -> nn.Module:
@@ -27,25 +35,64 @@ def nearest_rounding(show: Embedded, file: Path) -> nn.Module:
     return network
 
 
-def run(show: Embedded, output: Path, device: torch.device) -> None:
-    files = {FULL: show.folder / "unet.safetensors", "W8A8": show.folder / "w8a8.safetensors", "W4A8": show.folder / "w4a8.safetensors"}
-    networks = {name: load_packed(file)[0].to(device) for name, file in files.items() if name != FULL}
-    files[NEAREST] = output / f"{show.folder.name}_w4a8_nearest.safetensors"
-    networks[NEAREST] = nearest_rounding(show, files[NEAREST])
-    networks = {name: choose_engine(network) for name, network in networks.items()}
-    found = compare(show.job, show.model, networks, show.job.total)
+class Demo:
+    """One model: a row of images for each network, each row added to the picture as soon as it is sampled."""
 
-    print(f"\n{show.job.title}\n{'':14} {'file MB':>8} {'PSNR dB':>8} {'SSIM':>7} {'eps error':>10} {'s/image':>8}")
-    for name, file in files.items():
-        size, seconds = file.stat().st_size / 1e6, found.seconds[name]
+    def __init__(self, show: Embedded, output: Path, progress: tqdm) -> None:
+        self.show, self.progress = show, progress
+        name = show.name
+        self.picture = output / f"demo_{name}.png"
+        self.files = {FULL: show.folder / "unet.safetensors", "W8A8": show.folder / "w8a8.safetensors"}
+        self.files |= {"W4A8": show.folder / "w4a8.safetensors", NEAREST: output / f"{name}_w4a8_nearest.safetensors"}
+        self.images: dict[str, Tensor] = {}
+        self.states: list[tuple[Tensor, Tensor, Tensor]] = []  # (x_t, t, eps) of the first images in full precision
+
+    def network(self, name: str) -> nn.Module:
         if name == FULL:
-            print(f"{name:14} {size:8.2f} {'':8} {'':7} {'':10} {seconds:8.2f}   (stored in half precision)")
-            continue
-        close = found.likeness[name]
-        print(f"{name:14} {size:8.2f} {close.psnr:8.1f} {close.ssim:7.3f} {found.eps[name].mean:10.4f} {seconds:8.2f}")
-    picture = output / f"demo_{show.folder.name}.png"
-    save_rows(picture, found.images)
-    print(f"{picture}: one row for each line of the table, the same {show.job.total} noises", flush=True)
+            return self.show.model
+        network = nearest_rounding(self.show, self.files[NEAREST]) if name == NEAREST else load_packed(self.files[name])[0]
+        return choose_engine(network.to(self.show.job.device))
+
+    def counted(self, keep: bool) -> Callable[[Tensor, Tensor, Tensor], None]:
+        """A callback of the sampler that moves the progress bar; with `keep` the trajectory is remembered."""
+        share = COSTS[self.show.name] * self.show.job.total / self.show.job.task.evaluations
+
+        def callback(x: Tensor, t: Tensor, eps: Tensor) -> None:
+            self.progress.update(share)
+            if keep:
+                self.states.append((x[:ERROR_IMAGES], t[:ERROR_IMAGES], eps[:ERROR_IMAGES]))
+
+        return callback
+
+    @torch.no_grad()
+    def eps_error(self, network: nn.Module) -> float:
+        """Mean relative error of eps along the full-precision trajectory of the first images."""
+        errors = Trajectories()
+        watch = errors.watch({"it": self.show.job.denoiser(network, range(min(ERROR_IMAGES, self.show.job.total)))})
+        for x, t, eps in self.states:
+            watch(x, t, eps)
+        return errors.eps_errors()["it"].mean
+
+    def line(self, name: str) -> str:
+        """Sample the row of a network, write the picture; the line of the table."""
+        network, job = self.network(name), self.show.job
+        began = perf_counter()
+        self.images[name] = job.sample(network, range(job.total), self.counted(keep=name == FULL))
+        seconds = (perf_counter() - began) / job.total
+        save_rows(self.picture, self.images)
+        size = self.files[name].stat().st_size / 1e6
+        if name == FULL:
+            return f"{name:14} {size:8.2f} {'':8} {'':7} {'':10} {seconds:8.2f}   (stored in half precision)"
+        close = psnr(self.images[name], self.images[FULL]), ssim(self.images[name], self.images[FULL])
+        return f"{name:14} {size:8.2f} {close[0]:8.1f} {close[1]:7.3f} {self.eps_error(network):10.4f} {seconds:8.2f}"
+
+    def run(self) -> None:
+        job = self.show.job
+        self.progress.set_description(self.show.name)
+        self.progress.write(f"\n{job.title}\n{'':14} {'file MB':>8} {'PSNR dB':>8} {'SSIM':>7} {'eps error':>10} {'s/image':>8}")
+        for name in NETWORKS:
+            self.progress.write(self.line(name))
+        self.progress.write(f"{self.picture}: one row for each line of the table, the same {job.total} noises")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -62,5 +109,8 @@ def main(argv: list[str] | None = None) -> None:
     device = select_device(args.device)
     args.output.mkdir(parents=True, exist_ok=True)
     log_to(None, verbose=False)
-    for name in NAMES:
-        run(load_embedded(name, args.images, device), args.output, device)
+    shows = [load_embedded(name, args.images, device) for name in COSTS]
+    total = sum(COSTS[show.name] * show.job.total * len(NETWORKS) for show in shows)
+    with tqdm(total=total, bar_format=BAR) as progress:
+        for show in shows:
+            Demo(show, args.output, progress).run()
