@@ -8,6 +8,7 @@ blocks serve the autoencoders of the latent family too.
 import math
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -97,16 +98,16 @@ class AttnBlock(nn.Module):
         self.av = MatMul()
 
     def forward(self, x: Tensor) -> Tensor:
-        n, c, height, width = x.shape
+        scale, width = x.shape[1] ** -0.5, x.shape[3]
         h = self.norm(x)
-        q, k, v = (layer(h).flatten(2) for layer in (self.q, self.k, self.v))  # [N, C, HW]
+        q, k, v = (rearrange(layer(h), "n c h w -> n c (h w)") for layer in (self.q, self.k, self.v))
         if self.fused:
-            h = fused_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), c**-0.5).transpose(1, 2)
-            return x + self.proj_out(h.reshape(n, c, height, width))
-        logits = self.qk(q.transpose(1, 2), k) * c**-0.5  # [N, HW (query), HW (key)]
+            h = fused_attention(*(rearrange(part, "n c t -> n t c") for part in (q, k, v)), scale)
+            return x + self.proj_out(rearrange(h, "n (h w) c -> n c h w", w=width))
+        logits = self.qk(rearrange(q, "n c t -> n t c"), k) * scale  # [N, HW (query), HW (key)]
         probabilities = torch.softmax(logits, dim=2)
-        h = self.av(v, probabilities.transpose(1, 2)).reshape(n, c, height, width)
-        return x + self.proj_out(h)
+        h = self.av(v, rearrange(probabilities, "n query key -> n key query"))
+        return x + self.proj_out(rearrange(h, "n c (h w) -> n c h w", w=width))
 
 
 class UNet(nn.Module):

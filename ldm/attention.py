@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -39,16 +40,15 @@ class QKVAttention(nn.Module):
         self.smv_matmul = MatMul()
 
     def forward(self, qkv: Tensor) -> Tensor:
-        n, width, tokens = qkv.shape
-        d = width // (3 * self.heads)
-        q, k, v = qkv.reshape(n * self.heads, 3 * d, tokens).transpose(1, 2).split(d, dim=2)
-        scale = d**-0.25
-        return sliced(self._attend, (self.qkv_matmul, self.smv_matmul), q * scale, k * scale, v).transpose(1, 2).reshape(n, -1, tokens)
+        q, k, v = rearrange(qkv, "n (heads parts d) t -> parts (n heads) t d", heads=self.heads, parts=3)
+        scale = q.shape[2] ** -0.25
+        h = sliced(self._attend, (self.qkv_matmul, self.smv_matmul), q * scale, k * scale, v)
+        return rearrange(h, "(n heads) t d -> n (heads d) t", heads=self.heads)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.fused:
             return fused_attention(q, k, v, 1.0)
-        probabilities = torch.softmax(self.qkv_matmul(q, k.transpose(1, 2)), dim=-1)
+        probabilities = torch.softmax(self.qkv_matmul(q, rearrange(k, "b t d -> b d t")), dim=-1)
         return self.smv_matmul(probabilities, v)
 
 
@@ -63,8 +63,8 @@ class AttentionBlock(nn.Module):
         self.proj_out = nn.Conv1d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        flat = x.flatten(2)
-        return x + self.proj_out(self.attention(self.qkv(self.norm(flat)))).reshape(x.shape)
+        h = self.attention(self.qkv(self.norm(rearrange(x, "n c h w -> n c (h w)"))))
+        return x + rearrange(self.proj_out(h), "n c (h w) -> n c h w", w=x.shape[3])
 
 
 class CrossAttention(nn.Module):
@@ -84,18 +84,15 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         context = x if context is None else context
-        n, tokens, channels = x.shape
-        q, k, v = (
-            part.unflatten(2, (self.heads, -1)).transpose(1, 2).flatten(0, 1)
-            for part in (self.to_q(x), self.to_k(context), self.to_v(context))
-        )
+        parts = (self.to_q(x), self.to_k(context), self.to_v(context))
+        q, k, v = (rearrange(part, "n t (heads d) -> (n heads) t d", heads=self.heads) for part in parts)
         h = sliced(self._attend, (self.qk, self.av), q, k, v)
-        return self.to_out(h.unflatten(0, (n, self.heads)).transpose(1, 2).reshape(n, tokens, channels))
+        return self.to_out(rearrange(h, "(n heads) t d -> n t (heads d)", heads=self.heads))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.fused:
             return fused_attention(q, k, v, q.shape[2] ** -0.5)
-        logits = self.qk(q, k.transpose(1, 2)) * q.shape[2] ** -0.5
+        logits = self.qk(q, rearrange(k, "b t d -> b d t")) * q.shape[2] ** -0.5
         return self.av(torch.softmax(logits, dim=-1), v)
 
 
@@ -149,7 +146,7 @@ class SpatialTransformer(nn.Module):
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)
+        h = rearrange(self.proj_in(self.norm(x)), "n c h w -> n (h w) c")
         for block in self.transformer_blocks:
             h = block(h, context)
-        return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
+        return x + self.proj_out(rearrange(h, "n (h w) c -> n c h w", w=x.shape[3]))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,9 +31,10 @@ class _SelfAttention(nn.Module):
             setattr(self, name, nn.Linear(width, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (layer(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        parts = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        q, k, v = (rearrange(part, "n t (heads d) -> n heads t d", heads=self.heads) for part in parts)
         h = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out_proj(h.transpose(1, 2).flatten(2))
+        return self.out_proj(rearrange(h, "n heads t d -> n t (heads d)"))
 
 
 class _Layer(nn.Module):
