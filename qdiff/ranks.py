@@ -25,23 +25,28 @@ def share(batch: Tensor) -> Tensor:
     return batch[rank() :: world()]
 
 
+def _exchangeable(tensor: Tensor) -> Tensor:
+    """The tensor where the processes can exchange it: on the GPU by NCCL, else on the CPU."""
+    return tensor if tensor.is_cuda and "cuda:nccl" in str(dist.get_backend_config()) else tensor.cpu()
+
+
 def sum_over_ranks(tensors: Sequence[Tensor]) -> None:
     """Add up tensors over the processes, in place."""
     if world() > 1:
         for tensor in tensors:
-            moved = tensor.cpu()
-            dist.all_reduce(moved)
-            tensor.copy_(moved)
+            exchanged = _exchangeable(tensor)
+            dist.all_reduce(exchanged)
+            tensor.copy_(exchanged)
 
 
 def from_first(tensors: Sequence[Tensor]) -> None:
     """Overwrite tensors with those of the first process, so that no last bit can set the processes apart."""
     if world() > 1:
         for tensor in tensors:
-            moved = tensor.detach().cpu().contiguous()
-            dist.broadcast(moved, src=0)
+            exchanged = _exchangeable(tensor.detach()).contiguous()
+            dist.broadcast(exchanged, src=0)
             with torch.no_grad():
-                tensor.copy_(moved)
+                tensor.copy_(exchanged)
 
 
 def agree(value: float) -> float:

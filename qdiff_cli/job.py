@@ -59,7 +59,7 @@ class Job:
 
 def run(job: Job) -> Path:
     """Load or calibrate, sample what is missing; the folder of the images."""
-    args, ranks = job.args, Ranks.from_environment()
+    args, ranks = job.args, Ranks.from_environment(job.device)
     folder = ranks.from_first(lambda: open_run(job.runs, printable(args), args.continue_run))
     log_to(folder if ranks.rank == 0 else None, args.verbose)
     if ranks.rank == 0:

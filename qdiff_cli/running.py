@@ -37,10 +37,11 @@ class Ranks:
     world: int = 1
 
     @classmethod
-    def from_environment(cls) -> "Ranks":
+    def from_environment(cls, device: torch.device | None = None) -> "Ranks":
+        """This process; the first call connects it with the others, for work on `device` (default: the CPU)."""
         ranks = cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
         if ranks.world > 1 and not dist.is_initialized():
-            dist.init_process_group("gloo", timeout=timedelta(days=30))  # a calibration may take long
+            _connect(ranks.world, gpus=device is not None and device.type == "cuda")
         return ranks
 
     def barrier(self) -> None:
@@ -61,6 +62,22 @@ class Ranks:
         if outcome[1] is not None:
             raise outcome[1]
         return outcome[0]
+
+
+def _connect(world: int, gpus: bool) -> None:
+    """Join the processes that torchrun started; tensors on GPUs go by NCCL, those on CPUs by gloo."""
+    from lightning_fabric import Fabric  # takes two seconds, for which one process alone has no use
+    from lightning_fabric.strategies import DDPStrategy
+
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    if gpus and local > torch.cuda.device_count():
+        raise ConfigError(
+            f"{local} processes on this machine with {torch.cuda.device_count()} GPU(s): expected at most one process for each"
+        )
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+    strategy = DDPStrategy(process_group_backend=backend, timeout=timedelta(days=30))  # a calibration may take long
+    Fabric(accelerator="cuda" if gpus else "cpu", devices=local, num_nodes=world // local, strategy=strategy).launch()
 
 
 def open_run(parent: Path, settings: dict[str, Any], continue_run: bool) -> Path:

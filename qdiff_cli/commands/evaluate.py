@@ -16,7 +16,7 @@ from qdiff_cli.evaluation import (
 )
 from qdiff_cli.images import save_npz
 from qdiff_cli.job import prepare, run
-from qdiff_cli.options import split_command
+from qdiff_cli.options import select_device, split_command
 from qdiff_cli.running import Ranks, log_to, setup_threads
 
 
@@ -50,7 +50,7 @@ def sample(args: argparse.Namespace) -> Path:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    ranks = Ranks.from_environment()
+    ranks = Ranks.from_environment(select_device(args.device))
     setup_threads(args.threads)
     check_wishes(args)
     check_inputs(args)

@@ -6,7 +6,7 @@ from pathlib import Path
 from qdiff.config import PRESETS, ConfigError
 from qdiff.evaluation.features import EXTRACTORS, default_cache
 from qdiff.evaluation.metrics import METRICS
-from qdiff_cli.options import Parser, add_device_options, positive, split_command
+from qdiff_cli.options import Parser, add_device_options, positive, select_device, split_command
 from qdiff_cli.reproduction import Work, check, write_tables
 from qdiff_cli.running import Ranks, log_to, setup_threads
 from qdiff_cli.tables import NAMED, tables
@@ -41,7 +41,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    ranks = Ranks.from_environment()
+    ranks = Ranks.from_environment(select_device(args.device))
     setup_threads(args.threads)
     known = tables(args.table)
     unknown = sorted(set(args.models or []) - {table.name for table in known})

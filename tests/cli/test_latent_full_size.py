@@ -17,8 +17,8 @@ from qdiff.checkpoint import published_shapes
 from qdiff.config import QuantConfig
 from qdiff.model import quantize_model
 from tests.support import tiny_latent
+from tests.support.commands import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 GIB = 2**30
 pytestmark = pytest.mark.slow
 

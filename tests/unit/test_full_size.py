@@ -14,8 +14,7 @@ from qdiff.checkpoint import PackedInfo, load_packed, load_published, save_packe
 from qdiff.config import QuantConfig
 from qdiff.model import act_quantizers, init_weights, quantize_model
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-CONFIG = load_config(REPOSITORY / "configs/cifar10.yml")
+CONFIG = load_config("configs/cifar10.yml")
 QUANT = QuantConfig(weight_bit=4, quant_act=True, a_sym=True, split=True)
 
 
@@ -34,18 +33,18 @@ def published(tmp_path_factory) -> Path:
 
 def test_loads_fast_and_lean(published):
     code = f"""
-import resource, sys, time
-sys.path.insert(0, {str(REPOSITORY)!r})
+import time
 import torch
 torch.set_num_threads(1)
 from ddim.config import load_config
 from ddim.family import PIXEL, describe
 from qdiff.checkpoint import load_published
+from qdiff.calibration.memory import peak_memory
 from qdiff.config import QuantConfig
-build = describe(load_config({str(REPOSITORY / "configs/cifar10.yml")!r}).model)
-before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+build = describe(load_config("configs/cifar10.yml").model)
+before, start = peak_memory(), time.process_time()
 load_published({str(published)!r}, build, PIXEL, QuantConfig(weight_bit=4, quant_act=True, a_sym=True, split=True))
-print(time.process_time() - start, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+print(time.process_time() - start, (peak_memory() - before) / 2**20)
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     seconds, megabytes = map(float, result.stdout.split())
