@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from qdiff.compat import make_torchvision_importable
+from qdiff.extras import require_extra
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 
@@ -89,6 +90,7 @@ def psnr(images: Tensor, reference: Tensor) -> float:
 
 def ssim(images: Tensor, reference: Tensor) -> float:
     """Mean structural similarity (Wang et al. 2004) of uint8 images [N, C, H, W], 11x11 Gaussian window."""
+    require_extra("eval", "torchmetrics")
     make_torchvision_importable()
     from torchmetrics.functional.image import structural_similarity_index_measure
 

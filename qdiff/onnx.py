@@ -6,7 +6,6 @@ TensorRT takes no zero points but 0 (NVIDIA/TensorRT#2774, #4698). Needs the pac
 """
 
 import copy
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from qdiff import quantizers as Q
 from qdiff.config import ConfigError
+from qdiff.extras import require_extra
 from qdiff.files import atomic_write
 from qdiff.layers import ActQuantizer, QuantLayer, QuantMatMul
 from qdiff.model import replace_modules
@@ -137,10 +137,10 @@ def export_onnx(path: str | Path, model: nn.Module, inputs: Sequence[Tensor]) ->
     """Write a quantized network as ONNX, for inputs of the given shapes.
 
     Raises:
-        ConfigError: onnx or onnxscript is not installed; time-step sets; widths or zero points that ONNX does not have.
+        MissingExtra: onnx or onnxscript is not installed.
+        ConfigError: time-step sets; widths or zero points that ONNX does not have.
     """
-    if missing := [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]:
-        raise ConfigError(f"export to ONNX needs the packages onnx and onnxscript: pip install {' '.join(missing)}")
+    require_extra("export", "onnx", "onnxscript")
     import onnx
     from onnxscript import opset21 as op
 

@@ -15,6 +15,7 @@ from qdiff.calibration.memory import working_memory
 from qdiff.evaluation.cost import Cost, measure_cost
 from qdiff.evaluation.likeness import Likeness, likeness
 from qdiff.evaluation.lite0 import load_lite0
+from qdiff.extras import require_extra
 from qdiff.files import atomic_write
 from qdiff_cli.images import make_grid
 from qdiff_cli.job import Job
@@ -37,6 +38,7 @@ class Comparison:
 
 def compare(job: Job, model: nn.Module, networks: Mapping[str, nn.Module], count: int) -> Comparison:
     """Sample `count` images with each network, in chunks of the job's batch size."""
+    require_extra("eval", "torchmetrics")
     lite0 = load_lite0()  # first: it may be missing
     trajectories = Trajectories()
     images: dict[str, list[Tensor]] = {name: [] for name in (FULL, *networks)}

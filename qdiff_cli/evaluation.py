@@ -25,6 +25,7 @@ from qdiff.evaluation.metrics import (
     save_statistics,
     statistics_of,
 )
+from qdiff.extras import require_extra
 from qdiff_cli.options import Parser, add_device_options, positive, select_device
 from qdiff_cli.running import Ranks
 
@@ -71,6 +72,7 @@ def check_inputs(args: argparse.Namespace) -> None:
 
     The features of the reference are made, and kept, here.
     """
+    require_extra("eval", "torch_fidelity", *(["torchmetrics"] if args.against else []))
     reference = open_reference(args)
     if args.against:
         open_images(args.against)

@@ -20,6 +20,7 @@ from qdiff.config import ConfigError
 from qdiff.download import cache_root, fetch
 from qdiff.evaluation.images import Selected
 from qdiff.evaluation.lite0 import load_lite0, to_input, weights_file
+from qdiff.extras import require_extra
 from qdiff.files import atomic_write, file_hash
 
 EXTRACTORS = ("inception", "lite0")
@@ -70,6 +71,7 @@ def load_extractor(name: str, device: torch.device, weights: Path | None = None)
 
 
 def _inception(path: Path) -> nn.Module:
+    require_extra("eval", "torch_fidelity")
     make_torchvision_importable()
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 

@@ -1,7 +1,6 @@
 """Where images come from: folders, `.npz` files, lmdb databases, CIFAR-10. Read by index, a batch at a time."""
 
 import hashlib
-import importlib.util
 import io
 import re
 import zipfile
@@ -19,6 +18,7 @@ from torch import Tensor
 from qdiff.compat import make_torchvision_importable
 from qdiff.config import ConfigError
 from qdiff.download import cache_root
+from qdiff.extras import require_extra
 from qdiff.files import file_hash, locked
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -112,8 +112,7 @@ class _Lmdb:
     hashes: ClassVar[dict[tuple, str]] = {}
 
     def __init__(self, path: Path) -> None:
-        if importlib.util.find_spec("lmdb") is None:
-            raise ConfigError(f"{path}: an lmdb database needs the package lmdb (pip install lmdb)")
+        require_extra("eval", "lmdb")
         import lmdb
 
         self.name, self.file = str(path), path / "data.mdb"

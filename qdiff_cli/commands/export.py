@@ -14,6 +14,7 @@ from ldm.config import load_config as load_latent_config
 from ldm.sampling import LatentSampler, LatentSettings, latent_task_parts
 from qdiff.checkpoint import midpoint_weights, save_packed, save_published
 from qdiff.config import ConfigError
+from qdiff.extras import require_extra
 from qdiff.onnx import export_onnx
 from qdiff_cli.options import Parser, add_quant_options, add_run_options, positive, project_file, quant_config, seed, select_device
 from qdiff_cli.quantize import Task, is_latent, load_calibrated, write_stages
@@ -63,6 +64,8 @@ def main(argv: list[str] | None = None) -> None:
         raise ConfigError("--cali_ckpt: expected the checkpoint to convert")
     if args.output.suffix not in (".safetensors", ".pth", ".onnx"):
         raise ConfigError(f"-o {args.output}: expected a name ending in .safetensors (packed), .pth (published) or .onnx")
+    if args.output.suffix == ".onnx":
+        require_extra("export", "onnx", "onnxscript")
     task = (latent_task if is_latent(args.config) else pixel_task)(args)
     quant = quant_config(args, task.weight_method, task.act_method)
     network, info = load_calibrated(args.cali_ckpt, task, quant)
