@@ -11,7 +11,7 @@
         --cali_ckpt models/ddim/emoji32/w4a8.safetensors --batch_size 8 -o emoji32.onnx
 
 The ending of the output says which format is written. ONNX (.onnx) has fixed shapes and needs
-`requirements-export.txt`. Without full-precision weights (--ckpt, --use_pretrained) a published file carries weights
+the extra `export` (`pip install ".[export]"`). Without full-precision weights (--ckpt, --use_pretrained) a published file carries weights
 that lie in the middle of their rounding interval. With --ckpt, a packed file of a latent model gets its autoencoder and
 text tower beside it (stages.safetensors).
 """

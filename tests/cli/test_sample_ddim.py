@@ -3,7 +3,6 @@
 import re
 import shlex
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 from PIL import Image
 
 from tests.support import commands, tiny
-from tests.support.commands import fails, succeeded
+from tests.support.commands import fails
 from tests.support.quantized import BUILD, Payload, quantized
 
 SAMPLE = "sample_diffusion_ddim.py"
@@ -75,16 +74,6 @@ def test_interruption_changes_no_bit(files, tmp_path):
     kept = (folder / "img/0.png").stat().st_mtime_ns
     assert commands.run(SAMPLE, *base(files, tmp_path / "b", *more, "--continue", images=10)).returncode == 0
     assert content(folder) == whole and (folder / "img/0.png").stat().st_mtime_ns == kept
-
-
-
-@pytest.mark.multiprocess
-def test_ranks_change_no_bit(files, tmp_path):
-    more = ("--ckpt", files["ckpt"], "--eta", 1.0)
-    succeeded(commands.run(SAMPLE, *base(files, tmp_path / "a", *more, images=10)))
-    command = commands.torchrun(2, commands.REPOSITORY / "scripts" / SAMPLE, *base(files, tmp_path / "c", *more, images=10))
-    succeeded(subprocess.run(command, capture_output=True, text=True, timeout=300))
-    assert content(run_folder(tmp_path / "c")) == content(run_folder(tmp_path / "a"))
 
 
 def test_a_killed_run_continues(files, tmp_path):

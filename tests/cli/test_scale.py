@@ -18,6 +18,7 @@ from qdiff.evaluation.images import Selected
 from qdiff_cli.images import load_png
 from qdiff_cli.running import Ranks, sample_missing
 from tests.support import commands, tiny
+from tests.support.commands import succeeded
 
 SAMPLE = "sample_diffusion_ddim.py"
 
@@ -103,7 +104,7 @@ def files(tmp_path_factory):
 
 def command(files, out: Path, processes: int, images: int, *more: str) -> list[str]:
     config, weights = files
-    words = f"--config {config} --ckpt {weights} --timesteps 5 --max_images {images} --threads 1 -l {out}"
+    words = f"--config {config} --ckpt {weights} --timesteps 5 --eta 1 --max_images {images} --threads 1 -l {out}"
     file = commands.REPOSITORY / "scripts" / SAMPLE
     start = commands.torchrun(processes, file) if processes > 1 else [sys.executable, str(file)]
     return [*start, *words.split(), *more]
@@ -114,13 +115,12 @@ def content(out: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.multiprocess
-def test_two_and_three_processes_make_the_images_of_one(files, tmp_path):
-    for processes in (1, 2, 3):
-        result = subprocess.run(command(files, tmp_path / str(processes), processes, 22), capture_output=True, text=True, timeout=300)
-        assert result.returncode == 0, result.stderr
+def test_three_processes_make_the_images_of_one(files, tmp_path):
+    for processes in (1, 3):
+        succeeded(subprocess.run(command(files, tmp_path / str(processes), processes, 22), capture_output=True, text=True, timeout=300))
     whole = content(tmp_path / "1")
     assert len(whole) == 22
-    assert content(tmp_path / "2") == whole and content(tmp_path / "3") == whole
+    assert content(tmp_path / "3") == whole
 
 
 def children(pid: int) -> list[int]:
@@ -130,7 +130,7 @@ def children(pid: int) -> list[int]:
 @pytest.mark.multiprocess
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the processes of torchrun in /proc")
 def test_a_process_that_dies_loses_only_unfinished_images(files, tmp_path):
-    images = 400
+    images = 200
     process = subprocess.Popen(command(files, tmp_path / "a", 2, images), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while len(content(tmp_path / "a")) < 20 and time.monotonic() < deadline:

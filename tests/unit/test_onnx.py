@@ -1,4 +1,4 @@
-"""Export to ONNX. The integers are checked in the file; ONNX Runtime runs it (`requirements-export.txt`)."""
+"""Export to ONNX. The integers are checked in the file; ONNX Runtime runs it (the extra `export`)."""
 
 import copy
 
@@ -36,7 +36,7 @@ def test_what_is_exported_computes_the_same(case):
 
 
 def test_runtime_and_file_agree_with_the_simulation(case, tmp_path):
-    onnx = pytest.importorskip("onnx", reason="requirements-export.txt is not installed")
+    onnx = pytest.importorskip("onnx", reason="the extra `export` is not installed")
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
     model, inputs, bits = case
