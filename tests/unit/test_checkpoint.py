@@ -1,16 +1,14 @@
 """Both checkpoint formats: round trips, damage, foreign files, wrong options."""
 
 import json
-import os
 import pickle
 from dataclasses import replace
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import save_file
 
-from ddim.family import PIXEL, describe
+from ddim.family import PIXEL
 from qdiff.checkpoint import (
     CheckpointError,
     PackedInfo,
@@ -27,23 +25,9 @@ from qdiff.checkpoint import (
     unpack_integers,
 )
 from qdiff.config import ConfigError, QuantConfig
-from qdiff.model import act_quantizers, enable_activations, init_weights, quantize_model
-
-BUILD = describe(tiny.MODEL)
-X, T = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([10.0, 800.0])
-
-
-def quantized(**settings):
-    quant = QuantConfig(**{"weight_bit": 4, "quant_act": True, "a_sym": True, "split": True} | settings)
-    unet = tiny.unet()
-    model = quantize_model(unet, PIXEL, quant)
-    init_weights(model, quant.weight_scale_method)
-    torch.manual_seed(3)
-    for quantizer in act_quantizers(model).values():
-        zero = torch.tensor(0.0 if quant.a_sym else float(torch.randint(1, 200, ())))
-        quantizer.set_scale(torch.rand(()) * 0.02 + 0.01, zero)
-    enable_activations(model, True)
-    return unet, model, quant
+from qdiff.model import enable_activations
+from tests.support import tiny
+from tests.support.quantized import BUILD, Payload, T, X, quantized
 
 
 @pytest.fixture
@@ -172,14 +156,6 @@ def test_another_kind_of_object_is_described(tmp_path):
     torch.save({"epoch": 3, "loss": [1.0]}, tmp_path / "log.pth")
     with pytest.raises(CheckpointError, match="expected a state dict of tensors, found a dict with epoch, loss"):
         read_tensors(tmp_path / "log.pth")
-
-
-class Payload:
-    def __init__(self, command: str) -> None:
-        self.command = command
-
-    def __reduce__(self):
-        return (os.system, (self.command,))
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")

@@ -1,16 +1,13 @@
 """Calibrations that are interrupted, damaged, or run by two processes; the Python call."""
 
 import logging
-import os
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 
-import golden
 import pytest
-import tiny
 import torch
 from torch import nn
 
@@ -21,19 +18,11 @@ from qdiff.calibration.run import Workplace, calibrate
 from qdiff.config import CalibrationConfig, ConfigError, QuantConfig
 from qdiff.layers import QuantConv2d, QuantLinear
 from qdiff.model import enable_activations, quant_layers, quantize_model
+from tests.support import commands, golden, tiny
+from tests.support.foreign import INPUTS, QUICK, Denoiser, Residual
 
 W4A8 = QuantConfig(weight_bit=4, quant_act=True, a_sym=True, split=True)
 SHORT = CalibrationConfig(steps=4, samples=16, batch_size=8, iters=4, lr=1e-2, iters_a=4, iters_tune=2)
-
-
-@pytest.fixture(scope="module")
-def network():
-    return tiny.unet()
-
-
-@pytest.fixture(scope="module")
-def rows(network):
-    return tiny.rows(network)
 
 
 @pytest.fixture(scope="module")
@@ -111,10 +100,9 @@ def test_no_unit_ends_worse_than_it_began(reference):
 
 
 CALIBRATE = """
-import sys, torch, torch.distributed as dist
-sys.path.insert(0, {tests!r})
-import tiny
+import torch, torch.distributed as dist
 from pathlib import Path
+from tests.support import tiny
 from ddim.family import PIXEL
 from qdiff.calibration.run import Workplace, calibrate
 from qdiff.config import CalibrationConfig, QuantConfig
@@ -132,15 +120,10 @@ if {world} > 1:
 
 def script(tmp_path, config, world=1, folder="calibration"):
     (tmp_path / folder).mkdir(exist_ok=True)
-    tests = str(commands.REPOSITORY / "tests")
     path = tmp_path / f"{folder}.py"
-    values = {"tests": tests, "world": world, "quant": W4A8.to_dict(), "config": config.to_dict(), "folder": str(tmp_path / folder)}
+    values = {"world": world, "quant": W4A8.to_dict(), "config": config.to_dict(), "folder": str(tmp_path / folder)}
     path.write_text(CALIBRATE.format(**values))
     return path
-
-
-def environment():
-    return os.environ | {"PYTHONPATH": f"{commands.REPOSITORY}:{commands.REPOSITORY / 'tests'}", "OMP_NUM_THREADS": "1"}
 
 
 def killed_and_continued(tmp_path, reference, times, seed):
@@ -149,7 +132,7 @@ def killed_and_continued(tmp_path, reference, times, seed):
     path, folder = script(tmp_path, SHORT), tmp_path / "calibration"
     total = len(read_entries(reference[1] / MANIFEST))
     for kill in range(times):
-        process = subprocess.Popen([sys.executable, path], env=environment(), stderr=subprocess.DEVNULL)
+        process = subprocess.Popen([sys.executable, path], stderr=subprocess.DEVNULL)
         aim = total * (kill + torch.rand(1, generator=generator).item()) / times
         while process.poll() is None:
             manifest = folder / MANIFEST
@@ -159,7 +142,7 @@ def killed_and_continued(tmp_path, reference, times, seed):
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    subprocess.run([sys.executable, path], env=environment(), check=True, capture_output=True, timeout=300)
+    subprocess.run([sys.executable, path], check=True, capture_output=True, timeout=300)
     return torch.load(folder / "done.pt", weights_only=True)
 
 
@@ -173,13 +156,14 @@ def test_twenty_kills(tmp_path, reference):
     assert same(killed_and_continued(tmp_path, reference, 20, 1), reference[0])
 
 
+@pytest.mark.multiprocess
 def test_two_processes_calibrate_as_one(tmp_path):
     """The first loss and gradients agree, so does the first unit's result; both runs end alike."""
     config = replace(SHORT, iters=1, iters_a=0, iters_tune=0)
     for world in (1, 2):
         path = script(tmp_path, config, world, f"world{world}")
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", path]
-        subprocess.run(command, env=environment(), check=True, capture_output=True, timeout=300)
+        command = commands.torchrun(world, path)
+        subprocess.run(command, check=True, capture_output=True, timeout=300)
     one, two = (read_entries(tmp_path / f"world{world}" / MANIFEST) for world in (1, 2))
     assert one[0]["losses"] == pytest.approx(two[0]["losses"], rel=1e-5)
     assert one[0]["after"] == pytest.approx(two[0]["after"], rel=1e-5)
@@ -187,6 +171,7 @@ def test_two_processes_calibrate_as_one(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.multiprocess
 def test_two_processes_end_within_the_spread_of_seeds(tmp_path, network, rows):
     """The held-out error of a calibration by two processes lies within that of three seeds in one process."""
 
@@ -208,8 +193,8 @@ def test_two_processes_end_within_the_spread_of_seeds(tmp_path, network, rows):
         for seed in seeds:
             name = f"world{world}_{seed}"
             path = script(tmp_path, replace(config, seed=seed), world, name)
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", path]
-            subprocess.run(command, env=environment(), check=True, capture_output=True, timeout=600)
+            command = commands.torchrun(world, path)
+            subprocess.run(command, check=True, capture_output=True, timeout=600)
             errors[world, seed] = final(torch.load(tmp_path / name / "done.pt", weights_only=True))
     spread = [errors[1, seed] for seed in range(3)]
     print(f"one process {spread}, two {errors[2, 0]}")
@@ -236,12 +221,13 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.multiprocess
 def test_gradients_of_two_processes_are_those_of_one(tmp_path):
     """Each process takes its share of a batch; the sums, on both, are the gradients of the whole batch to 1e-5."""
     (tmp_path / "gradients.py").write_text(GRADIENTS)
     for world in (1, 2):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", tmp_path / "gradients.py"]
-        subprocess.run([*command, tmp_path], env=environment(), check=True, capture_output=True, timeout=300)
+        command = commands.torchrun(world, tmp_path / "gradients.py")
+        subprocess.run([*command, tmp_path], check=True, capture_output=True, timeout=300)
     whole = torch.load(tmp_path / "1-0.pt", weights_only=True)
     for rank in range(2):
         found = torch.load(tmp_path / f"2-{rank}.pt", weights_only=True)
@@ -251,33 +237,6 @@ def test_gradients_of_two_processes_are_those_of_one(tmp_path):
 
 
 # --- the Python call ----------------------------------------------------------------------------
-
-
-class Residual(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.first, self.second = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
-        self.time = nn.Linear(8, width)
-
-    def forward(self, x, *, emb):
-        return x + self.second(torch.relu(self.first(x) + self.time(emb)[:, :, None, None]))
-
-
-class Denoiser(nn.Module):
-    """A network that knows nothing of this project."""
-
-    def __init__(self, odd=False):
-        super().__init__()
-        self.stem, self.head = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 3, 3, padding=1)
-        self.blocks = nn.ModuleList(Residual(16) for _ in range(2))
-        self.odd = nn.Bilinear(2, 2, 2) if odd else None
-
-    def forward(self, x, t):
-        emb = torch.cos(t[:, None] * torch.arange(1, 9) / 50)
-        h = self.stem(x)
-        for block in self.blocks:
-            h = block(h, emb=emb)
-        return self.head(torch.relu(h))
 
 
 def test_any_network_is_quantized(tmp_path):
@@ -295,10 +254,6 @@ def test_any_network_is_quantized(tmp_path):
         target = model(x, t)
         assert golden.relative_error(quantized(x, t), target) < 0.8 * golden.relative_error(nearest(x, t), target)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-
-
-INPUTS = (torch.randn(12, 3, 8, 8), torch.arange(12.0))
-QUICK = {"iters": 2, "iters_a": 2, "iters_tune": 2, "batch_size": 4}
 
 
 def test_a_layer_without_quantized_form_is_named_or_kept():
