@@ -37,14 +37,20 @@ def folders(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def lite0():
-    return load_extractor("lite0", CPU)
+def quick():
+    """An extractor that costs nothing: colors of 16 parts of the image, and ten of them as logits."""
+
+    def run(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        colors = nn.functional.adaptive_avg_pool2d(images.float(), 4).flatten(1)
+        return colors, colors[:, :10] / 50
+
+    return Extractor("quick", "0" * 64, "", run)
 
 
 @pytest.fixture(scope="module")
-def both(folders, lite0, tmp_path_factory):
+def both(folders, quick, tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
-    return [extract(Selected(open_images(folder)), lite0, cache, BATCH) for folder in folders]
+    return [extract(Selected(open_images(folder)), quick, cache, BATCH) for folder in folders]
 
 
 def fidelity(folders, name, extractor, **options):
@@ -52,8 +58,8 @@ def fidelity(folders, name, extractor, **options):
     make_torchvision_importable()
     import torch_fidelity
 
-    layers = {f"feature_layer_{metric}": "features" for metric in ("fid", "kid", "prc")} if name == "lite0-test" else {}
-    if name == "lite0-test":
+    layers = {f"feature_layer_{metric}": "features" for metric in ("fid", "kid", "prc")} if name == "quick-test" else {}
+    if name == "quick-test":
         from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
         class Registered(torch_fidelity.FeatureExtractorBase):
@@ -96,10 +102,11 @@ def agrees(ours, theirs):
     assert (ours["precision"], ours["recall"]) == pytest.approx((theirs["precision"], theirs["recall"]), rel=1e-6)
 
 
-def test_lite0_figures_are_those_of_torch_fidelity(folders, both, lite0):
-    agrees(metrics.compute(*both, metrics.METRICS), fidelity(folders, "lite0-test", lite0))
+def test_figures_are_those_of_torch_fidelity(folders, both, quick):
+    agrees(metrics.compute(*both, metrics.METRICS), fidelity(folders, "quick-test", quick))
 
 
+@pytest.mark.slow
 def test_inception_figures_are_those_of_torch_fidelity(folders, tmp_path, monkeypatch):
     """With random weights: the real ones cannot be had offline."""
     make_torchvision_importable()
@@ -162,17 +169,17 @@ def test_fid_is_the_formula(both):
     assert metrics.compute(*short, ("fid",))["fid"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_fid_grows_with_noise(folders, both, lite0, tmp_path):
+def test_fid_grows_with_noise(folders, both, quick, tmp_path):
     clean = pictures.make(COUNT, 0)
     distances = []
     for sd in (10, 40):
         noisy = (clean + sd * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 255).to(torch.uint8)
-        found = extract(Selected(open_images(pictures.save(noisy, tmp_path / str(sd)))), lite0, tmp_path / "cache", BATCH)
+        found = extract(Selected(open_images(pictures.save(noisy, tmp_path / str(sd)))), quick, tmp_path / "cache", BATCH)
         distances.append(metrics.compute(found, both[0], ("fid",))["fid"])
     assert 1 < distances[0] < distances[1]
 
 
-def test_npz_and_lmdb_hold_the_same_images(folders, both, lite0, tmp_path):
+def test_npz_and_lmdb_hold_the_same_images(folders, both, quick, tmp_path):
     images = pictures.make(COUNT, 0)
     array = images.permute(0, 2, 3, 1).numpy()
     np.savez(tmp_path / "plain.npz", arr_0=array)
@@ -187,7 +194,7 @@ def test_npz_and_lmdb_hold_the_same_images(folders, both, lite0, tmp_path):
     for name in ("plain.npz", "packed.npz", "db"):
         source = Selected(open_images(tmp_path / name))
         assert torch.equal(source.read(range(COUNT)), images)
-        assert torch.equal(extract(source, lite0, tmp_path / "cache", BATCH).features, both[0].features)
+        assert torch.equal(extract(source, quick, tmp_path / "cache", BATCH).features, both[0].features)
         hashes[name] = source.hash
     assert hashes["db"] == Selected(open_images(folders[0])).hash  # the same files
     assert len(set(hashes.values())) == 3
@@ -199,9 +206,9 @@ def test_crop_is_that_of_the_latent_diffusion_loader(tmp_path):
     assert np.array_equal(np.asarray(center_crop(Image.fromarray(pixels), 16)), np.asarray(expected))
 
 
-def test_features_are_made_once_and_belong_to_their_images(folders, lite0, tmp_path):
+def test_features_are_made_once_and_belong_to_their_images(folders, quick, tmp_path):
     calls = []
-    counted = Extractor(lite0.name, lite0.weights_sha256, "", lambda images: calls.append(len(images)) or lite0.run(images))
+    counted = Extractor(quick.name, quick.weights_sha256, "", lambda images: calls.append(len(images)) or quick.run(images))
     first = extract(Selected(open_images(folders[0])), counted, tmp_path, BATCH)
     again = extract(Selected(open_images(folders[0])), counted, tmp_path, BATCH)
     assert torch.equal(first.features, again.features) and calls == [16, 16, 8]
@@ -211,63 +218,63 @@ def test_features_are_made_once_and_belong_to_their_images(folders, lite0, tmp_p
     assert sum(calls) == 2 * COUNT and len(list(tmp_path.glob("*.safetensors"))) == 2
 
 
-def test_an_interrupted_extraction_continues(folders, lite0, tmp_path):
+def test_an_interrupted_extraction_continues(folders, quick, tmp_path):
     calls = []
 
     def broken(images):
         calls.append(len(images))
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return lite0.run(images)
+        return quick.run(images)
 
-    interrupted = Extractor(lite0.name, lite0.weights_sha256, "", broken)
+    interrupted = Extractor(quick.name, quick.weights_sha256, "", broken)
     with pytest.raises(KeyboardInterrupt):
         extract(Selected(open_images(folders[0])), interrupted, tmp_path, BATCH)
     found = extract(Selected(open_images(folders[0])), interrupted, tmp_path, BATCH)
     assert calls == [16, 16, 16, 8] and len(found) == COUNT
-    assert torch.equal(found.features, extract(Selected(open_images(folders[0])), lite0, tmp_path / "other", BATCH).features)
+    assert torch.equal(found.features, extract(Selected(open_images(folders[0])), quick, tmp_path / "other", BATCH).features)
 
 
-def test_two_extractions_of_the_same_images_at_once(folders, lite0, tmp_path):
+def test_two_extractions_of_the_same_images_at_once(folders, quick, tmp_path):
     """The one that comes second finds the parts merged and gone, and must not merge what it has made itself."""
     images = Selected(open_images(folders[0]))
-    expected = extract(images, lite0, tmp_path / "other", BATCH)
+    expected = extract(images, quick, tmp_path / "other", BATCH)
     calls = []
 
     def run(batch):
         calls.append(len(batch))
         if len(calls) == 2:  # the other one comes, finds a part, makes the rest, merges
-            extract(images, lite0, tmp_path, BATCH)
-        return lite0.run(batch)
+            extract(images, quick, tmp_path, BATCH)
+        return quick.run(batch)
 
-    found = extract(images, Extractor(lite0.name, lite0.weights_sha256, lite0.note, run), tmp_path, BATCH)
+    found = extract(images, Extractor(quick.name, quick.weights_sha256, quick.note, run), tmp_path, BATCH)
     assert calls == [16, 16, 8]
     assert torch.equal(found.features, expected.features)
-    assert torch.equal(extract(images, lite0, tmp_path, BATCH).features, expected.features)
+    assert torch.equal(extract(images, quick, tmp_path, BATCH).features, expected.features)
 
 
-def test_a_wrong_cache_is_named(folders, lite0, tmp_path):
+def test_a_wrong_cache_is_named(folders, quick, tmp_path):
     for folder in folders:
-        extract(Selected(open_images(folder)), lite0, tmp_path, BATCH)
+        extract(Selected(open_images(folder)), quick, tmp_path, BATCH)
     first, second = sorted(tmp_path.glob("*.safetensors"))
     second.write_bytes(first.read_bytes())
     with pytest.raises(ConfigError, match=f"{second.name}: made from other images: images_sha256"):
         for folder in folders:
-            extract(Selected(open_images(folder)), lite0, tmp_path, BATCH)
+            extract(Selected(open_images(folder)), quick, tmp_path, BATCH)
     second.write_bytes(b"\x10" * 100)
     with pytest.raises(ConfigError, match=f"{second.name}: a damaged cache file"):
         for folder in folders:
-            extract(Selected(open_images(folder)), lite0, tmp_path, BATCH)
+            extract(Selected(open_images(folder)), quick, tmp_path, BATCH)
 
 
-def test_a_cache_with_too_few_features_is_named(folders, lite0, tmp_path):
-    extract(Selected(open_images(folders[0])), lite0, tmp_path, BATCH)
+def test_a_cache_with_too_few_features_is_named(folders, quick, tmp_path):
+    extract(Selected(open_images(folders[0])), quick, tmp_path, BATCH)
     (path,) = tmp_path.glob("*.safetensors")
     with safe_open(path, "pt") as file:
         metadata, shorter = file.metadata(), {name: file.get_tensor(name)[:-1].clone() for name in ("features", "logits")}
     save_file(shorter, path, metadata=metadata)
     with pytest.raises(ConfigError, match=f"{path.name}: features of 39 images, expected 40"):
-        extract(Selected(open_images(folders[0])), lite0, tmp_path, BATCH)
+        extract(Selected(open_images(folders[0])), quick, tmp_path, BATCH)
 
 
 def test_numbers_in_names_are_ordered_by_value(tmp_path):
@@ -310,7 +317,7 @@ def test_statistics_round_trip_and_those_of_another_extractor(both, tmp_path):
     kept = metrics.load_statistics(path)
     assert metrics.compute(both[0], kept, metrics.METRICS)["fid"] == metrics.compute(*both, ("fid",))["fid"]
     other = metrics.Statistics(kept.mu, kept.sigma, "inception 0123", kept.count, "s.npz")
-    with pytest.raises(ConfigError, match=r"s\.npz: made with the extractor inception 0123, expected lite0"):
+    with pytest.raises(ConfigError, match=r"s\.npz: made with the extractor inception 0123, expected quick"):
         metrics.compute(both[0], other, ("fid",))
     np.savez(tmp_path / "adm.npz", mu=kept.mu, sigma=kept.sigma, mu_s=kept.mu, sigma_s=kept.sigma)
     with pytest.raises(ConfigError, match="another evaluator"):
@@ -432,10 +439,9 @@ def test_clip_score_of_a_small_model(tmp_path):
 def test_likeness_of_batches_is_that_of_all_images():
     from qdiff.analysis import psnr
     from qdiff.evaluation.likeness import likeness
-    from qdiff.evaluation.lite0 import load_lite0
 
-    first, second, network = pictures.make(20, 0), pictures.make(20, 1), load_lite0()
-    found = likeness(zip(first.split(8), second.split(8), strict=True), network)
+    first, second, network = pictures.make(6, 0), pictures.make(6, 1), load_lite0()
+    found = likeness(zip(first.split(4), second.split(4), strict=True), network)
     assert found.psnr == pytest.approx(psnr(first, second), rel=1e-9) and 0 < found.ssim < 1 and found.perceptual > 0
     same = likeness([(first, first)], network)
     assert (same.psnr, same.perceptual) == (float("inf"), 0.0)

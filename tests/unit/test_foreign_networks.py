@@ -3,11 +3,8 @@
 import copy
 from collections import namedtuple
 
-import golden
 import pytest
 import torch
-from test_integer import attention_product, check, here, operators, quantized_layer  # noqa: F401
-from test_journal import INPUTS, QUICK, Denoiser, Residual
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,7 +16,11 @@ from qdiff.integer.engine import prepare, to_integer
 from qdiff.integer.gpu import PackedLayer, to_packed
 from qdiff.layers import QuantConv1d, QuantConv2d, QuantLinear
 from qdiff.onnx import exportable
+from tests.support import golden
+from tests.support.foreign import INPUTS, QUICK, Denoiser, Residual
+from tests.support.integer import attention_product, check, quantized_layer
 
+pytestmark = pytest.mark.usefixtures("integer_path")
 X = torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(0))
 
 
@@ -50,7 +51,6 @@ def near(found: Tensor, network: nn.Module, x: Tensor = X) -> bool:
     return golden.relative_error(found, network(x)) < 0.02  # some values lie on the edge between two integers
 
 
-@here
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("channels", "geometry", "size"),
@@ -69,7 +69,6 @@ def test_convolutions_that_onednn_gets_wrong(channels, geometry, size):
     check(quantized_layer(nn.Conv2d(*channels, **geometry), QuantConv2d, 4, True, "max", x), x)
 
 
-@here
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("first", "second", "integer"),
@@ -83,7 +82,7 @@ def test_convolutions_that_onednn_gets_wrong(channels, geometry, size):
         ((4, 5, 6), (2, 4, 6, 7), False),
     ],
 )
-def test_attention_products_of_every_shape_are_exact(operators, monkeypatch, first, second, integer):  # noqa: F811
+def test_attention_products_of_every_shape_are_exact(operators, monkeypatch, first, second, integer):
     torch.manual_seed(0)
     product = attention_product(False, 8)
     a, b = torch.rand(first), torch.randn(second)
@@ -96,7 +95,6 @@ def test_attention_products_of_every_shape_are_exact(operators, monkeypatch, fir
     assert golden.relative_error(found(a, b).double(), expected) < 1e-6
 
 
-@here
 @torch.no_grad()
 def test_attention_products_that_are_not_quantized_stay():
     product = attention_product(False, 8)
@@ -104,7 +102,6 @@ def test_attention_products_that_are_not_quantized_stay():
     assert torch.equal(engine.IntegerMatMul(product)(a, b), a @ b)
 
 
-@here
 @torch.no_grad()
 @pytest.mark.parametrize("layer", [convolution(), quantized_layer(nn.Linear(6, 5), QuantLinear, 4, False, "max", X)])
 def test_fractional_zero_points_are_simulated_and_no_onnx(layer):
@@ -116,7 +113,6 @@ def test_fractional_zero_points_are_simulated_and_no_onnx(layer):
         exportable(nn.Sequential(layer))
 
 
-@here
 @torch.no_grad()
 def test_a_layer_at_two_paths_is_replaced_at_both():
     network = nn.Sequential(convolution(), nn.Identity())
@@ -129,7 +125,6 @@ def test_a_layer_at_two_paths_is_replaced_at_both():
     assert not any(isinstance(module, QuantConv2d) for module in exported.children()) and exported[1] is exported[0]
 
 
-@here
 def test_a_network_quantized_from_python_runs_on_integers():
     model = Denoiser()
     quantized = qdiff.quantize(model, INPUTS, weight_bit=8, blocks=[Residual], time_sets=2, **QUICK)
@@ -140,7 +135,6 @@ def test_a_network_quantized_from_python_runs_on_integers():
             assert golden.relative_error(integer(*inputs), quantized(*inputs)) < 0.02
 
 
-@here
 @torch.no_grad()
 def test_what_networks_read_of_their_layers_stays():
     def body(network, x):
@@ -155,7 +149,6 @@ def test_what_networks_read_of_their_layers_stays():
         _ = to_integer(network).conv.nothing_of_that_name
 
 
-@here
 @torch.no_grad()
 def test_hooks_stay():
     network = Network(lambda network, x: network.conv(network.norm(x)))
@@ -164,9 +157,8 @@ def test_hooks_stay():
     assert near(to_integer(network)(X), network) and near(to_packed(network, False)(X), network)
 
 
-@here
 @torch.no_grad()
-def test_results_of_convolutions_can_be_viewed(operators):  # noqa: F811
+def test_results_of_convolutions_can_be_viewed(operators):
     calls = [
         lambda y: y.view(4, 4, 36),
         lambda y: y.view(2, 8, 36).view(4, 4, 36).view((16, 36)),
@@ -180,9 +172,8 @@ def test_results_of_convolutions_can_be_viewed(operators):  # noqa: F811
         assert near(to_integer(network)(X), network)
 
 
-@here
 @torch.no_grad()
-def test_results_are_ordinary_tensors_in_contiguous_memory(operators):  # noqa: F811
+def test_results_are_ordinary_tensors_in_contiguous_memory(operators):
     result = namedtuple("result", "sample rest")
     forms = [
         (lambda y: y, lambda y: y),
@@ -199,9 +190,8 @@ def test_results_are_ordinary_tensors_in_contiguous_memory(operators):  # noqa: 
         assert type(found) is Tensor and found.is_contiguous() and golden.relative_error(found, take(network(X))) < 1e-6
 
 
-@here
 @torch.no_grad()
-def test_an_input_changed_in_place_after_its_norm_is_noticed(operators):  # noqa: F811
+def test_an_input_changed_in_place_after_its_norm_is_noticed(operators):
     def body(network, x):
         h = network.norm(x)
         x += 1
@@ -217,9 +207,8 @@ def test_an_input_changed_in_place_after_its_norm_is_noticed(operators):  # noqa
         assert golden.relative_error(to_integer(network)(wide.clone()), expected) < 0.02
 
 
-@here
 @torch.no_grad()
-def test_other_changes_in_place_are_followed(operators):  # noqa: F811
+def test_other_changes_in_place_are_followed(operators):
     def half(network, x):
         first, second = x.chunk(2)
         h = network.norm(first)
@@ -243,7 +232,6 @@ def test_other_changes_in_place_are_followed(operators):  # noqa: F811
         assert golden.relative_error(to_integer(network)(x.clone()), network(x.clone())) < 0.02
 
 
-@here
 @torch.no_grad()
 def test_wrong_numbers_of_channels_are_the_layers_own_errors():
     with pytest.raises(RuntimeError, match=r"expected input.* to have 8 channels, but got 6"):
@@ -259,7 +247,6 @@ def test_wrong_numbers_of_channels_are_the_layers_own_errors():
         network(torch.randn(2, 16, 6, 6))
 
 
-@here
 def test_engines_that_cannot_be_are_named():
     network = Network(lambda network, x: network.conv(x))
     with pytest.raises(ConfigError, match="--engine integers: expected one of auto, integer, simulated"):
@@ -269,7 +256,6 @@ def test_engines_that_cannot_be_are_named():
         prepare(depthwise, "integer")
 
 
-@here
 def test_how_much_runs_on_integers_is_said(caplog):
     caplog.set_level("INFO")
     prepare(nn.Sequential(convolution(), convolution(groups=8)), "integer")

@@ -5,9 +5,7 @@ import itertools
 from dataclasses import replace
 
 import pytest
-import tiny
 import torch
-from test_integer import LINEAR, network_of, quantized_layer
 from torch import nn
 
 from ddim.family import PIXEL
@@ -16,6 +14,8 @@ from qdiff.config import CalibrationConfig, ConfigError
 from qdiff.integer.engine import _on_gpu, prepare
 from qdiff.integer.gpu import Int8Linear, PackedLayer, fuse_attention, to_packed
 from qdiff.layers import MatMul, QuantConv2d, QuantLinear
+from tests.support import tiny
+from tests.support.integer import LINEAR, network_of, quantized_layer
 
 
 @pytest.mark.parametrize("bits", [3, 4, 8])

@@ -9,64 +9,25 @@ import subprocess
 import sys
 from dataclasses import replace
 
-import golden
 import pytest
-import tiny
-import tiny_latent
 import torch
 from torch import nn
 
 from ddim.family import PIXEL
-from ldm.config import load_config
-from ldm.family import LATENT
-from ldm.unet import UNetModel
 from qdiff import quantizers as Q
-from qdiff.calibration.dataset import Rows
 from qdiff.calibration.ranges import time_bounds
 from qdiff.calibration.run import calibrate
-from qdiff.config import CalibrationConfig, ConfigError, QuantConfig
+from qdiff.config import CalibrationConfig, ConfigError
 from qdiff.integer import engine, kernels
-from qdiff.integer.engine import prepare, to_integer, unavailable
+from qdiff.integer.engine import prepare, to_integer
 from qdiff.integer.lazy import Lazy
 from qdiff.layers import ActQuantizer, QuantConv1d, QuantConv2d, QuantLinear, QuantMatMul
-from qdiff.model import Product
+from tests.support import golden, tiny
+from tests.support.integer import LINEAR, attention_product, check, network_of, quantized_layer
 
-here = pytest.mark.skipif(unavailable() is not None, reason=f"no integer engine here: {unavailable()}")
-LINEAR = QuantConfig(weight_bit=4, quant_act=True, a_sym=True, split=True, quant_mode="linear")
-
-
-@pytest.fixture(params=["compiled", "plain"])
-def operators(request, monkeypatch):
-    """The fused operators, compiled and in plain PyTorch."""
-    if request.param == "compiled" and kernels.library() is None:
-        pytest.skip("no C++ compiler")
-    if request.param == "plain":
-        monkeypatch.setattr(kernels, "library", lambda: None)
-    return request.param
+pytestmark = pytest.mark.usefixtures("integer_path")
 
 
-def quantized_layer(layer: nn.Module, kind: type, bits: int, symmetric: bool, method: str, x: torch.Tensor, split: int = 0):
-    quantized = kind(layer, bits, 8, symmetric, split).requires_grad_(False)
-    quantized.init_weight_scales(method)
-    for quantizer, part in zip(quantized.act_quantizers, quantized._parts(x), strict=True):
-        quantizer.set_scale(*Q.find_scale(part, 8, symmetric=symmetric, method=method))
-        quantizer.enabled = True
-    return quantized
-
-
-def attention_product(symmetric: bool, sm_abit: int):
-    config = QuantConfig(quant_act=True, a_sym=symmetric, sm_abit=sm_abit)
-    return Product(("w", "v"), softmax="w", always_zero=True, follows_a_sym=False).build(config, None)
-
-
-def check(layer, x, tolerance=1e-6):
-    """The integer layer against the simulation in float64."""
-    found = engine._INTEGER[type(layer)](layer)(x)
-    expected = copy.deepcopy(layer).double()(x.double())
-    assert golden.relative_error(found.double() + 0, expected) < tolerance
-
-
-@here
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -102,7 +63,6 @@ def test_every_convolution_is_exact(operators, bits, symmetric, method, channels
     check(quantized_layer(layer, QuantConv2d, bits, symmetric, method, x, split), x)
 
 
-@here
 @torch.no_grad()
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -115,7 +75,6 @@ def test_every_linear_layer_is_exact(operators, bits, symmetric):
     check(quantized_layer(nn.Conv1d(5, 9, 1), QuantConv1d, bits, symmetric, "mse", x), x)
 
 
-@here
 @torch.no_grad()
 @pytest.mark.parametrize(("outlier", "tolerance"), [(False, 1e-6), (True, 3e-6)])
 def test_wide_linear_layers_keep_what_weight_zero_points_leave(outlier, tolerance):
@@ -129,7 +88,6 @@ def test_wide_linear_layers_keep_what_weight_zero_points_leave(outlier, toleranc
     check(layer, inputs, tolerance)
 
 
-@here
 @torch.no_grad()
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("sm_abit", [8, 16])
@@ -145,21 +103,6 @@ def test_every_attention_product_is_exact(operators, symmetric, sm_abit):
     assert isinstance(product, QuantMatMul) and golden.relative_error(found.double(), expected) < 1e-6
 
 
-def network_of(kind, folder):
-    """A tiny network of each family: (network, family, rows)."""
-    if kind == "pixel":
-        network = tiny.unet()
-        return network, PIXEL, tiny.rows(network)
-    torch.manual_seed(0)
-    config = load_config(tiny_latent.model_folder(folder / kind, kind) / "config.yaml")
-    unet = UNetModel(config.unet).eval().requires_grad_(False)
-    inputs = [torch.randn(32, 4, 8, 8), torch.linspace(0, 999, 32)]
-    if kind == "text":
-        inputs.append(torch.randn(32, 8, 16))
-    return unet, LATENT, Rows(tuple(inputs))
-
-
-@here
 @torch.no_grad()
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -178,7 +121,6 @@ def test_whole_networks_are_as_near_to_float64_as_float32_is(kind, bits, symmetr
     assert statistics.median(errors["integer"]) <= 1.5 * statistics.median(errors["simulated"])
 
 
-@here
 @torch.no_grad()
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("kind", ["pixel", "none", "text"])
@@ -200,7 +142,6 @@ def test_bfloat16_between_the_products_costs_no_more_than_its_rounding(operators
     assert 1e-4 < error < 1.5 * golden.relative_error(half.float(), exact)
 
 
-@here
 @torch.no_grad()
 @pytest.mark.parametrize("size", [1, 3])
 def test_bfloat16_keeps_what_weight_zero_points_leave(operators, size):
@@ -220,7 +161,6 @@ def test_bfloat16_keeps_what_weight_zero_points_leave(operators, size):
         assert golden.relative_error(found.double(), exact) < golden.relative_error(half.double(), exact)
 
 
-@here
 @torch.no_grad()
 def test_autocast_keeps_integer_products(tmp_path):
     network, family, rows = network_of("text", tmp_path)
@@ -233,7 +173,6 @@ def test_autocast_keeps_integer_products(tmp_path):
     assert not formed  # no product fell back to its dequantized weight
 
 
-@here
 @torch.no_grad()
 def test_time_step_sets_and_mixed_rows():
     network = tiny.unet()
@@ -264,7 +203,6 @@ def test_what_cannot_run_on_integers_stays_and_says_so(caplog, monkeypatch):
     assert prepare(simulated, "auto") is simulated and "VNNI" in caplog.text
 
 
-@here
 @torch.no_grad()
 def test_operations_in_place_reach_activations_between_products(operators):
     torch.manual_seed(0)
@@ -304,7 +242,6 @@ def test_operations_in_place_reach_activations_between_products(operators):
         layer(x).resize_(3)
 
 
-@here
 @torch.no_grad()
 def test_the_result_of_a_network_is_an_ordinary_tensor(operators):
     network = tiny.unet()
@@ -314,7 +251,6 @@ def test_the_result_of_a_network_is_an_ordinary_tensor(operators):
     assert type(found) is torch.Tensor and found.clamp_(0, 0).abs().max() == 0
 
 
-@here
 @torch.no_grad()
 def test_a_prepared_network_is_on_its_own(monkeypatch):
     monkeypatch.setattr(engine, "NARROW", 0)
@@ -331,7 +267,6 @@ def test_a_prepared_network_is_on_its_own(monkeypatch):
         assert torch.equal(found(*inputs), expected)
 
 
-@here
 @torch.no_grad()
 def test_inputs_that_the_operators_cannot_take_are_simulated():
     cases = [
@@ -353,7 +288,6 @@ def test_a_network_without_parameters_is_returned():
     assert prepare(network) is network
 
 
-@here
 @torch.no_grad()
 @pytest.mark.parametrize("kind", [QuantConv2d, QuantLinear, QuantMatMul])
 def test_zero_points_whose_sums_leave_int32_are_simulated(kind):
@@ -373,7 +307,6 @@ def test_zero_points_whose_sums_leave_int32_are_simulated(kind):
         assert torch.equal(engine._INTEGER[kind](layer)(*inputs), layer(*inputs))
 
 
-@here
 @torch.no_grad()
 def test_zero_points_far_out_are_exact(operators):
     torch.manual_seed(0)
@@ -386,9 +319,8 @@ def test_zero_points_far_out_are_exact(operators):
 
 
 ISA = """
-import sys, json, torch
-sys.path[:0] = [{root!r}, {root!r} + "/tests"]
-import tiny
+import json, torch
+from tests.support import tiny
 from ddim.family import PIXEL
 from qdiff.calibration.run import calibrate
 from qdiff.config import CalibrationConfig, QuantConfig
@@ -408,7 +340,7 @@ print(json.dumps(((found - expected).norm() / expected.norm()).item()))
 
 def test_a_processor_without_vnni_falls_back_or_stays_exact():
     environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
-    command = [sys.executable, "-c", ISA.format(root=str(commands.REPOSITORY))]
+    command = [sys.executable, "-c", ISA]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout) < 0.05  # saturation would give far more

@@ -1,0 +1,21 @@
+"""Fixtures for the tests of the engines."""
+
+import pytest
+
+from qdiff.integer import engine, kernels
+
+
+@pytest.fixture
+def integer_path(monkeypatch):
+    """The integer path runs on every processor, whatever the probe says: its logic is the same, only 8-bit numbers can be wrong."""
+    monkeypatch.setattr(engine, "unavailable", lambda: None)
+
+
+@pytest.fixture(params=["compiled", "plain"])
+def operators(request, monkeypatch):
+    """The fused operators, compiled and in plain PyTorch."""
+    if request.param == "compiled" and kernels.library() is None:
+        pytest.skip("no C++ compiler")
+    if request.param == "plain":
+        monkeypatch.setattr(kernels, "library", lambda: None)
+    return request.param
