@@ -7,10 +7,10 @@ import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before NumPy is imported: its sums depend on the number of threads, as PyTorch's do
 
-import torch  # noqa: E402
+import torch
 
-from tests.support import tiny  # noqa: E402
-from tests.support.commands import REPOSITORY  # noqa: E402
+from tests.support import tiny
+from tests.support.commands import REPOSITORY
 
 KINDS = ("unit", "cli", "golden", "gpu")
 

@@ -72,7 +72,7 @@ def prepare(model: nn.Module, engine: str = "auto") -> nn.Module:
         return model
     tensors = itertools.chain(model.parameters(), model.buffers(), [torch.zeros(0)])
     if (kind := next(tensors).device.type) == "cuda":
-        return _on_gpu(model, int8_products=engine == "integer")
+        return on_gpu(model, int8_products=engine == "integer")
     if engine == "auto" and not any(isinstance(module, QuantLayer) for module in model.modules()):
         return model
     reason = _reason(model, kind) or (_too_narrow(model) if engine == "auto" else None)
@@ -89,7 +89,7 @@ def prepare(model: nn.Module, engine: str = "auto") -> nn.Module:
     return integer
 
 
-def _on_gpu(model: nn.Module, int8_products: bool) -> nn.Module:
+def on_gpu(model: nn.Module, int8_products: bool) -> nn.Module:
     """Packed weights and channels_last memory; attentions that are not quantized are fused, in full precision too."""
     if any(isinstance(module, QuantLayer) for module in model.modules()):
         model = to_packed(model, int8_products)
@@ -468,9 +468,18 @@ class LazyGroupNorm(nn.GroupNorm):
         return group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
 
-_INTEGER: dict[type[nn.Module], type[nn.Module]] = {
+_INTEGER: dict[type[nn.Module], type[_OnIntegers]] = {
     QuantConv2d: IntegerConv2d,
     QuantConv1d: IntegerConv1d,
     QuantLinear: IntegerLinear,
     QuantMatMul: IntegerMatMul,
 }
+
+
+def integer_form(layer: nn.Module) -> _OnIntegers:
+    """The integer form of a quantized layer or product; `usable` says whether it ever runs on integers.
+
+    Raises:
+        KeyError: there is none for this type of layer.
+    """
+    return _INTEGER[type(layer)](layer)

@@ -1,8 +1,9 @@
 """An independent reference for quantization, attention, and sampling, in plain NumPy and float64.
 
-Everything here was written from the papers' formulas, not from the code of this project, and it is slow on purpose: a reader should
-be able to hold each function beside the equation that its docstring names. PyTorch is not imported. Arrays are float64; integers
-that are quantized values are float64 too, because zero points may be negative and large.
+Everything here was written from the papers' formulas, not from the code of this project, and it is slow on
+purpose: a reader should be able to hold each function beside the equation that its docstring names. PyTorch
+is not imported. Arrays are float64; integers that are quantized values are float64 too, because zero points
+may be negative and large.
 
 Papers, by the names that the docstrings use:
     Q-Diffusion: Li et al. 2023, arXiv 2302.04304.
@@ -42,9 +43,7 @@ def grid_limits(n_bits: int, symmetric: bool) -> tuple[int, int]:
     return 0, 2**n_bits - 1
 
 
-def quantize(
-    x: Array, delta: Array | float, zero_point: Array | float, n_bits: int, symmetric: bool
-) -> Array:
+def quantize(x: Array, delta: Array | float, zero_point: Array | float, n_bits: int, symmetric: bool) -> Array:
     """q = clamp(round(x / delta) + zero_point, low, high); Q-Diffusion eq. 2.
 
     Args:
@@ -90,14 +89,12 @@ def no_quantizer(x: Array) -> Array:
     return x
 
 
-def lsq_gradients(
-    x: Array, delta: float, zero_point: float, n_bits: int, symmetric: bool
-) -> tuple[Array, Array]:
+def lsq_gradients(x: Array, delta: float, zero_point: float, n_bits: int, symmetric: bool) -> tuple[Array, Array]:
     """The derivatives of x^ by x and by delta, with rounding taken as the identity; LSQ eq. 3 and 5.
 
     Returns:
-        (d x^ / d x, d x^ / d delta), each of the shape of `x`. Inside the range the first is 1 and the second is
-        round(x / delta) - x / delta. Outside, the first is 0 and the second is the bound itself.
+        (d x^ / d x, d x^ / d delta), each of the shape of `x`. Inside the range the first is 1 and the second
+        is round(x / delta) - x / delta. Outside, the first is 0 and the second is the bound itself.
     """
     low, high = grid_limits(n_bits, symmetric)
     by_x, by_delta = np.zeros(x.shape), np.zeros(x.shape)
@@ -121,8 +118,8 @@ def scale_of_range(
 ) -> tuple[float, float]:
     """(delta, zero_point) of the range [low, high] by the rules `max` and `max_scale` of the published code.
 
-    The rule `max_scale` multiplies the ends of the range by (b + 2) / 8. If the quantizer is symmetric, this changes the step
-    size. Otherwise it changes the zero point alone, which may then lie outside the grid.
+    The rule `max_scale` multiplies the ends of the range by (b + 2) / 8. If the quantizer is symmetric, this
+    changes the step size. Otherwise it changes the zero point alone, which may then lie outside the grid.
     """
     growth = (n_bits + 2) / 8 if rule == "max_scale" else 1.0
     if symmetric:
@@ -134,12 +131,11 @@ def scale_of_range(
     return delta, float(np.rint(-min(low, 0.0) * growth / delta))
 
 
-def mse_candidates(
-    x: Array, n_bits: int, symmetric: bool = False, always_zero: bool = False
-) -> list[tuple[float, float, float]]:
+def mse_candidates(x: Array, n_bits: int, symmetric: bool = False, always_zero: bool = False) -> list[tuple[float, float, float]]:
     """(error, delta, zero_point) of each of the 80 shrunk ranges of the rule `mse`; LAPQ (arXiv 1911.07190) has the norm.
 
-    The range is [f min, f max] for f = 1.00, 0.99, ..., 0.21, and the error is the mean of |x - x^|^2.4 over all of `x`.
+    The range is [f min, f max] for f = 1.00, 0.99, ..., 0.21, and the error is the mean of |x - x^|^2.4 over
+    all of `x`.
     """
     found = []
     for factor in SHRINK_FACTORS:
@@ -157,9 +153,7 @@ def mse_candidates(
     return found
 
 
-def scale(
-    x: Array, n_bits: int, rule: str, symmetric: bool = False, always_zero: bool = False
-) -> tuple[float, float]:
+def scale(x: Array, n_bits: int, rule: str, symmetric: bool = False, always_zero: bool = False) -> tuple[float, float]:
     """(delta, zero_point) of a whole tensor by the rule `max`, `max_scale`, or `mse`; of equal errors the first one wins."""
     if rule != "mse":
         return scale_of_range(float(x.min()), float(x.max()), n_bits, rule, symmetric, always_zero)
@@ -167,15 +161,11 @@ def scale(
     return best[1], best[2]
 
 
-def channel_scales(
-    x: Array, n_bits: int, rule: str, symmetric: bool = False, always_zero: bool = False
-) -> tuple[Array, Array]:
+def channel_scales(x: Array, n_bits: int, rule: str, symmetric: bool = False, always_zero: bool = False) -> tuple[Array, Array]:
     """(delta, zero_point) of each x[c]; each array is [C, 1, ..., 1] with as many dimensions as `x`."""
     pairs = [scale(channel, n_bits, rule, symmetric, always_zero) for channel in x]
     shape = (len(x),) + (1,) * (x.ndim - 1)
-    return np.array([delta for delta, _ in pairs]).reshape(shape), np.array(
-        [zero for _, zero in pairs]
-    ).reshape(shape)
+    return np.array([delta for delta, _ in pairs]).reshape(shape), np.array([zero for _, zero in pairs]).reshape(shape)
 
 
 def running_ranges(batches: Sequence[Array], momentum: float = 0.95) -> list[tuple[float, float]]:
@@ -265,9 +255,7 @@ def convolution(
     """
     sizes, kernel = x.shape[2:], weight.shape[2:]
     x = np.pad(x, [(0, 0), (0, 0)] + [(p, p) for p in padding])
-    reach = [
-        d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)
-    ]  # pixels from the first to the last tap
+    reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]  # pixels from the first to the last tap
     out = [(s + 2 * p - r) // t + 1 for s, p, r, t in zip(sizes, padding, reach, stride, strict=True)]
     inputs, outputs = weight.shape[1], len(weight) // groups
     y = np.zeros((len(x), len(weight), *out))
@@ -453,7 +441,8 @@ def alpha_bars(betas: Array) -> Array:
 def pixel_steps(skip_type: str, steps: int, total: int = 1000) -> list[int]:
     """Ascending time steps of the pixel family; DDIM appendix D.2.
 
-    The quadratic steps are the integer parts of the squares of even points of [0, sqrt(0.8 * total)]. They repeat for small t.
+    The quadratic steps are the integer parts of the squares of even points of [0, sqrt(0.8 * total)]. They
+    repeat for small t.
     """
     if skip_type == "uniform":
         return list(range(0, total, total // steps))
@@ -476,8 +465,9 @@ def guided(e_uncond: Array, e_cond: Array, scale: float) -> Array:
 
 
 # --- samplers --------------------------------------------------------------------------------------
-# Arguments of all samplers: eps is the denoiser, x [N, ...] the starting noise, a_bar [T] the alpha-bars, steps the ascending
-# time steps, and noises an iterator of standard normal arrays of the shape of x. Each sampler returns x_0.
+# Arguments of all samplers: eps is the denoiser, x [N, ...] the starting noise, a_bar [T] the alpha-bars,
+# steps the ascending time steps, and noises an iterator of standard normal arrays of the shape of x. Each
+# sampler returns x_0.
 
 
 def _ddim_step(x: Array, e: Array, a: float, a_prev: float, sigma: float, noise: Array | float) -> Array:
@@ -506,16 +496,12 @@ def _ddim(
     return x
 
 
-def pixel_ddim(
-    eps: Denoiser, x: Array, a_bar: Array, steps: Sequence[int], eta: float, noises: Iterator[Array]
-) -> Array:
+def pixel_ddim(eps: Denoiser, x: Array, a_bar: Array, steps: Sequence[int], eta: float, noises: Iterator[Array]) -> Array:
     """DDIM of the pixel family: the final step goes to alpha-bar = 1."""
     return _ddim(eps, x, a_bar, steps, 1.0, eta, noises)
 
 
-def latent_ddim(
-    eps: Denoiser, x: Array, a_bar: Array, steps: Sequence[int], eta: float, noises: Iterator[Array]
-) -> Array:
+def latent_ddim(eps: Denoiser, x: Array, a_bar: Array, steps: Sequence[int], eta: float, noises: Iterator[Array]) -> Array:
     """DDIM of the latent family: the final step goes to alpha-bar_0, so that some noise remains."""
     return _ddim(eps, x, a_bar, steps, float(a_bar[0]), eta, noises)
 
@@ -567,7 +553,8 @@ ADAMS_BASHFORTH = {  # weights of the newest noise prediction first; PLMS eq. 12
 def plms(eps: Denoiser, x: Array, a_bar: Array, steps: Sequence[int]) -> Array:
     """Pseudo linear multistep; PLMS algorithm 2, started by one improved Euler step.
 
-    The first step averages the predictions at its two ends. Later steps combine up to four raw predictions by Adams-Bashforth.
+    The first step averages the predictions at its two ends. Later steps combine up to four raw predictions by
+    Adams-Bashforth.
     """
     newest_first: list[Array] = []
     for i in range(len(steps) - 1, -1, -1):
@@ -616,9 +603,11 @@ class ContinuousSchedule:
     def integrate(self, x: Array, s: float, t: float, x0: Array, slope: Array | float = 0.0) -> Array:
         """The exact solution from s to t if the data prediction were x0 + slope * (lambda - lambda_s).
 
-        DPM-Solver++ proposition 4.1: x_t = sigma_t / sigma_s x_s + sigma_t * integral of exp(lambda) x_theta(lambda).
+        DPM-Solver++ proposition 4.1: x_t = sigma_t / sigma_s x_s + sigma_t * integral of exp(lambda)
+        x_theta(lambda).
         With h = lambda_t - lambda_s the integral of exp(lambda) is exp(lambda_t) (1 - exp(-h)), that of
-        exp(lambda) (lambda - lambda_s) is exp(lambda_t) (h - 1 + exp(-h)), and sigma_t exp(lambda_t) is alpha_t.
+        exp(lambda) (lambda - lambda_s) is exp(lambda_t) (h - 1 + exp(-h)), and sigma_t exp(lambda_t) is
+        alpha_t.
         """
         h = self.half_log_snr(t) - self.half_log_snr(s)
         constant, rising = 1 - math.exp(-h), h - 1 + math.exp(-h)
@@ -636,9 +625,9 @@ def single_step_orders(steps: int) -> list[int]:
 def dpm_solver_single(eps: Denoiser, x: Array, a_bar: Array, steps: int) -> Array:
     """DPM-Solver++ of order 3, single step, with times uniform in t; DPM-Solver++ section 4 and appendix.
 
-    A step of order 1 holds the data prediction constant. A step of order 3 makes it linear through the start and the second inner
-    time, where that prediction comes from the same done with the first inner time. A step of order 2 uses its inner time by the
-    midpoint formula of DPM-Solver++ algorithm 1.
+    A step of order 1 holds the data prediction constant. A step of order 3 makes it linear through the start
+    and the second inner time, where that prediction comes from the same done with the first inner time. A
+    step of order 2 uses its inner time by the midpoint formula of DPM-Solver++ algorithm 1.
     """
     schedule = ContinuousSchedule(a_bar)
     lam = schedule.half_log_snr
@@ -657,9 +646,7 @@ def dpm_solver_single(eps: Denoiser, x: Array, a_bar: Array, steps: int) -> Arra
                 r = (lam(inner[1]) - lam(s)) / (lam(t) - lam(s))
                 x = schedule.integrate(x, s, t, (1 - 1 / (2 * r)) * x0 + 1 / (2 * r) * at_first)
             else:
-                at_second = schedule.predicted_x0(
-                    eps, schedule.integrate(x, s, inner[2], x0, slope), inner[2]
-                )
+                at_second = schedule.predicted_x0(eps, schedule.integrate(x, s, inner[2], x0, slope), inner[2])
                 x = schedule.integrate(x, s, t, x0, (at_second - x0) / (lam(inner[2]) - lam(s)))
         done += order
     return x

@@ -1,20 +1,23 @@
 """Files of an earlier version, which every later version must read to the same bits. They are never regenerated.
 
-The folder `frozen` holds one network of the pixel family in both formats, with what the version that wrote it said about it:
+The folder `frozen` holds one network of the pixel family in both formats, with what the version that wrote it
+said about it:
 
     tiny_w4a8.safetensors   the packed format
     tiny_w4a8.pth           the published format
     expected.safetensors    the stored state and the outputs
 
-The version of commit 7e19632 wrote them once. The network was `tests.support.tiny.unet(0)` with 4 channels, one resolution of 8x8,
-one residual block, norms of 2 groups, and attention in the middle only (2,947 parameters). Its weights have 4 bits by the rule `mse`, its
-activations have 8 bits, are symmetric by the rule `max`, and the shortcuts are split. The calibration set had 4 time steps with 16 samples
-each; rounding was learned for 40 iterations at a learning rate of 0.03, activation step sizes for 10 at 0.001. So biases are corrected, and
-442 of the integers are not those of nearest rounding.
+The version of commit 7e19632 wrote them once. The network was `tests.support.tiny.unet(0)` with 4 channels,
+one resolution of 8x8, one residual block, norms of 2 groups, and attention in the middle only (2,947
+parameters). Its weights have 4 bits by the rule `mse`, its activations have 8 bits, are symmetric by the rule
+`max`, and the shortcuts are split. The calibration set had 4 time steps with 16 samples each; rounding was
+learned for 40 iterations at a learning rate of 0.03, activation step sizes for 10 at 0.001. So biases are
+corrected, and 442 of the integers are not those of nearest rounding.
 
-`expected.safetensors` was filled from the network in memory, before either file was read again. It holds for each layer the integers
-(uint8), step sizes, and zero points, by the names of the modules; each parameter that is not quantized; the inputs `x` [2, 3, 8, 8] and
-`t` [2]; and the outputs `y` (weights and activations quantized) and `y_weights_only`, with everything cast to float64.
+`expected.safetensors` was filled from the network in memory, before either file was read again. It holds for
+each layer the integers (uint8), step sizes, and zero points, by the names of the modules; each parameter that
+is not quantized; the inputs `x` [2, 3, 8, 8] and `t` [2]; and the outputs `y` (weights and activations
+quantized) and `y_weights_only`, with everything cast to float64.
 
 When a test in this file fails, users' files are read wrongly: the code has to change, not the files.
 """
@@ -33,9 +36,7 @@ from qdiff.model import act_quantizers, enable_activations, quant_layers
 from tests.support import golden
 
 FROZEN = Path(__file__).parent / "frozen"
-QUANT = QuantConfig(
-    weight_bit=4, act_bit=8, quant_act=True, a_sym=True, split=True, weight_scale_method="mse"
-)
+QUANT = QuantConfig(weight_bit=4, act_bit=8, quant_act=True, a_sym=True, split=True, weight_scale_method="mse")
 INPUTS_AND_OUTPUTS = {"x", "t", "y", "y_weights_only"}
 
 
@@ -78,8 +79,8 @@ def test_the_outputs_are_those_of_the_version_that_wrote_the_files(model, expect
     x, t = expected["x"].double(), expected["t"]
     assert golden.relative_error(model(x, t), expected["y"]) < 1e-9
     enable_activations(model, False)
-    # The time embedding is formed in float32, where another processor's sine may differ in the last bit. With activations
-    # quantized the first quantizer absorbs the difference.
+    # The time embedding is formed in float32, where another processor's sine may differ in the last bit. With
+    # activations quantized the first quantizer absorbs the difference.
     assert golden.relative_error(model(x, t), expected["y_weights_only"]) < 1e-6
 
 

@@ -178,7 +178,8 @@ MODEL = ModelConfig(
     attn_resolutions=(),
     norm_groups=2,
 )
-rules = st.sampled_from(["max", "max_scale", "mse"])
+WORDS = ("max", "max_scale", "mse", "qdiff", "linear")
+rules = st.sampled_from(WORDS[:3])
 configurations = st.builds(
     QuantConfig,
     weight_bit=widths,
@@ -189,7 +190,7 @@ configurations = st.builds(
     split=st.booleans(),
     weight_scale_method=rules,
     act_scale_method=rules,
-    quant_mode=st.sampled_from(["qdiff", "linear"]),
+    quant_mode=st.sampled_from(WORDS[3:]),
     time_bounds=st.lists(st.floats(0, 1000), max_size=3, unique=True).map(sorted).map(tuple),
 )
 
@@ -268,7 +269,9 @@ def test_settings_survive_json(quant):
 def test_settings_that_cannot_work_are_refused(quant, data):
     wrong = {
         **dict.fromkeys(["weight_bit", "act_bit", "sm_abit"], st.integers().filter(lambda n: not 2 <= n <= 16) | st.floats()),
-        **dict.fromkeys(["weight_scale_method", "act_scale_method", "quant_mode"], st.text(max_size=8)),
+        **dict.fromkeys(
+            ["weight_scale_method", "act_scale_method", "quant_mode"], st.text(max_size=8).filter(lambda word: word not in WORDS)
+        ),
         "time_bounds": st.sampled_from([(5.0, 1.0), (3.0, 3.0)]),
     }
     name = data.draw(st.sampled_from(sorted(wrong)))
