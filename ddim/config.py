@@ -123,4 +123,4 @@ def training_config(values: dict[str, Any]) -> TrainingConfig:
 def _public_model(data: dict[str, Any]) -> str | None:
     if data.get("dataset") == "LSUN":
         return f"ema_lsun_{str(data.get('category', '')).removesuffix('_outdoor')}"
-    return PUBLIC_MODELS.get(data.get("dataset"))
+    return PUBLIC_MODELS.get(str(data.get("dataset")))

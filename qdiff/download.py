@@ -5,11 +5,12 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from filelock import FileLock
 from tqdm import tqdm
 
 from qdiff.checkpoint import CheckpointError
 from qdiff.config import ConfigError
-from qdiff.files import file_hash, locked
+from qdiff.files import file_hash
 
 
 def cache_root() -> Path:
@@ -28,7 +29,8 @@ def fetch(url: str, path: Path, digest: str, algorithm: str = "md5") -> Path:
         return path
     partial = path.with_name(path.name + ".partial")
     try:
-        with locked(path.with_name(path.name + ".lock")):  # several processes may want it
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(path.name + ".lock")):  # several processes may want it
             if not path.is_file():
                 _download(url, partial)
                 _check(partial, digest, algorithm, url)

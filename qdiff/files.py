@@ -1,6 +1,5 @@
 """Files: atomic writing and recognizing what is not a checkpoint."""
 
-import contextlib
 import hashlib
 import os
 import tempfile
@@ -29,19 +28,6 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def locked(path: str | Path) -> Iterator[None]:
-    """Hold the lock on the file `path`, which is made; another process waits for it. Without effect on systems without flock."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        with contextlib.suppress(ImportError):
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)  # let go when the file is closed, also by a process that dies
-        yield
 
 
 def _umask() -> int:

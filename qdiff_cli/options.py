@@ -74,7 +74,7 @@ def seed(text: str) -> int:
     return value
 
 
-RECIPE_OPTIONS = {
+RECIPE_OPTIONS: dict[str, tuple[str, Callable[[str], int | float], str]] = {
     "cali_batch_size": ("batch_size", positive, "rows of one batch"),
     "cali_iters": ("iters", int, "iterations of AdaRound per unit"),
     "cali_lr_w": ("lr", float, "learning rate of AdaRound"),
@@ -85,7 +85,7 @@ RECIPE_OPTIONS = {
 }
 
 
-def add_device_options(group) -> None:
+def add_device_options(group: argparse._ActionsContainer) -> None:
     """--device and --threads, for a parser or a group of one."""
     group.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto: the best one present")
     group.add_argument(

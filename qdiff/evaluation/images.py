@@ -5,13 +5,14 @@ import io
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import IO, ClassVar, Protocol
 
 import numpy as np
 import torch
+from filelock import FileLock
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from qdiff.compat import make_torchvision_importable
 from qdiff.config import ConfigError
 from qdiff.download import cache_root
 from qdiff.extras import require_extra
-from qdiff.files import file_hash, locked
+from qdiff.files import file_hash
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CIFAR10 = "cifar10-train"
@@ -154,7 +155,8 @@ class _Cifar10:
 
         root = cache_root() / "qdiff" / "datasets"
         try:
-            with locked(root / "cifar10.lock"):
+            root.mkdir(parents=True, exist_ok=True)
+            with FileLock(root / "cifar10.lock"):
                 self.array = Dataset(str(root), train=True, download=True).data
         except (OSError, RuntimeError) as error:
             raise ConfigError(f"{CIFAR10}: not in {root} and cannot be fetched ({error}); put cifar-10-batches-py there") from None
@@ -228,7 +230,7 @@ def center_crop(picture: Image.Image, size: int) -> Image.Image:
     return Image.fromarray(square).resize((size, size), resample=Image.Resampling.BICUBIC)
 
 
-def _decode(file: object, name: str) -> Image.Image:
+def _decode(file: Path | IO[bytes], name: str) -> Image.Image:
     try:
         with Image.open(file) as picture:
             return picture.convert("RGB")
@@ -236,7 +238,7 @@ def _decode(file: object, name: str) -> Image.Image:
         raise ConfigError(f"{name}: a broken image ({error})") from None
 
 
-def _hash_all(parts) -> str:
+def _hash_all(parts: Iterable[str]) -> str:
     total = hashlib.sha256()
     for part in parts:
         total.update(part.encode() + b"\n")

@@ -81,7 +81,9 @@ class EfficientNetLite0(nn.Module):
 def weights_file() -> Path:
     """The file of the package; MissingExtra if it is not installed."""
     require_extra("eval", PACKAGE)
-    return Path(importlib.util.find_spec(PACKAGE).origin).parent / "models" / "efficientnet-lite0-57934424.pth"
+    spec = importlib.util.find_spec(PACKAGE)
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).parent / "models" / "efficientnet-lite0-57934424.pth"
 
 
 def load_lite0(weights: Path | None = None) -> EfficientNetLite0:

@@ -8,8 +8,10 @@ may be negative and large.
 Papers, by the names that the docstrings use:
     Q-Diffusion: Li et al. 2023, arXiv 2302.04304.
     BRECQ: Li et al. 2021, arXiv 2102.05426.
+    White paper: Nagel et al. 2021, arXiv 2106.08295.
     AdaRound: Nagel et al. 2020, arXiv 2004.10568.
     LSQ: Esser et al. 2020, arXiv 1902.08153.
+    LAPQ: Nahshan et al. 2019, arXiv 1911.07190.
     DDPM: Ho et al. 2020, arXiv 2006.11239.
     DDIM: Song et al. 2021, arXiv 2010.02502.
     PLMS: Liu et al. 2022, arXiv 2202.09778.
@@ -26,6 +28,7 @@ from dataclasses import dataclass
 import numpy as np
 
 Array = np.ndarray
+Scale = Array | float  # one number, or an array that broadcasts: one value for each channel
 Denoiser = Callable[[Array, float], Array]  # eps(x_t, t), of the shape of x_t
 
 MIN_DELTA = 1e-8  # the least step size that a degenerate range gets
@@ -43,8 +46,8 @@ def grid_limits(n_bits: int, symmetric: bool) -> tuple[int, int]:
     return 0, 2**n_bits - 1
 
 
-def quantize(x: Array, delta: Array | float, zero_point: Array | float, n_bits: int, symmetric: bool) -> Array:
-    """q = clamp(round(x / delta) + zero_point, low, high); Q-Diffusion eq. 2.
+def quantize(x: Array, delta: Scale, zero_point: Scale, n_bits: int, symmetric: bool) -> Array:
+    """q = clamp(round(x / delta) + zero_point, low, high); White paper eq. 4.
 
     Args:
         x: any shape.
@@ -57,8 +60,8 @@ def quantize(x: Array, delta: Array | float, zero_point: Array | float, n_bits: 
     return np.minimum(np.maximum(np.rint(x / delta) + zero_point, low), high)
 
 
-def dequantize(q: Array, delta: Array | float, zero_point: Array | float) -> Array:
-    """x^ = (q - zero_point) * delta."""
+def dequantize(q: Array, delta: Scale, zero_point: Scale) -> Array:
+    """x^ = (q - zero_point) * delta; White paper eq. 6."""
     return (q - zero_point) * delta
 
 
@@ -72,8 +75,8 @@ class Quantizer:
         symmetric: whether the integers are signed.
     """
 
-    delta: Array | float
-    zero_point: Array | float
+    delta: Scale
+    zero_point: Scale
     n_bits: int
     symmetric: bool = False
 
@@ -89,7 +92,13 @@ def no_quantizer(x: Array) -> Array:
     return x
 
 
-def lsq_gradients(x: Array, delta: float, zero_point: float, n_bits: int, symmetric: bool) -> tuple[Array, Array]:
+def lsq_gradients(
+    x: Array,
+    delta: float,
+    zero_point: float,
+    n_bits: int,
+    symmetric: bool,
+) -> tuple[Array, Array]:
     """The derivatives of x^ by x and by delta, with rounding taken as the identity; LSQ eq. 3 and 5.
 
     Returns:
@@ -131,8 +140,13 @@ def scale_of_range(
     return delta, float(np.rint(-min(low, 0.0) * growth / delta))
 
 
-def mse_candidates(x: Array, n_bits: int, symmetric: bool = False, always_zero: bool = False) -> list[tuple[float, float, float]]:
-    """(error, delta, zero_point) of each of the 80 shrunk ranges of the rule `mse`; LAPQ (arXiv 1911.07190) has the norm.
+def mse_candidates(
+    x: Array,
+    n_bits: int,
+    symmetric: bool = False,
+    always_zero: bool = False,
+) -> list[tuple[float, float, float]]:
+    """(error, delta, zero_point) of each of the 80 shrunk ranges of the rule `mse`; LAPQ has the L_p norm.
 
     The range is [f min, f max] for f = 1.00, 0.99, ..., 0.21, and the error is the mean of |x - x^|^2.4 over
     all of `x`.
@@ -153,19 +167,31 @@ def mse_candidates(x: Array, n_bits: int, symmetric: bool = False, always_zero: 
     return found
 
 
-def scale(x: Array, n_bits: int, rule: str, symmetric: bool = False, always_zero: bool = False) -> tuple[float, float]:
-    """(delta, zero_point) of a whole tensor by the rule `max`, `max_scale`, or `mse`; of equal errors the first one wins."""
+def scale(
+    x: Array,
+    n_bits: int,
+    rule: str,
+    symmetric: bool = False,
+    always_zero: bool = False,
+) -> tuple[float, float]:
+    """(delta, zero_point) of a tensor by `max`, `max_scale`, or `mse` (the first of equal errors)."""
     if rule != "mse":
         return scale_of_range(float(x.min()), float(x.max()), n_bits, rule, symmetric, always_zero)
     best = min(mse_candidates(x, n_bits, symmetric, always_zero), key=lambda candidate: candidate[0])
     return best[1], best[2]
 
 
-def channel_scales(x: Array, n_bits: int, rule: str, symmetric: bool = False, always_zero: bool = False) -> tuple[Array, Array]:
+def channel_scales(
+    x: Array,
+    n_bits: int,
+    rule: str,
+    symmetric: bool = False,
+    always_zero: bool = False,
+) -> tuple[Array, Array]:
     """(delta, zero_point) of each x[c]; each array is [C, 1, ..., 1] with as many dimensions as `x`."""
-    pairs = [scale(channel, n_bits, rule, symmetric, always_zero) for channel in x]
+    pairs = np.array([scale(channel, n_bits, rule, symmetric, always_zero) for channel in x])  # [C, 2]
     shape = (len(x),) + (1,) * (x.ndim - 1)
-    return np.array([delta for delta, _ in pairs]).reshape(shape), np.array([zero for _, zero in pairs]).reshape(shape)
+    return pairs[:, 0].reshape(shape), pairs[:, 1].reshape(shape)
 
 
 def running_ranges(batches: Sequence[Array], momentum: float = 0.95) -> list[tuple[float, float]]:
@@ -184,20 +210,23 @@ def running_ranges(batches: Sequence[Array], momentum: float = 0.95) -> list[tup
 
 
 def rectified_sigmoid(alpha: Array) -> Array:
-    """h(V) = clip(sigmoid(V) (zeta - gamma) + gamma, 0, 1) with zeta = 1.1 and gamma = -0.1; AdaRound eq. 23."""
+    """h(V) = clip(sigmoid(V) (zeta - gamma) + gamma, 0, 1), zeta = 1.1, gamma = -0.1; AdaRound eq. 23."""
     sigmoid = 1 / (1 + np.exp(-alpha))
     return np.clip(1.2 * sigmoid - 0.1, 0, 1)
 
 
 def initial_alpha(weight: Array, delta: Array) -> Array:
-    """The alpha for which h(alpha) is the fractional part of weight / delta: the logit of (fraction + 0.1) / 1.2."""
+    """The alpha for which h(alpha) is the fractional part of weight / delta.
+
+    It is the logit of (fraction + 0.1) / 1.2; BRECQ and AdaRound begin there.
+    """
     ratio = weight / delta
     p = (ratio - np.floor(ratio) + 0.1) / 1.2
     return np.log(p / (1 - p))
 
 
 def soft_rounded(weight: Array, alpha: Array, delta: Array, zero_point: Array, n_bits: int) -> Array:
-    """The dequantized weight delta * (clip(floor(w / delta) + h(alpha) + z, 0, 2^b - 1) - z); AdaRound eq. 22."""
+    """The weight delta * (clip(floor(w / delta) + h(alpha) + z, 0, 2^b - 1) - z); AdaRound eq. 22."""
     q = np.clip(np.floor(weight / delta) + rectified_sigmoid(alpha) + zero_point, 0, 2**n_bits - 1)
     return dequantize(q, delta, zero_point)
 
@@ -214,7 +243,7 @@ def rounding_regularizer(alpha: Array, beta: float) -> float:
 
 
 def beta_at(step: int, total: int, warmup: float = 0.2, start: float = 20.0, end: float = 2.0) -> float:
-    """The exponent of the regularizer: `start` during the warm-up, then on a straight line to `end` at `total`."""
+    """The regularizer's exponent: `start` in the warm-up, then a straight line that ends in `end` at `total`."""
     first = warmup * total
     if step <= first:
         return start
@@ -255,7 +284,8 @@ def convolution(
     """
     sizes, kernel = x.shape[2:], weight.shape[2:]
     x = np.pad(x, [(0, 0), (0, 0)] + [(p, p) for p in padding])
-    reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]  # pixels from the first to the last tap
+    # the number of pixels from the first to the last tap
+    reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
     out = [(s + 2 * p - r) // t + 1 for s, p, r, t in zip(sizes, padding, reach, stride, strict=True)]
     inputs, outputs = weight.shape[1], len(weight) // groups
     y = np.zeros((len(x), len(weight), *out))
@@ -280,7 +310,7 @@ def quantized_layer(
     weight_quantizer: Quantizer,
     input_quantizer: Callable,
 ) -> Array:
-    """A layer with quantized weight and input and an exact bias; Q-Diffusion section 3.1."""
+    """A layer with quantized weight and input and an exact bias; White paper section 2.1."""
     return layer(input_quantizer(x), weight_quantizer(weight), bias)
 
 
@@ -294,7 +324,7 @@ def split_layer(
     weight_quantizers: tuple[Quantizer, Quantizer],
     input_quantizers: tuple[Callable, Callable],
 ) -> Array:
-    """A layer on the concatenation [h, skip], each half with its own quantizers; Q-Diffusion eq. 5 and figure 7.
+    """A layer on the concatenation [h, skip], each half with its own quantizers ("shortcut splitting", Q-Diffusion).
 
     A layer is linear, so that the output is the sum of what the halves give. The bias is added once.
 
@@ -308,7 +338,7 @@ def split_layer(
 
 
 def group_norm(x: Array, groups: int, weight: Array, bias: Array, eps: float) -> Array:
-    """Group normalization (Wu and He 2018, arXiv 1803.08494, eq. 1 to 3) of [N, C, ...] with a gain and a bias [C]."""
+    """Group normalization of [N, C, ...] with gain and bias [C]; Wu and He 2018, arXiv 1803.08494, section 3."""
     y = np.zeros(x.shape)
     size = x.shape[1] // groups
     for n, g in itertools.product(range(len(x)), range(groups)):
@@ -323,7 +353,7 @@ def group_norm(x: Array, groups: int, weight: Array, bias: Array, eps: float) ->
 
 @dataclass(frozen=True)
 class AttentionQuantizers:
-    """The quantizers of the four operands of the two products of an attention: q, k, v, and the probabilities w."""
+    """The quantizers of the operands of an attention's two products: q, k, v, and the probabilities w."""
 
     q: Callable[[Array], Array] = no_quantizer
     k: Callable[[Array], Array] = no_quantizer
@@ -450,7 +480,7 @@ def pixel_steps(skip_type: str, steps: int, total: int = 1000) -> list[int]:
 
 
 def latent_steps(steps: int, total: int = 1000) -> list[int]:
-    """Ascending time steps of the latent family: one, and then every (total // steps)-th; none is above total - 1."""
+    """Ascending time steps of the latent family: 1, then every (total // steps)-th; total - 1 is the last."""
     found: list[int] = []
     for t in range(0, total, total // steps):
         t = min(t + 1, total - 1)
@@ -465,9 +495,12 @@ def guided(e_uncond: Array, e_cond: Array, scale: float) -> Array:
 
 
 # --- samplers --------------------------------------------------------------------------------------
-# Arguments of all samplers: eps is the denoiser, x [N, ...] the starting noise, a_bar [T] the alpha-bars,
-# steps the ascending time steps, and noises an iterator of standard normal arrays of the shape of x. Each
-# sampler returns x_0.
+# All samplers have one signature, sample(eps, x, a_bar, steps, noises), and return x_0:
+#     eps: the denoiser. x: the starting noise [N, ...]. a_bar: alpha-bar_t [T].
+#     steps: the ascending time steps, or for DPM-Solver++ the number of evaluations.
+#     noises: standard normal arrays of the shape of x, taken in order; deterministic samplers take none.
+
+Noises = Iterator[Array]
 
 
 def _ddim_step(x: Array, e: Array, a: float, a_prev: float, sigma: float, noise: Array | float) -> Array:
@@ -482,9 +515,9 @@ def _ddim(
     x: Array,
     a_bar: Array,
     steps: Sequence[int],
-    last: float,
+    noises: Noises,
     eta: float,
-    noises: Iterator[Array],
+    last: float,
 ) -> Array:
     """DDIM eq. 12 with sigma from eq. 16; `last` is the alpha-bar that the final step goes to."""
     for i in range(len(steps) - 1, -1, -1):
@@ -496,19 +529,33 @@ def _ddim(
     return x
 
 
-def pixel_ddim(eps: Denoiser, x: Array, a_bar: Array, steps: Sequence[int], eta: float, noises: Iterator[Array]) -> Array:
+def pixel_ddim(
+    eps: Denoiser,
+    x: Array,
+    a_bar: Array,
+    steps: Sequence[int],
+    noises: Noises,
+    eta: float = 0.0,
+) -> Array:
     """DDIM of the pixel family: the final step goes to alpha-bar = 1."""
-    return _ddim(eps, x, a_bar, steps, 1.0, eta, noises)
+    return _ddim(eps, x, a_bar, steps, noises, eta, last=1.0)
 
 
-def latent_ddim(eps: Denoiser, x: Array, a_bar: Array, steps: Sequence[int], eta: float, noises: Iterator[Array]) -> Array:
+def latent_ddim(
+    eps: Denoiser,
+    x: Array,
+    a_bar: Array,
+    steps: Sequence[int],
+    noises: Noises,
+    eta: float = 0.0,
+) -> Array:
     """DDIM of the latent family: the final step goes to alpha-bar_0, so that some noise remains."""
-    return _ddim(eps, x, a_bar, steps, float(a_bar[0]), eta, noises)
+    return _ddim(eps, x, a_bar, steps, noises, eta, last=float(a_bar[0]))
 
 
 def _posterior_mean(x: Array, x0: Array, a: float, a_prev: float) -> Array:
-    """The mean of q(x_prev | x_t, x_0), with beta = 1 - a / a_prev of the jump between the two times; DDPM eq. 7."""
-    beta = 1 - a / a_prev
+    """The mean of q(x_prev | x_t, x_0); DDPM eq. 7."""
+    beta = 1 - a / a_prev  # of the whole jump between the two times
     return math.sqrt(a_prev) * beta / (1 - a) * x0 + math.sqrt(1 - beta) * (1 - a_prev) / (1 - a) * x
 
 
@@ -517,8 +564,8 @@ def _clipped_x0(x: Array, e: Array, a: float) -> Array:
     return np.clip((x - math.sqrt(1 - a) * e) / math.sqrt(a), -1, 1)
 
 
-def ddpm_noisy(eps: Denoiser, x: Array, a_bar: Array, steps: Sequence[int], noises: Iterator[Array]) -> Array:
-    """Ancestral sampling of the pixel family with the larger variance beta; DDPM algorithm 2 with sigma^2 = beta.
+def ddpm_noisy(eps: Denoiser, x: Array, a_bar: Array, steps: Sequence[int], noises: Noises) -> Array:
+    """Ancestral sampling of the pixel family with the larger variance; DDPM algorithm 2 with sigma^2 = beta.
 
     No noise is added at t = 0.
     """
@@ -530,12 +577,12 @@ def ddpm_noisy(eps: Denoiser, x: Array, a_bar: Array, steps: Sequence[int], nois
     return x
 
 
-def ancestral(eps: Denoiser, x: Array, a_bar: Array, noises: Iterator[Array]) -> Array:
-    """Ancestral sampling of the latent family over all time steps with the posterior variance; DDPM eq. 7.
+def ancestral(eps: Denoiser, x: Array, a_bar: Array, steps: Sequence[int], noises: Noises) -> Array:
+    """Ancestral sampling of the latent family with the posterior variance; DDPM eq. 7.
 
-    No noise is added at t = 0.
+    `steps` are all time steps, one after the other. No noise is added at t = 0.
     """
-    for t in range(len(a_bar) - 1, -1, -1):
+    for t in reversed(steps):
         a, a_prev = a_bar[t], (a_bar[t - 1] if t > 0 else 1.0)
         x_mean = _posterior_mean(x, _clipped_x0(x, eps(x, t), a), a, a_prev)
         variance = (1 - a_prev) / (1 - a) * (1 - a / a_prev)
@@ -550,7 +597,7 @@ ADAMS_BASHFORTH = {  # weights of the newest noise prediction first; PLMS eq. 12
 }
 
 
-def plms(eps: Denoiser, x: Array, a_bar: Array, steps: Sequence[int]) -> Array:
+def plms(eps: Denoiser, x: Array, a_bar: Array, steps: Sequence[int], noises: Noises) -> Array:
     """Pseudo linear multistep; PLMS algorithm 2, started by one improved Euler step.
 
     The first step averages the predictions at its two ends. Later steps combine up to four raw predictions by
@@ -572,7 +619,7 @@ def plms(eps: Denoiser, x: Array, a_bar: Array, steps: Sequence[int]) -> Array:
 
 
 class ContinuousSchedule:
-    """alpha, sigma, and lambda of the variance-preserving process at any time t in [1/T, 1]; DPM-Solver appendix D.
+    """alpha, sigma, and lambda of the variance-preserving process at t in [1/T, 1]; DPM-Solver appendix D.
 
     log alpha is interpolated on straight lines between its values at t_n = n / T, n = 1 to T.
     """
@@ -615,14 +662,14 @@ class ContinuousSchedule:
 
 
 def single_step_orders(steps: int) -> list[int]:
-    """Orders of the steps of DPM-Solver-fast that together take `steps` evaluations; DPM-Solver appendix D.1 (uniform in t)."""
+    """Orders of the steps that together take `steps` evaluations; "DPM-Solver-fast", DPM-Solver appendix D."""
     full, rest = divmod(steps, 3)
     if rest == 0:
         return [3] * (full - 1) + [2, 1]
     return [3] * full + [rest]
 
 
-def dpm_solver_single(eps: Denoiser, x: Array, a_bar: Array, steps: int) -> Array:
+def dpm_solver_single(eps: Denoiser, x: Array, a_bar: Array, steps: int, noises: Noises) -> Array:
     """DPM-Solver++ of order 3, single step, with times uniform in t; DPM-Solver++ section 4 and appendix.
 
     A step of order 1 holds the data prediction constant. A step of order 3 makes it linear through the start
@@ -640,19 +687,21 @@ def dpm_solver_single(eps: Denoiser, x: Array, a_bar: Array, steps: int) -> Arra
         if order == 1:
             x = schedule.integrate(x, s, t, x0)
         else:
-            at_first = schedule.predicted_x0(eps, schedule.integrate(x, s, inner[1], x0), inner[1])
+            x_first = schedule.integrate(x, s, inner[1], x0)
+            at_first = schedule.predicted_x0(eps, x_first, inner[1])
             slope = (at_first - x0) / (lam(inner[1]) - lam(s))
             if order == 2:
                 r = (lam(inner[1]) - lam(s)) / (lam(t) - lam(s))
                 x = schedule.integrate(x, s, t, (1 - 1 / (2 * r)) * x0 + 1 / (2 * r) * at_first)
             else:
-                at_second = schedule.predicted_x0(eps, schedule.integrate(x, s, inner[2], x0, slope), inner[2])
+                x_second = schedule.integrate(x, s, inner[2], x0, slope)
+                at_second = schedule.predicted_x0(eps, x_second, inner[2])
                 x = schedule.integrate(x, s, t, x0, (at_second - x0) / (lam(inner[2]) - lam(s)))
         done += order
     return x
 
 
-def dpm_solver_2m(eps: Denoiser, x: Array, a_bar: Array, steps: int) -> Array:
+def dpm_solver_2m(eps: Denoiser, x: Array, a_bar: Array, steps: int, noises: Noises) -> Array:
     """DPM-Solver++ 2M with times uniform in t; DPM-Solver++ algorithm 2.
 
     The first step is of order 1, and below 15 steps the last one is too.

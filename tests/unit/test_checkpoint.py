@@ -15,14 +15,12 @@ from qdiff.checkpoint import (
     load_packed,
     load_published,
     midpoint_weights,
-    pack_integers,
     packed,
     published_shapes,
     read_tensors,
     save_packed,
     save_published,
     state_hash,
-    unpack_integers,
 )
 from qdiff.config import ConfigError, QuantConfig
 from qdiff.model import enable_activations
@@ -36,15 +34,6 @@ def files(tmp_path):
     save_published(tmp_path / "q.pth", model, PIXEL, unet.state_dict(), activations=True)
     save_packed(tmp_path / "q.safetensors", model, PackedInfo("pixel", BUILD, quant, {"iters": 1}, state_hash(unet.state_dict())))
     return tmp_path, model, quant
-
-
-@pytest.mark.parametrize("n_bits", range(2, 17))
-@pytest.mark.parametrize("count", [1, 7, 64])
-def test_any_width_packs_and_unpacks(n_bits, count):
-    values = torch.randint(0, 2**n_bits, (count,), dtype=torch.int32)
-    packed = pack_integers(values, n_bits)
-    assert packed.dtype == torch.uint8 and len(packed) == -(-count * n_bits // 8)
-    assert torch.equal(unpack_integers(packed, n_bits, (count,)).int(), values)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Files of an earlier version, which every later version must read to the same bits. They are never regenerated.
+"""Files of an earlier version, which every later version must read bit for bit. They are never regenerated.
 
 The folder `frozen` holds one network of the pixel family in both formats, with what the version that wrote it
 said about it:
@@ -36,7 +36,14 @@ from qdiff.model import act_quantizers, enable_activations, quant_layers
 from tests.support import golden
 
 FROZEN = Path(__file__).parent / "frozen"
-QUANT = QuantConfig(weight_bit=4, act_bit=8, quant_act=True, a_sym=True, split=True, weight_scale_method="mse")
+QUANT = QuantConfig(
+    weight_bit=4,
+    act_bit=8,
+    quant_act=True,
+    a_sym=True,
+    split=True,
+    weight_scale_method="mse",
+)
 INPUTS_AND_OUTPUTS = {"x", "t", "y", "y_weights_only"}
 
 

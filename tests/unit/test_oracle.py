@@ -1,4 +1,4 @@
-"""The code of this project against `tests.support.oracle`, which was written from the papers in NumPy and float64.
+"""The code of this project against `tests.support.oracle`, which was written from the papers in float64.
 
 Both sides compute in float64 wherever our code allows it, and then they agree to a few units of the last
 place. Step sizes are stored in float32, so they agree to its last place. Zero points and integers must be
@@ -77,7 +77,8 @@ def data_of_each_kind() -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_scales(rule):
-    for (kind, x), n_bits, symmetric, always_zero in itertools.product(data_of_each_kind().items(), WIDTHS, (False, True), (False, True)):
+    cases = itertools.product(data_of_each_kind().items(), WIDTHS, (False, True), (False, True))
+    for (kind, x), n_bits, symmetric, always_zero in cases:
         if kind == "negative" and always_zero and not symmetric:
             continue  # probabilities are not negative: the range has no step size
         settings = {"symmetric": symmetric, "always_zero": always_zero}
@@ -91,7 +92,7 @@ def test_scales(rule):
 
 
 def test_degenerate_ranges_get_the_least_step_size():
-    """The zero point of a constant, negative channel exceeds 2^24, where float32 does not hold every integer."""
+    """The zero point of a constant negative channel exceeds 2^24; float32 does not hold them all."""
     for value, rule, symmetric in itertools.product((0.0, 2.0, -0.1914), RULES, (False, True)):
         x = torch.full((3, 5), value)
         delta, zero = Q.find_scale(x, 4, method=rule, symmetric=symmetric)
@@ -100,7 +101,7 @@ def test_degenerate_ranges_get_the_least_step_size():
 
 
 def test_integers_and_values():
-    """Both sides hold the same step sizes. The data reach beyond both ends of the range; some are halfway between integers."""
+    """Both sides hold the same step sizes. Some data are outside the range, some halfway between integers."""
     x = 40 * normal(3, 200, seed=2)
     x[1, :40] = torch.arange(-20, 20) + 0.5
     for n_bits, symmetric, channel_wise in itertools.product(WIDTHS, (False, True), (False, True)):
@@ -141,7 +142,8 @@ def test_activation_quantizer_and_its_gradients():
 def test_running_ranges():
     batches = [normal(20, seed=seed) * (1 + seed) for seed in range(6)]
     low = high = None
-    for batch, expected in zip(batches, oracle.running_ranges([array(batch) for batch in batches]), strict=True):
+    ranges = oracle.running_ranges([array(batch) for batch in batches])
+    for batch, expected in zip(batches, ranges, strict=True):
         low, high = Q.running_range(low, high, batch)
         assert error(low, expected[0]) < 4 * FLOAT32 and error(high, expected[1]) < 4 * FLOAT32
         delta, zero = Q.scale_from_range(low, high, 8, symmetric=False)
@@ -166,7 +168,8 @@ def test_adaround():
         for alpha in (initial, noise):
             a = array(alpha)
             assert error(Q.rectified_sigmoid(alpha), oracle.rectified_sigmoid(a)) < EXACT
-            assert error(Q.soft_round(weight, alpha, delta, zero, n_bits), oracle.soft_rounded(w, a, d, z, n_bits)) < EXACT
+            soft = Q.soft_round(weight, alpha, delta, zero, n_bits)
+            assert error(soft, oracle.soft_rounded(w, a, d, z, n_bits)) < EXACT
             integers = Q.hard_integers(weight, alpha, delta, zero, n_bits)
             assert np.array_equal(array(integers), oracle.hard_rounded(w, a, d, z, n_bits))
             saturated = Q.alpha_from_integers(weight, integers, delta, zero)
@@ -179,7 +182,8 @@ def test_adaround():
 def test_beta_schedule():
     for total, warmup in ((20, 0.2), (1000, 0.2), (7, 0.5), (50, 0.0)):
         for step in range(total + 1):
-            assert math.isclose(Q.beta_schedule(step, total, warmup), oracle.beta_at(step, total, warmup), rel_tol=EXACT)
+            found = Q.beta_schedule(step, total, warmup)
+            assert math.isclose(found, oracle.beta_at(step, total, warmup), rel_tol=EXACT)
 
 
 # --- layers ------------------------------------------------------------------------------------------
@@ -195,7 +199,7 @@ CONVOLUTIONS_2D = [{"kernel_size": (3, 1), "stride": (1, 2), "padding": (0, 2), 
 
 
 def float_layers(channels: int = 4, grouped: bool = True) -> Iterator[nn.Module]:
-    """Layers of every kind that is quantized, with `channels` input channels; the sizes of their output channels differ."""
+    """Layers of every quantized kind with `channels` input channels; their output channels differ in size."""
     torch.manual_seed(0)
     settings = [one for one in CONVOLUTIONS if grouped or one.get("groups", 1) == 1]
     layers: list[nn.Module] = [nn.Conv2d(channels, 4, **one) for one in settings + CONVOLUTIONS_2D]
@@ -219,18 +223,20 @@ def reference_layer(layer: nn.Module) -> oracle.Layer:
 
 
 def quantized(layer: nn.Module, n_bits: int, rule: str, symmetric: bool, split: int = 0) -> QuantLayer:
-    """The quantized form of a layer in float64, with 6-bit inputs that clamp some of the standard normal numbers."""
+    """The quantized form of a layer in float64; its 6-bit inputs clamp some standard normal numbers."""
     kind = {nn.Conv2d: QuantConv2d, nn.Conv1d: QuantConv1d, nn.Linear: QuantLinear}[type(layer)]
     found = kind(layer, n_bits, 6, symmetric, split)
     found.init_weight_scales(rule)
     for number, quantizer in enumerate(found.act_quantizers):
-        quantizer.set_scale(torch.tensor(0.07 + 0.03 * number), torch.tensor(0.0 if symmetric else 30.0 - 7 * number))
+        zero = 0.0 if symmetric else 30.0 - 7 * number
+        quantizer.set_scale(torch.tensor(0.07 + 0.03 * number), torch.tensor(zero))
         quantizer.enabled = True
     return found.double()
 
 
 def of_act(quantizer: ActQuantizer) -> oracle.Quantizer:
-    return oracle.Quantizer(float(quantizer.delta), float(quantizer.zero_point), quantizer.n_bits, quantizer.symmetric)
+    delta, zero_point = float(quantizer.delta), float(quantizer.zero_point)
+    return oracle.Quantizer(delta, zero_point, quantizer.n_bits, quantizer.symmetric)
 
 
 def of_weight(quantizer: WeightQuantizer) -> oracle.Quantizer:
@@ -265,7 +271,7 @@ def test_layers():
 
 
 def test_split_layers():
-    """`h` has the first three of the five input channels, or of the last dimension of a linear layer's input."""
+    """Of the five input channels the first three are `h`; those of a linear layer are its last dimension."""
     settings = itertools.cycle(itertools.product(WIDTHS, RULES, (False, True)))
     for layer, _ in itertools.product(float_layers(5, grouped=False), range(3)):
         n_bits, rule, symmetric = next(settings)
@@ -275,9 +281,10 @@ def test_split_layers():
         halves = np.split(array(x), [3], axis=-1 if isinstance(layer, nn.Linear) else 1)
         for quantizer, part in zip(found.weight_quantizers, weights, strict=True):
             check_weight(quantizer, part, rule)
-        weight_quantizers = tuple(map(of_weight, found.weight_quantizers))
-        input_quantizers = tuple(map(of_act, found.act_quantizers))
-        expected = oracle.split_layer(reference_layer(layer), *halves, *weights, bias, weight_quantizers, input_quantizers)
+        of_weights = tuple(map(of_weight, found.weight_quantizers))
+        of_acts = tuple(map(of_act, found.act_quantizers))
+        product = reference_layer(layer)
+        expected = oracle.split_layer(product, *halves, *weights, bias, of_weights, of_acts)
         assert error(found(x), expected) < EXACT, (layer, n_bits, rule, symmetric)
 
 
@@ -297,30 +304,39 @@ class Block:
         init_weights(self.model, "max")
         enable_activations(self.model, True)
         for number, (name, quantizer) in enumerate(sorted(act_quantizers(self.model).items())):
-            top = 1.0 if quantizer.is_softmax else 3.0 + number % 3  # operands reach this value, or plus and minus
-            signed = quantizer.symmetric
-            low, high = oracle.grid_limits(quantizer.n_bits, signed)
-            unsigned_from_zero = quantizer.is_softmax and not signed
-            zero = 0.0 if signed or unsigned_from_zero else float((high + 1) // 2 - number)
-            delta = top / high if signed or unsigned_from_zero else 2 * top / (high - low)
-            if quantizer.is_softmax and name.endswith("_w") and family is PIXEL and not signed:
-                zero = 1.0  # an ordinary asymmetric quantizer, so that its zero point must count
+            delta, zero = self.scale(name, quantizer, number, family is PIXEL)
             quantizer.set_scale(torch.tensor(delta), torch.tensor(zero))
         self.model = self.model.double()
+
+    @staticmethod
+    def scale(name: str, quantizer: ActQuantizer, number: int, pixel: bool) -> tuple[float, float]:
+        """A step size and a zero point: probabilities reach 1, other operands reach 3, 4, or 5 on both sides.
+
+        Only in the pixel family do unsigned probabilities have a zero point, as every other activation does.
+        """
+        low, high = oracle.grid_limits(quantizer.n_bits, quantizer.symmetric)
+        if quantizer.is_softmax:
+            return 1.0 / high, 1.0 if pixel and not quantizer.symmetric else 0.0
+        top = 3.0 + number % 3
+        if quantizer.symmetric:
+            return top / high, 0.0
+        return 2 * top / (high - low), float((high + 1) // 2 - number)
 
     def layer(self, name: str, x: np.ndarray, product: oracle.Layer) -> np.ndarray:
         """What the oracle gives for one of the block's layers."""
         layer = self.model.get_submodule(name)
         quantizers = of_weight(layer.weight_quantizer), of_act(layer.act_quantizer)
-        return oracle.quantized_layer(product, x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"), *quantizers)
+        weight, bias = self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias")
+        return oracle.quantized_layer(product, x, weight, bias, *quantizers)
 
     def operands(self, first: str, second: str) -> oracle.AttentionQuantizers:
-        """The quantizers of q, k, v, and w, with the widths, signs, and zero points that the specification asks for."""
+        """The quantizers of q, k, v, and w, after a check of their widths and signs."""
         found = {}
         for path in (first, second):
             for name, quantizer in self.model.get_submodule(path).named_children():
                 found[name.removeprefix("act_quantizer_")] = of_act(quantizer)
-        assert {name: q.n_bits for name, q in found.items()} == dict.fromkeys("qkv", self.config.act_bit) | {"w": self.config.sm_abit}
+        widths = {name: quantizer.n_bits for name, quantizer in found.items()}
+        assert widths == dict.fromkeys("qkv", self.config.act_bit) | {"w": self.config.sm_abit}
         assert all(found[name].symmetric == self.config.a_sym for name in "qkv")
         return oracle.AttentionQuantizers(**found)
 
@@ -389,7 +405,7 @@ SHAPE = (2, 3, 4)
 
 
 def eps(x: np.ndarray, t: float) -> np.ndarray:
-    """A smooth noise prediction that depends on the sample and on the time; networks are given the time in float32."""
+    """A smooth noise prediction from the sample and the time; networks are given the time in float32."""
     t = float(np.float32(t))
     return np.tanh(x * (0.6 + 0.4 * t / 1000)) + 0.2 * np.cos(3 * x + t / 90)
 
@@ -418,11 +434,17 @@ class Noises:
             yield noise
 
 
-def sampler_error(ours: Callable, reference: Callable) -> float:
-    """The error of `ours(x, noise)` from `reference(x, noises)`, both run from the same start."""
+def sampler_error(
+    ours: Callable,
+    reference: Callable,
+    a_bar: np.ndarray,
+    steps: list[int] | int,
+    **eta: float,
+) -> float:
+    """The error of one of our samplers from the oracle's; both have the same start and the same noises."""
     x, noises = normal(*SHAPE, seed=14), Noises()
-    found = ours(x, noises.draw)
-    result = error(found, reference(array(x), noises.again()))
+    found = ours(denoiser, x, torch.from_numpy(a_bar), steps, noises.draw, **eta)
+    result = error(found, reference(eps, array(x), a_bar, steps, noises.again(), **eta))
     assert noises.taken == len(noises.kept)
     return result
 
@@ -438,82 +460,74 @@ def test_schedules_and_steps():
         assert ddim.samplers.dpm_solver_orders(steps) == oracle.single_step_orders(steps)
 
 
+def alpha_in_float64(a_bar: Tensor, t: int) -> Tensor:
+    """Stands for `ddim.samplers._alpha`."""
+    return a_bar[t] if t >= 0 else torch.ones((), dtype=torch.float64)
+
+
+def alphas_in_float64(a_bar: Tensor, steps: list[int]) -> tuple[Tensor, Tensor]:
+    """Stands for `ldm.samplers._alphas`."""
+    return a_bar[steps], torch.cat([a_bar[:1], a_bar[steps[:-1]]])
+
+
 @pytest.fixture(params=["float32", "float64"])
 def tables(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The precision in which our samplers look up alpha-bar: float32 as they are, or float64, which shows every other difference."""
+    """The precision in which our samplers look up alpha-bar.
+
+    They do so in float32, and the tolerances of these runs are what that precision allows. In float64 every
+    other difference shows.
+    """
     if request.param == "float64":
-        monkeypatch.setattr(ddim.samplers, "_alpha", lambda a, t: a[t] if t >= 0 else torch.ones((), dtype=torch.float64))
-        monkeypatch.setattr(ldm.samplers, "_alphas", lambda a, steps: (a[steps], torch.cat([a[:1], a[steps[:-1]]])))
+        monkeypatch.setattr(ddim.samplers, "_alpha", alpha_in_float64)
+        monkeypatch.setattr(ldm.samplers, "_alphas", alphas_in_float64)
     return request.param
 
 
 def test_pixel_ddim(tables):
-    alphas = torch.from_numpy(PIXEL_ALPHAS)
+    bound = EXACT if tables == "float64" else 1e-6
     for skip_type, count, eta in itertools.product(("uniform", "quad"), (7, 100), (0.0, 0.4, 1.0)):
         steps = oracle.pixel_steps(skip_type, count)
-        found = sampler_error(
-            lambda x, noise: ddim.samplers.sample_ddim(denoiser, x, alphas, steps, noise, eta=eta),  # noqa: B023
-            lambda x, noises: oracle.pixel_ddim(eps, x, PIXEL_ALPHAS, steps, eta, noises),  # noqa: B023
-        )
-        assert found < (EXACT if tables == "float64" else 1e-6), (skip_type, count, eta)
+        found = sampler_error(ddim.samplers.sample_ddim, oracle.pixel_ddim, PIXEL_ALPHAS, steps, eta=eta)
+        assert found < bound, (skip_type, count, eta)
 
 
 def test_pixel_ancestral(tables):
-    """In float32, 1 - alpha-bar has three digits at the first time steps, and the coefficients of x_0 and x_t are divided by it."""
-    alphas = torch.from_numpy(PIXEL_ALPHAS)
+    """In float32, 1 - alpha-bar has three digits at the first time steps. Coefficients are divided by it."""
+    bound = EXACT if tables == "float64" else 1e-4
     for skip_type, count in (("uniform", 10), ("uniform", 100), ("quad", 20), ("uniform", 1000)):
         steps = oracle.pixel_steps(skip_type, count)
-        found = sampler_error(
-            lambda x, noise: ddim.samplers.sample_ddpm(denoiser, x, alphas, steps, noise),  # noqa: B023
-            lambda x, noises: oracle.ddpm_noisy(eps, x, PIXEL_ALPHAS, steps, noises),  # noqa: B023
-        )
-        assert found < (EXACT if tables == "float64" else 1e-4), (skip_type, count)
+        found = sampler_error(ddim.samplers.sample_ddpm, oracle.ddpm_noisy, PIXEL_ALPHAS, steps)
+        assert found < bound, (skip_type, count)
 
 
 def test_latent_ddim_and_plms(tables):
-    alphas = torch.from_numpy(LATENT_ALPHAS)
+    bound = EXACT if tables == "float64" else 1e-6
     for count in (1, 2, 3, 4, 5, 20, 300):
         steps = oracle.latent_steps(count)
         for eta in (0.0, 0.4, 1.0):
-            found = sampler_error(
-                lambda x, noise: ldm.samplers.sample_ddim(denoiser, x, alphas, steps, noise, eta=eta),  # noqa: B023
-                lambda x, noises: oracle.latent_ddim(eps, x, LATENT_ALPHAS, steps, eta, noises),  # noqa: B023
-            )
-            assert found < (EXACT if tables == "float64" else 1e-6), (count, eta)
-        found = sampler_error(
-            lambda x, noise: ldm.samplers.sample_plms(denoiser, x, alphas, steps, noise),  # noqa: B023
-            lambda x, noises: oracle.plms(eps, x, LATENT_ALPHAS, steps),  # noqa: B023
-        )
-        assert found < (EXACT if tables == "float64" else 1e-6), count
+            found = sampler_error(ldm.samplers.sample_ddim, oracle.latent_ddim, LATENT_ALPHAS, steps, eta=eta)
+            assert found < bound, (count, eta)
+        assert sampler_error(ldm.samplers.sample_plms, oracle.plms, LATENT_ALPHAS, steps) < bound, count
 
 
 def test_latent_ancestral():
     """The coefficients are formed in float64 and then rounded to float32."""
-    alphas = torch.from_numpy(LATENT_ALPHAS)
-    found = sampler_error(
-        lambda x, noise: ldm.samplers.sample_ancestral(denoiser, x, alphas, list(range(1000)), noise),
-        lambda x, noises: oracle.ancestral(eps, x, LATENT_ALPHAS, noises),
-    )
-    assert found < 1e-6
+    steps = list(range(1000))
+    assert sampler_error(ldm.samplers.sample_ancestral, oracle.ancestral, LATENT_ALPHAS, steps) < 1e-6
 
 
 def test_dpm_solvers():
     """Their coefficients are formed in float64 throughout."""
-    samplers = [
-        (ddim.samplers.sample_dpm_solver, oracle.dpm_solver_single, PIXEL_ALPHAS, (1, 2, 3, 4, 5, 6, 20)),
-        (ldm.samplers.sample_dpm_solver_2m, oracle.dpm_solver_2m, LATENT_ALPHAS, (1, 2, 3, 14, 15, 20)),
-    ]
-    for ours, reference, a_bar, counts in samplers:
-        for count in counts:
-            found = sampler_error(
-                lambda x, noise: ours(denoiser, x, torch.from_numpy(a_bar), count, noise),  # noqa: B023
-                lambda x, noises: reference(eps, x, a_bar, count),  # noqa: B023
-            )
-            assert found < EXACT, (reference.__name__, count)
+    for count in (1, 2, 3, 4, 5, 6, 20):
+        ours, reference = ddim.samplers.sample_dpm_solver, oracle.dpm_solver_single
+        assert sampler_error(ours, reference, PIXEL_ALPHAS, count) < EXACT, count
+    for count in (1, 2, 3, 14, 15, 20):
+        ours, reference = ldm.samplers.sample_dpm_solver_2m, oracle.dpm_solver_2m
+        assert sampler_error(ours, reference, LATENT_ALPHAS, count) < EXACT, count
 
 
 def test_guidance():
-    """One batch holds the unconditional rows first; without guidance the network sees the given contexts alone."""
+    """One batch holds the unconditional rows first. Without guidance there are the given contexts alone."""
     x, t = normal(2, 3, 4, seed=15), torch.tensor([40.0, 900.0])
     given, without = normal(2, 5, 3, seed=16), normal(2, 5, 3, seed=17)
     batches = []
@@ -525,7 +539,8 @@ def test_guidance():
     e_uncond, e_cond = array(network(x, t, without)), array(network(x, t, given))
     batches.clear()
     for scale in (0.0, 0.5, 3.0, 7.5):
-        assert error(Guided(network, given, without, scale)(x, t), oracle.guided(e_uncond, e_cond, scale)) < EXACT
+        found = Guided(network, given, without, scale)(x, t)
+        assert error(found, oracle.guided(e_uncond, e_cond, scale)) < EXACT
     assert batches == [4, 4, 4, 4]
     for plain in (Guided(network, given, without, 1.0), Guided(network, given, None, 7.5)):
         assert error(plain(x, t), e_cond) < EXACT
