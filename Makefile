@@ -13,7 +13,7 @@ test: lint
 	$(RUN) -m pytest
 
 test-unit: $(VENV)/.installed
-	$(RUN) -m pytest -m "unit and not slow"
+	$(RUN) -m pytest -n 2 --dist loadfile -m "unit and not slow and not multiprocess"
 
 test-slow: $(VENV)/.installed
 	$(RUN) -m pytest -m slow

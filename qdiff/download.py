@@ -47,7 +47,7 @@ def _download(url: str, partial: Path) -> None:
     start = partial.stat().st_size if partial.is_file() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     try:
-        response = urllib.request.urlopen(request, timeout=30)
+        response = urllib.request.build_opener().open(request, timeout=30)  # the proxies of now, not of the process's first request
     except urllib.error.HTTPError as error:
         if error.code == 416 and start:  # nothing left to fetch: the whole file is there
             return

@@ -243,7 +243,7 @@ def rounding_regularizer(alpha: Array, beta: float) -> float:
 
 
 def beta_at(step: int, total: int, warmup: float = 0.2, start: float = 20.0, end: float = 2.0) -> float:
-    """The regularizer's exponent: `start` in the warm-up, then a straight line that ends in `end` at `total`."""
+    """The regularizer's exponent: `start` in the warm-up, then a straight line to `end` at step `total`."""
     first = warmup * total
     if step <= first:
         return start
@@ -324,7 +324,7 @@ def split_layer(
     weight_quantizers: tuple[Quantizer, Quantizer],
     input_quantizers: tuple[Callable, Callable],
 ) -> Array:
-    """A layer on the concatenation [h, skip], each half with its own quantizers ("shortcut splitting", Q-Diffusion).
+    """A layer on the concatenation [h, skip], each half quantized alone (Q-Diffusion: shortcut splitting).
 
     A layer is linear, so that the output is the sum of what the halves give. The bias is added once.
 
@@ -338,7 +338,7 @@ def split_layer(
 
 
 def group_norm(x: Array, groups: int, weight: Array, bias: Array, eps: float) -> Array:
-    """Group normalization of [N, C, ...] with gain and bias [C]; Wu and He 2018, arXiv 1803.08494, section 3."""
+    """Group normalization (Wu and He 2018, arXiv 1803.08494, section 3) of [N, C, ...], gain and bias [C]."""
     y = np.zeros(x.shape)
     size = x.shape[1] // groups
     for n, g in itertools.product(range(len(x)), range(groups)):
@@ -399,8 +399,9 @@ def pixel_attention(q: Array, k: Array, v: Array, quantizers: AttentionQuantizer
     q, k, v = quantizers.q(q), quantizers.k(k), quantizers.v(v)
     out = np.zeros(q.shape)
     for i in range(n):
-        tokens = [part[i].reshape(c, -1).T for part in (q, k, v)]  # [HW, C]
-        out[i] = _attend(*tokens, c**-0.5, quantizers.w).T.reshape(c, height, width)
+        queries, keys, values = (part[i].reshape(c, -1).T for part in (q, k, v))  # [HW, C]
+        attended = _attend(queries, keys, values, c**-0.5, quantizers.w)
+        out[i] = attended.T.reshape(c, height, width)
     return out
 
 
@@ -613,7 +614,9 @@ def plms(eps: Denoiser, x: Array, a_bar: Array, steps: Sequence[int], noises: No
             combined = 0.5 * e + 0.5 * eps(predicted, steps[i - 1] if i > 0 else steps[i])
         else:
             weights = ADAMS_BASHFORTH[len(newest_first)]
-            combined = sum(weight * past for weight, past in zip(weights, newest_first, strict=True))
+            combined = np.zeros(x.shape)
+            for weight, past in zip(weights, newest_first, strict=True):
+                combined += weight * past
         x = _ddim_step(x, combined, a, a_prev, 0.0, 0.0)
     return x
 
@@ -662,7 +665,7 @@ class ContinuousSchedule:
 
 
 def single_step_orders(steps: int) -> list[int]:
-    """Orders of the steps that together take `steps` evaluations; "DPM-Solver-fast", DPM-Solver appendix D."""
+    """Orders of the steps that take `steps` evaluations in all: DPM-Solver appendix D, "DPM-Solver-fast"."""
     full, rest = divmod(steps, 3)
     if rest == 0:
         return [3] * (full - 1) + [2, 1]

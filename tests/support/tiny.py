@@ -25,10 +25,10 @@ MODEL = ModelConfig(
 )
 
 
-def unet(seed: int = 0) -> UNet:
+def unet(seed: int = 0, config: ModelConfig = MODEL) -> UNet:
     """Random weights, uneven across output channels as those of trained networks are."""
     torch.manual_seed(seed)
-    network = UNet(MODEL).eval().requires_grad_(False)
+    network = UNet(config).eval().requires_grad_(False)
     for name, p in network.named_parameters():
         if p.dim() > 1:
             p.mul_(torch.rand(len(p), *[1] * (p.dim() - 1)) + 0.5)

@@ -33,6 +33,7 @@ def test_trajectory_error_of_a_scaled_network_is_its_scale():
     assert errors["scaled"].per_step == pytest.approx([0.1] * 5, rel=1e-4) and errors["same"].mean == 0
 
 
+@pytest.mark.multiprocess
 def test_torchvision_becomes_importable_beside_any_torch():
     code = "from qdiff.compat import make_torchvision_importable as m; m(); import torchvision.transforms, torchmetrics"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=commands.REPOSITORY)

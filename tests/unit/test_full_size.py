@@ -31,6 +31,7 @@ def published(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.mark.multiprocess
 def test_loads_fast_and_lean(published):
     code = f"""
 import time

@@ -114,14 +114,14 @@ KINDS = ("pixel", "none", "text")
 
 @torch.no_grad()
 def test_whole_networks_are_as_near_to_float64_as_float32_is(tmp_path):
-    """Over 20 inputs the median error of the integer network is at most 1.5 times that of the float32 simulation."""
+    """Over 8 inputs the median error of the integer network is at most 1.5 times that of the float32 simulation."""
     compared = []
     for kind, bits, symmetric in product(KINDS, [4, 8], [True, False]):
         network, family, rows = network_of(kind, tmp_path)
         simulated = calibrate(network, family, replace(LINEAR, weight_bit=bits, a_sym=symmetric), CalibrationConfig(), rows)
         integer, exact = to_integer(simulated), copy.deepcopy(simulated).double()
         errors = {"integer": [], "simulated": []}
-        for i in range(20):
+        for i in range(8):
             inputs = tuple(part[i : i + 1] for part in rows.inputs)
             found = integer(*inputs)
             assert type(found) is torch.Tensor and found.shape == inputs[0].shape
@@ -363,6 +363,7 @@ print(json.dumps(((found - expected).norm() / expected.norm()).item()))
 """
 
 
+@pytest.mark.multiprocess
 def test_a_processor_without_vnni_falls_back_or_stays_exact():
     environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
     command = [sys.executable, "-c", ISA]

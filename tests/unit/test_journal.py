@@ -146,12 +146,14 @@ def killed_and_continued(tmp_path, reference, times, seed):
     return torch.load(folder / "done.pt", weights_only=True)
 
 
+@pytest.mark.multiprocess
 def test_kill_and_continue(tmp_path, reference):
     torch.set_num_threads(1)
     assert same(killed_and_continued(tmp_path, reference, 2, 0), reference[0])
 
 
 @pytest.mark.slow
+@pytest.mark.multiprocess
 def test_twenty_kills(tmp_path, reference):
     assert same(killed_and_continued(tmp_path, reference, 20, 1), reference[0])
 

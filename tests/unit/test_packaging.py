@@ -92,6 +92,7 @@ def test_a_missing_extra_is_named():
     assert issubclass(MissingExtra, ConfigError)  # which the commands show as one line
 
 
+@pytest.mark.multiprocess
 def test_all_modules_can_be_imported_without_what_only_posix_has():
     code = f"""
 import importlib, sys
