@@ -18,7 +18,6 @@ from qdiff.evaluation.images import Selected
 from qdiff_cli.images import load_png
 from qdiff_cli.running import Ranks, sample_missing
 from tests.support import commands, tiny
-from tests.support.commands import succeeded
 
 SAMPLE = "sample_diffusion_ddim.py"
 
@@ -114,15 +113,6 @@ def content(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in out.glob("samples/*/img/*.png")}
 
 
-@pytest.mark.multiprocess
-def test_three_processes_make_the_images_of_one(files, tmp_path):
-    for processes in (1, 3):
-        succeeded(subprocess.run(command(files, tmp_path / str(processes), processes, 22), capture_output=True, text=True, timeout=300))
-    whole = content(tmp_path / "1")
-    assert len(whole) == 22
-    assert content(tmp_path / "3") == whole
-
-
 def children(pid: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
@@ -130,6 +120,7 @@ def children(pid: int) -> list[int]:
 @pytest.mark.multiprocess
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the processes of torchrun in /proc")
 def test_a_process_that_dies_loses_only_unfinished_images(files, tmp_path):
+    """Two processes, then three, make the images that one makes."""
     images = 200
     process = subprocess.Popen(command(files, tmp_path / "a", 2, images), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
