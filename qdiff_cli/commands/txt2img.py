@@ -46,9 +46,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--n_rows", type=positive, help="columns of the grid (default: n_samples)")
     parser.add_argument("--scale", type=float, default=7.5, help="guidance")
     parser.add_argument("--config", type=project_file, default="configs/stable-diffusion/v1-inference.yaml", help="YAML file of the model")
-    parser.add_argument(
-        "--ckpt", type=project_file, default="models/ldm/stable-diffusion-v1/model.ckpt", help="the model's checkpoint or its folder"
-    )
+    parser.add_argument("--ckpt", type=project_file, default=CHECKPOINT, help="the model's checkpoint or its folder")
     parser.add_argument("--seed", type=seed, default=42)
     parser.add_argument("--no_grad_ckpt", action="store_true", help="accepted for the published commands; changes nothing")
     add_run_options(parser, precision="autocast")
@@ -71,9 +69,7 @@ def latent_shape(args: argparse.Namespace, config: LatentConfig) -> tuple[int, i
 
 def load_text_config(args: argparse.Namespace) -> LatentConfig:
     if args.laion400m:
-        args.config, args.ckpt = map(
-            project_file, ("configs/latent-diffusion/txt2img-1p4B-eval.yaml", "models/ldm/text2img-large/model.ckpt")
-        )
+        args.config, args.ckpt = map(project_file, LAION400M)
     config = load_config(args.config)
     if config.conditioning is None or config.conditioning.kind is ClassEmbedder:
         raise ConfigError(f"--config {args.config}: a model without text; sample it with scripts/sample_diffusion_ldm.py")
