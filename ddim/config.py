@@ -1,12 +1,14 @@
 """The YAML configuration of the pixel family, checked when it is read."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from qdiff.config import ConfigError, fill
+from qdiff.config import ConfigError, check_names, fill, typed
+from qdiff.prediction import PREDICTIONS
 from qdiff.resources import find
 
 
@@ -34,6 +36,7 @@ class DiffusionConfig:
     beta_start: float = 1e-4
     beta_end: float = 0.02
     num_diffusion_timesteps: int = 1000
+    parameterization: str = "eps"  # what the network predicts: eps | x0 | v (`qdiff.prediction`)
 
 
 @dataclass(frozen=True)
@@ -64,16 +67,31 @@ class PixelConfig:
     training: dict[str, Any]
 
 
+# keys of the released YAML files that only training reads, or whose one value is expected
+IGNORED_SECTIONS = {"optim"}
+DATA = {"dataset", "category", "image_size", "channels", "random_flip", "num_workers"}
+DATA_VALUES = {"rescaled": True, "logit_transform": False, "uniform_dequantization": False, "gaussian_dequantization": False}
+MODEL = {"type", "pretrained", "var_type", "ema_rate", "ema"}
+SAMPLING = {"batch_size", "last_only"}
+TRAINING = {"n_epochs", "n_iters", "snapshot_freq", "validation_freq"}
 PUBLIC_MODELS = {"CIFAR10": "ema_cifar10"}  # LSUN is told apart by data.category
 
 
-def model_config_from_dict(values: dict[str, Any]) -> ModelConfig:
-    """Build and check a ModelConfig; lists become tuples, keys that concern training only are ignored.
+def model_config_from_dict(values: dict[str, Any], ignored: Iterable[str] = ()) -> ModelConfig:
+    """Build and check a ModelConfig; lists become tuples.
+
+    Args:
+        ignored: further keys that `values` may have.
 
     Raises:
-        ConfigError: a setting is missing or cannot work.
+        ConfigError: a setting is missing, unknown or cannot work.
     """
-    config = fill(ModelConfig, values, "model", others=True)
+    config = fill(ModelConfig, values, "model", ignored)
+    for name in ("image_size", "in_channels", "out_ch", "ch", "num_res_blocks", "norm_groups"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"model.{name} {getattr(config, name)}: expected at least 1")
+    if not config.ch_mult or min(config.ch_mult) < 1:
+        raise ConfigError(f"model.ch_mult {list(config.ch_mult)}: expected numbers of at least 1")
     sizes = [config.image_size // 2**level for level in range(len(config.ch_mult))]
     if config.image_size % 2 ** (len(config.ch_mult) - 1):
         raise ConfigError(f"image_size {config.image_size}: cannot be halved {len(config.ch_mult) - 1} times")
@@ -81,6 +99,11 @@ def model_config_from_dict(values: dict[str, Any]) -> ModelConfig:
         raise ConfigError(f"model.ch {config.ch}: expected a multiple of the {config.norm_groups} groups of the norms")
     if not set(config.attn_resolutions) <= set(sizes):
         raise ConfigError(f"model.attn_resolutions {list(config.attn_resolutions)}: expected some of {sizes}")
+    if config.out_ch != config.in_channels:
+        raise ConfigError(
+            f"model.out_ch {config.out_ch}: expected {config.in_channels}, the in_channels; networks that predict a variance too "
+            "are not supported"
+        )
     return config
 
 
@@ -88,31 +111,61 @@ def load_config(path: str | Path) -> PixelConfig:
     """Read a pixel-family YAML file.
 
     Raises:
-        ConfigError: no such file, not YAML, or a setting is missing or cannot work.
+        ConfigError: no such file, not YAML, or a setting is missing, unknown or cannot work.
     """
     path = find(path)
     if not path.is_file():
         raise ConfigError(f"--config {path}: no such file")
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path}: not a YAML file ({str(error).splitlines()[0]})") from None
     if not isinstance(values, dict) or not {"data", "model", "diffusion"} <= set(values):
-        found = sorted(values) if isinstance(values, dict) else type(values).__name__
+        found = sorted(map(str, values)) if isinstance(values, dict) else type(values).__name__
         raise ConfigError(f"--config {path}: expected the sections data, model and diffusion of the pixel family, found {found}")
-    data, model = values["data"], values["model"]
-    diffusion = fill(DiffusionConfig, values["diffusion"], "diffusion", others=True)
+    try:
+        return _parse(path, values)
+    except ConfigError as error:
+        raise ConfigError(f"--config {path}: {error}") from None
+
+
+def _parse(path: Path, values: dict[str, Any]) -> PixelConfig:
+    check_names(values, ["data", "model", "diffusion", "sampling", "training", *IGNORED_SECTIONS], "of the file")
+    sections = {name: values.get(name) or {} for name in ("data", "model", "diffusion", "sampling", "training")}
+    for name, section in sections.items():
+        if not isinstance(section, dict):
+            raise ConfigError(f"section {name}: expected settings, found {section!r}")
+    data, model, sampling = sections["data"], sections["model"], sections["sampling"]
+    check_names(data, [*DATA, *DATA_VALUES], "data")
+    check_names(sampling, SAMPLING, "sampling")
+    check_names(sections["training"], [*TRAINING, *(field.name for field in fields(TrainingConfig))], "training")
+    for name, expected in DATA_VALUES.items():
+        if data.get(name, expected) is not expected:
+            raise ConfigError(f"data.{name} {data[name]!r}: expected {str(expected).lower()}")
+    diffusion = fill(DiffusionConfig, sections["diffusion"], "diffusion")
     if diffusion.beta_schedule != "linear":
         raise ConfigError(f"diffusion.beta_schedule {diffusion.beta_schedule!r}: expected linear")
+    if diffusion.parameterization not in PREDICTIONS:
+        raise ConfigError(f"diffusion.parameterization {diffusion.parameterization!r}: expected one of {', '.join(PREDICTIONS)}")
+    if not 0 < diffusion.beta_start <= diffusion.beta_end < 1:
+        raise ConfigError(f"diffusion.beta_start {diffusion.beta_start:g}, beta_end {diffusion.beta_end:g}: expected 0 < start <= end < 1")
+    if diffusion.num_diffusion_timesteps < 1:
+        raise ConfigError(f"diffusion.num_diffusion_timesteps {diffusion.num_diffusion_timesteps}: expected at least 1")
     if model.get("type", "simple") != "simple":
         raise ConfigError(f"model.type {model['type']!r}: expected simple")
+    network = model_config_from_dict({"image_size": data.get("image_size"), **model}, MODEL)
+    if data.get("channels", network.in_channels) != network.in_channels:
+        raise ConfigError(f"data.channels {data['channels']!r}: expected {network.in_channels}, the model's in_channels")
+    batch_size = typed(sampling.get("batch_size", 64), int, "sampling.batch_size")
+    if batch_size < 1:
+        raise ConfigError(f"sampling.batch_size {batch_size}: expected at least 1")
     return PixelConfig(
         path=path,
-        model=model_config_from_dict({"image_size": data.get("image_size"), **model}),
+        model=network,
         diffusion=diffusion,
-        batch_size=int(values.get("sampling", {}).get("batch_size", 64)),
-        pretrained=model.get("pretrained") or _public_model(data),
-        training=values.get("training", {}),
+        batch_size=batch_size,
+        pretrained=typed(model.get("pretrained"), str | None, "model.pretrained") or _public_model(data),
+        training=sections["training"],
     )
 
 

@@ -107,8 +107,8 @@ class VPSchedule:
         return self.log_alpha(t) - float(np.log(self.sigma(t)))
 
     def network_time(self, t: float) -> float:
-        """The time the network is given: (t - 1/T) * 1000, unrounded."""
-        return (t - 1 / self.total) * 1000
+        """The time the network is given: (t - 1/T) * T, unrounded."""
+        return (t - 1 / self.total) * self.total
 
 
 def dpm_solver_orders(steps: int) -> list[int]:

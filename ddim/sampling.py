@@ -10,11 +10,12 @@ from torch import Tensor
 from ddim.config import DiffusionConfig, PixelConfig
 from ddim.family import PIXEL, describe
 from ddim.samplers import Callback, Denoiser, ddim_steps, sample_ddim, sample_ddpm, sample_dpm_solver
-from ddim.schedule import make_alphas_cumprod
+from ddim.schedule import make_prediction
 from ddim.weights import load_unet
 from qdiff.calibration.dataset import CalibrationSet, generate
 from qdiff.config import CalibrationConfig, ConfigError
 from qdiff.noise import CALIBRATION, SAMPLING, NoiseSource
+from qdiff.prediction import EpsNetwork, name_of
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,13 @@ class SamplerSettings:
             raise ConfigError(f"--timesteps {self.timesteps}: expected 1 to {diffusion.num_diffusion_timesteps}")
         if not 0 <= self.eta <= 1:
             raise ConfigError(f"--eta {self.eta:g}: expected 0 to 1")
+        if self.sample_type == "dpm_solver" and self.eta:
+            raise ConfigError(f"dpm_solver is deterministic: expected eta 0, found {self.eta:g}")
         return self
 
 
 class PixelSampler:
-    """Call it with a network and the indices of images: [N, C, H, W], about [-1, 1].
+    """Call it with a network and the indices of images: [N, C, H, W], about [-1, 1]; NonFiniteError where a value is not finite.
 
     Args:
         config: the model's configuration. settings: the sampler. device: where the network is.
@@ -44,7 +47,7 @@ class PixelSampler:
 
     def __init__(self, config: PixelConfig, settings: SamplerSettings, device: torch.device) -> None:
         self.config, self.settings, self.device = config, settings, device
-        self.alphas_cumprod = make_alphas_cumprod(config.diffusion)
+        self.prediction = make_prediction(config.diffusion)
         self.shape = (config.model.in_channels, config.model.image_size, config.model.image_size)
         self.steps = ddim_steps(settings.skip_type, settings.timesteps, config.diffusion.num_diffusion_timesteps)
 
@@ -53,17 +56,25 @@ class PixelSampler:
         """How often the network is evaluated for one image."""
         return self.settings.timesteps if self.settings.sample_type == "dpm_solver" else len(self.steps)
 
+    def denoiser(self, network: Denoiser, indices: Sequence[int]) -> EpsNetwork:
+        """eps(x_t, t) for these images."""
+        return EpsNetwork(network, self.prediction, name_of(network))
+
     @torch.no_grad()
     def __call__(
         self, network: Denoiser, indices: Sequence[int], seed: int, callback: Callback | None = None, stream: int = SAMPLING
     ) -> Tensor:
         noise = NoiseSource(seed, indices, self.shape, self.device, stream)
-        x = noise()
+        denoiser = self.denoiser(network, indices)
+        return denoiser.check(self._sample(denoiser, noise(), noise, callback))
+
+    def _sample(self, denoiser: Denoiser, x: Tensor, noise: NoiseSource, callback: Callback | None) -> Tensor:
+        a = self.prediction.alphas_cumprod
         if self.settings.sample_type == "dpm_solver":
-            return sample_dpm_solver(network, x, self.alphas_cumprod, self.settings.timesteps, noise, callback)
+            return sample_dpm_solver(denoiser, x, a, self.settings.timesteps, noise, callback)
         if self.settings.sample_type == "ddpm_noisy":
-            return sample_ddpm(network, x, self.alphas_cumprod, self.steps, noise, callback)
-        return sample_ddim(network, x, self.alphas_cumprod, self.steps, noise, callback, self.settings.eta)
+            return sample_ddpm(denoiser, x, a, self.steps, noise, callback)
+        return sample_ddim(denoiser, x, a, self.steps, noise, callback, self.settings.eta)
 
 
 def make_calibration_set(network: Denoiser, sampler: PixelSampler, seed: int, config: CalibrationConfig) -> CalibrationSet:
@@ -82,6 +93,7 @@ def pixel_task_parts(config: PixelConfig, checkpoint: str | None, sampler: Pixel
         "build": describe(config.model),
         "input_shape": sampler.shape,
         "evaluations": sampler.evaluations,
+        "prediction": sampler.prediction,
         "load": lambda: load_unet(config, checkpoint),
         "generate": lambda network, calibration: make_calibration_set(network, sampler, seed, calibration),
         "weight_method": "max",

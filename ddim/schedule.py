@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from ddim.config import DiffusionConfig
+from qdiff.prediction import Prediction
 
 
 def make_betas(config: DiffusionConfig) -> Tensor:
@@ -15,3 +16,8 @@ def make_betas(config: DiffusionConfig) -> Tensor:
 def make_alphas_cumprod(config: DiffusionConfig) -> Tensor:
     """alpha-bar_t in float64, [num_diffusion_timesteps]."""
     return torch.cumprod(1.0 - make_betas(config), dim=0)
+
+
+def make_prediction(config: DiffusionConfig) -> Prediction:
+    """What the network predicts under this schedule."""
+    return Prediction(config.parameterization, make_alphas_cumprod(config))

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from ddim.config import TrainingConfig
 from qdiff.files import atomic_write
+from qdiff.prediction import Prediction
 
 log = logging.getLogger(__name__)
 
@@ -25,14 +26,17 @@ def learning_rate(step: int, config: TrainingConfig) -> float:
 
 
 def diffusion_loss(
-    data: Tensor, alphas_cumprod: Tensor, config: TrainingConfig, conditions: Callable[[Tensor, torch.Generator], tuple] | None = None
+    data: Tensor, prediction: Prediction, config: TrainingConfig, conditions: Callable[[Tensor, torch.Generator], tuple] | None = None
 ) -> Loss:
-    """Noise-prediction loss with min-SNR weights (arXiv 2303.09556, eq. 5).
+    """The error of eps with min-SNR weights (arXiv 2303.09556, eq. 5).
 
     Args:
+        prediction: what the network predicts.
         data: what is learned, float [N, C, H, W]: images in [-1, 1] or scaled latents.
         conditions: from the drawn indices to further arguments of the model.
     """
+
+    alphas_cumprod = prediction.alphas_cumprod
 
     def loss(model: nn.Module, generator: torch.Generator) -> Tensor:
         index = torch.randint(0, len(data), (config.batch_size,), generator=generator)
@@ -48,8 +52,9 @@ def diffusion_loss(
         x_t = x_t.to(x0.device).contiguous(memory_format=torch.channels_last)
         extra = conditions(index, generator) if conditions else ()
         with torch.autocast(x0.device.type, torch.bfloat16):
-            prediction = model(x_t, t.to(x0.device), *extra)
-        return (weight * (prediction.float() - noise.to(x0.device)).square().mean(dim=(1, 2, 3))).mean()
+            output = model(x_t, t.to(x0.device), *extra)
+        eps = prediction.eps(x_t, t.to(x0.device), output.float())
+        return (weight * (eps - noise.to(x0.device)).square().mean(dim=(1, 2, 3))).mean()
 
     return loss
 

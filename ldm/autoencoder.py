@@ -178,7 +178,7 @@ class IdentityFirstStage(nn.Module):
 
     factor = 1
 
-    def __init__(self, **_: object) -> None:
+    def __init__(self, vq_interface: bool = False) -> None:
         super().__init__()
 
     def encode(self, images: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Checkpoints of latent diffusion and Stable Diffusion: what is in them, and the parts of a model out of them."""
 
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from ldm.unet import UNetModel
 from qdiff.checkpoint import CheckpointError, is_packed, load_into, read_tensors, stages_file
 from qdiff.config import ConfigError
 from qdiff.files import atomic_write
+from qdiff.finite import NonFiniteError
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +56,13 @@ class Stages(nn.Module):
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
-        """Scaled latents [N, C, h, w] to images [N, 3, H, W], about [-1, 1]."""
-        return self.first_stage_model.decode(z / self.scale_factor)
+        """Scaled latents [N, C, h, w] to images [N, 3, H, W], about [-1, 1]; NonFiniteError where a value is not finite."""
+        images = self.first_stage_model.decode(z / self.scale_factor)
+        if not torch.isfinite(images).all():
+            raise NonFiniteError(
+                "the first stage (autoencoder): decoded values that are not finite numbers; nothing of this batch was written"
+            )
+        return images
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -145,7 +152,7 @@ class LatentCheckpoint:
         return load_into(unet, chosen, f"{self.path} (UNet)").eval()
 
     def stages(self) -> Stages:
-        """First stage and conditioning, strictly: nothing is left at random values."""
+        """First stage and conditioning: nothing is left at random values; what they do not have is named in the log, and ignored."""
         with torch.device("meta"):
             stages = Stages(self.config)
         state = {name: tensor for name, tensor in self.state.items() if name.startswith((STAGE, CONDITIONING))}
@@ -158,11 +165,17 @@ class LatentCheckpoint:
         for part in [STAGE] + ([CONDITIONING] if stages.cond_stage_model is not None else []):
             if any(name.startswith(part) for name in stages.state_dict()) and not any(name.startswith(part) for name in state):
                 raise CheckpointError(f"{self.path}: {part[:-1]} is missing: the file holds no {_WORDS[part]}")
+        expected = set(stages.state_dict())
+        if extra := [name for name in state if name not in expected]:
+            log.warning("%s: ignored %d tensors that its stages do not have: %s", self.path, len(extra), _some(extra))
+            state = {name: tensor for name, tensor in state.items() if name in expected}
         load_into(stages, state, f"{self.path} (first stage and conditioning)")
         if self.config.scale_factor is None:
             if "scale_factor" not in self.state:
                 raise CheckpointError(f"{self.path}: scale_factor is missing, which the configuration expects in it (scale_by_std)")
             stages.scale_factor = float(self.state["scale_factor"])
+            if not math.isfinite(stages.scale_factor) or stages.scale_factor <= 0:
+                raise CheckpointError(f"{self.path}: damaged: scale_factor {stages.scale_factor}: expected a positive number")
         return stages.eval()
 
 

@@ -3,10 +3,12 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ldm.checkpoint import Stages
 from qdiff.config import ConfigError
+from qdiff.finite import NonFiniteError
 
 Conditions = Callable[[Sequence[int]], tuple[Tensor, Tensor | None]]
 
@@ -16,9 +18,15 @@ def text_conditions(stages: Callable[[], Stages], prompt_of: Callable[[int], str
 
     def conditions(indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         text = stages().cond_stage_model
-        return text.encode([prompt_of(i) for i in indices]), text.encode([""] * len(indices))
+        return _finite(text.encode([prompt_of(i) for i in indices])), _finite(text.encode([""] * len(indices)))
 
     return conditions
+
+
+def _finite(contexts: Tensor) -> Tensor:
+    if not torch.isfinite(contexts).all():
+        raise NonFiniteError("the conditioning: contexts that are not finite numbers; nothing of this batch was written")
+    return contexts
 
 
 def class_conditions(stages: Callable[[], Stages], classes: Sequence[int]) -> Conditions:
@@ -27,18 +35,29 @@ def class_conditions(stages: Callable[[], Stages], classes: Sequence[int]) -> Co
     def conditions(indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         embedder = stages().cond_stage_model
         none = embedder.embedding.num_embeddings - 1
-        return embedder.encode([classes[i % len(classes)] for i in indices]), embedder.encode([none] * len(indices))
+        return _finite(embedder.encode([classes[i % len(classes)] for i in indices])), _finite(embedder.encode([none] * len(indices)))
 
     return conditions
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a file, one a line; ConfigError where there are none."""
+    """The prompts of a text file in UTF-8, one a line; blank lines are none. All scripts read prompts by this function.
+
+    Raises:
+        ConfigError: no such file, another encoding, or no prompt in it.
+    """
     if not path.is_file():
         raise ConfigError(f"prompts: {path}: no such file")
-    prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")  # with or without a byte-order mark
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"prompts: {path}: expected text in UTF-8, found byte 0x{content[error.start]:02x} at {error.start}") from None
+    if "\0" in text:
+        raise ConfigError(f"prompts: {path}: expected text in UTF-8, found zero bytes (UTF-16, or no text)")
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:
-        raise ConfigError(f"prompts: {path} is empty")
+        raise ConfigError(f"prompts: {path}: expected one prompt a line, found none")
     return prompts
 
 

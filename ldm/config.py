@@ -1,20 +1,24 @@
 """The YAML configuration of a latent diffusion model: read, resolved through a closed table of targets, checked."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import Container, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 from yaml import YAMLError
 
+from ddim.config import TrainingConfig
 from ldm.autoencoder import AutoencoderKL, IdentityFirstStage, VQModel
 from ldm.encoders import BERTEmbedder, ClassEmbedder, FrozenCLIPEmbedder
+from ldm.unet import IGNORED as UNET_IGNORED
 from ldm.unet import UNetConfig, unet_config
-from qdiff.config import ConfigError
+from qdiff.config import ConfigError, check_names, fill, typed
+from qdiff.prediction import PREDICTIONS, Prediction
 from qdiff.resources import find
 
 DIFFUSION = "ldm.models.diffusion.ddpm.LatentDiffusion"
@@ -31,6 +35,43 @@ ENCODERS = {
     "ldm.modules.encoders.modules.BERTEmbedder": BERTEmbedder,
 }
 IGNORED_TARGETS = {"ldm.lr_scheduler.LambdaLinearScheduler", "torch.nn.Identity"}
+# keys of the released YAML files that only training reads
+TRAINING_SECTIONS = {"data", "lightning"}
+TRAINING_PARAMS = {
+    "cond_stage_key",
+    "cond_stage_trainable",
+    "concat_mode",
+    "first_stage_key",
+    "log_every_t",
+    "loss_type",
+    "monitor",
+    "num_timesteps_cond",
+    "scheduler_config",
+}
+# `model.params`: those read, and those of which only some values are supported
+PARAMS = {
+    "linear_start",
+    "linear_end",
+    "timesteps",
+    "image_size",
+    "channels",
+    "scale_factor",
+    "scale_by_std",
+    "use_ema",
+    "parameterization",
+    "unet_config",
+    "first_stage_config",
+    "cond_stage_config",
+}
+EXPECTED = {"beta_schedule": ("linear",), "conditioning_key": ("crossattn", None), "rescale_betas_zero_snr": (False,)}
+OWN_TRAINING = ("first_stage_training", "training")  # of the bundled models
+IGNORED_OVERRIDES = (
+    *("model.base_learning_rate", *sorted(TRAINING_SECTIONS), *OWN_TRAINING),
+    *(f"model.params.{name}" for name in sorted(TRAINING_PARAMS)),
+    *(f"model.params.unet_config.params.{name}" for name in UNET_IGNORED),
+    *(f"model.params.first_stage_config.params.{name}" for name in ("lossconfig", "monitor")),
+    *(f"model.params.cond_stage_config.params.{name}" for name in ("key", "version")),
+)
 UNCONDITIONAL, IS_FIRST_STAGE = "__is_unconditional__", "__is_first_stage__"
 
 
@@ -44,10 +85,17 @@ class Part:
 
     def build(self) -> nn.Module:
         """The module, with fresh weights; ConfigError if the parameters do not fit it."""
+        known = inspect.signature(self.kind).parameters
+        check_names(self.params, known, f"{self.where}.params")
+        for name, value in self.params.items():
+            if get_origin(known[name].annotation) is not dict and known[name].annotation is not object:
+                typed(value, known[name].annotation, f"{self.where}.params.{name}")
+        if missing := [name for name, one in known.items() if one.default is one.empty and name not in self.params]:
+            raise ConfigError(f"{self.where}.params: missing {', '.join(missing)}")
         try:
             return self.kind(**self.params)
-        except TypeError as error:
-            raise ConfigError(f"{self.where}.params: {str(error).partition(') ')[2] or error}") from None
+        except (RuntimeError, ValueError, ZeroDivisionError) as error:
+            raise ConfigError(f"{self.where}.params: {str(error).splitlines()[0]}") from None
 
 
 @dataclass(frozen=True)
@@ -55,7 +103,8 @@ class LatentConfig:
     """A whole configuration file.
 
     image_size, channels: of the latents. conditioning: None for an unconditional model. scale_factor:
-    latents are multiplied by it (None: it is stored in the checkpoint, `scale_by_std`).
+    latents are multiplied by it (None: it is stored in the checkpoint, `scale_by_std`). parameterization: what the network
+    predicts, eps | x0 | v.
     """
 
     path: Path
@@ -64,11 +113,12 @@ class LatentConfig:
     conditioning: Part | None
     linear_start: float
     linear_end: float
-    timesteps: int
     image_size: int
     channels: int
     scale_factor: float | None
-    use_ema: bool
+    timesteps: int = 1000
+    use_ema: bool = True
+    parameterization: str = "eps"
     training: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -77,20 +127,29 @@ class LatentConfig:
         betas = torch.linspace(self.linear_start**0.5, self.linear_end**0.5, self.timesteps, dtype=torch.float64) ** 2
         return torch.cumprod(1.0 - betas, dim=0)
 
+    @property
+    def prediction(self) -> Prediction:
+        """What the network predicts under this schedule."""
+        return Prediction(self.parameterization, self.alphas_cumprod)
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LatentConfig:
     """Read a latent-family YAML file; `overrides` are words of the form `model.params.key=value`.
 
     Raises:
-        ConfigError: no such file, not YAML, an unknown target, or a setting that is missing or cannot work.
+        ConfigError: no such file, not YAML, an unknown target, or a setting that is missing, unknown or cannot work.
     """
     path = find(path)
     if not path.is_file():
         raise ConfigError(f"--config {path}: no such file")
-    if wrong := [word for word in overrides if "=" not in word]:
-        raise ConfigError(f"{wrong[0]!r}: expected an option or key=value")
+    for word in overrides:
+        name, equals, _ = word.partition("=")
+        if not equals:
+            raise ConfigError(f"{word!r}: expected an option or key=value")
+        if any(name == ignored or name.startswith(f"{ignored}.") for ignored in IGNORED_OVERRIDES):
+            raise ConfigError(f"{word!r}: {name} changes nothing here (training reads it)")
     try:
-        tree = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        tree = OmegaConf.merge(_read_yaml(path), OmegaConf.from_dotlist(list(overrides)))
         values = OmegaConf.to_container(tree, resolve=True)
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError, ValueError) as error:
         raise ConfigError(f"--config {path}: not a YAML file that can be read ({str(error).splitlines()[0]})") from None
@@ -100,32 +159,87 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LatentConfig
         raise ConfigError(f"--config {path}: {error}") from None
 
 
+def _read_yaml(path: Path) -> Container:
+    with path.open(encoding="utf-8-sig") as file:
+        return OmegaConf.load(file)
+
+
 def _parse(path: Path, values: Any) -> LatentConfig:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"the file: expected a section model, found {type(values).__name__}")
+    check_names(values, ["model", *OWN_TRAINING, *TRAINING_SECTIONS], "of the file")
     _check_targets(values, ("model",))
-    params = _section(_section({"": values}, "", "the file"), "model", "the file")
-    if params.get("target") != DIFFUSION:
-        raise ConfigError(f"model.target {params.get('target')!r}: expected {DIFFUSION}")
-    params = _section(params, "params", "model")
+    model = _section(values, "model", "the file")
+    check_names(model, ["target", "params", "base_learning_rate"], "model")
+    if model.get("target") != DIFFUSION:
+        raise ConfigError(f"model.target {model.get('target')!r}: expected {DIFFUSION}")
+    params = _section(model, "params", "model")
+    check_names(params, [*PARAMS, *EXPECTED, *TRAINING_PARAMS], "model.params")
+    for name, expected in EXPECTED.items():
+        if name in params and params[name] not in expected:
+            raise ConfigError(f"model.params.{name} {params[name]!r}: expected {' or '.join(map(str, expected))}")
     missing = [key for key in ("linear_start", "linear_end", "image_size", "channels") if params.get(key) is None]
     if missing:
         raise ConfigError(f"model.params: missing {', '.join(missing)}")
     unet = _section(params, "unet_config", "model.params")
+    check_names(unet, ["target", "params"], "unet_config")
     if unet.get("target") != UNET:
         raise ConfigError(f"unet_config.target {unet.get('target')!r}: expected {UNET}")
-    return LatentConfig(
+    config = LatentConfig(
         path=path,
         unet=unet_config(_section(unet, "params", "unet_config")),
         first_stage=_part(_section(params, "first_stage_config", "model.params"), FIRST_STAGES, "first_stage_config"),
         conditioning=_conditioning(params),
-        linear_start=float(params["linear_start"]),
-        linear_end=float(params["linear_end"]),
-        timesteps=int(params.get("timesteps", 1000)),
-        image_size=int(params["image_size"]),
-        channels=int(params["channels"]),
-        scale_factor=None if params.get("scale_by_std") else float(params.get("scale_factor", 1.0)),
-        use_ema=bool(params.get("use_ema", True)),
-        training={key: values[key] for key in ("first_stage_training", "training") if key in values},
+        scale_factor=_scale_factor(params),
+        training={key: values[key] for key in OWN_TRAINING if key in values},
+        **{name: typed(params[name], kind, f"model.params.{name}") for name, kind in NUMBERS.items() if name in params},
     )
+    return _checked(config)
+
+
+NUMBERS = {
+    "linear_start": float,
+    "linear_end": float,
+    "timesteps": int,
+    "image_size": int,
+    "channels": int,
+    "use_ema": bool,
+    "parameterization": str,
+}
+
+
+def _scale_factor(params: Mapping[str, Any]) -> float | None:
+    if typed(params.get("scale_by_std", False), bool, "model.params.scale_by_std"):
+        if "scale_factor" in params:
+            raise ConfigError("model.params.scale_factor: scale_by_std takes it from the checkpoint; expected one of them")
+        return None
+    factor = typed(params.get("scale_factor", 1.0), float, "model.params.scale_factor")
+    if factor <= 0:
+        raise ConfigError(f"model.params.scale_factor {factor:g}: expected a positive number")
+    return factor
+
+
+def _checked(config: LatentConfig) -> LatentConfig:
+    """Return the configuration, or raise ConfigError, by name, for values that cannot work together."""
+    start, end = config.linear_start, config.linear_end
+    if not 0 < start <= end < 1:
+        raise ConfigError(f"model.params.linear_start {start:g}, linear_end {end:g}: expected 0 < start <= end < 1")
+    for name in ("timesteps", "image_size", "channels"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"model.params.{name} {getattr(config, name)}: expected at least 1")
+    if config.parameterization not in PREDICTIONS:
+        raise ConfigError(f"model.params.parameterization {config.parameterization!r}: expected one of {', '.join(PREDICTIONS)}")
+    for name in ("in_channels", "out_channels"):
+        if getattr(config.unet, name) != config.channels:
+            found = getattr(config.unet, name)
+            raise ConfigError(f"unet_config.params.{name} {found}: expected {config.channels}, the channels of the latents")
+    for name in config.training:
+        fill(TrainingConfig, config.training[name], name)
+    with torch.device("meta"):  # a parameter that a part does not know is an error now, not when it is needed
+        for part in (config.first_stage, config.conditioning):
+            if part is not None:
+                part.build()
+    return config
 
 
 def _check_targets(values: Any, where: tuple[str, ...]) -> None:
@@ -146,14 +260,18 @@ def _check_targets(values: Any, where: tuple[str, ...]) -> None:
 def _section(values: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
     section = values.get(key)
     if not isinstance(section, Mapping):
-        raise ConfigError(f"{where}: expected a section {key or 'model'}, found {type(section).__name__}")
+        raise ConfigError(f"{where}: expected a section {key}, found {type(section).__name__}")
     return dict(section)
 
 
 def _part(section: Mapping[str, Any], kinds: Mapping[str, type[nn.Module]], where: str) -> Part:
+    check_names(section, ["target", "params"], where)
     if section.get("target") not in kinds:
         raise ConfigError(f"{where}.target {section.get('target')!r}: expected one of {', '.join(kinds)}")
-    return Part(kinds[section["target"]], dict(section.get("params") or {}), where)
+    params = section.get("params") or {}
+    if not isinstance(params, Mapping):
+        raise ConfigError(f"{where}.params: expected settings, found {params!r}")
+    return Part(kinds[section["target"]], dict(params), where)
 
 
 def _conditioning(params: Mapping[str, Any]) -> Part | None:

@@ -16,6 +16,7 @@ from ldm.samplers import Guided, latent_steps, sample_ancestral, sample_ddim, sa
 from qdiff.calibration.dataset import CalibrationSet, generate
 from qdiff.config import CalibrationConfig, ConfigError
 from qdiff.noise import CALIBRATION, SAMPLING, NoiseSource
+from qdiff.prediction import EpsNetwork, name_of
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,13 @@ class LatentSettings:
             raise ConfigError(f"{self.steps} sampling steps: expected 1 to {config.timesteps}")
         if not 0 <= self.eta <= 1:
             raise ConfigError(f"eta {self.eta:g}: expected 0 to 1")
-        if self.sampler == "plms" and self.eta:
-            raise ConfigError(f"PLMS is deterministic: expected eta 0, found {self.eta:g}")
+        if self.sampler in ("plms", "dpm") and self.eta:
+            raise ConfigError(f"{self.sampler} is deterministic: expected eta 0, found {self.eta:g}")
         return self
 
 
 class LatentSampler:
-    """Call it with a UNet and the indices of images: scaled latents [N, C, h, w].
+    """Call it with a UNet and the indices of images: scaled latents [N, C, h, w]; NonFiniteError where a value is not finite.
 
     Args:
         shape: (C, h, w) of the latents. conditions: from indices to the contexts (given, without), each
@@ -58,7 +59,7 @@ class LatentSampler:
         self.config, self.settings, self.device, self.conditions = config, settings, device, conditions
         self.repeat_noise = repeat_noise
         self.shape = shape or (config.channels, config.image_size, config.image_size)
-        self.alphas_cumprod = config.alphas_cumprod
+        self.prediction = config.prediction
         every = settings.sampler == "vanilla"
         self.steps = list(range(config.timesteps)) if every else latent_steps(settings.steps, config.timesteps)
 
@@ -69,12 +70,13 @@ class LatentSampler:
             return self.settings.steps
         return len(self.steps) + (self.settings.sampler == "plms")
 
-    def denoiser(self, network: Denoiser, indices: Sequence[int]) -> Denoiser:
+    def denoiser(self, network: Denoiser, indices: Sequence[int]) -> EpsNetwork:
         """eps(z_t, t) for these images: `network` under its conditions, with guidance."""
-        if self.conditions is None:
-            return network
-        context, without = self.conditions(indices)
-        return Guided(network, context, without, self.settings.scale)
+        conditioned = network
+        if self.conditions is not None:
+            context, without = self.conditions(indices)
+            conditioned = Guided(network, context, without, self.settings.scale)
+        return EpsNetwork(conditioned, self.prediction, name_of(network))
 
     @torch.no_grad()
     def __call__(
@@ -82,15 +84,18 @@ class LatentSampler:
     ) -> Tensor:
         numbers = [i % self.repeat_noise for i in indices] if self.repeat_noise else indices
         noise = NoiseSource(seed, numbers, self.shape, self.device, stream)
-        network = self.denoiser(network, indices)
-        x, a = noise(), self.alphas_cumprod
+        denoiser = self.denoiser(network, indices)
+        return denoiser.check(self._sample(denoiser, noise(), noise, callback))
+
+    def _sample(self, denoiser: Denoiser, x: Tensor, noise: NoiseSource, callback: Callback | None) -> Tensor:
+        a = self.prediction.alphas_cumprod
         if self.settings.sampler == "dpm":
-            return sample_dpm_solver_2m(network, x, a, self.settings.steps, noise, callback)
+            return sample_dpm_solver_2m(denoiser, x, a, self.settings.steps, noise, callback)
         if self.settings.sampler == "plms":
-            return sample_plms(network, x, a, self.steps, noise, callback)
+            return sample_plms(denoiser, x, a, self.steps, noise, callback)
         if self.settings.sampler == "vanilla":
-            return sample_ancestral(network, x, a, self.steps, noise, callback)
-        return sample_ddim(network, x, a, self.steps, noise, callback, self.settings.eta)
+            return sample_ancestral(denoiser, x, a, self.steps, noise, callback)
+        return sample_ddim(denoiser, x, a, self.steps, noise, callback, self.settings.eta)
 
 
 def make_calibration_set(network: Denoiser, sampler: LatentSampler, seed: int, config: CalibrationConfig) -> CalibrationSet:
@@ -115,6 +120,7 @@ def latent_task_parts(
         "build": describe(sampler.config.unet),
         "input_shape": sampler.shape,
         "evaluations": sampler.evaluations,
+        "prediction": sampler.prediction,
         "load": lambda: checkpoint().unet(),
         "generate": lambda network, calibration: make_calibration_set(network, sampler, seed, calibration),
         "weight_method": methods[0],

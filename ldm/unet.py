@@ -40,12 +40,23 @@ class UNetConfig:
         return self.num_heads if self.num_head_channels == -1 else channels // self.num_head_channels
 
 
-IGNORED = {"image_size", "use_checkpoint", "legacy"}  # published settings that change nothing here
+IGNORED = ("image_size", "use_checkpoint", "legacy")  # published settings that change nothing here
 
 
 def unet_config(values: dict[str, Any]) -> UNetConfig:
     """Build and check a UNetConfig; ConfigError names what is missing, unknown or cannot work."""
-    config = fill(UNetConfig, {key: value for key, value in values.items() if key not in IGNORED}, "unet_config.params")
+    config = fill(UNetConfig, values, "unet_config.params", IGNORED)
+    for name in ("in_channels", "out_channels", "model_channels", "num_res_blocks", "norm_groups", "transformer_depth"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"unet_config.params.{name} {getattr(config, name)}: expected at least 1")
+    if not config.channel_mult or min(config.channel_mult) < 1:
+        raise ConfigError(f"unet_config.params.channel_mult {list(config.channel_mult)}: expected numbers of at least 1")
+    if (config.context_dim is not None) != config.use_spatial_transformer:
+        raise ConfigError("unet_config.params: expected use_spatial_transformer and context_dim together, or neither")
+    if 0 in (config.num_heads, config.num_head_channels) or min(config.num_heads, config.num_head_channels) < -1:
+        raise ConfigError(
+            f"unet_config.params: num_heads {config.num_heads}, num_head_channels {config.num_head_channels}: expected 1 or more"
+        )
     if config.num_heads == -1 and config.num_head_channels == -1:
         raise ConfigError("unet_config.params: expected num_heads or num_head_channels")
     if config.model_channels % config.norm_groups:

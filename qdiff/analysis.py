@@ -1,5 +1,6 @@
 """How far a quantized network is from full precision."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from qdiff.compat import make_torchvision_importable
 from qdiff.extras import require_extra
+from qdiff.finite import NonFiniteError
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 
@@ -58,10 +60,10 @@ class Trajectories:
         return callback
 
     def eps_errors(self) -> dict[str, StepErrors]:
-        return {name: _errors(sums) for name, sums in self._eps.items()}
+        return {name: _errors(name, sums) for name, sums in self._eps.items()}
 
     def x_errors(self) -> dict[str, StepErrors]:
-        return {name: _errors(sums) for name, sums in self._x.items()}
+        return {name: _errors(name, sums) for name, sums in self._x.items()}
 
 
 def _add(sums: list[list[float]], step: int, difference: Tensor, reference: Tensor) -> None:
@@ -71,7 +73,10 @@ def _add(sums: list[list[float]], step: int, difference: Tensor, reference: Tens
         sums[step][i] += tensor.cpu().double().square().sum().item()  # MPS has no float64
 
 
-def _errors(sums: list[list[float]]) -> StepErrors:
+def _errors(name: str, sums: list[list[float]]) -> StepErrors:
+    for step, pair in enumerate(sums):
+        if not all(map(math.isfinite, pair)):
+            raise NonFiniteError(f"{name}: values that are not finite numbers, first at step {step + 1} of {len(sums)}")
     return StepErrors([(difference / reference) ** 0.5 for difference, reference in sums])
 
 

@@ -14,6 +14,7 @@ from qdiff.calibration.ranges import time_bounds
 from qdiff.calibration.report import try_report
 from qdiff.calibration.run import Workplace, calibrate
 from qdiff.config import PRESETS, ConfigError, QuantConfig
+from qdiff.finite import NonFiniteError, first_not_finite
 from qdiff.layers import LAYER_TYPES
 from qdiff.model import Family, Product, check_layers
 
@@ -150,5 +151,7 @@ def _check(
             raise ConfigError(f"separate: no layer whose path ends with {name}")
     if other := [(name, p.dtype) for name, p in model.named_parameters() if p.is_floating_point() and p.dtype != torch.float32]:
         raise ConfigError(f"{other[0][0]} is {str(other[0][1]).removeprefix('torch.')}: expected float32 (model.float())")
+    if (name := first_not_finite(model.state_dict())) is not None:
+        raise NonFiniteError(f"model: {name} holds values that are not finite numbers")
     if recipe.get("running_stat") and time_sets > 1:
         raise ConfigError("time_sets and running_stat: expected one of them")

@@ -1,7 +1,12 @@
 """What is quantized and how it is calibrated: checked, immutable, and stored in every packed checkpoint."""
 
+import contextlib
+import difflib
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin
 
 
 class ConfigError(ValueError):
@@ -13,20 +18,53 @@ def _require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def fill(kind: type, values: dict[str, Any], section: str, others: bool = False) -> Any:
-    """A dataclass from a section of a YAML file; lists become tuples, keys that it lacks are errors or (`others`) ignored.
+def check_names(found: Iterable[str], known: Iterable[str], section: str) -> None:
+    """ConfigError, by name, for a key of a YAML file that nothing reads; the nearest known one is offered."""
+    known = list(known)
+    for name in map(str, found):
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            raise ConfigError(f"section {section}: unknown {name}" + (f" (did you mean {near[0]}?)" if near else ""))
+
+
+def typed(value: Any, kind: Any, name: str) -> Any:
+    """`value` as a setting of type `kind`: int, float, bool, str, None, tuples and unions of them; a list becomes a tuple.
 
     Raises:
-        ConfigError: a setting is missing or unknown, by name.
+        ConfigError: a value of another type, by name.
     """
+    if get_origin(kind) is UnionType:
+        if value is None and NoneType in get_args(kind):
+            return None
+        kind = next(part for part in get_args(kind) if part is not NoneType)
+    if get_origin(kind) is tuple and isinstance(value, list | tuple):
+        return tuple(typed(item, get_args(kind)[0], name) for item in value)
+    if kind is float and isinstance(value, int | str) and not isinstance(value, bool):  # YAML reads 1e-4 as text
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    plain = isinstance(kind, type) and isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
+    if not plain or (kind is float and not math.isfinite(value)):
+        raise ConfigError(f"{name} {value!r}: expected {getattr(kind, '__name__', kind)}")
+    return value
+
+
+def fill(kind: type, values: dict[str, Any], section: str, ignored: Iterable[str] = ()) -> Any:
+    """A dataclass from a section of a YAML file; lists become tuples.
+
+    Args:
+        ignored: further keys that the section may have.
+
+    Raises:
+        ConfigError: a setting is missing, unknown or of another type, by name.
+    """
+    _require(isinstance(values, Mapping), f"section {section}: expected settings, found {values!r}")
     known = {field.name: field for field in fields(kind)}
     required = [name for name, field in known.items() if field.default is MISSING and field.default_factory is MISSING]
     missing = [name for name in required if values.get(name) is None]
+    check_names(values, [*known, *ignored], section)
     _require(not missing, f"section {section}: missing {', '.join(missing)}")
-    unknown = sorted(set(values) - set(known))
-    _require(others or not unknown, f"section {section}: unknown {', '.join(unknown)}")
     given = {name: value for name, value in values.items() if name in known}
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+    return kind(**{name: typed(value, known[name].type, f"{section}.{name}") for name, value in given.items()})
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Files: atomic writing and recognizing what is not a checkpoint."""
 
+import contextlib
 import hashlib
 import os
 import tempfile
@@ -7,18 +8,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+
+class WriteError(OSError):
+    """A file that cannot be written; the message names it and says why."""
+
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success sync it and rename it over `path`.
 
     A crash leaves the old file or the new one, never a part of it.
+
+    Raises:
+        WriteError: it cannot be written: no permission, a full disk.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = _temporary(path)
     try:
         yield temporary
         temporary.chmod(0o666 & ~_umask())
@@ -26,8 +33,48 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.replace(path)
         _sync_folder(path.parent)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in _TORCH_WRITES):
+            raise
+        if isinstance(error, OSError) and error.filename not in (None, *map(str, (path, temporary))):
+            raise  # another file, which was read
+        raise _cannot_write(path, error) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+_TORCH_WRITES = ("PytorchStreamWriter", "unexpected pos", "file write failed")  # how torch.save says that a disk is full
+
+
+def _temporary(path: Path) -> Path:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".part", dir=path.parent)
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+    os.close(handle)
+    return Path(name)
+
+
+def _cannot_write(path: Path, error: Exception) -> WriteError:
+    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    return error if isinstance(error, WriteError) else WriteError(f"{path}: cannot be written ({reason})")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file in UTF-8, atomically; bytes of file names that are no text are written as escapes."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def check_writable(path: str | Path) -> None:
+    """WriteError where a file could not be written at `path`; asked before long work, whose result is to lie there."""
+    path = Path(path)
+    if path.is_dir():
+        raise WriteError(f"{path}: expected a file, found a folder")
+    with contextlib.suppress(FileNotFoundError):
+        _temporary(path).unlink()
 
 
 def _umask() -> int:

@@ -4,15 +4,17 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 
 from qdiff.calibration.dataset import check_steps
-from qdiff.checkpoint import CheckpointError
+from qdiff.calibration.memory import is_out_of_memory
+from qdiff.checkpoint import CheckpointError, is_packed
+from qdiff.checkpoint.reading import first_line
 from qdiff.config import PRESETS, CalibrationConfig, ConfigError, QuantConfig
 from qdiff.integer import ENGINES
 from qdiff.resources import find
@@ -26,7 +28,13 @@ OWN_STEPS, OWN_SAMPLES = 20, 256  # at most, of a calibration set that is genera
 
 def printable(args: argparse.Namespace) -> dict[str, object]:
     """The options as they are kept in files, paths as text."""
-    return {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+
+    def readable(value: object) -> object:
+        if isinstance(value, Path | str):  # bytes of a name that are no UTF-8 become escapes
+            return str(value).encode("utf-8", "backslashreplace").decode("utf-8")
+        return [readable(item) for item in value] if isinstance(value, list) else value
+
+    return {key: readable(value) for key, value in vars(args).items() if key != "typed"}
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -42,8 +50,20 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str) -> None:
         super().__init__(description=description, formatter_class=_Help, allow_abbrev=False)
 
+    def parse_args(self, args: list[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
+        """The options, each with its value; `typed` among them: the names of those that were given."""
+        untouched = object()
+        given = super().parse_args(args, argparse.Namespace(**{action.dest: untouched for action in self._actions}))
+        values = super().parse_args(args)
+        values.typed = Typed(name for name, value in vars(given).items() if value is not untouched)
+        return values
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+class Typed(frozenset):
+    """Names of options that were given, not left at their defaults."""
 
 
 def split_command(argv: list[str] | None) -> tuple[list[str], list[str]]:
@@ -59,6 +79,16 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
     return value
+
+
+def text(words: str) -> str:
+    """Words of a person; bytes that are no UTF-8 are refused."""
+    try:
+        words.encode("utf-8")
+    except UnicodeEncodeError:
+        shown = words.encode("utf-8", "backslashreplace").decode("utf-8")
+        raise argparse.ArgumentTypeError(f"{shown!r}: expected text in UTF-8") from None
+    return words
 
 
 def project_file(text: str) -> Path:
@@ -193,18 +223,82 @@ def calibration_config(args: argparse.Namespace, evaluations: int) -> Calibratio
     ).validate()
 
 
-def check_quant_options(args: argparse.Namespace) -> None:
-    """Combinations that cannot be meant."""
-    if args.resume_w and not args.cali_ckpt:
-        raise ConfigError("--resume_w: expected --cali_ckpt FILE to take the weights from")
-    if args.resume_w and not args.quant_act:
-        raise ConfigError("--resume_w: expected --quant_act, there is nothing else to calibrate")
-    if not args.ptq and (args.cali_ckpt or args.cali_data_path or args.quant_act):
-        raise ConfigError("--cali_ckpt, --cali_data_path and --quant_act need --ptq")
-    if args.time_sets > 1 and args.running_stat:
-        raise ConfigError("--time_sets and --running_stat: expected one of them")
-    if args.engine == "integer" and not (args.ptq and args.quant_act):
-        raise ConfigError("--engine integer: expected --ptq and --quant_act, only quantized activations make integer products")
+@dataclass(frozen=True)
+class Rule:
+    """When options act.
+
+    options: their names. acts: from all options to whether these act. when: that in words. harmless: a value of these that asks for
+    what happens anyway.
+    """
+
+    options: str
+    acts: Callable[[argparse.Namespace], bool]
+    when: str
+    harmless: Callable[[argparse.Namespace, object], bool] = lambda args, value: False
+
+
+def _calibrates(args: argparse.Namespace) -> bool:
+    """Whether the command calibrates, and not only loads."""
+    return args.ptq and (args.resume_w or not args.cali_ckpt)
+
+
+_LOADS = "in a calibration: --cali_ckpt loads a finished one"
+_WEIGHTS = "cali_iters cali_lr_w weight_scale_method"
+_STEP_SIZES = "cali_iters_a cali_lr cali_p"
+# An option that was typed and does not act is refused; the order is that in which they are told. --cond, --resume and --no_grad_ckpt
+# stand for nothing and are always accepted.
+RULES = (
+    Rule(
+        f"quant_act weight_bit act_bit sm_abit quant_mode a_sym a_min_max running_stat rs_sm_only split cali_ckpt cali_data_path resume_w "
+        f"cali_st cali_n preset cali_batch_size cali_cache_gb cali_iters_tune time_sets {_WEIGHTS} {_STEP_SIZES}",
+        lambda args: args.ptq,
+        "with --ptq",
+        lambda args, value: value == 1,  # --time_sets 1
+    ),
+    Rule("resume_w", lambda args: bool(args.cali_ckpt), "with --cali_ckpt FILE, to take the weights from"),
+    Rule("resume_w", lambda args: args.quant_act, "with --quant_act: there is nothing else to calibrate"),
+    Rule(
+        f"act_bit sm_abit a_sym a_min_max running_stat rs_sm_only time_sets {_STEP_SIZES}",
+        lambda args: args.quant_act,
+        "with --quant_act",
+        lambda args, value: value == 1,
+    ),
+    Rule(
+        f"cali_data_path cali_st cali_n preset cali_batch_size cali_cache_gb cali_iters_tune a_min_max running_stat rs_sm_only time_sets "
+        f"{_WEIGHTS} {_STEP_SIZES}",
+        _calibrates,
+        _LOADS,
+        lambda args, value: value == 1,
+    ),
+    Rule(  # a packed file says itself how it was made
+        "quant_mode", lambda args: not args.cali_ckpt or is_packed(args.cali_ckpt), _LOADS, lambda args, value: value == "qdiff"
+    ),
+    Rule(_WEIGHTS, lambda args: not args.resume_w, "without --resume_w, which takes the weights from a file"),
+    Rule(
+        f"weight_scale_method cali_iters cali_lr_w cali_iters_tune cali_cache_gb resume_w {_STEP_SIZES}",
+        lambda args: args.quant_mode != "linear",
+        "with --quant_mode qdiff: linear rounds to nearest with min-max ranges",
+        lambda args, value: value == "max" or (value == 0 and value is not False),
+    ),
+    Rule("rs_sm_only", lambda args: args.running_stat, "with --running_stat"),
+    Rule("running_stat", lambda args: args.time_sets == 1, "without --time_sets: expected one of them"),
+    Rule(
+        "engine",
+        lambda args: args.ptq and args.quant_act,
+        "with --ptq and --quant_act: only quantized activations make integer products",
+        lambda args, value: value != "integer",
+    ),
+)
+
+
+def check_typed(args: argparse.Namespace, rules: Sequence[Rule]) -> None:
+    """ConfigError for an option that was typed and does not act, with what it needs."""
+    for rule in rules:
+        for name in rule.options.split():
+            value = getattr(args, name, None)
+            if name in args.typed and not rule.acts(args) and not rule.harmless(args, value):
+                shown = "" if value is True else f" {value}"
+                raise ConfigError(f"--{name.replace('continue_run', 'continue')}{shown}: acts only {rule.when}")
 
 
 def select_device(name: str) -> torch.device:
@@ -229,11 +323,24 @@ def autocast_dtype(device: torch.device, precision: str) -> torch.dtype | None:
 
 def run_main(main: Callable[[list[str] | None], object], argv: list[str] | None = None) -> None:
     """Call `main`; what a user can mend ends in one line on stderr and status 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that is not UTF-8 shows replacements
+            stream.reconfigure(errors="backslashreplace")
     try:
         main(argv)
+        sys.stdout.flush()  # a full disk behind it is an error here, not at the end of Python
     except (ConfigError, CheckpointError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(1)
+        fail(str(error))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        fail(f"out of memory ({first_line(error)}); take a smaller batch")
     except KeyboardInterrupt:
         print("interrupted; the same command goes on (sampling scripts: with --continue)", file=sys.stderr)
         sys.exit(130)
+
+
+def fail(message: str) -> NoReturn:
+    """End with one line on stderr and status 1."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(1)

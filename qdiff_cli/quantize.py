@@ -30,7 +30,8 @@ from qdiff.config import CalibrationConfig, ConfigError, QuantConfig
 from qdiff.files import file_hash
 from qdiff.integer import prepare as choose_engine
 from qdiff.model import Family, copy_weights, quantize_model
-from qdiff_cli.options import calibration_config, check_quant_options, quant_config
+from qdiff.prediction import Prediction
+from qdiff_cli.options import RULES, calibration_config, check_typed, quant_config
 from qdiff_cli.running import Ranks
 
 log = logging.getLogger(__name__)
@@ -41,8 +42,8 @@ class Task:
     """What a family's script knows and the shared steps need.
 
     build: the network's configuration for `family.build`. input_shape: (C, H, W) of x_t. evaluations: calls
-    of the network for one image. load: the
-    full-precision network on the CPU. generate: draws a calibration set from it (network, steps, samples).
+    of the network for one image. load: the full-precision network on the CPU. generate: draws a calibration set from it (network,
+    steps, samples). prediction: what the network predicts.
     weight_method, act_method: the family's published scale rules. save_stages: writes the rest of a
     latent model (autoencoder, text tower) to the file it is given.
     """
@@ -53,6 +54,7 @@ class Task:
     evaluations: int
     load: Callable[[], nn.Module]
     generate: Callable[[nn.Module, CalibrationConfig], CalibrationSet]
+    prediction: Prediction
     weight_method: str = "max"
     act_method: str = "max"
     save_stages: Callable[[Path], None] | None = None
@@ -60,7 +62,7 @@ class Task:
 
 def check(args: argparse.Namespace, task: Task) -> None:
     """Everything about the quantization options that can be checked before work starts."""
-    check_quant_options(args)
+    check_typed(args, RULES)
     if args.ptq:
         quant_config(args, task.weight_method, task.act_method)
         config = calibration_config(args, task.evaluations)
@@ -125,7 +127,7 @@ def _calibrate(args: argparse.Namespace, task: Task, quant: QuantConfig, device:
         copy_weights(finished.to(device), weights_from)
     cache_bytes = None if args.cali_cache_gb is None else int(args.cali_cache_gb * 1e9)
     workplace = Workplace(folder / "calibration", cache_bytes)
-    wrapped = calibrate(model, task.family, quant, config, rows, weights_from, workplace)
+    wrapped = calibrate(model, task.family, quant, config, rows, weights_from, workplace, task.prediction)
     if ranks.rank == 0:
         _write_results(task, quant, config, rows, model, wrapped, folder)
     ranks.barrier()
@@ -158,7 +160,7 @@ def write_stages(task: Task, folder: Path) -> dict | None:
 def is_latent(path: str) -> bool:
     """Whether a YAML file describes a latent model (its sections have targets)."""
     try:
-        content = yaml.safe_load(Path(path).read_text())
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path}: cannot be read ({str(error).splitlines()[0]})") from None
     return isinstance(content, dict) and isinstance(content.get("model"), dict) and "target" in content["model"]

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from qdiff.checkpoint import CheckpointError
 from qdiff.config import ConfigError
-from qdiff.files import atomic_write
+from qdiff.files import WriteError, write_text
 from qdiff_cli.images import save_png
 
 log = logging.getLogger(__name__)
@@ -38,8 +39,12 @@ class Ranks:
 
     @classmethod
     def from_environment(cls, device: torch.device | None = None) -> "Ranks":
-        """This process; the first call connects it with the others, for work on `device` (default: the CPU)."""
-        ranks = cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+        """This process; the first call connects it with the others, for work on `device` (default: the CPU).
+
+        Raises:
+            ConfigError: some of the variables that torchrun sets are there, and others are not.
+        """
+        ranks = cls(_of_torchrun("RANK", 0), _of_torchrun("WORLD_SIZE", 1))
         if ranks.world > 1 and not dist.is_initialized():
             _connect(ranks.world, gpus=device is not None and device.type == "cuda")
         return ranks
@@ -62,6 +67,23 @@ class Ranks:
         if outcome[1] is not None:
             raise outcome[1]
         return outcome[0]
+
+
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def _of_torchrun(name: str, default: int) -> int:
+    """A number that torchrun sets for each of its processes."""
+    text = os.environ.get(name, str(default))
+    if not text.isdigit():
+        raise ConfigError(f"{name}={text} in the environment: expected a whole number")
+    missing = [other for other in TORCHRUN if other not in os.environ]
+    if name == "WORLD_SIZE" and int(text) > 1 and missing:
+        raise ConfigError(
+            f"WORLD_SIZE={text} in the environment without {', '.join(missing)}: "
+            "expected all of them (torchrun sets them) or none (unset it)"
+        )
+    return int(text)
 
 
 def _connect(world: int, gpus: bool) -> None:
@@ -108,8 +130,9 @@ def open_run(parent: Path, settings: dict[str, Any], continue_run: bool) -> Path
             except FileExistsError:
                 number += 1
                 folder = folder.with_name(f"{folder.name[:19]}-{number}")
-        with atomic_write(folder / "run.json") as temporary:
-            temporary.write_text(json.dumps(settings, indent=1, sort_keys=True))
+        write_text(folder / "run.json", json.dumps(settings, indent=1, sort_keys=True))
+    except WriteError:
+        raise
     except OSError as error:
         raise ConfigError(f"{parent}: cannot be written ({error.strerror or error})") from None
     return folder
@@ -129,13 +152,21 @@ def discard_on_error(folder: Path) -> Iterator[None]:
 
 def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
     try:
-        before = json.loads((folder / "run.json").read_text())
-    except json.JSONDecodeError:
+        before = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError):
         raise ConfigError(f"--continue: {folder / 'run.json'} is damaged; start a new run") from None
     now = json.loads(json.dumps(settings))
     for key in sorted(set(before) | set(now)):
         if before.get(key) != now.get(key):
             raise ConfigError(f"--continue: {key} is {now.get(key)} now, but was {before.get(key)} in {folder}")
+
+
+class _LogFile(logging.FileHandler):
+    """A log file that may fill its disk: the run goes on without it, and says so once."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        logging.getLogger().removeHandler(self)
+        log.warning("%s: cannot be written (%s): the run goes on without it", self.baseFilename, sys.exc_info()[1])
 
 
 def log_to(folder: Path | None, verbose: bool) -> None:
@@ -151,7 +182,7 @@ def log_to(folder: Path | None, verbose: bool) -> None:
     handlers: list[logging.Handler] = [logging.StreamHandler()]
     handlers[0].setLevel(logging.INFO if verbose else logging.WARNING)
     if folder is not None:
-        handlers.append(logging.FileHandler(folder / "run.log"))
+        handlers.append(_LogFile(folder / "run.log", encoding="utf-8", errors="backslashreplace"))
     for handler in handlers:
         handler.setFormatter(form)
         root.addHandler(handler)

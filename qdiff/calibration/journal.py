@@ -20,7 +20,7 @@ from torch import Tensor
 
 from qdiff.checkpoint import read_tensors
 from qdiff.config import ConfigError
-from qdiff.files import atomic_write, file_hash
+from qdiff.files import atomic_write, file_hash, write_text
 
 log = logging.getLogger(__name__)
 
@@ -78,8 +78,7 @@ class Journal:
     def _write(self) -> None:
         if self.folder is None or not self.writes:
             return
-        with atomic_write(self.folder / MANIFEST) as temporary:
-            temporary.write_text(_lines([self.settings, *self.entries]))
+        write_text(self.folder / MANIFEST, _lines([self.settings, *self.entries]))
 
     def _read(self) -> None:
         path = self.folder / MANIFEST
@@ -118,7 +117,7 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def read_entries(path: Path) -> list[dict[str, Any]]:
     """What the manifest at `path` records of each finished step."""
-    return [entry for entry in list(_parse(path.read_text().splitlines()))[1:] if entry is not None]
+    return [entry for entry in list(_parse(path.read_text(encoding="utf-8").splitlines()))[1:] if entry is not None]
 
 
 def _differing(now: Any, then: Any) -> tuple[Any, Any]:

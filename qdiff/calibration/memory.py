@@ -16,9 +16,11 @@ T = TypeVar("T", bound=Sequence[int])
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device (CUDA, MPS) or the CPU's allocator ran out of memory."""
-    words = ("can't allocate memory", "out of memory")  # of the CPU; of MPS
-    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))
+    """Whether a device (CUDA, MPS), the CPU's allocator or Python ran out of memory."""
+    words = ("can't allocate memory", "not enough memory", "out of memory")  # of the CPU, on Linux and on Windows; of MPS
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
 
 
 def halving(work: Callable[[T], None], rows: T) -> None:
@@ -29,7 +31,7 @@ def halving(work: Callable[[T], None], rows: T) -> None:
     try:
         work(rows)
         return
-    except (RuntimeError, torch.OutOfMemoryError) as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error) or len(rows) == 1:
             raise
     log.warning("out of memory with a batch of %d: continuing with %d", len(rows), (len(rows) + 1) // 2)
@@ -46,7 +48,7 @@ def largest_fitting(work: Callable[[T], None], rows: T) -> int:
         try:
             work(rows)
             return len(rows)
-        except (RuntimeError, torch.OutOfMemoryError) as error:
+        except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or len(rows) == 1:
                 raise
         log.warning("out of memory with %d rows: taking %d of them", len(rows), len(rows) // 2)

@@ -1,5 +1,7 @@
 """Activation ranges: from rows of all time steps, in shuffled order."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -7,6 +9,7 @@ from qdiff import quantizers as Q
 from qdiff.calibration.dataset import Rows
 from qdiff.calibration.memory import largest_fitting
 from qdiff.config import CalibrationConfig, ConfigError, QuantConfig
+from qdiff.finite import NonFiniteError
 from qdiff.layers import ActQuantizer
 from qdiff.model import act_quantizers, enable_activations
 
@@ -28,9 +31,9 @@ def init_activation_ranges(model: nn.Module, rows: Rows, quant: QuantConfig, con
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed))
 
     def first_ranges(chosen: Tensor) -> None:
-        for quantizer in act_quantizers(model).values():
+        for name, quantizer in act_quantizers(model).items():
             first = _FirstRangeOfEachSet if quantizer.steps else _FirstRange
-            quantizer.observer = first(quantizer, quant.act_scale_method)
+            quantizer.observer = _finite(name, first(quantizer, quant.act_scale_method))
         model(*(part.to(device) for part in rows[chosen]))
 
     fitting = largest_fitting(first_ranges, order[:RANGE_ROWS])
@@ -47,6 +50,17 @@ def init_activation_ranges(model: nn.Module, rows: Rows, quant: QuantConfig, con
             model(*(tensor.to(device) for tensor in rows[part]))
     for quantizer in act_quantizers(model).values():
         quantizer.observer = None
+
+
+def _finite(name: str, observer: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    """`observer`, but for values that are not finite numbers: they are an error that names the quantizer."""
+
+    def observe(x: Tensor) -> None:
+        if not torch.isfinite(x).all():
+            raise NonFiniteError(f"{name}: the network gives values there that are not finite numbers")
+        observer(x)
+
+    return observe
 
 
 class _FirstRange:

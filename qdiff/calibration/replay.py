@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from qdiff.calibration.batches import in_batches
 from qdiff.calibration.cache import Cache, Stored
 from qdiff.calibration.dataset import Rows
+from qdiff.finite import NonFiniteError
 
 NO_UNIT = ": cannot be a unit; expected the module around it among `blocks`, or the layer among `keep`"
 
@@ -221,6 +222,8 @@ class Replay:
 
         def run(start: int, call: Call, tensors: Sequence[Tensor]) -> None:
             value = call(module, tensors)
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                raise NonFiniteError(f"{unit}: its output holds values that are not finite numbers")
             if not output:
                 output.append(self.cache.reserve((len(self.rows), *value.shape[1:]), value.dtype))
             output[0].write(start, value)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from qdiff.calibration.dataset import Rows
 from qdiff.calibration.journal import MANIFEST, read_entries
 from qdiff.calibration.run import nearest_rounding
+from qdiff.checkpoint.reading import first_line
 from qdiff.config import CalibrationConfig, QuantConfig
 from qdiff.files import atomic_write
 from qdiff.model import Family, quant_layers
@@ -65,7 +66,7 @@ def write_report(
     device = next(model.parameters()).device
     networks = {"nearest": nearest_rounding(model, family, quant, config, rows), "calibrated": wrapped}
     table = layer_sqnr(model, networks, rows, device)
-    with atomic_write(folder / "layers.csv") as temporary, temporary.open("w", newline="") as file:
+    with atomic_write(folder / "layers.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["layer", *(f"{name} SQNR dB" for name in networks)])
         writer.writerows([path, *(f"{value:.2f}" for value in values.values())] for path, values in table.items())
@@ -78,8 +79,9 @@ def try_report(folder: Path, *args: object) -> None:
     """`write_report`, whose failure, whatever it is, must not cost a calibration: it goes to the log."""
     try:
         write_report(folder, *args)
-    except Exception:
-        log.exception("%s: the report could not be written", folder)
+    except Exception as error:
+        log.warning("%s: the report could not be written (%s: %s)", folder, type(error).__name__, first_line(error))
+        log.debug("", exc_info=True)
 
 
 def _plot_layers(path: Path, table: dict[str, dict[str, float]], names: list[str]) -> None:

@@ -24,8 +24,12 @@ from qdiff.checkpoint import state_hash
 from qdiff.config import CalibrationConfig, ConfigError, QuantConfig
 from qdiff.layers import QuantLayer, QuantMatMul
 from qdiff.model import Family, act_quantizers, init_weights, quant_layers, quantize_model, time_steps, unit_modules, units
+from qdiff.prediction import Prediction
 
 log = logging.getLogger(__name__)
+
+# Raise it with every change that gives a calibration other numbers: a folder of another version is not continued.
+RECIPE_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ def calibrate(
     rows: Rows | None,
     weights_from: nn.Module | None = None,
     workplace: Workplace | None = None,
+    prediction: Prediction | None = None,
 ) -> nn.Module:
     """Quantize `model` and calibrate it on `rows`.
 
@@ -57,6 +62,7 @@ def calibrate(
         weights_from: a quantized network whose weights are taken as they are (`--resume_w`).
         workplace: with a folder, every finished unit is kept there, and the same call after an
             interruption continues with the same result, bit for bit.
+        prediction: what the network predicts: the final fit is to eps (None: to the network's output).
 
     Returns:
         The quantized network, in eval mode.
@@ -84,6 +90,7 @@ def calibrate(
     source = None if weights_from is None else state_hash(weights_from.state_dict())
     plan = make_plan(wrapped, units(wrapped, family), rows, device)
     settings = {
+        "recipe_version": RECIPE_VERSION,
         "family": family.name,
         "units": plan.order,
         "splits": {path: layer.split for path, layer in quant_layers(wrapped).items() if layer.split},
@@ -93,6 +100,7 @@ def calibrate(
         "weights_sha256": state_hash(model.state_dict()),
         "quantized_weights_sha256": source,
         "rows_sha256": rows.hash(),
+        "prediction": None if prediction is None else prediction.kind,
         "torch": torch.__version__,
     }
     if workplace.folder is not None and ranks.rank() == 0:
@@ -101,7 +109,7 @@ def calibrate(
     journal = Journal.open(workplace.folder, settings, writes=ranks.rank() == 0)
     ranks.barrier()
     with logging_redirect_tqdm(), torch.enable_grad():
-        run = _Run(model, wrapped, family, rows, held_out_from, quant, config, device, journal, workplace, plan)
+        run = _Run(model, wrapped, family, rows, held_out_from, quant, config, device, journal, workplace, plan, prediction)
         if weights_from is None:
             run.over("weights", config.iters, run.weights)
         if quant.quant_act:
@@ -133,10 +141,11 @@ class _Run:
         journal: Journal,
         workplace: Workplace,
         plan: Plan,
+        prediction: Prediction | None,
     ) -> None:
         self.model, self.wrapped, self.family, self.rows = model, wrapped, family, rows
         self.quant, self.config, self.device, self.journal = quant, config, device, journal
-        self.held_out_from, self.plan = held_out_from, plan
+        self.held_out_from, self.plan, self.prediction = held_out_from, plan, prediction
         dtype = torch.bfloat16 if config.bfloat16 else torch.float32
         self.cache = Cache(workplace.cache_bytes, workplace.folder, dtype)
         written = 0
@@ -258,7 +267,7 @@ class _Run:
 
         def work(losses: list[float]) -> UnitResult:
             tick = self.ticker("tune", losses)
-            return tune(self.model, self.wrapped, self.rows, self.held_out_from, self.config, self.device, tick)
+            return tune(self.model, self.wrapped, self.rows, self.held_out_from, self.config, self.device, tick, self.prediction)
 
         self.step(
             "tune", self.config.iters_tune, work, lambda: self.state(self.wrapped), lambda tensors: self.restore(self.wrapped, tensors)

@@ -18,6 +18,7 @@ from qdiff.calibration.reconstruct import UnitResult
 from qdiff.config import CalibrationConfig
 from qdiff.layers import QuantLayer
 from qdiff.model import act_quantizers
+from qdiff.prediction import Prediction
 
 HELD_OUT_CHECKS = 6  # each costs a pass of both networks over the held-out rows
 
@@ -35,8 +36,11 @@ def tune(
     config: CalibrationConfig,
     device: torch.device,
     tick: Callable[[float], None],
+    prediction: Prediction | None = None,
 ) -> UnitResult:
     """Fit by Adam; what is best on the held-out rows, the start included, is kept.
+
+    The error is that of eps, which `prediction` makes of the network's output (None: the output is what is compared).
 
     Step sizes are fitted by their logarithms with the rate `lr_tune`, the others with a tenth of it.
     """
@@ -53,11 +57,14 @@ def tune(
         for quantizer, start, value in zip(learned, starts, logs, strict=True):
             quantizer.delta = start * value.exp() if learning else (start * value.exp()).detach()
 
+    def eps(inputs: list[Tensor], output: Tensor) -> Tensor:
+        return output if prediction is None else prediction.eps(inputs[0], inputs[1], output)
+
     def error_of(part: Tensor | slice) -> Tensor:
         inputs = [tensor.to(device) for tensor in rows[part]]
         with torch.no_grad():
-            target = model(*inputs)
-        return relative_error(wrapped(*inputs), target)
+            target = eps(inputs, model(*inputs))
+        return relative_error(eps(inputs, wrapped(*inputs)), target)
 
     def learning_error(part: Tensor) -> Tensor:
         place(learning=True)  # each part has a graph of its own

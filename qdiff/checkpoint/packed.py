@@ -17,6 +17,7 @@ from qdiff.checkpoint.hashes import tensor_hash
 from qdiff.checkpoint.reading import (
     CheckpointError,
     assign_parameters,
+    check_finite,
     existing,
     first_line,
     is_safetensors,
@@ -226,6 +227,7 @@ def load_packed(path: str | Path, activations: bool | None = None) -> tuple[nn.M
     for name, tensor in tensors.items():
         if tensor_hash(tensor)[:32] != hashes[name]:
             raise CheckpointError(f"{path}: damaged: {name} does not match its sha256")
+    check_finite(path, tensors)
     activations = info.config.quant_act if activations is None else activations
     if activations and not info.config.quant_act:
         raise CheckpointError(f"{path}: activations were asked for, but the file holds no activation step sizes (weights only)")

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from qdiff.files import describe_foreign_file
+from qdiff.finite import first_not_finite
 from qdiff.model import FAMILIES
 
 
@@ -151,12 +152,19 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -
     """Assign a full-precision state dict to `model` (which may be on the meta device), in float32.
 
     Raises:
-        CheckpointError: keys or shapes differ; some are named.
+        CheckpointError: keys or shapes differ; some are named. A value that is not a finite number.
     """
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     check_keys(expected, state, path)
+    check_finite(path, {name: state[name] for name in expected})
     model.load_state_dict({name: state[name].float() for name in expected}, assign=True)
     return model.requires_grad_(False)
+
+
+def check_finite(path: str | Path, state: Mapping[str, Tensor]) -> None:
+    """CheckpointError that names the first tensor with NaN or infinity."""
+    if (name := first_not_finite(state)) is not None:
+        raise CheckpointError(f"{path}: damaged: {name} holds values that are not finite numbers")
 
 
 def check_keys(expected: Mapping[str, torch.Size], found: Mapping[str, Tensor], path: str | Path) -> None:

@@ -16,7 +16,9 @@ from ldm.config import load_config as load_latent_config
 from ldm.encoders import ClassEmbedder
 from qdiff.calibration.dataset import CalibrationSet, check_steps, save_set
 from qdiff.config import CalibrationConfig, ConfigError
-from qdiff_cli.options import Parser, add_run_options, positive, project_file, seed, select_device
+from qdiff.files import check_writable
+from qdiff_cli.commands.sample_ddim import SAMPLER_RULES
+from qdiff_cli.options import Parser, Rule, add_run_options, check_typed, positive, project_file, seed, select_device
 from qdiff_cli.quantize import is_latent
 from qdiff_cli.running import log_to, setup_threads
 
@@ -52,14 +54,33 @@ def choose(args: argparse.Namespace, known: list[str]) -> str:
     return args.sample_type or known[0]
 
 
-def check_scale(args: argparse.Namespace, guided: bool) -> None:
-    if args.scale is not None and not guided:
-        raise ConfigError(f"--scale: {args.config} is an unconditional model")
+PIXEL_RULES = (
+    *SAMPLER_RULES,
+    Rule("cali_batch_size", lambda args: False, "for latent models: the batch size of a pixel model is its configuration's"),
+    Rule("scale classes from_file", lambda args: False, "for models with text or classes: this one is unconditional"),
+)
+
+
+def latent_rules(kind: type | None) -> tuple[Rule, ...]:
+    """When options act for a latent model, conditioned by `kind` (None: unconditional)."""
+    return (
+        Rule("use_pretrained skip_type", lambda args: False, "for pixel models"),
+        Rule(
+            "eta",
+            lambda args: args.sample_type in (None, "ddim"),
+            "with --sample_type ddim",
+            lambda args, value: value == (1 if args.sample_type == "vanilla" else 0),
+        ),
+        Rule("timesteps", lambda args: args.sample_type != "vanilla", "with another --sample_type: vanilla takes every time step"),
+        Rule("scale", lambda args: kind is not None, "for models with text or classes: this one is unconditional"),
+        Rule("classes", lambda args: kind is ClassEmbedder, "for models with classes"),
+        Rule("from_file", lambda args: kind not in (None, ClassEmbedder), "for models with text"),
+    )
 
 
 def draw_pixel(args: argparse.Namespace, recipe: CalibrationConfig, device: torch.device) -> CalibrationSet:
     config = load_pixel_config(args.config)
-    check_scale(args, guided=False)
+    check_typed(args, PIXEL_RULES)
     if not (args.ckpt or args.use_pretrained):
         raise ConfigError("no weights: expected --use_pretrained or --ckpt FILE")
     name = choose(args, PIXEL_SAMPLERS)
@@ -73,7 +94,7 @@ def draw_latent(args: argparse.Namespace, recipe: CalibrationConfig, device: tor
     config = load_latent_config(args.config)
     if not args.ckpt:
         raise ConfigError("no weights: expected --ckpt FILE or FOLDER")
-    check_scale(args, guided=config.conditioning is not None)
+    check_typed(args, latent_rules(None if config.conditioning is None else config.conditioning.kind))
     scale = 7.5 if args.scale is None else args.scale
     settings = latent.LatentSettings(choose(args, LATENT_SAMPLERS), args.timesteps, args.eta, scale).validate(config)
     checkpoint = open_checkpoint(args.ckpt, config)
@@ -94,10 +115,8 @@ def main(argv: list[str] | None = None) -> None:
     setup_threads(args.threads)
     device = select_device(args.device)
     recipe = CalibrationConfig(steps=args.cali_st, samples=args.cali_n, batch_size=args.cali_batch_size).validate()
-    if args.output.is_dir():
-        raise ConfigError(f"-o {args.output}: expected a file, found a folder")
+    check_writable(args.output)
     log_to(None, args.verbose)
     data = (draw_latent if is_latent(args.config) else draw_pixel)(args, recipe, device)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     save_set(args.output, data)
     print(f"{args.output}: {len(data.xs)} time steps of {len(data.xs[0])} samples each")

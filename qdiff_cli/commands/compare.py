@@ -15,7 +15,7 @@ from qdiff.config import CalibrationConfig, ConfigError, QuantConfig
 from qdiff.evaluation.cost import DEFINITION, Cost
 from qdiff.evaluation.explain import observe, plot_errors, plot_ranges, plot_shortcuts, split_gains
 from qdiff.evaluation.page import Page, markdown_table
-from qdiff.files import atomic_write
+from qdiff.files import atomic_write, write_text
 from qdiff.integer import prepare as choose_engine
 from qdiff_cli.comparison import FULL, Comparison, compare, costs, save_rows
 from qdiff_cli.embedded import NAMES, folder_of, sampling_command
@@ -95,16 +95,14 @@ def table_of(found: Comparison, cost: dict[str, Cost]) -> list[list[str]]:
 def write_report(folder: Path, job: Job, model: nn.Module, wrapped: nn.Module, found: Comparison, cost: dict[str, Cost]) -> list[list[str]]:
     """Tables (Markdown, CSV, JSON), pictures and `index.html`; the rows of the table."""
     rows = table_of(found, cost)
-    with atomic_write(folder / "table.md") as temporary:
-        temporary.write_text(f"{markdown_table(HEADER, rows)}\n\n{DEFINITION}\n")
-    with atomic_write(folder / "table.csv") as temporary, temporary.open("w", newline="") as file:
+    write_text(folder / "table.md", f"{markdown_table(HEADER, rows)}\n\n{DEFINITION}\n")
+    with atomic_write(folder / "table.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([HEADER, *rows])
     content = {
         name: {"eps": found.eps[name].per_step, "x": found.x[name].per_step, **asdict(found.likeness[name]), **asdict(cost[name])}
         for name in found.likeness
     }
-    with atomic_write(folder / "errors.json") as temporary:
-        temporary.write_text(json.dumps(content, indent=1))
+    write_text(folder / "errors.json", json.dumps(content, indent=1))
     save_rows(folder / "images.png", found.images)
     plot_errors(found.eps, found.x, folder / "errors.png")
     steps = len(next(iter(found.eps.values())).per_step)

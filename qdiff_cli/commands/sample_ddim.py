@@ -8,7 +8,7 @@ from ddim.sampling import PixelSampler, SamplerSettings, pixel_task_parts
 from qdiff.config import ConfigError
 from qdiff_cli.images import to_uint8
 from qdiff_cli.job import Job, run
-from qdiff_cli.options import Parser, add_quant_options, add_run_options, positive, project_file, seed, select_device
+from qdiff_cli.options import Parser, Rule, add_quant_options, add_run_options, check_typed, positive, project_file, seed, select_device
 from qdiff_cli.quantize import Task, check
 from qdiff_cli.running import setup_threads
 
@@ -24,10 +24,27 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--timesteps", type=positive, default=1000, help="sampling steps")
     parser.add_argument("--eta", type=float, default=0.0, help="noise of DDIM: 0 none, 1 as DDPM")
     parser.add_argument("--max_images", type=positive, default=50000)
+    parser.add_argument("--batch_size", type=positive, help="images sampled at a time (default: the configuration's)")
     parser.add_argument("--ckpt", type=project_file, help="local full-precision checkpoint (.ckpt, .pth, .safetensors)")
     add_run_options(parser)
     add_quant_options(parser)
     return parser.parse_args(argv)
+
+
+SAMPLER_RULES = (
+    Rule(
+        "eta",
+        lambda args: args.sample_type in (None, "generalized"),
+        "with --sample_type generalized (DDIM)",
+        lambda args, value: value == 0 and args.sample_type == "dpm_solver",
+    ),
+    Rule(
+        "skip_type",
+        lambda args: args.sample_type != "dpm_solver",
+        "with another --sample_type: the steps of dpm_solver are uniform",
+        lambda args, value: value == "uniform",
+    ),
+)
 
 
 def make_task(args: argparse.Namespace, config: PixelConfig, sampler: PixelSampler) -> Task:
@@ -40,6 +57,7 @@ def prepare(args: argparse.Namespace) -> Job:
     """The job that the options describe, checked."""
     setup_threads(args.threads)
     device = select_device(args.device)
+    check_typed(args, SAMPLER_RULES)
     config = load_config(args.config)
     settings = SamplerSettings(args.sample_type, args.skip_type, args.timesteps, args.eta).validate(config.diffusion)
     sampler = PixelSampler(config, settings, device)
@@ -52,9 +70,9 @@ def prepare(args: argparse.Namespace) -> Job:
         task=task,
         draw=lambda network, indices, callback=None: sampler(network, indices, args.seed, callback),
         decode=to_uint8,
-        denoiser=lambda network, indices: network,
+        denoiser=sampler.denoiser,
         total=args.max_images,
-        batch_size=config.batch_size,
+        batch_size=args.batch_size or config.batch_size,
         runs=Path(args.logdir) / "samples",
     )
 

@@ -4,7 +4,7 @@ import argparse
 from functools import cache
 from pathlib import Path
 
-from omegaconf import OmegaConf
+import yaml
 
 from ldm.checkpoint import open_checkpoint
 from ldm.conditions import class_conditions, parse_classes
@@ -12,14 +12,27 @@ from ldm.config import LatentConfig, load_config
 from ldm.encoders import ClassEmbedder
 from ldm.sampling import LatentSampler, LatentSettings, latent_task_parts
 from qdiff.config import ConfigError
+from qdiff.files import write_text
 from qdiff.resources import find
 from qdiff_cli.images import save_npz, to_uint8_truncated
 from qdiff_cli.job import Job, run
-from qdiff_cli.options import Parser, add_quant_options, add_run_options, positive, printable, project_file, seed, select_device
+from qdiff_cli.options import (
+    Parser,
+    Rule,
+    add_quant_options,
+    add_run_options,
+    check_typed,
+    positive,
+    printable,
+    project_file,
+    seed,
+    select_device,
+)
 from qdiff_cli.quantize import Task, check
 from qdiff_cli.running import setup_threads
 
 NAME = "sample_{:06d}.png"
+CHECKPOINT_SUFFIXES = (".ckpt", ".safetensors", ".pth", ".pt")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -41,11 +54,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+SAMPLER_RULES = (
+    Rule(
+        "eta",
+        lambda args: not (args.dpm or args.vanilla_sample),
+        "with DDIM: --dpm adds no noise, --vanilla_sample that of DDPM",
+        lambda args, value: value == (0 if args.dpm else 1),
+    ),
+    Rule("custom_steps", lambda args: not args.vanilla_sample, "without --vanilla_sample, which takes every time step"),
+)
+
+
 def settings_of(args: argparse.Namespace, config: LatentConfig) -> LatentSettings:
     if args.vanilla_sample and args.dpm:
         raise ConfigError("--vanilla_sample and --dpm: expected one of them")
+    check_typed(args, SAMPLER_RULES)
     sampler = "vanilla" if args.vanilla_sample else "dpm" if args.dpm else "ddim"
-    return LatentSettings(sampler, args.custom_steps, args.eta, args.scale).validate(config)
+    return LatentSettings(sampler, args.custom_steps, 0.0 if args.dpm else args.eta, args.scale).validate(config)
 
 
 def check_classes(args: argparse.Namespace, config: LatentConfig) -> list[int]:
@@ -61,8 +86,9 @@ def check_classes(args: argparse.Namespace, config: LatentConfig) -> list[int]:
 
 
 def model_folder(args: argparse.Namespace) -> Path:
+    """The folder of the model: the one given, or that of the file given (a folder may have a dot in its name)."""
     path: Path = args.resume_base
-    return path if path.suffix == "" else path.parent
+    return path if path.is_dir() or not (path.is_file() or path.suffix in CHECKPOINT_SUFFIXES) else path.parent
 
 
 def config_file(folder: Path) -> Path:
@@ -103,7 +129,7 @@ def prepare(args: argparse.Namespace) -> Job:
         batch_size=args.batch_size,
         runs=Path(args.logdir) / model_folder(args).name / "samples",
         name=NAME,
-        begin=lambda folder: OmegaConf.save(OmegaConf.create(printable(args)), folder / "sampling_config.yaml"),
+        begin=lambda folder: write_text(folder / "sampling_config.yaml", yaml.safe_dump(printable(args), allow_unicode=True)),
         finish=finish,
     )
 

@@ -12,7 +12,7 @@ from ddim.config import TrainingConfig, training_config
 from ddim.config import load_config as load_pixel_config
 from ddim.data import load_emoji
 from ddim.sampling import PixelSampler, SamplerSettings
-from ddim.schedule import make_alphas_cumprod
+from ddim.schedule import make_prediction
 from ddim.training import diffusion_loss, train
 from ddim.unet import UNet
 from ldm.checkpoint import UNET_PREFIX, LatentCheckpoint, Stages
@@ -60,7 +60,7 @@ def train_pixel(args: argparse.Namespace, device: torch.device) -> None:
     config, folder = load_pixel_config(args.config), args.output or clone() / "models/ddim/emoji32"
     settings = schedule(args, config.training)
     data = to_float(load_emoji(args.emoji, config.model.image_size).images, device)
-    loss = diffusion_loss(data, make_alphas_cumprod(config.diffusion), settings)
+    loss = diffusion_loss(data, make_prediction(config.diffusion), settings)
     ema = train(UNet(config.model).to(device), loss, settings, folder / "unet.state")
     write_half(folder / "unet.safetensors", ema)
     sampler = PixelSampler(config, SamplerSettings(skip_type="quad", timesteps=50), device)
@@ -93,7 +93,7 @@ def train_latent(args: argparse.Namespace, config: LatentConfig, folder: Path, d
     if config.conditioning is not None:
         draw = CaptionDraw(stages.cond_stage_model, emoji.captions)
         network = TextModel(network, stages.cond_stage_model.transformer.text_model)
-    ema = train(network, diffusion_loss(latents, config.alphas_cumprod, settings, draw), settings, folder / "unet.state")
+    ema = train(network, diffusion_loss(latents, config.prediction, settings, draw), settings, folder / "unet.state")
     ema = ema.float().to(memory_format=torch.contiguous_format)
     if draw:
         stages.cond_stage_model.transformer.text_model, ema = ema.text, ema.unet

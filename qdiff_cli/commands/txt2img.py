@@ -15,7 +15,18 @@ from ldm.sampling import LatentSampler, LatentSettings, latent_task_parts
 from qdiff.config import ConfigError
 from qdiff_cli.images import load_png, make_grid, save_png, to_uint8_truncated
 from qdiff_cli.job import Job, run
-from qdiff_cli.options import Parser, add_quant_options, add_run_options, positive, project_file, seed, select_device
+from qdiff_cli.options import (
+    Parser,
+    Rule,
+    add_quant_options,
+    add_run_options,
+    check_typed,
+    positive,
+    project_file,
+    seed,
+    select_device,
+    text,
+)
 from qdiff_cli.quantize import Task, check
 from qdiff_cli.running import setup_threads
 
@@ -26,7 +37,7 @@ LAION400M = ("configs/latent-diffusion/txt2img-1p4B-eval.yaml", "models/ldm/text
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument("--prompt", default="a painting of a virus monster playing guitar")
+    parser.add_argument("--prompt", type=text, default="a painting of a virus monster playing guitar")
     parser.add_argument("--from-file", dest="from_file", type=Path, help="a file of prompts, one a line, instead of --prompt")
     parser.add_argument("--outdir", default="outputs/txt2img-samples", help="output folder")
     parser.add_argument("--skip_grid", action="store_true", help="no grid")
@@ -52,6 +63,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add_run_options(parser, precision="autocast")
     add_quant_options(parser)
     return parser.parse_args(argv)
+
+
+RULES = (
+    Rule(
+        "ddim_eta",
+        lambda args: not (args.plms or args.dpm),
+        "with DDIM: PLMS and DPM-Solver add no noise",
+        lambda args, value: value == 0,
+    ),
+    Rule("prompt", lambda args: not args.from_file, "without --from-file, which has the prompts"),
+    Rule("config ckpt", lambda args: not args.laion400m, "without --laion400m, which has its own"),
+    Rule("n_rows skip_save", lambda args: not args.skip_grid, "without --skip_grid"),
+)
 
 
 def latent_shape(args: argparse.Namespace, config: LatentConfig) -> tuple[int, int, int]:
@@ -92,9 +116,10 @@ def prepare(args: argparse.Namespace) -> Job:
     """The job that the options describe, checked."""
     setup_threads(args.threads)
     device = select_device(args.device)
-    config = load_text_config(args)
     if args.plms and args.dpm:
         raise ConfigError("--plms and --dpm: expected one of them")
+    check_typed(args, RULES)
+    config = load_text_config(args)
     name = "plms" if args.plms else "dpm" if args.dpm else "ddim"
     settings = LatentSettings(name, args.ddim_steps, args.ddim_eta, args.scale).validate(config)
     prompts = read_prompts(args.from_file) if args.from_file else [args.prompt]

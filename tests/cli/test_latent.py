@@ -44,8 +44,10 @@ def ldm(model: Path, out: Path, *more: object, images: int = 5):
 
 
 def text(model: Path, out: Path, *more: object):
-    common = ["--config", model / "config.yaml", "--prompt", "red heart", "--ddim_steps", 4, "--n_samples", 2, "--n_iter", 1]
-    given = [] if "--ckpt" in more else ["--ckpt", model]
+    common = ["--ddim_steps", 4, "--n_samples", 2, "--n_iter", 1]
+    given = [] if "--from-file" in more else ["--prompt", "red heart"]
+    given += [] if "--laion400m" in more else ["--config", model / "config.yaml"]
+    given += [] if {"--ckpt", "--laion400m"} & set(more) else ["--ckpt", model]
     return commands.run(TEXT, *common, *given, "--outdir", out, "--threads", 1, *more)
 
 

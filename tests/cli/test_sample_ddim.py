@@ -54,7 +54,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("sample_type", ["generalized", "dpm_solver", "ddpm_noisy"])
 def test_full_precision_sampling(files, tmp_path, sample_type):
-    result = commands.run(SAMPLE, *base(files, tmp_path, "--ckpt", files["ckpt"], "--sample_type", sample_type, "--eta", 0.5))
+    result = commands.run(SAMPLE, *base(files, tmp_path, "--ckpt", files["ckpt"], "--sample_type", sample_type))
     assert result.returncode == 0, result.stderr
     names = sorted(content(run_folder(tmp_path)))
     assert names == [f"{i}.png" for i in range(6)]
@@ -126,6 +126,9 @@ def test_calibration_then_both_formats_then_weights_reused(files, tmp_path):
         assert again.returncode == 0, again.stderr
         assert content(run_folder(tmp_path / f"b{i}")) == content(folder)
     more = ("--act_bit", 6, "--resume_w", "--cali_ckpt", folder / "ckpt.safetensors", "--ckpt", files["ckpt"])
+    refused = commands.run(SAMPLE, *base(files, tmp_path / "c", *quant, *short, *more))
+    fails(refused, "--cali_iters 3", "--resume_w")  # no rounding is learned
+    short = [word for pair in zip(short[::2], short[1::2], strict=True) if pair[0] != "--cali_iters" for word in pair]
     reused = commands.run(SAMPLE, *base(files, tmp_path / "c", *quant, *short, *more))
     assert reused.returncode == 0, reused.stderr
     from qdiff.checkpoint import read_packed_info, read_tensors

@@ -28,7 +28,8 @@ class Case:
         folder = golden.path(f"cases/{name}")
         settings = json.loads((folder / "case.json").read_text())
         self.folder = folder
-        self.model_config = model_config_from_dict({**settings["unet"]["data"], **settings["unet"]["model"]})
+        values = settings["unet"]["data"] | settings["unet"]["model"]
+        self.model_config = model_config_from_dict(values, ignored=values)
         names = ("weight_bit", "act_bit", "sm_abit", "split", "a_sym", "weight_scale_method", "act_scale_method")
         self.quant = QuantConfig(quant_act=True, **{name: settings[name] for name in names})
         self.io = load_file(folder / "io.safetensors")
