@@ -44,5 +44,6 @@ PIXEL = register_family(
         },
         split_points=split_points,
         signature="temb.dense.0.weight",
+        input_layer="conv_in",
     )
 )

@@ -1,26 +1,40 @@
 """What latents are conditioned on: prompts or classes, as contexts for the images of a batch."""
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ldm.checkpoint import Stages
+from ldm.encoders import FrozenCLIPEmbedder
 from qdiff.config import ConfigError
 from qdiff.finite import NonFiniteError
+
+log = logging.getLogger(__name__)
 
 Conditions = Callable[[Sequence[int]], tuple[Tensor, Tensor | None]]
 
 
 def text_conditions(stages: Callable[[], Stages], prompt_of: Callable[[int], str]) -> Conditions:
-    """Contexts [N, L, D] of the prompts of the given images, and of the empty prompt."""
+    """Contexts [N, L, D] of the prompts of the given images, and of the empty prompt. What is cut of a long prompt is logged."""
+    told: set[str] = set()
 
     def conditions(indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         text = stages().cond_stage_model
+        new = {prompt_of(i) for i in indices} - told
+        told.update(new)
+        for prompt, rest in cut_prompts(text, sorted(new)).items():
+            log.warning("a prompt of more than %d tokens: %r is cut off the end of %r", text.max_length, rest, prompt)
         return _finite(text.encode([prompt_of(i) for i in indices])), _finite(text.encode([""] * len(indices)))
 
     return conditions
+
+
+def cut_prompts(text: FrozenCLIPEmbedder, prompts: Iterable[str]) -> dict[str, str]:
+    """The prompts that are longer than the text tower takes, each with the end that it does not see."""
+    return {prompt: rest for prompt in prompts if (rest := text.cut_off(prompt))}
 
 
 def _finite(contexts: Tensor) -> Tensor:

@@ -105,6 +105,11 @@ class FrozenCLIPEmbedder(nn.Module):
         encoded = self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=self.max_length)
         return torch.tensor(encoded["input_ids"])
 
+    def cut_off(self, prompt: str) -> str:
+        """The end of a prompt that `tokenize` cuts because it is too long; nothing where it fits."""
+        tokens = self.tokenizer([prompt])["input_ids"][0]
+        return self.tokenizer.decode(tokens[self.max_length - 1 : -1]) if len(tokens) > self.max_length else ""
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
         text = self.transformer.text_model

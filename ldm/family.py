@@ -47,5 +47,6 @@ LATENT = register_family(
         },
         split_points=split_points,
         signature="time_embed.0.weight",
+        input_layer="input_blocks.0.0",
     )
 )

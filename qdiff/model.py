@@ -50,7 +50,7 @@ class Family:
     block (time embeddings: TFMQ-DM, arXiv 2311.16503). products: for each block type, its attention
     products by attribute name. split_points: from a network to {layer: channels of the first half}.
     keep: types and paths of modules whose own parameters stay in full precision (layers, or modules with parameters beside their layers).
-    signature: a key by which a state dict of this family is recognized.
+    signature: a key by which a state dict of this family is recognized. input_layer: the path of the layer that x_t goes into.
     """
 
     name: str
@@ -61,6 +61,7 @@ class Family:
     split_points: Callable[[nn.Module], dict[str, int]] = lambda _: {}
     keep: tuple[type[nn.Module] | str, ...] = ()
     signature: str = ""
+    input_layer: str = ""
 
     def keeps(self, path: str, module: nn.Module) -> bool:
         """Whether the parameters of `module` itself stay as they are."""

@@ -103,8 +103,8 @@ def load_calibrated(path: str, task: Task, quant: QuantConfig) -> tuple[nn.Modul
 def _calibrate(args: argparse.Namespace, task: Task, quant: QuantConfig, device: torch.device, folder: Path, ranks: Ranks) -> nn.Module:
     config = calibration_config(args, task.evaluations)
     finished, info = load_calibrated(args.cali_ckpt, task, replace(quant, quant_act=False)) if args.resume_w else (None, None)
-    guided = bool(task.build.get("context_dim"))
-    data = load_set(args.cali_data_path, task.input_shape, guided) if args.cali_data_path else None
+    context_dim = task.build.get("context_dim")
+    data = load_set(args.cali_data_path, task.input_shape, context_dim) if args.cali_data_path else None
     model = task.load().to(device).eval()
     if info is not None and info.source_sha256 not in ("", state_hash(model.state_dict())):
         raise CheckpointError(f"{args.cali_ckpt}: its weights were made from another full-precision checkpoint than the one given")
@@ -113,7 +113,7 @@ def _calibrate(args: argparse.Namespace, task: Task, quant: QuantConfig, device:
         if ranks.rank == 0 and not drawn.is_file():
             save_set(drawn, task.generate(model, config))
         ranks.barrier()
-        data = load_set(drawn, task.input_shape, guided)
+        data = load_set(drawn, task.input_shape, context_dim)
     if config.samples > len(data.xs[0]):
         if args.cali_n:
             log.warning("--cali_n %d: the calibration set holds %d samples of each time step, all are used", args.cali_n, len(data.xs[0]))

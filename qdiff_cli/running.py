@@ -145,7 +145,11 @@ def discard_on_error(folder: Path) -> Iterator[None]:
         yield
     except (ConfigError, CheckpointError, OSError):
         first = Ranks.from_environment().rank == 0
-        if first and folder.is_dir() and {path.name for path in folder.iterdir()} <= {"run.json", "run.log", "sampling_config.yaml"}:
+        if (
+            first
+            and folder.is_dir()
+            and {path.name for path in folder.iterdir()} <= {"run.json", "run.log", "sampling_config.yaml", "cut_prompts.txt"}
+        ):
             shutil.rmtree(folder, ignore_errors=True)
         raise
 

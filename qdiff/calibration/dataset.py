@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from qdiff.calibration.layout import Layout
 from qdiff.checkpoint import CheckpointError, load_object, state_hash
 from qdiff.config import ConfigError
 from qdiff.files import atomic_write
@@ -135,38 +136,27 @@ def save_set(path: str | Path, data: CalibrationSet) -> None:
         torch.save(content, file)
 
 
-def load_set(path: str | Path, shape: Iterable[int], guided: bool = False) -> CalibrationSet:
-    """Read a published calibration file and check it against the network's input `shape` (C, H, W).
+def load_set(path: str | Path, shape: Iterable[int], context_dim: int | None = None) -> CalibrationSet:
+    """Read a calibration file and check it against the network's input `shape` (C, H, W).
 
-    guided: the network takes contexts too, with and without the condition.
+    Other layouts than the published one are taken where they can mean one thing only (`qdiff.calibration.layout`).
+
+    Args:
+        context_dim: width of the contexts of a network that takes them, with and without the condition; None: it takes none.
 
     Raises:
-        CheckpointError: not a calibration set, damaged, or for another network.
+        CheckpointError: not a calibration set, damaged, ambiguous, or for another network.
     """
-    content = load_object(path)
+    content = load_object(path, arrays=True)
     if not isinstance(content, dict) or not {"xs", "ts"} <= set(content):
         found = f"a dict with {', '.join(map(str, list(content)[:4]))}" if isinstance(content, dict) else type(content).__name__
         raise CheckpointError(f"{path}: expected a calibration set (a dict with xs and ts), found {found}")
-    parts = {name: _as_list(content[name]) for name in ("xs", "ts", "cs", "ucs") if name in content}
-    expected = {"xs", "ts", "cs", "ucs"} if guided else {"xs", "ts"}
-    if set(parts) != expected:
-        kind = "a guided" if guided else "an unconditional"
-        raise CheckpointError(f"{path}: expected {', '.join(sorted(expected))} for {kind} network, found {', '.join(sorted(parts))}")
-    lengths = {name: len(part) for name, part in parts.items()}
-    if len(set(lengths.values())) != 1 or not parts["xs"]:
-        raise CheckpointError(f"{path}: lists of different lengths or empty: {lengths}")
-    shape = tuple(shape)
-    for x, t in zip(parts["xs"], parts["ts"], strict=True):
-        if tuple(x.shape[1:]) != shape or len(t) != len(x):
-            raise CheckpointError(f"{path}: rows of shape {tuple(x.shape[1:])} with {len(t)} times: expected {shape}, one time for each")
-        if not torch.isfinite(x).all():
-            raise CheckpointError(f"{path}: damaged: rows that are not finite numbers")
-    for name in ("cs", "ucs"):
-        for x, context in zip(parts["xs"], parts.get(name, parts["xs"]), strict=True):
-            if len(context) != len(x):
-                raise CheckpointError(f"{path}: {len(context)} contexts in {name} for {len(x)} rows: expected one for each")
+    content = {name: content[name] for name in ("xs", "ts", "cs", "ucs") if content.get(name) is not None}
+    expected = {"xs", "ts"} if context_dim is None else {"xs", "ts", "cs", "ucs"}
+    if set(content) != expected:
+        kind = "an unconditional" if context_dim is None else "a guided"
+        raise CheckpointError(f"{path}: expected {', '.join(sorted(expected))} for {kind} network, found {', '.join(sorted(content))}")
+    layout = Layout(path, tuple(shape), context_dim)
+    parts = layout.lists(content)
+    layout.check(parts)
     return CalibrationSet(parts["xs"], parts["ts"], parts.get("cs"), parts.get("ucs"))
-
-
-def _as_list(values: object) -> list[Tensor]:
-    return list(values) if isinstance(values, list | tuple | Tensor) else []

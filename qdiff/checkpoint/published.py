@@ -3,6 +3,8 @@
 Bit widths are not stored; they are inferred where possible and compared with the options.
 """
 
+import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
@@ -24,6 +26,8 @@ from qdiff.checkpoint.reading import (
 from qdiff.config import QuantConfig
 from qdiff.files import atomic_write
 from qdiff.model import Family, act_quantizers, enable_activations, quant_layers, quantize_model, time_steps
+
+log = logging.getLogger(__name__)
 
 PREFIX = "model."
 
@@ -122,7 +126,7 @@ def load_published(path: str | Path, build: dict, family: Family, config: QuantC
     _check_steps(path, state)
     _check_weight_bits(path, model, state, config.weight_bit)
     if config.quant_act:
-        _check_activations(path, state, config)
+        _check_activations(path, family, state, config)
     _fill_published(model, family, state, activations)
     enable_activations(model, config.quant_act)
     return model
@@ -186,23 +190,43 @@ def infer_weight_bits(model: nn.Module, state: Mapping[str, Tensor]) -> int | No
 
 def _check_weight_bits(path: str | Path, model: nn.Module, state: Mapping[str, Tensor], weight_bit: int) -> None:
     found = infer_weight_bits(model, state)
-    if found is not None and found != weight_bit:
+    if found is None:
+        log.warning("%s: the width of its weights cannot be told from it: --weight_bit %d is taken as given", path, weight_bit)
+    elif found != weight_bit:
         raise CheckpointError(
             f"{path}: --weight_bit {weight_bit} was given, but the step sizes of the file are those of {found}-bit weights"
         )
 
 
-def _check_activations(path: str | Path, state: Mapping[str, Tensor], config: QuantConfig) -> None:
+def infer_act_bits(family: Family, state: Mapping[str, Tensor]) -> int | None:
+    """The width of asymmetric activations, or None where nothing in the file tells it.
+
+    x_t and the q and k of attention are symmetric about 0, so their zero points lie near 2^(b - 1): b is the width nearest to
+    their median. Symmetric activations have zero points of 0 at every width.
+    """
+    names = {f".{family.input_layer}.act_quantizer.zero_point"} if family.input_layer else set()
+    for products in family.products.values():
+        for product in products.values():
+            names |= {f".act_quantizer_{operand}.zero_point" for operand in product.operands if operand in ("q", "k")}
+    zeros = [float(tensor) for name, tensor in state.items() if name.endswith(tuple(names))]
+    if not zeros or not any(zeros):
+        return None
+    return round(math.log2(max(1.0, float(torch.tensor(zeros).median())))) + 1
+
+
+def _check_activations(path: str | Path, family: Family, state: Mapping[str, Tensor], config: QuantConfig) -> None:
     zeros = [tensor for name, tensor in state.items() if ".act_quantizer" in name and name.endswith(".zero_point")]
     symmetric = all(bool((zero == 0).all()) for zero in zeros)
     if symmetric != config.a_sym:
         given, file = ("with", "asymmetric") if config.a_sym else ("without", "symmetric")
         raise CheckpointError(f"{path}: --a_sym mismatch: called {given} --a_sym, but the activations of the file are {file}")
-    levels, found = 2**config.act_bit - 1, torch.cat([zero.flatten().float() for zero in zeros])
-    # that of x_t lies in the middle of the range; some may lie outside it; symmetric activations do not tell their width
-    if not symmetric and ((found > levels).float().mean() > 0.25 or found.max() < levels / 16):
-        words = f"--act_bit {config.act_bit} was given, but activation zero points like {found.median():.0f} are those of another width"
-        raise CheckpointError(f"{path}: {words}")
+    found = infer_act_bits(family, state)
+    if found is None:
+        log.warning("%s: the width of its activations cannot be told from it: --act_bit %d is taken as given", path, config.act_bit)
+    elif found != config.act_bit:
+        raise CheckpointError(
+            f"{path}: --act_bit {config.act_bit} was given, but the activation zero points of the file are those of {found} bits"
+        )
     steps = [float(t) for name, t in state.items() if name.endswith(".act_quantizer_w.delta")]
     # a probability is at most 1: at 16 bits no step exceeds 1 / 32767; at 8 bits all of them below that would
     # mean that no attention weight ever exceeds 0.008

@@ -1,5 +1,6 @@
 """Reading files of tensors safely: nothing in them is executed, and what is wrong with one is said."""
 
+import codecs
 import pickle
 import re
 import struct
@@ -8,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -39,9 +41,13 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     return dict(state)
 
 
-def load_object(path: str | Path) -> Any:
-    """A pickled file of plain containers and tensors (a calibration set); the errors of `read_tensors`."""
-    return _load_pickle(existing(path))
+def load_object(path: str | Path, arrays: bool = False) -> Any:
+    """A pickled file of plain containers and tensors (a calibration set); the errors of `read_tensors`.
+
+    Args:
+        arrays: it may hold NumPy arrays of numbers too.
+    """
+    return _load_pickle(existing(path), dict(_ARRAYS) if arrays else {})
 
 
 def is_safetensors(path: Path) -> bool:
@@ -97,9 +103,30 @@ _DAMAGE = (  # what torch.load raises over damaged files
 )
 
 
-def _load_pickle(path: Path) -> Any:
-    """`torch.load` of plain containers and tensors; leftovers of training frameworks become `_Inert` objects."""
-    stubs: dict[str, tuple[type, str]] = {}
+def _array_builders() -> Iterator[tuple[str, tuple[Any, str]]]:
+    """What a pickled NumPy array asks for, under the names that NumPy 1 and 2 give it."""
+    builders: tuple[Any, ...] = (np.zeros(1).__reduce__()[0], np.float32(0).__reduce__()[0])
+    for builder in builders:
+        for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+            yield f"{module}.{builder.__name__}", (builder, f"{module}.{builder.__name__}")
+    yield "numpy.ndarray", (np.ndarray, "numpy.ndarray")
+    yield "numpy.dtype", (np.dtype, "numpy.dtype")
+    yield "_codecs.encode", (codecs.encode, "_codecs.encode")
+    for kind in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?", "U1", "S1", "O"):
+        name = f"numpy.dtypes.{type(np.dtype(kind)).__name__}"
+        yield name, (type(np.dtype(kind)), name)
+
+
+_ARRAYS = dict(_array_builders())
+
+
+def _load_pickle(path: Path, allowed: Mapping[str, tuple[Any, str]] | None = None) -> Any:
+    """`torch.load` of plain containers and tensors; leftovers of training frameworks become `_Inert` objects.
+
+    Args:
+        allowed: classes and functions that the pickle may have beside them, by full name.
+    """
+    stubs: dict[str, tuple[Any, str]] = dict(allowed or {})
     mmap = True
     while True:
         try:

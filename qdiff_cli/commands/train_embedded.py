@@ -16,6 +16,7 @@ from ddim.schedule import make_prediction
 from ddim.training import diffusion_loss, train
 from ddim.unet import UNet
 from ldm.checkpoint import UNET_PREFIX, LatentCheckpoint, Stages
+from ldm.conditions import read_prompts
 from ldm.config import LatentConfig
 from ldm.config import load_config as load_latent_config
 from ldm.sampling import LatentSampler, LatentSettings
@@ -101,7 +102,7 @@ def train_latent(args: argparse.Namespace, config: LatentConfig, folder: Path, d
     stages.save(folder / "stages.safetensors")
     sampler = LatentSampler(config, LatentSettings("ddim", 50, 0.0, 1.0 if draw is None else 5.0), device)
     if draw:
-        prompts = (folder / "prompts.txt").read_text().splitlines() if (folder / "prompts.txt").is_file() else ["red heart", "flag"]
+        prompts = read_prompts(folder / "prompts.txt") if (folder / "prompts.txt").is_file() else ["red heart", "flag"]
         text = stages.cond_stage_model
         sampler.conditions = lambda indices: (text.encode([prompts[i % len(prompts)] for i in indices]), text.encode([""] * len(indices)))
     save_png(folder / "samples.png", make_grid(to_uint8_truncated(stages.decode(sampler(ema, range(64), seed=0))), columns=16))

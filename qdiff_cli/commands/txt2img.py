@@ -6,13 +6,15 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from ldm.checkpoint import open_checkpoint
-from ldm.conditions import calibration_prompt, read_prompts, text_conditions
+from ldm.conditions import calibration_prompt, cut_prompts, read_prompts, text_conditions
 from ldm.config import LatentConfig, load_config
-from ldm.encoders import ClassEmbedder
+from ldm.encoders import ClassEmbedder, FrozenCLIPEmbedder
 from ldm.sampling import LatentSampler, LatentSettings, latent_task_parts
 from qdiff.config import ConfigError
+from qdiff.files import write_text
 from qdiff_cli.images import load_png, make_grid, save_png, to_uint8_truncated
 from qdiff_cli.job import Job, run
 from qdiff_cli.options import (
@@ -112,6 +114,13 @@ def write_grid(folder: Path, count: int, columns: int, keep: bool) -> None:
             file.unlink()
 
 
+def write_cut_prompts(folder: Path, text: nn.Module | None, prompts: list[str]) -> None:
+    """`cut_prompts.txt` beside the images: the prompts that are too long, and what the model does not see of each."""
+    if isinstance(text, FrozenCLIPEmbedder) and (cut := cut_prompts(text, dict.fromkeys(prompts))):
+        lines = [f"prompt: {prompt}\ncut off: {rest}\n" for prompt, rest in cut.items()]
+        write_text(folder / "cut_prompts.txt", "\n".join(lines))
+
+
 def prepare(args: argparse.Namespace) -> Job:
     """The job that the options describe, checked."""
     setup_threads(args.threads)
@@ -156,6 +165,7 @@ def prepare(args: argparse.Namespace) -> Job:
         images="samples",
         name=NAME,
         metadata=metadata,
+        begin=lambda folder: write_cut_prompts(folder, stages().cond_stage_model, prompts),
         finish=lambda folder: None if args.skip_grid else write_grid(folder, total, args.n_rows or args.n_samples, keep=not args.skip_save),
     )
 

@@ -341,7 +341,7 @@ def test_conditional_and_unconditional_rows_are_both_used(tmp_path):
     cs, ucs = ([torch.full((4, 7, 2), value) for _ in range(2)] for value in (1.0, 2.0))
     data = CalibrationSet([torch.randn(4, 3, 8, 8) for _ in range(2)], [torch.zeros(4)] * 2, cs, ucs)
     save_set(tmp_path / "set.pt", data)
-    x, t, context = load_set(tmp_path / "set.pt", (3, 8, 8), guided=True).select(2, 3).inputs
+    x, t, context = load_set(tmp_path / "set.pt", (3, 8, 8), context_dim=2).select(2, 3).inputs
     assert len(x) == len(t) == len(context) == 12
     assert context[:6].eq(1).all() and context[6:].eq(2).all() and torch.equal(x[:6], x[6:])
 
@@ -369,7 +369,7 @@ def test_bad_sets_of_guided_networks_are_refused(tmp_path, rows, words):
     contexts = {name: [torch.zeros(count, 7, 4)] for name, count in rows.items()}
     torch.save({"xs": [torch.zeros(2, 3, 8, 8)], "ts": [torch.zeros(2)]} | contexts, tmp_path / "set.pt")
     with pytest.raises(CheckpointError, match=words):
-        load_set(tmp_path / "set.pt", (3, 8, 8), guided=True)
+        load_set(tmp_path / "set.pt", (3, 8, 8), context_dim=4)
 
 
 def test_too_few_steps_in_a_set():

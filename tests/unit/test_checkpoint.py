@@ -210,9 +210,18 @@ def test_other_widths_of_asymmetric_activations_are_named(tmp_path):
     unet, model, quant = quantized(a_sym=False)
     save_published(tmp_path / "q.pth", model, PIXEL, unet.state_dict(), activations=True)
     load_published(tmp_path / "q.pth", BUILD, PIXEL, quant)
-    for bits in (4, 16):
-        with pytest.raises(CheckpointError, match=rf"--act_bit {bits} was given, but activation zero points like \d+ are those of another"):
+    for bits in (4, 6, 7, 9, 16):
+        with pytest.raises(
+            CheckpointError, match=rf"--act_bit {bits} was given, but the activation zero points of the file are those of 8"
+        ):
             load_published(tmp_path / "q.pth", BUILD, PIXEL, replace(quant, act_bit=bits))
+
+
+def test_symmetric_activations_do_not_tell_their_width_and_the_log_says_so(tmp_path, caplog):
+    unet, model, quant = quantized(a_sym=True)
+    save_published(tmp_path / "q.pth", model, PIXEL, unet.state_dict(), activations=True)
+    load_published(tmp_path / "q.pth", BUILD, PIXEL, quant)
+    assert "the width of its activations cannot be told" in caplog.text
 
 
 def test_published_files_do_not_hold_their_own_name(files, tmp_path):
