@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -16,7 +17,8 @@ from qdiff.calibration.run import Workplace, calibrate
 from qdiff.config import PRESETS, ConfigError, QuantConfig
 from qdiff.finite import NonFiniteError, first_not_finite
 from qdiff.layers import LAYER_TYPES
-from qdiff.model import Family, Product, check_layers
+from qdiff.model import Family, Product, check_layers, quant_layers, quantize_model
+from qdiff.unquantized import find_unquantized, tell_unquantized
 
 
 def quantize(
@@ -40,7 +42,7 @@ def quantize(
 
     Every `nn.Conv1d`, `nn.Conv2d` and `nn.Linear` is replaced; normalizations and embeddings stay as
     they are; products made by functions (`F.scaled_dot_product_attention`) are not quantized unless they
-    are modules named in `products`.
+    are modules named in `products`. The log lists products, concatenated shortcuts and layers that stay in full precision.
 
     Args:
         model: any network in float32 that returns one tensor; not changed. Its device is where the work is done.
@@ -52,8 +54,9 @@ def quantize(
             one tensor with the rows first and run once in a forward pass. Layers outside them are reconstructed alone.
             As a dict, with the path of the layer inside whose bias is added to the block's output: its mean error is then corrected.
         separate: how the paths of those layers inside blocks end that are reconstructed apart (projections of the time embedding).
-        keep: types and paths of modules whose own parameters stay in full precision: layers that have no quantized form, or should
-            have none, and modules with parameters beside their layers (position embeddings).
+        keep: what stays in full precision. The path of a module, or a pattern of paths (`head.*`), keeps everything inside it; that of
+            a parameter (`position`) keeps the parameter. A type keeps the modules' own parameters (position embeddings), or
+            everything inside where they have none of their own.
         products: module types with attention products as attributes (`qdiff.layers.MatMul`), see `qdiff.model.Product`.
         splits: for layers whose input is a concatenation, by path: the channels of its first half (Q-Diffusion, section 4.3).
         time_sets: sets of time steps with activation step sizes of their own.
@@ -62,13 +65,14 @@ def quantize(
             `layers.csv`, `layers.png`, `units.png`.
 
     Raises:
-        ConfigError: settings that cannot work, by name.
+        ConfigError: settings that cannot work, by name; names of what is not in the network.
+        NonFiniteError: a weight, or a value inside the network, that is not a finite number, by name.
         TypeError: a module with parameters that has no quantized form and is not kept, by path and type; a layer with hooks; a block
             without a product that `products` names.
         NotImplementedError: a convolution whose padding is not zeros, by path.
         RuntimeError: a block or layer that cannot be a unit, by path.
     """
-    _check(model, inputs, blocks, separate, keep, splits or {}, time_sets, preset, recipe)
+    _check(model, inputs, blocks, separate, keep, products or {}, splits or {}, time_sets, preset, recipe)
     rows = Rows(tuple(inputs))
     family = Family(
         "custom",
@@ -93,10 +97,23 @@ def quantize(
     config = replace(PRESETS[preset], **recipe)
     check_layers(model, family)
     model = copy.deepcopy(model)
+    _tell(model, family, quant, rows)
     quantized = calibrate(model, family, quant, config, rows, workplace=Workplace(None if folder is None else Path(folder)))
     if folder is not None and ranks.rank() == 0:
         try_report(Path(folder), model, family, quantized, quant, config, rows)
     return quantized
+
+
+def _tell(model: nn.Module, family: Family, quant: QuantConfig, rows: Rows) -> None:
+    """Say in the log what stays in full precision; ConfigError where nothing would be quantized."""
+    wrapped = quantize_model(model, family, quant)
+    if not quant_layers(wrapped):
+        raise ConfigError("the network has no layer inside that can be quantized and is not kept")
+    split = {path for path, layer in quant_layers(wrapped).items() if layer.split}
+    if lost := sorted(set(family.split_points(model)) - split):
+        raise ConfigError(f"splits: {lost[0]} is kept in full precision")
+    device = next(model.parameters()).device
+    tell_unquantized(find_unquantized(wrapped, [part.to(device) for part in rows[:2]]), quant.quant_act)
 
 
 def _check(
@@ -105,6 +122,7 @@ def _check(
     blocks: Iterable[type[nn.Module]] | Mapping[type[nn.Module], str | None],
     separate: Sequence[str],
     keep: Iterable[type[nn.Module] | str],
+    products: Iterable[type[nn.Module]],
     splits: Mapping[str, int],
     time_sets: int,
     preset: str,
@@ -137,9 +155,14 @@ def _check(
                 f"splits: {path} has {modules[path].weight.shape[1]} input channels: expected 1 or more in each half, found {channels}"
             )
     types = {type(module) for module in modules.values()}
-    for name, wanted in (("blocks", blocks), ("keep", keep)):
-        if absent := [kind for kind in wanted if kind not in types and kind not in modules]:
-            raise ConfigError(f"{name}: no {getattr(absent[0], '__name__', absent[0])} in the network")
+    for name, wanted in (("blocks", blocks), ("keep", keep), ("products", products)):
+        for kind in wanted:
+            if isinstance(kind, str) and name == "keep":
+                there = any(fnmatchcase(path, kind) for path in [*filter(None, modules), *dict(model.named_parameters())])
+            else:
+                there = kind in types
+            if not there:
+                raise ConfigError(f"{name}: no {getattr(kind, '__name__', kind)} in the network")
     if isinstance(blocks, Mapping):
         for path, module in modules.items():
             if (inside := blocks.get(type(module))) is not None and inside not in dict(module.named_modules()):

@@ -54,6 +54,7 @@ class ActQuantizer(nn.Module):
 
     delta: Tensor
     zero_point: Tensor
+    name = ""  # its path in the network, for messages
 
     def __init__(
         self, n_bits: int, symmetric: bool, always_zero: bool = False, is_softmax: bool = False, steps: TimeSteps | None = None
@@ -102,6 +103,7 @@ class WeightQuantizer(nn.Module):
     delta: Tensor
     zero_point: Tensor
     integers: Tensor
+    name = ""  # its path in the network, for messages
 
     def __init__(self, shape: tuple[int, ...], n_bits: int, device: torch.device) -> None:
         super().__init__()
@@ -202,7 +204,9 @@ class QuantLayer(nn.Module):
         """Step sizes from the full-precision weight, and nearest rounding."""
         integers = []
         for quantizer, part in zip(self.weight_quantizers, self._parts(self.weight), strict=True):
-            quantizer.delta, quantizer.zero_point = Q.find_scale(part, quantizer.n_bits, channel_wise=True, method=method)
+            quantizer.delta, quantizer.zero_point = Q.find_scale(
+                part, quantizer.n_bits, channel_wise=True, method=method, name=quantizer.name
+            )
             integers.append(Q.quantize_nearest(part, quantizer.delta, quantizer.zero_point, quantizer.n_bits))
         self.set_integers(integers)
 

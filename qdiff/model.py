@@ -3,11 +3,12 @@
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
 from torch import nn
 
 from qdiff.config import ConfigError, QuantConfig
-from qdiff.layers import LAYER_TYPES, ActQuantizer, QuantLayer, QuantMatMul, TimeSteps
+from qdiff.layers import LAYER_TYPES, ActQuantizer, MatMul, QuantLayer, QuantMatMul, TimeSteps, WeightQuantizer
 
 NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 UNQUANTIZED = (*NORMS, nn.Embedding, nn.PReLU)
@@ -49,7 +50,8 @@ class Family:
     how the paths of those layers inside blocks end that are reconstructed on their own, before the
     block (time embeddings: TFMQ-DM, arXiv 2311.16503). products: for each block type, its attention
     products by attribute name. split_points: from a network to {layer: channels of the first half}.
-    keep: types and paths of modules whose own parameters stay in full precision (layers, or modules with parameters beside their layers).
+    keep: what stays in full precision. A path of a module, or a pattern of paths (`head.*`), keeps everything inside it; that of a
+    parameter keeps the parameter. A type keeps the modules' own parameters, or everything inside where they have none of their own.
     signature: a key by which a state dict of this family is recognized. input_layer: the path of the layer that x_t goes into.
     """
 
@@ -63,9 +65,9 @@ class Family:
     signature: str = ""
     input_layer: str = ""
 
-    def keeps(self, path: str, module: nn.Module) -> bool:
-        """Whether the parameters of `module` itself stay as they are."""
-        return path in self.keep or type(module) in self.keep or isinstance(module, UNQUANTIZED)
+    def names(self, path: str) -> bool:
+        """Whether a name or pattern of `keep` matches the path of a module or parameter."""
+        return any(isinstance(kept, str) and fnmatchcase(path, kept) for kept in self.keep)
 
     def output_layer(self, unit: nn.Module) -> nn.Module | None:
         """The layer whose bias is added to the output of `unit`: the unit itself where it is a layer."""
@@ -118,10 +120,13 @@ def quantize_model(model: nn.Module, family: Family, config: QuantConfig) -> nn.
 
     replace_modules(wrapped, quantized)
     for path, module in wrapped.named_modules():
-        for name, product in family.products.get(type(module), {}).items():
-            if not hasattr(module, name):
-                raise TypeError(f"{path or 'the network'}: {type(module).__name__} has no product {name}")
+        for name, product in family.products.get(type(module), {}).items() if id(module) not in kept else ():
+            if not isinstance(getattr(module, name, None), MatMul):
+                raise TypeError(f"{path or 'the network'}: {type(module).__name__} has no product {name} (expected a qdiff.layers.MatMul)")
             setattr(module, name, product.build(config, steps).to(next(model.parameters()).device))
+    for path, module in wrapped.named_modules():
+        if isinstance(module, ActQuantizer | WeightQuantizer):
+            module.name = path
     return wrapped.eval()
 
 
@@ -132,7 +137,8 @@ def check_layers(model: nn.Module, family: Family) -> None:
         if id(module) in kept:
             continue
         if type(module) not in LAYER_TYPES:
-            if list(module.parameters(recurse=False)):
+            own = [f"{path}.{name}".lstrip(".") for name, _ in module.named_parameters(recurse=False)]
+            if not all(family.names(name) for name in own):
                 raise TypeError(
                     f"{path or 'the network'}: no quantized form registered for {type(module).__name__}, expected it among `keep`"
                 )
@@ -142,7 +148,21 @@ def check_layers(model: nn.Module, family: Family) -> None:
 
 def _kept(model: nn.Module, family: Family) -> set[int]:
     """The ids of modules whose own parameters stay as they are, by any of their paths."""
-    return {id(module) for path, module in model.named_modules(remove_duplicate=False) if family.keeps(path, module)}
+    kept: set[int] = set()
+    for path, module in model.named_modules(remove_duplicate=False):
+        if family.names(path):
+            kept |= {id(inner) for inner in module.modules()}
+        elif isinstance(module, UNQUANTIZED):
+            kept.add(id(module))
+        elif type(module) in family.keep:
+            whole = not list(module.parameters(recurse=False))
+            kept |= {id(inner) for inner in module.modules()} if whole else {id(module)}
+    return kept
+
+
+def is_inside(path: str, outer: str) -> bool:
+    """Whether the module at `path` lies inside the one at `outer` (the network's own path is empty)."""
+    return path != outer and (not outer or path.startswith(f"{outer}."))
 
 
 def has_own_behavior(module: nn.Module) -> bool:
@@ -219,11 +239,12 @@ def units(model: nn.Module, family: Family) -> list[str]:
     found: list[str] = []
     blocks: list[str] = []
     for path, module in model.named_modules():
-        inside = any(path.startswith(block + ".") for block in blocks)
-        if type(module) in family.blocks:
+        inside = any(is_inside(path, block) for block in blocks)
+        if type(module) in family.blocks and any(isinstance(inner, QuantLayer | QuantMatMul) for inner in module.modules()):
             if inside:
-                outer = next(block for block in blocks if path.startswith(block + "."))
-                raise ConfigError(f"blocks: {path} ({type(module).__name__}) lies inside {outer}: expected blocks apart from one another")
+                outer = next(block for block in blocks if is_inside(path, block))
+                where = outer or "the network itself"
+                raise ConfigError(f"blocks: {path} ({type(module).__name__}) lies inside {where}: expected blocks apart from one another")
             blocks.append(path)
             found.append(path)
         elif isinstance(module, QuantLayer) and (not inside or family.is_separate(path)):

@@ -55,6 +55,7 @@ def find_scale(
     channel_wise: bool = False,
     method: ScaleMethod = "max",
     always_zero: bool = False,
+    name: str = "",
 ) -> tuple[Tensor, Tensor]:
     """Step size and zero point for `x` by one of the published rules.
 
@@ -63,6 +64,7 @@ def find_scale(
         method: `max`: the full range; `max_scale`: the range grown by (b + 2) / 8 for the zero point;
             `mse`: of 80 shrunk ranges the one with least mean |x - x^|^2.4.
         always_zero: force zero_point 0 (softmax outputs).
+        name: what a warning calls the quantizer.
 
     Returns:
         (delta, zero_point), float32: scalars, or [C, 1, ...] with `channel_wise`. Zero points are signed
@@ -74,13 +76,13 @@ def find_scale(
         delta, zero_point = _search_mse(rows, low, high, n_bits, symmetric, always_zero)
     else:
         growth = (n_bits + 2) / 8 if method == "max_scale" else 1.0
-        delta, zero_point = scale_from_range(low, high, n_bits, symmetric, always_zero, growth)
+        delta, zero_point = scale_from_range(low, high, n_bits, symmetric, always_zero, growth, name)
     shape = (len(x),) + (1,) * (x.dim() - 1) if channel_wise else ()
     return delta.reshape(shape), zero_point.reshape(shape)
 
 
 def scale_from_range(
-    low: Tensor, high: Tensor, n_bits: int, symmetric: bool, always_zero: bool = False, growth: float = 1.0
+    low: Tensor, high: Tensor, n_bits: int, symmetric: bool, always_zero: bool = False, growth: float = 1.0, name: str = ""
 ) -> tuple[Tensor, Tensor]:
     """(delta, zero_point) of the range [low, high] by the `max` rules; formed in float64 on the CPU (MPS has none), returned in float32."""
     device = low.device
@@ -91,7 +93,8 @@ def scale_from_range(
     else:
         delta = (high - low) / (2**n_bits - 1)
     if bool((delta < MIN_DELTA).any()):
-        log.warning("degenerate range: %d of %d step sizes set to %g", int((delta < MIN_DELTA).sum()), delta.numel(), MIN_DELTA)
+        count = int((delta < MIN_DELTA).sum())
+        log.warning("%sdegenerate range: %d of %d step sizes set to %g", f"{name}: " if name else "", count, delta.numel(), MIN_DELTA)
         delta = delta.clamp(min=MIN_DELTA)
     if symmetric or always_zero:
         return delta.float().to(device), torch.zeros_like(delta, dtype=torch.float32).to(device)

@@ -75,7 +75,7 @@ class _FirstRange:
         q = self.quantizer
         self.seen = self._with(x.detach().flatten())
         self.count += x.numel()
-        q.set_scale(*Q.find_scale(self.seen, q.n_bits, symmetric=q.symmetric, method=self.method, always_zero=q.always_zero))
+        q.set_scale(*Q.find_scale(self.seen, q.n_bits, symmetric=q.symmetric, method=self.method, always_zero=q.always_zero, name=q.name))
 
     def _with(self, x: Tensor) -> Tensor:
         """What stands for all values so far and `x`: their least and greatest, for the `mse` search with a fair sample."""
@@ -105,7 +105,7 @@ class _FirstRangeOfEachSet:
         for number in sets.unique().tolist():
             part = x[sets == number]
             part = _thin(part) if self.method == "mse" else part
-            found[number] = Q.find_scale(part, q.n_bits, symmetric=q.symmetric, method=self.method, always_zero=q.always_zero)
+            found[number] = Q.find_scale(part, q.n_bits, symmetric=q.symmetric, method=self.method, always_zero=q.always_zero, name=q.name)
         nearest = [min(found, key=lambda other, number=number: abs(other - number)) for number in range(len(q.steps))]
         q.set_scale(*(torch.stack([found[number][i] for number in nearest]) for i in range(2)))
 
@@ -135,7 +135,7 @@ class _RunningRange:
         self.ends += [x.detach().amin(), x.detach().amax()]
         low, high = self.average = Q.running_range(*self.before, torch.stack(self.ends))
         q = self.quantizer
-        q.set_scale(*Q.scale_from_range(low, high, q.n_bits, q.symmetric, q.always_zero))
+        q.set_scale(*Q.scale_from_range(low, high, q.n_bits, q.symmetric, q.always_zero, name=q.name))
 
 
 def time_bounds(rows: Rows, sets: int) -> tuple[float, ...]:

@@ -18,6 +18,7 @@ from qdiff.calibration.batches import in_batches
 from qdiff.calibration.cache import Cache, Stored
 from qdiff.calibration.dataset import Rows
 from qdiff.finite import NonFiniteError
+from qdiff.model import is_inside
 
 NO_UNIT = ": cannot be a unit; expected the module around it among `blocks`, or the layer among `keep`"
 
@@ -288,5 +289,5 @@ class Replay:
             raise RuntimeError(f"{unit}: never reached by a forward pass of the network")
 
         module, handle = self.model.get_submodule(unit), None
-        forwards = {path: saved(path) for path in self.finished if not path.startswith(f"{unit}.")}
+        forwards = {path: saved(path) for path in self.finished if not is_inside(path, unit)}
         in_batches(through, range(len(self.rows)), self.batch_size)

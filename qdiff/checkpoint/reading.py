@@ -1,6 +1,7 @@
 """Reading files of tensors safely: nothing in them is executed, and what is wrong with one is said."""
 
 import codecs
+import logging
 import pickle
 import re
 import struct
@@ -14,9 +15,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from qdiff.checkpoint.training import weights_of, without_prefix
 from qdiff.files import describe_foreign_file
 from qdiff.finite import first_not_finite
 from qdiff.model import FAMILIES
+
+log = logging.getLogger(__name__)
 
 
 class CheckpointError(ValueError):
@@ -26,19 +30,22 @@ class CheckpointError(ValueError):
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a `.ckpt`, `.pth`, `.pt` or `.safetensors` file, memory-mapped; nothing in it is executed.
 
+    A training checkpoint is taken too (`qdiff.checkpoint.training`): its EMA weights where it has them; the log says what was taken.
+
     Raises:
         CheckpointError: no such file, damaged, not a checkpoint, or a pickle that wants to run code.
     """
     path = existing(path)
     if is_safetensors(path):
         with open_safetensors(path) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    state = _load_pickle(path)
-    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{path}: expected a state dict of tensors, found {_describe_object(state)}")
-    return dict(state)
+            return without_prefix({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    content = _load_pickle(path)
+    state, taken = weights_of(content)
+    if state is None:
+        raise CheckpointError(f"{path}: expected a state dict of tensors, found {_describe_object(content)}")
+    if taken:
+        log.warning("%s: a training checkpoint: taken: %s", path, taken)
+    return state
 
 
 def load_object(path: str | Path, arrays: bool = False) -> Any:
