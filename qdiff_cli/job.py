@@ -3,7 +3,7 @@
 import argparse
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from qdiff.calibration.memory import Fitting, halving
 from qdiff.config import ConfigError
 from qdiff_cli.options import JOB_NAMES, autocast_dtype, printable
 from qdiff_cli.quantize import Task, prepare_network
@@ -43,14 +44,28 @@ class Job:
     images: str = "img"
     name: str = "{}.png"
     metadata: Callable[[int], dict[str, str]] | None = None
+    fitting: Fitting = field(default_factory=Fitting)
     begin: Callable[[Path], None] = lambda folder: None
     finish: Callable[[Path], None] = lambda folder: None
 
     def sample(self, network: nn.Module, indices: Sequence[int], callback: Callable | None = None) -> Tensor:
-        """uint8 images [N, 3, H, W] of these indices."""
+        """uint8 images [N, 3, H, W] of these indices; halves of them, one after the other, where memory does not suffice.
+
+        Raises:
+            NonFiniteError: a value that is not a finite number, before or after decoding.
+        """
         half = autocast_dtype(self.device, self.args.precision)
-        with torch.autocast(self.device.type, half or torch.float32, enabled=half is not None):
-            return self.decode(self.draw(network, indices, callback))
+        made: list[Tensor] = []
+
+        def work(part: Sequence[int]) -> None:
+            with torch.autocast(self.device.type, half or torch.float32, enabled=half is not None):
+                made.append(self.decode(self.draw(network, part, callback)))
+
+        if callback is None:
+            halving(work, indices, self.fitting)
+        else:  # which sees the whole batch at each step
+            work(indices)
+        return torch.cat(made) if len(made) > 1 else made[0]
 
     def chunks(self, count: int) -> list[range]:
         """The first `count` images in chunks of the batch size."""

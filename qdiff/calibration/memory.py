@@ -5,6 +5,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,23 +24,33 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def halving(work: Callable[[T], None], rows: T) -> None:
+@dataclass
+class Fitting:
+    """The largest batch that is known to fit into memory; None: no batch failed yet."""
+
+    rows: int | None = None
+
+
+def halving(work: Callable[[T], None], rows: T, fitting: Fitting | None = None) -> None:
     """Call `work` on `rows`, on its halves where memory does not suffice, and so on down to single rows.
 
-    `work` must leave nothing behind where it fails.
+    `work` must leave nothing behind where it fails. `fitting` is remembered from call to call: what did not fit is not tried again.
     """
-    try:
-        work(rows)
-        return
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error) or len(rows) == 1:
-            raise
-    log.warning("out of memory with a batch of %d: continuing with %d", len(rows), (len(rows) + 1) // 2)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    fitting = fitting or Fitting()
+    if fitting.rows is None or len(rows) <= fitting.rows:
+        try:
+            work(rows)
+            return
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or len(rows) == 1:
+                raise
+        fitting.rows = (len(rows) + 1) // 2
+        log.warning("out of memory with a batch of %d: continuing with %d", len(rows), fitting.rows)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
     middle = (len(rows) + 1) // 2
-    halving(work, rows[:middle])
-    halving(work, rows[middle:])
+    halving(work, rows[:middle], fitting)
+    halving(work, rows[middle:], fitting)
 
 
 def largest_fitting(work: Callable[[T], None], rows: T) -> int:

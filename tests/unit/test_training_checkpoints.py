@@ -22,7 +22,11 @@ OPTIMIZER = {"state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.zeros(2)}
         ([state(1, "module."), OPTIMIZER, 7, 900], 1, "the weights, entry 0 of a list of 4"),
         ({"model": state(1), "ema": state(2), "step": 5}, 2, "the EMA weights, 'ema'"),
         ({"model": state(1), "ema": {"decay": 0.99, "shadow": state(2)}}, 2, "the EMA weights, 'ema'"),
-        ({"model": state(1), "ema": {"shadow_params": [torch.zeros(2)]}}, 1, "the weights, 'model' of model, ema; its 'ema' has another form"),
+        (
+            {"model": state(1), "ema": {"shadow_params": [torch.zeros(2)]}},
+            1,
+            "the weights, 'model' of model, ema; its 'ema' has another form",
+        ),
         ({"model": state(1), "ema": state(2, "ema_model.") | state(3, "online_model.")}, 2, "'ema'"),
         ({"model_state_dict": state(1), "optimizer_state_dict": OPTIMIZER, "epoch": 3}, 1, "the weights, 'model_state_dict'"),
         ({"ema_state_dict": state(2, "module."), "model_state_dict": state(1, "module.")}, 2, "'ema_state_dict'"),
