@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from qdiff.pictures import to_8_bit
+
 ARCHIVE = "emoji-datasource-google-16.0.0.tgz"  # `npm pack emoji-datasource-google@16.0.0`
 RENAMED = {"heavy black heart": "red heart"}
 KINDS = {  # subcategory: the caption that every emoji of it also has
@@ -59,7 +61,7 @@ def load_emoji(archive: str | Path, size: int, flags: bool = False) -> Emoji:
         table = json.load(tar.extractfile("package/emoji.json"))
         chosen = [e for e in table if is_face_or_heart(e) or (flags and is_some_flag(e))]
         files = [tar.extractfile(f"package/img/google/64/{e['image']}") for e in chosen]
-        images = torch.stack([_on_white(Image.open(file), size) for file in files])
+        images = torch.stack([_on_white(to_8_bit(Image.open(file), str(archive)), size) for file in files])
     return Emoji(images, [_captions(e) for e in chosen])
 
 

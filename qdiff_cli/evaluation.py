@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from ldm.conditions import read_prompts
 from qdiff.config import ConfigError
 from qdiff.evaluation.clip import ClipScore
 from qdiff.evaluation.features import EXTRACTORS, Features, default_cache, extract, load_extractor
@@ -17,6 +18,7 @@ from qdiff.evaluation.likeness import likeness
 from qdiff.evaluation.lite0 import load_lite0
 from qdiff.evaluation.metrics import (
     METRICS,
+    OURS,
     PR_IMAGES,
     Statistics,
     compute,
@@ -26,6 +28,7 @@ from qdiff.evaluation.metrics import (
     statistics_of,
 )
 from qdiff.extras import require_extra
+from qdiff.files import check_writable
 from qdiff_cli.options import Parser, add_device_options, positive, select_device
 from qdiff_cli.running import Ranks
 
@@ -80,7 +83,7 @@ def check_inputs(args: argparse.Namespace) -> None:
     if args.clip:
         ClipScore(args.clip, torch.device("cpu"))
     if args.prompts:
-        read_prompts(args.prompts, 0)
+        read_prompts(args.prompts)
     extractor = load_extractor(args.extractor, select_device(args.device), args.weights)  # it may be fetched
     if isinstance(reference, Statistics):
         expect_extractor(reference, extractor.identity)
@@ -88,7 +91,7 @@ def check_inputs(args: argparse.Namespace) -> None:
         extract(reference, extractor, args.cache, args.batch_size)  # kept; a broken image is found now
     for path in (args.npz, args.save_statistics, args.output):
         if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            check_writable(path)
 
 
 def open_others(args: argparse.Namespace, count: int) -> Selected | None:
@@ -105,7 +108,7 @@ def check_count(args: argparse.Namespace, total: int) -> None:
         raise ConfigError(f"--count {args.count}: the sampling command makes {total} images")
     open_others(args, args.count or total)
     if args.prompts:
-        read_prompts(args.prompts, args.count or total)
+        prompts_for(args.prompts, args.count or total)
 
 
 def check_wishes(args: argparse.Namespace) -> None:
@@ -127,12 +130,9 @@ def pairs(images: Selected, others: Selected, size: int) -> Iterator[tuple[torch
         yield batch, reference
 
 
-def read_prompts(file: Path, count: int) -> list[str]:
-    """The lines of a file, one for each of `count` images."""
-    try:
-        words = file.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--prompts {file}: expected text in UTF-8 ({error})") from None
+def prompts_for(file: Path, count: int) -> list[str]:
+    """The prompts of a file, one for each of `count` images (blank lines are none, as for txt2img.py)."""
+    words = read_prompts(file)
     if len(words) < count:
         raise ConfigError(f"--prompts {file}: {len(words)} prompts, expected one for each of {count} images")
     return words
@@ -140,7 +140,7 @@ def read_prompts(file: Path, count: int) -> list[str]:
 
 def load_prompts(images: Selected, file: Path | None) -> list[str]:
     """One prompt for each image."""
-    return prompts_inside(images) if file is None else read_prompts(file, len(images))
+    return prompts_inside(images) if file is None else prompts_for(file, len(images))
 
 
 def prompts_inside(images: Selected) -> list[str]:
@@ -170,6 +170,7 @@ def evaluate(args: argparse.Namespace, source: str | Path) -> dict:
         return extract(selected, extractor, args.cache, args.batch_size)
 
     reference = open_reference(args)
+    kind = reference.kind if isinstance(reference, Statistics) else OURS
     if isinstance(reference, Selected):
         reference = features_of(reference)
     found = features_of(images)
@@ -186,10 +187,14 @@ def evaluate(args: argparse.Namespace, source: str | Path) -> dict:
             more["clip"] = clip.mean
         return more
 
+    if reference is not None and args.extractor == "inception":
+        figures["reference_kind"] = kind
     figures |= Ranks.from_environment().from_first(rest)
     if args.save_statistics and Ranks.from_environment().rank == 0:
         save_statistics(args.save_statistics, statistics_of(found))
     figures["note"] = extractor.note
+    if figures.get("reference_kind", OURS) != OURS:
+        figures["note"] = f"Inception features made by {OURS}; the reference: {kind}; comparable with figures from the same reference alone"
     if "precision" in figures and max(len(found), len(reference)) > PR_IMAGES:
         figures["note"] += f"; precision and recall of at most {PR_IMAGES} images of each"
     if others is not None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qdiff.compat import make_torchvision_importable
 from qdiff.files import atomic_write
+from qdiff.pictures import decode_rgb
 
 
 def to_uint8(x: Tensor) -> Tensor:
@@ -37,7 +38,7 @@ def save_png(path: str | Path, image: Tensor, metadata: dict[str, str] | None = 
 
 def load_png(path: str | Path) -> Tensor:
     """A PNG as uint8 [3, H, W]."""
-    return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
+    return torch.from_numpy(np.array(decode_rgb(path, str(path)))).permute(2, 0, 1)
 
 
 def save_npz(path: Path, files: Sequence[Path]) -> None:

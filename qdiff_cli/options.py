@@ -4,7 +4,7 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
@@ -291,14 +291,32 @@ RULES = (
 )
 
 
-def check_typed(args: argparse.Namespace, rules: Sequence[Rule]) -> None:
-    """ConfigError for an option that was typed and does not act, with what it needs."""
+def idle(args: argparse.Namespace, rules: Sequence[Rule]) -> Iterator[tuple[str, Rule]]:
+    """The options that were typed and do not act, each with the rule that says so."""
     for rule in rules:
         for name in rule.options.split():
-            value = getattr(args, name, None)
-            if name in args.typed and not rule.acts(args) and not rule.harmless(args, value):
-                shown = "" if value is True else f" {value}"
-                raise ConfigError(f"--{name.replace('continue_run', 'continue')}{shown}: acts only {rule.when}")
+            if name in args.typed and not rule.acts(args) and not rule.harmless(args, getattr(args, name)):
+                yield name, rule
+
+
+def check_typed(args: argparse.Namespace, rules: Sequence[Rule]) -> None:
+    """ConfigError for an option that was typed and does not act, with what it needs."""
+    for name, rule in idle(args, rules):
+        shown = "" if getattr(args, name) is True else f" {getattr(args, name)}"
+        raise ConfigError(f"--{name.replace('continue_run', 'continue')}{shown}: acts only {rule.when}")
+
+
+def split_quantization(words: list[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """The words of a command without its quantization options, and those by name: the words of each, the last one of a name."""
+    parser = Parser("")
+    add_quant_options(parser)
+    untouched = object()
+    given, rest = parser.parse_known_args(words, argparse.Namespace(**{action.dest: untouched for action in parser._actions}))
+    found = {}
+    for action in parser._actions:
+        if (value := getattr(given, action.dest, untouched)) is not untouched:
+            found[action.dest] = [action.option_strings[-1], *([] if value is True else [str(value)])]
+    return rest, found
 
 
 def select_device(name: str) -> torch.device:

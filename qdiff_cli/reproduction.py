@@ -19,12 +19,12 @@ from qdiff.calibration.run import nearest_rounding
 from qdiff.checkpoint import CheckpointError
 from qdiff.config import CalibrationConfig, ConfigError, QuantConfig
 from qdiff.evaluation.page import Page, markdown_table
-from qdiff.files import atomic_write, file_hash
+from qdiff.files import atomic_write, file_hash, write_text
 from qdiff_cli.comparison import save_rows
 from qdiff_cli.evaluation import check_inputs, evaluate, evaluation_parser
 from qdiff_cli.images import load_png
 from qdiff_cli.job import Job, parse, prepare, run
-from qdiff_cli.options import calibration_config, select_device
+from qdiff_cli.options import RULES, calibration_config, idle, select_device, split_quantization
 from qdiff_cli.quantize import load_calibrated
 from qdiff_cli.running import Ranks
 from qdiff_cli.tables import FROM_MEMORY, FULL, LINEAR, QDIFF, Row, Table
@@ -45,6 +45,7 @@ class Work:
         self.count = args.images or table.images
         self.extractor = args.extractor or ("lite0" if table.embedded else "inception")
         self.rows = self._selected(args.rows)
+        self.more, self.quantizing = split_quantization(args.more)
         self.device = select_device(args.device)
         self.captions, self.sampled = cache(self._captions), cache(self._sampled)
         self.full_precision, self.trajectory = cache(self._full_precision), cache(self._trajectory)
@@ -63,16 +64,23 @@ class Work:
         words = [*shlex.split(table.command), "--seed", str(seed), table.logdir, str(folder)]
         words += ["--device", args.device, "--threads", str(args.threads)]
         words += [table.count, str(-(-count // table.images_each))] if table.count else ["--from-file", str(self.captions(count))]
-        return words + args.more
+        return words + self.more
 
     def quantization(self, row: Row) -> list[str]:
         """The options of a row: how its network is quantized, and where the result comes from."""
         if row.method == FULL:
             return []
         if (found := self.checkpoint(row)) is not None:
-            return [*self.method(row), "--cali_ckpt", str(found)]
+            return self.acting([*self.method(row), *self.recipe(), "--cali_ckpt", str(found)])
         drawn = sorted(self.folder.rglob("calibration_set.pt"))  # by another row, of the same rows
-        return [*self.method(row), *self.recipe(), *(["--cali_data_path", str(drawn[0])] if drawn else [])]
+        return self.acting([*self.method(row), *(["--cali_data_path", str(drawn[0])] if drawn else []), *self.recipe()])
+
+    def acting(self, words: list[str]) -> list[str]:
+        """Quantization options without those that do nothing beside the others: a recipe beside a finished file, say."""
+        _, found = split_quantization(words)
+        args = parse([*self.options(self.count, 0, self.folder), *words])[1]
+        silent = {name for name, _ in idle(args, RULES)}
+        return [word for name, option in found.items() if name not in silent for word in option]
 
     def given_checkpoint(self, row: Row) -> Path | None:
         """The calibrated checkpoint for a row in --checkpoints or beside the embedded model."""
@@ -89,14 +97,13 @@ class Work:
             return given
         same = [other for other in self.table.rows if (other.method, other.weight_bit) == (row.method, row.weight_bit)]
         same = [row] + [other for other in same if other.act_bit == 8 and row.method == QDIFF]
-        found = [path for other in same for path in sorted((self.folder / other.slug).rglob("ckpt.safetensors"))]
-        return next((path for path in found if self._made_alike(path, row)), None)
+        found = [(path, other) for other in same for path in sorted((self.folder / other.slug).rglob("ckpt.safetensors"))]
+        return next((path for path, other in found if self._made_alike(path, other)), None)
 
     def _made_alike(self, path: Path, row: Row) -> bool:
         """Whether the run around a checkpoint was told what a calibration of `row` would be told now."""
-        words = [*self.options(self.count, 0, self.folder), *self.method(row), *self.recipe()]
-        wanted = vars(parse(words)[1])
-        made = json.loads((path.parent / "run.json").read_text())
+        wanted = vars(self.calibration(row))
+        made = read_json(path.parent / "run.json")
         told = [name for name in wanted if name in RECIPE or (name.startswith("cali_") and name not in NOT_RECIPE)]
         return all(json.loads(json.dumps(wanted[name], default=str)) == made.get(name) for name in told)
 
@@ -106,15 +113,35 @@ class Work:
         return words + (shlex.split(self.table.acts) if row.act_bit < 32 else [])
 
     def recipe(self) -> list[str]:
-        """The options of a calibration."""
-        return [*shlex.split(self.table.calibration), *(["--preset", self.args.preset] if self.args.preset else []), *self.args.more]
+        """The options of a calibration, those after `--` last."""
+        words = [*shlex.split(self.table.calibration), *(["--preset", self.args.preset] if self.args.preset else [])]
+        return words + [word for option in self.quantizing.values() for word in option]
+
+    def calibration(self, row: Row) -> argparse.Namespace:
+        """All options of a command that calibrates a row."""
+        words = self.acting([*self.method(row), *self.recipe()])
+        return parse([*self.options(self.count, 0, self.folder), *words])[1]
+
+    def check_options(self) -> None:
+        """Raise ConfigError for options that belong to the rows, or that no row of this table would heed."""
+        if taken := sorted(OF_ROWS & set(self.quantizing)):
+            raise ConfigError(f"--{taken[0]}: belongs to the rows of the table; choose them by --rows, and files by --checkpoints")
+        wanted = {**self.quantizing, **({"preset": []} if self.args.preset else {})}
+        rows = [row for row in self.rows if row.method != FULL]
+        heeded: set[str] = set()
+        for row in rows:
+            given = self.given_checkpoint(row)
+            words = [*self.method(row), *self.recipe(), *(["--cali_ckpt", str(given)] if given else [])]
+            heeded |= set(split_quantization(self.acting(words))[1])
+        if silent := [name for name in wanted if name not in heeded | ALWAYS]:
+            raise ConfigError(f"--{silent[0]}: no row of the table {self.table.name} heeds it ({len(rows)} quantized rows)")
 
     def _captions(self, count: int) -> Path:
         """A file of `count` captions of as many images, drawn from the annotation file in a fixed order, under a hash of its content."""
         if self.args.captions is None:
             raise ConfigError("--captions: expected COCO's annotation file (captions_val2014.json)")
         try:
-            entries = json.loads(self.args.captions.read_text(encoding="utf-8"))["annotations"]
+            entries = json.loads(self.args.captions.read_text(encoding="utf-8-sig"))["annotations"]
             words: dict[int, str] = {}
             for entry in sorted(entries, key=lambda entry: entry["id"]):
                 if text := " ".join(str(entry["caption"]).split()):
@@ -125,8 +152,7 @@ class Work:
             raise ConfigError(f"--captions {self.args.captions}: captions of {len(words)} images, expected at least {count}")
         content = "\n".join(random.Random(0).sample(list(words.values()), count)) + "\n"
         path = self.folder / f"captions-{count}-{hashlib.sha256(content.encode()).hexdigest()[:8]}.txt"
-        with atomic_write(path) as temporary:
-            temporary.write_text(content, encoding="utf-8")
+        write_text(path, content)
         return path
 
     # --- stages
@@ -137,9 +163,8 @@ class Work:
         kept, options = folder / "command.json", self.options(count, seed, folder)
         if not kept.is_file():
             words = options + self.quantization(row)
-            with atomic_write(kept) as temporary:
-                temporary.write_text(json.dumps({"words": words, "files": hashes(words)}))
-        begun = json.loads(kept.read_text())
+            write_text(kept, json.dumps({"words": words, "files": hashes(words)}))
+        begun = read_json(kept)
         words = begun["words"]
         if ((given := self.given_checkpoint(row)) and str(given) not in words) or words[: len(options)] != options:
             raise ConfigError(f"{folder}: begun with other options ({shlex.join(words)}); remove it, or take another --output")
@@ -230,7 +255,7 @@ class Work:
             "clip": str(self.args.clip),
             "trajectory_images": self.args.trajectory_images,
         }
-        if done.is_file() and (kept := json.loads(done.read_text()))["key"] == key:
+        if done.is_file() and (kept := read_json(done)).get("key") == key:
             return kept["figures"]
         job, images = self.sampled(row, seed, self.count)
         words = ["--reference", self.reference()]
@@ -242,8 +267,7 @@ class Work:
             if row.method != FULL:
                 figures["trajectory_error"] = self.trajectory_error(self.network(job, images.parent), self.args.trajectory_images, None)
             figures["images_folder"] = str(images)
-            with atomic_write(done) as temporary:
-                temporary.write_text(json.dumps({"key": key, "figures": figures}, indent=1))
+            write_text(done, json.dumps({"key": key, "figures": figures}, indent=1))
         Ranks.from_environment().barrier()
         return figures
 
@@ -272,8 +296,7 @@ class Work:
         missing = {row.weight_bit: row for row in self.rows if row.method == QDIFF and self.checkpoint(row) is None}
         fitting = 0.0
         for row in missing.values():
-            args = parse([*self.options(self.count, 0, self.folder), *self.method(row), *self.recipe()])[1]
-            recipe = calibration_config(args, self.full_precision(None).task.evaluations)
+            recipe = calibration_config(self.calibration(row), self.full_precision(None).task.evaluations)
             fitting += 3 * row_seconds * recipe.batch_size * (recipe.iters + recipe.iters_a)
         sampling = each * self.count * len(folders)
         processes = Ranks.from_environment().world
@@ -284,6 +307,9 @@ class Work:
         return self.table.embedded and not self.args.reference
 
 
+# options of the sampling scripts that the rows decide, and those that always pass
+OF_ROWS = {"ptq", "quant_act", "weight_bit", "act_bit", "quant_mode", "cali_ckpt", "resume_w"}
+ALWAYS = {"cond", "resume"}
 QDIFF_MODE = {QDIFF: "qdiff", LINEAR: "linear"}
 # what a calibrated checkpoint depends on, by the names of the sampling scripts' options; and options named like it that say where from
 RECIPE = {"preset", "weight_bit", "split", "quant_mode", "weight_scale_method", "ckpt", "config", "resume_base", "overrides"}
@@ -298,6 +324,17 @@ def hashes(words: list[str]) -> dict[str, str]:
 @cache
 def _hash(path: str, size: int, modified: int) -> str:
     return file_hash(path)
+
+
+def read_json(path: Path) -> dict:
+    """A file that was written here; ConfigError where it is damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path}: damaged; remove it")
+    return found
 
 
 def quant_of(job: Job) -> QuantConfig:
@@ -351,6 +388,14 @@ def table_of(work: Work, found: dict[str, list[dict]]) -> tuple[list[str], list[
     return header, rows
 
 
+def expect_one_kind(table: str, found: dict[str, list[dict]]) -> None:
+    """Raise ConfigError where figures of a table come from references that other evaluators' resize or weights have made."""
+    kinds = {figures.get("reference_kind"): slug for slug, many in found.items() for figures in many}
+    if len(kinds) > 1:
+        words = "; ".join(f"{slug}: {kind}" for kind, slug in kinds.items())
+        raise ConfigError(f"table {table}: references of {len(kinds)} kinds ({words}); expected one for all rows")
+
+
 def write_tables(args: argparse.Namespace, works: list[Work], results: list[dict[str, list[dict]]]) -> None:
     """table.md, table.csv, table.json, a grid for each model, and index.html with all of it."""
     page, markdown, lines = Page(f"Table: {args.table}"), [], []
@@ -358,6 +403,7 @@ def write_tables(args: argparse.Namespace, works: list[Work], results: list[dict
         if not found:
             continue
         header, rows = table_of(work, found)
+        expect_one_kind(work.table.name, found)
         note = next(iter(found.values()))[0]["note"]
         seeds = ", ".join(str(work.table.seed + i) for i in range(args.seeds))
         words = f"{next(iter(found.values()))[0]['count']} images, seed {seeds}. {note}. "
@@ -381,8 +427,7 @@ def write_tables(args: argparse.Namespace, works: list[Work], results: list[dict
         "table.md": "\n".join(markdown),
         "table.json": json.dumps({work.table.name: found for work, found in zip(works, results, strict=True)}, indent=1),
     }.items():
-        with atomic_write(args.output / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(args.output / name, text)
     with atomic_write(args.output / "table.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(lines)
     page.write(args.output / "index.html")

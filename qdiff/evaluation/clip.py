@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qdiff.checkpoint import read_tensors
+from qdiff.checkpoint.reading import check_finite
 from qdiff.compat import make_torchvision_importable
 from qdiff.config import ConfigError
 
@@ -20,7 +22,7 @@ class ClipScore:
         folder: a CLIP model in the library's format: config.json, model.safetensors, vocab.json, merges.txt.
 
     Raises:
-        ConfigError: something of it is missing.
+        ConfigError: something of it is missing. CheckpointError: damaged weights.
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
@@ -30,6 +32,7 @@ class ClipScore:
         make_torchvision_importable()
         from transformers import CLIPModel, CLIPTokenizer
 
+        check_finite(folder / "model.safetensors", read_tensors(folder / "model.safetensors"))
         self.model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).to(device).eval()
         self.tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         self.device, self.total, self.count = device, 0.0, 0

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from qdiff import ranks
 from qdiff.checkpoint import read_tensors
+from qdiff.checkpoint.reading import check_finite
 from qdiff.compat import make_torchvision_importable
 from qdiff.config import ConfigError
 from qdiff.download import cache_root, fetch
@@ -22,6 +23,7 @@ from qdiff.evaluation.images import Selected
 from qdiff.evaluation.lite0 import load_lite0, to_input, weights_file
 from qdiff.extras import require_extra
 from qdiff.files import atomic_write, file_hash
+from qdiff.finite import NonFiniteError, first_not_finite
 
 EXTRACTORS = ("inception", "lite0")
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
@@ -75,7 +77,7 @@ def _inception(path: Path) -> nn.Module:
     make_torchvision_importable()
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    read_tensors(path)  # that library would unpickle anything; after this it is known to be tensors only
+    check_finite(path, read_tensors(path))  # that library would unpickle anything; after this it is known to be tensors only
     try:
         return FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path))
     except RuntimeError as error:
@@ -135,6 +137,8 @@ def _make_parts(images: Selected, extractor: Extractor, parts: Path, batch_size:
     with tqdm(total=sum(len(chunks[i]) for i in todo), desc=f"features ({extractor.name})", unit="image", disable=not todo) as progress:
         for i in todo:
             features, logits = (part.float().cpu().contiguous() for part in extractor.run(images.read(chunks[i])))
+            if not (torch.isfinite(features).all() and torch.isfinite(logits).all()):
+                raise NonFiniteError(f"{extractor.name}: features that are not finite numbers, in images {chunks[i][0]} to {chunks[i][-1]}")
             with atomic_write(parts / _part_name(i)) as temporary:
                 save_file({"features": features, "logits": logits}, temporary)
             progress.update(len(chunks[i]))
@@ -171,4 +175,6 @@ def _read(path: Path, key: dict, source: str) -> Features:
             raise ConfigError(f"{path}: made from other images: {name} is {stored.get(name)}, expected {expected}; remove it")
     if not len(tensors["features"]) == len(tensors["logits"]) == key["count"]:
         raise ConfigError(f"{path}: features of {len(tensors['features'])} images, expected {key['count']}; remove it")
+    if (name := first_not_finite(tensors)) is not None:
+        raise NonFiniteError(f"{path}: {name} that are not finite numbers; remove it")
     return Features(tensors["features"], tensors["logits"], key["extractor"], source)

@@ -1,19 +1,20 @@
-"""Where images come from: folders, `.npz` files, lmdb databases, CIFAR-10. Read by index, a batch at a time."""
+"""Where images come from: folders, `.zip`, `.npz` and `.npy` files, lmdb databases, CIFAR-10. Read by index, a batch at a time."""
 
 import hashlib
 import io
+import os
 import re
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
-from typing import IO, ClassVar, Protocol
+from pathlib import Path, PurePosixPath
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
 from filelock import FileLock
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from qdiff.compat import make_torchvision_importable
@@ -21,15 +22,19 @@ from qdiff.config import ConfigError
 from qdiff.download import cache_root
 from qdiff.extras import require_extra
 from qdiff.files import file_hash
+from qdiff.pictures import decode_rgb
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CIFAR10 = "cifar10-train"
 
 
 class Images(Protocol):
-    """Images by index. name: for messages. hash: of all contents in their order."""
+    """Images by index. name: for messages. entries: their names, where they have some. hash: of all contents in their order."""
 
     name: str
+
+    @property
+    def entries(self) -> Sequence[str]: ...
 
     def __len__(self) -> int: ...
 
@@ -42,7 +47,9 @@ class Images(Protocol):
 
 
 def open_images(source: str | Path) -> Images:
-    """The images of a folder, an `.npz` file (key `arr_0`, uint8 NHWC), an lmdb folder (LSUN), or `cifar10-train`.
+    """The images of a folder (or of the folders below it), a `.zip` file, an array, an lmdb folder (LSUN), or `cifar10-train`.
+
+    Arrays are uint8 [N, H, W, 3]: a `.npy` file, or `arr_0` of an `.npz` file.
 
     Raises:
         ConfigError: nothing of these, or no image in it.
@@ -54,19 +61,20 @@ def open_images(source: str | Path) -> Images:
         return _Lmdb(path)
     if path.is_dir():
         return _Folder(path)
-    if path.suffix == ".npz" and path.is_file():
-        return _Npz(path)
-    raise ConfigError(f"{source}: expected a folder of images, an .npz file, an lmdb folder or {CIFAR10}")
+    if path.suffix == ".zip" and path.is_file():
+        return _Zip(path)
+    if path.suffix in (".npz", ".npy") and path.is_file():
+        return _Array(path)
+    raise ConfigError(f"{source}: expected a folder of images, a .zip, .npz or .npy file, an lmdb folder or {CIFAR10}")
 
 
 class _Folder:
-    """The images of a folder, those below it not included, in the order of their names, numbers in them by value (2 before 10)."""
+    """The images of a folder, or of the folders below it (one for each class, say), in the order of their names; see `_arranged`."""
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
-        self.files = sorted((file for file in path.iterdir() if file.suffix.lower() in SUFFIXES), key=_natural)
-        if not self.files:
-            raise ConfigError(f"{path}: no images ({', '.join(SUFFIXES)}) in this folder")
+        self.entries = _arranged(_below(path), f"{path}: no images ({', '.join(SUFFIXES)}) in this folder", self.name)
+        self.files = [path / entry for entry in self.entries]
 
     def __len__(self) -> int:
         return len(self.files)
@@ -76,25 +84,93 @@ class _Folder:
         return _hash_all(file_hash(file) for file in self.files)
 
     def picture(self, index: int) -> Image.Image:
-        return _decode(self.files[index], str(self.files[index]))
+        return decode_rgb(self.files[index], str(self.files[index]))
 
 
-def _natural(file: Path) -> list[tuple[int, str]]:
-    """A sorting key with the numbers of a name by their values."""
-    return [(int(part), part) if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", file.name)]
+def _below(path: Path) -> Iterator[str]:
+    """All files below a folder, relative to it; links to folders are followed, each folder once."""
+    seen = set()
+    for folder, folders, files in os.walk(path, followlinks=True):
+        real = os.path.realpath(folder)
+        folders[:] = [] if real in seen else sorted(folders)
+        if real not in seen:
+            yield from (Path(folder, file).relative_to(path).as_posix() for file in files)
+        seen.add(real)
 
 
-class _Npz:
-    """`arr_0` of an `.npz` file: mapped where it is stored, read whole where it is compressed."""
+def _arranged(names: Iterable[str], none: str, source: str) -> list[str]:
+    """The images among relative names, in the order of their names, numbers in them by value (2 before 10).
+
+    Names that begin with a dot are no images (`._0.png` of macOS), nor is what lies in such a folder or in `__MACOSX`.
+
+    Raises:
+        ConfigError: there are none (`none`), or some lie in `source` and others in folders below it.
+    """
+    images = [
+        name
+        for name in names
+        if PurePosixPath(name).suffix.lower() in SUFFIXES
+        and not any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
+    ]
+    if not images:
+        raise ConfigError(none)
+    flat = [name for name in images if "/" not in name]
+    if 0 < len(flat) < len(images):
+        below = next(name for name in images if "/" in name)
+        raise ConfigError(f"{source}: images in this folder ({flat[0]}) and in folders below it ({below}); expected one of the two")
+    return sorted(images, key=_natural)
+
+
+def _natural(name: str) -> list[list[tuple[int, str]]]:
+    """A sorting key with the numbers of a name by their values, folder by folder."""
+    return [[(int(part), part) if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", folder)] for folder in name.split("/")]
+
+
+class _Zip:
+    """The images inside a `.zip` file, in the order of a folder's."""
 
     def __init__(self, path: Path) -> None:
         self.name, self.path = str(path), path
         try:
-            self.array = _map_member(path, "arr_0.npy")
-        except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError) as error:
-            raise ConfigError(f"{path}: expected uint8 images [N, H, W, 3] under the key arr_0 ({error})") from None
-        if self.array.dtype != np.uint8 or self.array.ndim != 4 or self.array.shape[3] != 3:
-            raise ConfigError(f"{path}: arr_0 is {self.array.dtype} {list(self.array.shape)}, expected uint8 [N, H, W, 3]")
+            self.archive = zipfile.ZipFile(path)
+        except (zipfile.BadZipFile, OSError, ValueError) as error:
+            raise ConfigError(f"{path}: cannot be read as .zip ({error})") from None
+        self.entries = _arranged(self.archive.namelist(), f"{path}: no images ({', '.join(SUFFIXES)}) in this file", self.name)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @cached_property
+    def hash(self) -> str:
+        return file_hash(self.path)
+
+    def picture(self, index: int) -> Image.Image:
+        name = f"{self.name}, {self.entries[index]}"
+        try:
+            content = self.archive.read(self.entries[index])
+        except (zipfile.BadZipFile, zlib.error, RuntimeError, OSError, EOFError, NotImplementedError) as error:
+            raise ConfigError(f"{name}: cannot be read ({error})") from None
+        return decode_rgb(io.BytesIO(content), name)
+
+
+class _Array:
+    """Images in one array, uint8 [N, H, W, 3]: mapped where it is stored, read whole where it is compressed."""
+
+    entries: Sequence[str] = ()
+
+    def __init__(self, path: Path) -> None:
+        self.name, self.path = str(path), path
+        where = "arr_0" if path.suffix == ".npz" else "the array"
+        try:
+            self.array = _map_member(path, "arr_0.npy") if path.suffix == ".npz" else np.load(path, mmap_mode="r", allow_pickle=False)
+        except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError, OSError) as error:
+            key = " under the key arr_0" if path.suffix == ".npz" else ""
+            raise ConfigError(f"{path}: expected uint8 images [N, H, W, 3]{key} ({error})") from None
+        if not isinstance(self.array, np.ndarray) or self.array.dtype != np.uint8 or self.array.ndim != 4 or self.array.shape[3] != 3:
+            shape = list(getattr(self.array, "shape", []))
+            raise ConfigError(f"{path}: {where} is {getattr(self.array, 'dtype', 'an archive')} {shape}, expected uint8 [N, H, W, 3]")
+        if not len(self.array):
+            raise ConfigError(f"{path}: {where} holds no images")
 
     def __len__(self) -> int:
         return len(self.array)
@@ -111,6 +187,7 @@ class _Lmdb:
     """An lmdb database of encoded images, as LSUN is published."""
 
     hashes: ClassVar[dict[tuple, str]] = {}
+    entries: Sequence[str] = ()
 
     def __init__(self, path: Path) -> None:
         require_extra("eval", "lmdb")
@@ -141,13 +218,14 @@ class _Lmdb:
     def picture(self, index: int) -> Image.Image:
         with self.database.begin() as transaction:
             content = bytes(transaction.get(self.keys[index]))
-        return _decode(io.BytesIO(content), f"{self.name}, image {index}")
+        return decode_rgb(io.BytesIO(content), f"{self.name}, image {index}")
 
 
 class _Cifar10:
     """The 50,000 training images of CIFAR-10, fetched by torchvision (which checks their md5) into the cache."""
 
     name = CIFAR10
+    entries: Sequence[str] = ()
 
     def __init__(self) -> None:
         make_torchvision_importable()
@@ -196,8 +274,8 @@ class Selected:
         return _hash_all([self.images.hash, str(len(self)), str(self.crop)])
 
     def names(self) -> list[str]:
-        """The names of the files without their endings; none where the images are not a folder."""
-        return [file.stem for file in getattr(self.images, "files", [])[: len(self)]]
+        """The names of the images without their endings; none where they have no names."""
+        return [str(PurePosixPath(entry).with_suffix("")) for entry in self.images.entries[: len(self)]]
 
     def picture(self, index: int) -> Image.Image:
         picture = self.images.picture(index)
@@ -228,14 +306,6 @@ def center_crop(picture: Image.Image, size: int) -> Image.Image:
     side = min(height, width)
     square = pixels[(height - side) // 2 : (height + side) // 2, (width - side) // 2 : (width + side) // 2]
     return Image.fromarray(square).resize((size, size), resample=Image.Resampling.BICUBIC)
-
-
-def _decode(file: Path | IO[bytes], name: str) -> Image.Image:
-    try:
-        with Image.open(file) as picture:
-            return picture.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise ConfigError(f"{name}: a broken image ({error})") from None
 
 
 def _hash_all(parts: Iterable[str]) -> str:

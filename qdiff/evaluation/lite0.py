@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qdiff.checkpoint import read_tensors
+from qdiff.checkpoint import load_into, read_tensors
 from qdiff.extras import require_extra
 
 SIZE = 224
@@ -90,8 +90,8 @@ def load_lite0(weights: Path | None = None) -> EfficientNetLite0:
     """The network with its ImageNet weights, in eval mode."""
     path = weights or weights_file()
     network = EfficientNetLite0()
-    network.load_state_dict(read_tensors(path))
-    return network.eval().requires_grad_(False)
+    load_into(network, read_tensors(path), path)
+    return network.eval()
 
 
 def to_input(images: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Figures of merit between two sets of features, computed by torch-fidelity, and saved statistics."""
 
+import re
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from qdiff.config import ConfigError
 from qdiff.evaluation.features import Features
 from qdiff.extras import require_extra
 from qdiff.files import atomic_write
+from qdiff.finite import NonFiniteError
 
 METRICS = ("fid", "is", "kid", "pr")
 SEED = 2020  # torch-fidelity's
@@ -22,15 +24,31 @@ PR_IMAGES = 50_000  # of each set, spread over it, that precision and recall loo
 PR_DISTANCES = 2**25  # held at once
 
 
+OURS = "torch-fidelity's resize and Inception weights"
+INCEPTION_DIM = 2048
+# what clean-fid names its files: NAME_MODE_SPLIT_RESOLUTION.npz
+CLEAN_FID = re.compile(r"^.+_(clean|legacy_tensorflow|legacy_pytorch)_[^_]+_(na|\d+)$", re.IGNORECASE)
+MADE_BY = {
+    "clean": "clean-fid's bicubic resize with antialiasing (mode clean) and its Inception weights",
+    "legacy_tensorflow": "clean-fid's bilinear resize of TensorFlow 1 (mode legacy_tensorflow) and its Inception weights",
+    "legacy_pytorch": "PyTorch's bilinear resize without antialiasing (clean-fid's mode legacy_pytorch) and pytorch-fid's weights",
+    None: "as pytorch-fid saves them: PyTorch's bilinear resize without antialiasing and pytorch-fid's weights",
+}
+
+
 @dataclass(frozen=True)
 class Statistics:
-    """Mean [D] and covariance [D, D], float64, of `count` features of an extractor."""
+    """Mean [D] and covariance [D, D], float64, of the features of an extractor.
+
+    count: of how many images; 0 where a file of another evaluator does not say. kind: the resize and the weights that made them.
+    """
 
     mu: np.ndarray
     sigma: np.ndarray
     extractor: str
     count: int
     source: str
+    kind: str = OURS
 
 
 def statistics_of(found: Features) -> Statistics:
@@ -50,10 +68,12 @@ def save_statistics(path: Path, values: Statistics) -> None:
 
 
 def load_statistics(path: Path) -> Statistics | None:
-    """Statistics that `save_statistics` wrote; None for an `.npz` file with images (an ADM reference holds both: its own are not used).
+    """Saved statistics; None for an `.npz` file with images (an ADM reference holds both: its own are not used).
+
+    Those of clean-fid and pytorch-fid, mu [2048] and sigma [2048, 2048], name no extractor: `kind` is told from the file's name.
 
     Raises:
-        ConfigError: statistics without the name of their extractor, which another evaluator wrote.
+        ConfigError: not such a file, or statistics of another size, or with values that are not finite numbers.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -61,22 +81,41 @@ def load_statistics(path: Path) -> Statistics | None:
                 return None
             if not {"mu", "sigma"} <= set(file.files):
                 raise ConfigError(f"{path}: expected arr_0 (images) or mu and sigma, found {', '.join(file.files) or 'nothing'}")
-            if "extractor" not in file.files:
-                raise ConfigError(
-                    f"{path}: statistics of another evaluator (no extractor named), and figures of two evaluators cannot be compared; "
-                    "expected images, or statistics written by --save_statistics"
-                )
-            values = {name: file[name] for name in ("mu", "sigma", "extractor", "count", "source")}
+            values = {name: file[name] for name in ("mu", "sigma", "extractor", "count", "source") if name in file.files}
+            mu, sigma = (np.asarray(values[name], dtype=np.float64) for name in ("mu", "sigma"))
+            own = "extractor" in values
+            found = Statistics(
+                mu,
+                sigma,
+                extractor=str(values["extractor"].item()) if own else "inception",
+                count=int(values["count"].item()) if own else 0,
+                source=str(values["source"].item()) if own else str(path),
+                kind=OURS if own else _made_by(path),
+            )
     except (ValueError, TypeError, AttributeError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        if isinstance(error, ConfigError):
+            raise
         raise ConfigError(f"{path}: cannot be read as .npz ({error})") from None
-    return Statistics(
-        values["mu"], values["sigma"], str(values["extractor"].item()), int(values["count"].item()), str(values["source"].item())
-    )
+    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or (not own and len(mu) != INCEPTION_DIM):
+        size = "D" if own else INCEPTION_DIM
+        raise ConfigError(f"{path}: mu {list(mu.shape)} and sigma {list(sigma.shape)}, expected [{size}] and [{size}, {size}]")
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise NonFiniteError(f"{path}: statistics that are not finite numbers")
+    return found
+
+
+def _made_by(path: Path) -> str:
+    """What made statistics that do not say it, by the names of their files."""
+    named = CLEAN_FID.match(path.stem)
+    return MADE_BY[named[1].lower() if named else None]
 
 
 def expect_extractor(reference: Features | Statistics, identity: str) -> None:
     """Raise ConfigError where features or statistics were made with another extractor than `identity`."""
-    if reference.extractor != identity:
+    if isinstance(reference, Statistics) and reference.kind != OURS:
+        if not identity.startswith("inception "):
+            raise ConfigError(f"{reference.source}: statistics of Inception features ({reference.kind}), expected the Inception extractor")
+    elif reference.extractor != identity:
         raise ConfigError(f"{reference.source}: made with the extractor {reference.extractor}, expected {identity}")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from qdiff.config import ConfigError
 from qdiff.evaluation.images import open_images
-from qdiff.files import atomic_write
+from qdiff.files import write_text
 from qdiff_cli.evaluation import (
     check_count,
     check_inputs,
@@ -66,6 +66,5 @@ def main(argv: list[str] | None = None) -> None:
     if args.npz:
         save_npz(args.npz, files[: args.count])
     if args.output:
-        with atomic_write(args.output) as temporary:
-            temporary.write_text(json.dumps(figures, indent=1))
+        write_text(args.output, json.dumps(figures, indent=1))
     print(show(figures, figures["note"]))

@@ -5,7 +5,10 @@ from pathlib import Path
 
 from qdiff.config import PRESETS, ConfigError
 from qdiff.evaluation.features import EXTRACTORS, default_cache
+from qdiff.evaluation.images import Selected
 from qdiff.evaluation.metrics import METRICS
+from qdiff.files import check_writable
+from qdiff_cli.evaluation import open_reference
 from qdiff_cli.options import Parser, add_device_options, positive, select_device, split_command
 from qdiff_cli.reproduction import Work, check, write_tables
 from qdiff_cli.running import Ranks, log_to, setup_threads
@@ -50,9 +53,17 @@ def main(argv: list[str] | None = None) -> None:
     chosen = [table for table in known if not args.models or table.name in args.models]
     if args.clip and not any(table.prompts for table in chosen):
         raise ConfigError(f"--clip: the images of {args.table} have no prompts")
+    if args.captions and all(table.count for table in chosen):
+        raise ConfigError(f"--captions: the images of {args.table} are not made from captions")
+    if args.crop and args.reference and not isinstance(open_reference(args), Selected):
+        raise ConfigError("--crop: expected images as the --reference")
     if args.checkpoints and not args.checkpoints.is_dir():
         raise ConfigError(f"--checkpoints {args.checkpoints}: expected a folder")
     works = [Work(table, args) for table in chosen]
+    for work in works:
+        work.check_options()
+    if ranks.rank == 0:
+        check_writable(args.output / "index.html")
     log_to(None, verbose=False)
     if args.check:
         verdicts = [check(work) for work in works]  # all of them, whatever the first says
@@ -74,5 +85,5 @@ def main(argv: list[str] | None = None) -> None:
             if ranks.rank == 0:
                 write_tables(args, works[: len(results)], results)
     if ranks.rank == 0:
-        print((args.output / "table.md").read_text())
+        print((args.output / "table.md").read_text(encoding="utf-8"))
         print(f"{args.output / 'index.html'}")
