@@ -6,7 +6,8 @@ TensorRT takes no zero points but 0 (NVIDIA/TensorRT#2774, #4698). Needs the pac
 """
 
 import copy
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -133,8 +134,18 @@ def exportable(model: nn.Module) -> nn.Module:
     return result
 
 
-def export_onnx(path: str | Path, model: nn.Module, inputs: Sequence[Tensor]) -> None:
-    """Write a quantized network as ONNX, for inputs of the given shapes.
+def export_onnx(
+    path: str | Path, model: nn.Module, inputs: Sequence[Tensor], dynamic: Sequence[Mapping[int, str]] = (), output: str = "eps"
+) -> None:
+    """Write a quantized network as ONNX.
+
+    Args:
+        path: the file to write.
+        model: the network, simulated.
+        inputs: x [N, C, H, W], t [N] and, for a network with text, the context [N, L, D]: an example.
+        dynamic: for each input the dimensions that may have any size, with their names; such a dimension needs at least 2 in the example.
+            Nothing: the sizes of the example bind.
+        output: the name of the output: what the network predicts.
 
     Raises:
         MissingExtra: onnx or onnxscript is not installed.
@@ -151,17 +162,20 @@ def export_onnx(path: str | Path, model: nn.Module, inputs: Sequence[Tensor]) ->
         return op.DequantizeLinear(integers, scale, zero_point, axis=0)
 
     table = {torch.ops.qdiff.activation.default: activation, torch.ops.qdiff.weight.default: weight}
-    program = torch.onnx.export(
-        exportable(model),
-        tuple(inputs),
-        dynamo=True,
-        optimize=False,
-        opset_version=OPSET,
-        custom_translation_table=table,
-        input_names=["x", "t", "context"][: len(inputs)],
-        output_names=["eps"],
-        verbose=False,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of that a dimension of two inputs has one name
+        program = torch.onnx.export(
+            exportable(model),
+            tuple(inputs),
+            dynamo=True,
+            optimize=False,
+            opset_version=OPSET,
+            custom_translation_table=table,
+            input_names=["x", "t", "context"][: len(inputs)],
+            output_names=[output],
+            dynamic_shapes=tuple(dict(axes) for axes in dynamic) or None,
+            verbose=False,
+        )
     proto = program.model_proto
     _pack_four_bits(proto)
     with atomic_write(path) as temporary:

@@ -15,28 +15,37 @@ from ldm.sampling import LatentSampler, LatentSettings, latent_task_parts
 from qdiff.checkpoint import midpoint_weights, save_packed, save_published
 from qdiff.config import ConfigError
 from qdiff.extras import require_extra
+from qdiff.files import check_writable
 from qdiff.onnx import export_onnx
-from qdiff_cli.options import Parser, add_quant_options, add_run_options, positive, project_file, quant_config, seed, select_device
+from qdiff_cli.options import RULES, Parser, Rule, add_quant_options, check_typed, positive, project_file, quant_config, select_device
 from qdiff_cli.quantize import Task, is_latent, load_calibrated, write_stages
+from qdiff_cli.running import log_to
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("--config", type=project_file, required=True, help="YAML file of the model")
     parser.add_argument("-o", "--output", type=Path, required=True, help=".safetensors: packed; .pth: published; .onnx: ONNX")
-    parser.add_argument("--batch_size", type=positive, default=1, help="rows of the inputs of an ONNX network")
+    parser.add_argument("--batch_size", type=positive, help="the batch size that an ONNX network takes (default: any)")
+    parser.add_argument("--H", type=positive, help="the height in pixels of images of an ONNX network (default: any)")
+    parser.add_argument("--W", type=positive, help="the width in pixels of images of an ONNX network (default: any)")
     parser.add_argument("--use_pretrained", action="store_true", help="take full-precision weights from the configuration's")
-    parser.add_argument("--seed", type=seed, default=1234)
     parser.add_argument("--ckpt", type=project_file, help="local full-precision checkpoint (.ckpt, .pth, .safetensors)")
-    add_run_options(parser, resumable=False)
     add_quant_options(parser)
     return parser.parse_args(argv)
+
+
+EXPORT_RULES = (
+    *RULES,
+    Rule("resume_w", lambda args: False, "in a sampling script: nothing is calibrated here"),
+    Rule("batch_size H W", lambda args: args.output.suffix == ".onnx", "for an .onnx file: other formats take any size"),
+)
 
 
 def pixel_task(args: argparse.Namespace) -> Task:
     config = load_pixel_config(args.config)
     sampler = PixelSampler(config, SamplerSettings(), select_device("cpu"))
-    return Task(**pixel_task_parts(config, args.ckpt, sampler, args.seed))
+    return Task(**pixel_task_parts(config, args.ckpt, sampler, seed=0))
 
 
 def latent_task(args: argparse.Namespace) -> Task:
@@ -45,17 +54,37 @@ def latent_task(args: argparse.Namespace) -> Task:
     config = load_latent_config(args.config)
     checkpoint = cache(lambda: open_checkpoint(args.ckpt, config))
     sampler = LatentSampler(config, LatentSettings(), select_device("cpu"))
-    parts = latent_task_parts(checkpoint, sampler, args.seed, ("mse", "mse"))
+    parts = latent_task_parts(checkpoint, sampler, 0, ("mse", "mse"))
     return Task(**parts, save_stages=lambda path: checkpoint().stages().save(path))
 
 
-def example_inputs(args: argparse.Namespace, task: Task) -> list[torch.Tensor]:
-    """Inputs of the shapes that the ONNX network is to take: x, t, and the context of a text model."""
-    inputs = [torch.randn(args.batch_size, *task.input_shape), torch.full((args.batch_size,), 500.0)]
+def example_inputs(args: argparse.Namespace, task: Task) -> tuple[list[torch.Tensor], list[dict[int, str]]]:
+    """Inputs of the ONNX network, x, t and the context of a text model, and for each the names of the dimensions that may vary.
+
+    Raises:
+        ConfigError: --H and --W that the network cannot halve as often as it does.
+    """
+    channels, size, _ = task.input_shape
+    height, width = (size if pixels is None else latent_size(args, task, pixels) for pixels in (args.H, args.W))
+    batch = args.batch_size or 2  # an example of one row would fix the batch size
+    inputs = [torch.randn(batch, channels, height, width), torch.full((batch,), 500.0)]
+    names = [{0: "batch", 2: "height", 3: "width"}, {0: "batch"}]
     if width := task.build.get("context_dim"):
         config = load_latent_config(args.config)
-        inputs.append(torch.randn(args.batch_size, int(config.conditioning.params.get("max_length", 77)), width))
-    return inputs
+        inputs.append(torch.randn(batch, int(config.conditioning.params.get("max_length", 77)), width))
+        names.append({0: "batch", 1: "length"})
+    fixed = {name for name, value in (("batch", args.batch_size), ("height", args.H), ("width", args.W)) if value}
+    return inputs, [{axis: name for axis, name in axes.items() if name not in fixed} for axes in names]
+
+
+def latent_size(args: argparse.Namespace, task: Task, pixels: int) -> int:
+    """A side of x_t for a side of the images."""
+    factor = 2 ** (len(load_latent_config(args.config).first_stage.params["ddconfig"]["ch_mult"]) - 1) if is_latent(args.config) else 1
+    levels = len(task.build.get("channel_mult") or task.build["ch_mult"])
+    unit = factor * 2 ** (levels - 1)
+    if pixels % unit:
+        raise ConfigError(f"--H, --W: {pixels}, expected a multiple of {unit}")
+    return pixels // factor
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -64,13 +93,17 @@ def main(argv: list[str] | None = None) -> None:
         raise ConfigError("--cali_ckpt: expected the checkpoint to convert")
     if args.output.suffix not in (".safetensors", ".pth", ".onnx"):
         raise ConfigError(f"-o {args.output}: expected a name ending in .safetensors (packed), .pth (published) or .onnx")
+    args.ptq = True  # a calibrated checkpoint is of a quantized network
+    check_typed(args, EXPORT_RULES)
     if args.output.suffix == ".onnx":
         require_extra("export", "onnx", "onnxscript")
+    check_writable(args.output)
+    log_to(None, verbose=False)
     task = (latent_task if is_latent(args.config) else pixel_task)(args)
     quant = quant_config(args, task.weight_method, task.act_method)
     network, info = load_calibrated(args.cali_ckpt, task, quant)
     if args.output.suffix == ".onnx":
-        export_onnx(args.output, network, example_inputs(args, task))
+        export_onnx(args.output, network, *example_inputs(args, task), output=task.prediction.kind)
     elif args.output.suffix == ".safetensors":
         stages = write_stages(task, args.output.parent) if args.ckpt else info.stages
         save_packed(args.output, network, replace(info, stages=stages))

@@ -2,17 +2,21 @@
 
 import copy
 import statistics
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
 from ddim.family import PIXEL
 from qdiff.calibration.run import calibrate
+from qdiff.checkpoint import PackedInfo, save_packed
 from qdiff.config import CalibrationConfig, ConfigError, QuantConfig
-from qdiff.model import quant_layers
+from qdiff.model import enable_activations, quant_layers
 from qdiff.onnx import export_onnx, exportable
-from tests.support import golden, tiny
+from tests.support import commands, golden, tiny
+from tests.support.commands import fails, succeeded
+
+DYNAMIC = ({0: "batch", 2: "height", 3: "width"}, {0: "batch"})
 
 
 @pytest.fixture(scope="module", params=[(4, True, "max", True), (8, False, "mse", False), (8, True, "mse", False)])
@@ -42,7 +46,7 @@ def test_runtime_and_file_agree_with_the_simulation(case, tmp_path):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
     model, inputs, bits = case
-    export_onnx(tmp_path / "model.onnx", model, inputs)
+    export_onnx(tmp_path / "model.onnx", model, inputs, DYNAMIC, output="v")
     graph = onnx.load(tmp_path / "model.onnx").graph
     integers = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer if ".integers0" in t.name}
     assert len(integers) == len(quant_layers(model))
@@ -55,13 +59,54 @@ def test_runtime_and_file_agree_with_the_simulation(case, tmp_path):
     options = runtime.SessionOptions()
     options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL  # node by node, as the file says
     session = runtime.InferenceSession(tmp_path / "model.onnx", options, providers=["CPUExecutionProvider"])
-    names = [value.name for value in session.get_inputs()]
-    (found,) = session.run(None, dict(zip(names, (part.numpy() for part in inputs), strict=True)))
-    with torch.no_grad():
-        expected = exportable(model)(*inputs)
+    assert [value.name for value in session.get_inputs()] == ["x", "t"] and session.get_outputs()[0].name == "v"
     # in float32 a value on the edge between two integers may fall to either side, so that a row of them differs more
-    errors = [golden.relative_error(row, other) for row, other in zip(torch.from_numpy(found), expected, strict=True)]
+    errors = errors_of(session, model, inputs)
     assert statistics.median(errors) < 1e-5 and max(errors) < 0.05
+    x, t = inputs
+    assert max(errors_of(session, model, (torch.cat([x, x.flip(3)], 3)[:1], t[:1]))) < 0.05
+
+
+@torch.no_grad()
+def errors_of(session, model, inputs):
+    """The relative error of each row of the runtime's outputs."""
+    (found,) = session.run(None, dict(zip(("x", "t"), (part.numpy() for part in inputs), strict=True)))
+    return [golden.relative_error(row, other) for row, other in zip(torch.from_numpy(found), exportable(model)(*inputs), strict=True)]
+
+
+def test_weights_alone_agree_at_every_size(case, tmp_path):
+    pytest.importorskip("onnxscript", reason="the extra `export` is not installed")
+    runtime = pytest.importorskip("onnxruntime")
+    model = copy.deepcopy(case[0])
+    enable_activations(model, False)
+    x, t = case[1]
+    export_onnx(tmp_path / "model.onnx", model, case[1], DYNAMIC)
+    session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    for sized in ((x, t), (torch.cat([x, x.flip(3)], 3)[:3], t[:3]), (torch.cat([x, x.flip(2)], 2)[:1], t[:1])):
+        assert max(errors_of(session, model, sized)) < 1e-5
+
+
+def test_the_command_fixes_the_sizes_that_are_given(tmp_path):
+    onnx = pytest.importorskip("onnx", reason="the extra `export` is not installed")
+    pytest.importorskip("onnxscript")
+    config = tiny.config_file(tmp_path)
+    network = tiny.unet()
+    quant = QuantConfig(8, quant_act=True, quant_mode="linear")
+    model = calibrate(network, PIXEL, quant, CalibrationConfig(), tiny.rows(network))
+    file = tmp_path / "w8a8.safetensors"
+    save_packed(file, model, PackedInfo("pixel", asdict(tiny.MODEL), quant, {}, ""))
+    words = ["export.py", "--config", config, "--quant_act", "--cali_ckpt", file]
+    succeeded(commands.run(*words, "-o", tmp_path / "a.onnx", "--batch_size", 3, "--W", 32))
+    shapes = [
+        [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
+        for value in onnx.load(tmp_path / "a.onnx").graph.input
+    ]
+    assert shapes == [[3, 3, "height", 32], [3]]
+    fails(commands.run(*words, "-o", tmp_path / "b.onnx", "--H", 33), "--H, --W: 33, expected a multiple of 2")
+    fails(commands.run(*words, "-o", tmp_path / "b.pth", "--H", 32), "--H 32: acts only for an .onnx file")
+    fails(commands.run(*words, "-o", tmp_path / "b.pth", "--cali_iters", 3), "--cali_iters 3: acts only in a calibration")
+    fails(commands.run(*words, "-o", tmp_path, "--resume_w"), "expected a name ending in")
+    assert not list(tmp_path.glob("b.*"))
 
 
 def test_what_onnx_cannot_hold_is_named(network, rows):

@@ -98,7 +98,7 @@ def test_images_of_a_folder_and_below_it_are_ambiguous(tmp_path):
 
 def test_bad_archives_and_arrays_are_one_line(tmp_path):
     (tmp_path / "broken.zip").write_bytes(b"PK nothing")
-    with pytest.raises(ConfigError, match="cannot be read as .zip"):
+    with pytest.raises(ConfigError, match=r"cannot be read as \.zip"):
         open_images(tmp_path / "broken.zip")
     with zipfile.ZipFile(tmp_path / "empty.zip", "w") as archive:
         archive.writestr("readme.txt", "")
