@@ -7,7 +7,6 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from ldm.conditions import read_prompts
 from qdiff.config import ConfigError
@@ -29,6 +28,7 @@ from qdiff.evaluation.metrics import (
 )
 from qdiff.extras import require_extra
 from qdiff.files import check_writable
+from qdiff_cli.images import load_metadata
 from qdiff_cli.options import Parser, add_device_options, positive, select_device
 from qdiff_cli.running import Ranks
 
@@ -145,10 +145,7 @@ def load_prompts(images: Selected, file: Path | None) -> list[str]:
 
 def prompts_inside(images: Selected) -> list[str]:
     """The prompts that txt2img.py writes into its PNG files."""
-    found = []
-    for file in getattr(images.images, "files", [])[: len(images)]:
-        with Image.open(file) as picture:
-            found.append(picture.info.get("prompt"))
+    found = [load_metadata(file).get("prompt") for file in getattr(images.images, "files", [])[: len(images)]]
     if not found or None in found:
         raise ConfigError(f"--clip: {images.name} has no prompts inside its images; give them by --prompts")
     return found

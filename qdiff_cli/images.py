@@ -11,6 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from qdiff.compat import make_torchvision_importable
+from qdiff.config import ConfigError
 from qdiff.files import atomic_write
 from qdiff.pictures import decode_rgb
 
@@ -39,6 +40,15 @@ def save_png(path: str | Path, image: Tensor, metadata: dict[str, str] | None = 
 def load_png(path: str | Path) -> Tensor:
     """A PNG as uint8 [3, H, W]."""
     return torch.from_numpy(np.array(decode_rgb(path, str(path)))).permute(2, 0, 1)
+
+
+def load_metadata(path: Path) -> dict[str, str]:
+    """The text inside a PNG file; ConfigError for one that is broken."""
+    try:
+        with Image.open(path) as picture:
+            return {str(key): value for key, value in picture.info.items() if isinstance(value, str)}
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ConfigError(f"{path}: a broken image ({error})") from None
 
 
 def save_npz(path: Path, files: Sequence[Path]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from qdiff.calibration.memory import Fitting, halving
 from qdiff.config import ConfigError
+from qdiff_cli.images import load_metadata
 from qdiff_cli.options import JOB_NAMES, autocast_dtype, printable
 from qdiff_cli.quantize import Task, prepare_network
 from qdiff_cli.running import Ranks, discard_on_error, log_to, open_run, sample_missing
@@ -27,8 +28,8 @@ class Job:
     title: what is sampled, in words. draw: from (network, indices, callback on the sampler) to x_0 or latents. decode: from these to uint8
     images [N, 3, H, W]. denoiser: eps(x_t, t) of a network for the images of these indices. total,
     batch_size: images to make, in fixed chunks. runs: the folder of run folders; images: the folder of images inside a run; name:
-    their pattern. metadata: the text inside image i. begin, finish: called with
-    the run's folder, before and after sampling, by the first process.
+    their pattern. metadata: the text inside image i. extends: the option that says how many images there are. fitting: the batch that is
+    known to fit into memory. begin, finish: called with the run's folder, before and after sampling, by the first process.
     """
 
     title: str
@@ -44,6 +45,7 @@ class Job:
     images: str = "img"
     name: str = "{}.png"
     metadata: Callable[[int], dict[str, str]] | None = None
+    extends: str = "max_images"
     fitting: Fitting = field(default_factory=Fitting)
     begin: Callable[[Path], None] = lambda folder: None
     finish: Callable[[Path], None] = lambda folder: None
@@ -75,13 +77,14 @@ class Job:
 def run(job: Job) -> Path:
     """Load or calibrate, sample what is missing; the folder of the images."""
     args, ranks = job.args, Ranks.from_environment(job.device)
-    folder = ranks.from_first(lambda: open_run(job.runs, printable(args), args.continue_run))
+    folder = ranks.from_first(lambda: open_run(job.runs, printable(args), args.continue_run, job.extends))
     log_to(folder if ranks.rank == 0 else None, args.verbose)
+    images = folder / job.images
+    ranks.from_first(lambda: check_metadata(job, images))
     if ranks.rank == 0:
         job.begin(folder)
     with discard_on_error(folder):
         network = prepare_network(args, job.task, job.device, folder, ranks)
-    images = folder / job.images
     sample_missing(images, job.total, job.batch_size, lambda indices: job.sample(network, indices), ranks, job.name, job.metadata)
     ranks.barrier()
     if missing := sum(not (images / job.name.format(i)).exists() for i in range(job.total)):
@@ -91,6 +94,19 @@ def run(job: Job) -> Path:
         job.finish(folder)
         print(f"{job.total} images in {images}")
     return images
+
+
+def check_metadata(job: Job, images: Path) -> None:
+    """Raise ConfigError where an image of a continued run was made from another prompt than the one that it has now."""
+    if job.metadata is None or not job.args.continue_run:
+        return
+    for i in range(job.total):
+        if (file := images / job.name.format(i)).exists():
+            made, now = load_metadata(file).get("prompt"), job.metadata(i)["prompt"]
+            if made != now:
+                raise ConfigError(
+                    f"--continue: {file} was made from the prompt {made!r}, which is {now!r} now; expected prompts to be added"
+                )
 
 
 def prepare(command: Sequence[str]) -> Job:

@@ -27,7 +27,7 @@ from qdiff_cli.images import save_png
 log = logging.getLogger(__name__)
 _handlers: list[logging.Handler] = []  # those that `log_to` added
 
-IGNORED_SETTINGS = {"continue_run", "verbose", "logdir", "outdir", "max_images", "resume", "cali_cache_gb"}
+IGNORED_SETTINGS = {"continue_run", "verbose", "logdir", "outdir", "resume", "cali_cache_gb"}
 
 
 @dataclass(frozen=True)
@@ -102,21 +102,22 @@ def _connect(world: int, gpus: bool) -> None:
     Fabric(accelerator="cuda" if gpus else "cpu", devices=local, num_nodes=world // local, strategy=strategy).launch()
 
 
-def open_run(parent: Path, settings: dict[str, Any], continue_run: bool) -> Path:
+def open_run(parent: Path, settings: dict[str, Any], continue_run: bool, extends: str) -> Path:
     """A new folder `<parent>/<timestamp>`, or the newest one there if a run is continued.
 
-    The settings are kept in its `run.json`; those that change the images must be the same when it is
-    continued.
+    The settings are kept in its `run.json`; those that change the images must be the same when it is continued. `extends` names the one
+    that only says how many images there are: it may be another then.
 
     Raises:
         ConfigError: nothing to continue, other settings, or a folder that cannot be written.
     """
-    settings = {key: value for key, value in settings.items() if key not in IGNORED_SETTINGS}
+    ignored = IGNORED_SETTINGS | {extends}
+    settings = {key: value for key, value in settings.items() if key not in ignored}
     if continue_run:
         runs = sorted(path.parent for path in parent.glob("*/run.json"))
         if not runs:
             raise ConfigError(f"--continue: no earlier run in {parent}")
-        _check_settings(runs[-1], settings)
+        _check_settings(runs[-1], settings, ignored)
         for leftover in runs[-1].rglob(".*.part"):  # of a file that was being written when the run was killed
             leftover.unlink(missing_ok=True)
         return runs[-1]
@@ -154,13 +155,13 @@ def discard_on_error(folder: Path) -> Iterator[None]:
         raise
 
 
-def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
+def _check_settings(folder: Path, settings: dict[str, Any], ignored: set[str]) -> None:
     try:
         before = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError):
         raise ConfigError(f"--continue: {folder / 'run.json'} is damaged; start a new run") from None
     now = json.loads(json.dumps(settings))
-    for key in sorted(set(before) | set(now)):
+    for key in sorted((set(before) | set(now)) - ignored):
         if before.get(key) != now.get(key):
             raise ConfigError(f"--continue: {key} is {now.get(key)} now, but was {before.get(key)} in {folder}")
 

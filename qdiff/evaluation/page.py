@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qdiff.files import atomic_write
+from qdiff.files import write_text
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1200px; padding: 0 1em; color: #222 }
@@ -49,5 +49,4 @@ class Page:
     def write(self, path: Path) -> None:
         title = html.escape(self.title)
         head = f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style></head>'
-        with atomic_write(path) as temporary:
-            temporary.write_text("\n".join([head, f"<body><h1>{title}</h1>", *self.parts, "</body></html>\n"]), encoding="utf-8")
+        write_text(path, "\n".join([head, f"<body><h1>{title}</h1>", *self.parts, "</body></html>\n"]))

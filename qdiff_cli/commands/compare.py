@@ -15,7 +15,7 @@ from qdiff.config import CalibrationConfig, ConfigError, QuantConfig
 from qdiff.evaluation.cost import DEFINITION, Cost
 from qdiff.evaluation.explain import observe, plot_errors, plot_ranges, plot_shortcuts, split_gains
 from qdiff.evaluation.page import Page, markdown_table
-from qdiff.files import atomic_write, write_text
+from qdiff.files import atomic_write, check_writable, write_text
 from qdiff.integer import prepare as choose_engine
 from qdiff_cli.comparison import FULL, Comparison, compare, costs, save_rows
 from qdiff_cli.embedded import NAMES, folder_of, sampling_command
@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
     job = prepare([script, "--device", args.device, "--threads", str(args.threads), *options])
     if job.args.ptq:
         raise ConfigError("expected a sampling command in full precision (without --ptq); the quantized networks are --checkpoints")
-    args.output.mkdir(parents=True, exist_ok=True)
+    check_writable(args.output / "index.html")
     log_to(None, verbose=False)
     model = job.task.load().to(job.device).eval()
     simulated = load_networks(job, model, args)

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from qdiff.analysis import Trajectories, psnr, ssim
 from qdiff.checkpoint import PackedInfo, load_packed, read_packed_info, save_packed, state_hash
 from qdiff.config import CalibrationConfig
+from qdiff.files import check_writable
 from qdiff.integer import prepare as choose_engine
 from qdiff_cli.comparison import FULL, save_rows
 from qdiff_cli.embedded import Embedded, load_embedded
@@ -107,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     setup_threads(args.threads)
     device = select_device(args.device)
-    args.output.mkdir(parents=True, exist_ok=True)
+    check_writable(args.output / "demo_emoji32.png")
     log_to(None, verbose=False)
     shows = [load_embedded(name, args.images, device) for name in COSTS]
     total = sum(COSTS[show.name] * show.job.total * len(NETWORKS) for show in shows)

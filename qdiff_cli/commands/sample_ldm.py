@@ -129,6 +129,7 @@ def prepare(args: argparse.Namespace) -> Job:
         batch_size=args.batch_size,
         runs=Path(args.logdir) / model_folder(args).name / "samples",
         name=NAME,
+        extends="n_samples",
         begin=lambda folder: write_text(folder / "sampling_config.yaml", yaml.safe_dump(printable(args), allow_unicode=True)),
         finish=finish,
     )

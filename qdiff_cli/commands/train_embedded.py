@@ -22,8 +22,9 @@ from ldm.config import load_config as load_latent_config
 from ldm.sampling import LatentSampler, LatentSettings
 from ldm.training import CaptionDraw, Reconstruction, TextModel, autoencoder_loss, encode_all
 from ldm.unet import UNetModel
+from qdiff.checkpoint import read_tensors
 from qdiff.config import ConfigError
-from qdiff.files import atomic_write
+from qdiff.files import atomic_write, check_writable
 from qdiff.resources import clone
 from qdiff_cli.images import make_grid, save_png, to_uint8, to_uint8_truncated
 from qdiff_cli.options import Parser, add_device_options, positive, project_file, select_device
@@ -35,7 +36,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", type=project_file, default="configs/emoji32.yml", help="YAML file of the model")
     parser.add_argument("--part", default="unet", choices=["unet", "first_stage"], help="of a latent model")
     parser.add_argument("--emoji", type=Path, required=True, help="the archive that `npm pack emoji-datasource-google@16.0.0` makes")
-    parser.add_argument("-o", "--output", type=Path, help="folder to write (default: the model's)")
+    parser.add_argument("-o", "--output", type=Path, help="folder to write (default: that of the model whose YAML file is given)")
     parser.add_argument("--steps", type=positive, help="training steps (default: the configuration's)")
     add_device_options(parser)
     return parser.parse_args(argv)
@@ -58,7 +59,8 @@ def write_half(path: Path, network: nn.Module, prefix: str = "") -> None:
 
 
 def train_pixel(args: argparse.Namespace, device: torch.device) -> None:
-    config, folder = load_pixel_config(args.config), args.output or clone() / "models/ddim/emoji32"
+    config = load_pixel_config(args.config)
+    folder = output_folder(args, UNet(config.model), "")
     settings = schedule(args, config.training)
     data = to_float(load_emoji(args.emoji, config.model.image_size).images, device)
     loss = diffusion_loss(data, make_prediction(config.diffusion), settings)
@@ -108,16 +110,40 @@ def train_latent(args: argparse.Namespace, config: LatentConfig, folder: Path, d
     save_png(folder / "samples.png", make_grid(to_uint8_truncated(stages.decode(sampler(ema, range(64), seed=0))), columns=16))
 
 
+def output_folder(args: argparse.Namespace, network: nn.Module, prefix: str) -> Path:
+    """The folder to write, which is never that of another model.
+
+    Raises:
+        ConfigError: a folder with another `config.yaml`, or with weights of other shapes; no folder where there is none of its own.
+    """
+    pixel, own = args.config.suffix == ".yml", clone() / "configs/emoji32.yml"
+    if args.output is None and pixel and args.config.resolve() != own.resolve():
+        raise ConfigError(f"-o: expected a folder, as {args.config} is not the YAML file of a bundled model")
+    folder = args.output or (clone() / "models/ddim/emoji32" if pixel else args.config.parent)
+    config, weights = folder / "config.yaml", folder / "unet.safetensors"
+    if config.is_file() and (pixel or config.read_bytes() != args.config.read_bytes()):
+        raise ConfigError(f"-o {folder}: holds the model of another configuration, {config}; expected a folder of its own")
+    if weights.is_file():
+        found = {name.removeprefix(prefix): tensor.shape for name, tensor in read_tensors(weights).items()}
+        if found != {name: tensor.shape for name, tensor in network.state_dict().items()}:
+            raise ConfigError(f"-o {folder}: holds the weights of another model, {weights}; expected a folder of its own")
+    check_writable(folder / "samples.png")
+    return folder
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     setup_threads(args.threads)
     device = select_device(args.device)
     log_to(None, verbose=True)
+    if not args.config.is_file():
+        raise ConfigError(f"--config {args.config}: no such file")
     if args.config.suffix == ".yml":
+        if "part" in args.typed:
+            raise ConfigError("--part: acts only for a latent model")
         return train_pixel(args, device)
     config = load_latent_config(args.config)
     if not config.training:
         raise ConfigError(f"--config {args.config}: has no training section: it is not an embedded model")
-    folder = args.output or args.config.parent
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = output_folder(args, UNetModel(config.unet), UNET_PREFIX)
     return (train_first_stage if args.part == "first_stage" else train_latent)(args, config, folder, device)

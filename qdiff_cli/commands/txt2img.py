@@ -164,6 +164,7 @@ def prepare(args: argparse.Namespace) -> Job:
         runs=Path(args.outdir),
         images="samples",
         name=NAME,
+        extends="n_iter",
         metadata=metadata,
         begin=lambda folder: write_cut_prompts(folder, stages().cond_stage_model, prompts),
         finish=lambda folder: None if args.skip_grid else write_grid(folder, total, args.n_rows or args.n_samples, keep=not args.skip_save),
