@@ -68,6 +68,15 @@ def fails(result: subprocess.CompletedProcess, *words: str) -> None:
         assert word in lines[0], lines[0]
 
 
+def stops(result: subprocess.CompletedProcess, *words: str) -> None:
+    """Expect work that ends with one clear line on stderr, after its progress bars, no traceback, and a status that is not 0."""
+    last = result.stderr.rstrip().splitlines()[-1]
+    assert result.returncode not in (0, None), result.stdout
+    assert last.startswith("error: ") and "Traceback" not in result.stderr, result.stderr
+    for word in words:
+        assert word in last, last
+
+
 def succeeded(result: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
     assert result.returncode == 0, result.stderr
     return result
