@@ -52,6 +52,11 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: list[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
         """The options, each with its value; `typed` among them: the names of those that were given."""
+        for word in sys.argv[1:] if args is None else args:
+            try:
+                word.encode("utf-8")
+            except UnicodeEncodeError:  # files of weights cannot be opened under such a name
+                self.error(f"{word.encode('utf-8', 'backslashreplace').decode('utf-8')!r}: expected text in UTF-8")
         untouched = object()
         given = super().parse_args(args, argparse.Namespace(**{action.dest: untouched for action in self._actions}))
         values = super().parse_args(args)
@@ -79,16 +84,6 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
     return value
-
-
-def text(words: str) -> str:
-    """Words of a person; bytes that are no UTF-8 are refused."""
-    try:
-        words.encode("utf-8")
-    except UnicodeEncodeError:
-        shown = words.encode("utf-8", "backslashreplace").decode("utf-8")
-        raise argparse.ArgumentTypeError(f"{shown!r}: expected text in UTF-8") from None
-    return words
 
 
 def project_file(text: str) -> Path:
@@ -250,24 +245,27 @@ _STEP_SIZES = "cali_iters_a cali_lr cali_p"
 RULES = (
     Rule(
         f"quant_act weight_bit act_bit sm_abit quant_mode a_sym a_min_max running_stat rs_sm_only split cali_ckpt cali_data_path resume_w "
-        f"cali_st cali_n preset cali_batch_size cali_cache_gb cali_iters_tune time_sets {_WEIGHTS} {_STEP_SIZES}",
+        f"cali_st cali_n preset cali_batch_size cali_cache_gb cali_iters_tune {_WEIGHTS} {_STEP_SIZES}",
         lambda args: args.ptq,
         "with --ptq",
-        lambda args, value: value == 1,  # --time_sets 1
     ),
     Rule("resume_w", lambda args: bool(args.cali_ckpt), "with --cali_ckpt FILE, to take the weights from"),
     Rule("resume_w", lambda args: args.quant_act, "with --quant_act: there is nothing else to calibrate"),
     Rule(
-        f"act_bit sm_abit a_sym a_min_max running_stat rs_sm_only time_sets {_STEP_SIZES}",
+        f"act_bit sm_abit a_sym a_min_max running_stat rs_sm_only {_STEP_SIZES}",
         lambda args: args.quant_act,
         "with --quant_act",
-        lambda args, value: value == 1,
     ),
     Rule(
-        f"cali_data_path cali_st cali_n preset cali_batch_size cali_cache_gb cali_iters_tune a_min_max running_stat rs_sm_only time_sets "
+        f"cali_data_path cali_st cali_n preset cali_batch_size cali_cache_gb cali_iters_tune a_min_max running_stat rs_sm_only "
         f"{_WEIGHTS} {_STEP_SIZES}",
         _calibrates,
         _LOADS,
+    ),
+    Rule(
+        "time_sets",
+        lambda args: _calibrates(args) and args.quant_act,
+        "in a calibration with --quant_act",
         lambda args, value: value == 1,
     ),
     Rule(  # a packed file says itself how it was made

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -110,13 +111,14 @@ def calibrate(
     ranks.barrier()
     with logging_redirect_tqdm(), torch.enable_grad():
         run = _Run(model, wrapped, family, rows, held_out_from, quant, config, device, journal, workplace, plan, prediction)
-        if weights_from is None:
-            run.over("weights", config.iters, run.weights)
-        if quant.quant_act:
-            run.ranges()
-            run.over("activations", config.iters_a, run.activations)
-        run.tune()
-        run.finish()
+        with closing(run.progress):
+            if weights_from is None:
+                run.over("weights", config.iters, run.weights)
+            if quant.quant_act:
+                run.ranges()
+                run.over("activations", config.iters_a, run.activations)
+            run.tune()
+        run.log_cost()
     return wrapped.eval()
 
 
@@ -176,8 +178,7 @@ class _Run:
             self.journal.commit(name, save(), record)
         self.progress.update(ends_at - self.progress.n)
 
-    def finish(self) -> None:
-        self.progress.close()
+    def log_cost(self) -> None:
         wall, cpu = time.perf_counter() - self.began[0], time.process_time() - self.began[1]
         log.info("calibration: %.0f s, %.0f s of CPU time, peak memory of the process %.2f GB", wall, cpu, peak_memory() / 1e9)
 

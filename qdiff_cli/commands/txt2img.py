@@ -27,7 +27,6 @@ from qdiff_cli.options import (
     project_file,
     seed,
     select_device,
-    text,
 )
 from qdiff_cli.quantize import Task, check
 from qdiff_cli.running import setup_threads
@@ -39,7 +38,7 @@ LAION400M = ("configs/latent-diffusion/txt2img-1p4B-eval.yaml", "models/ldm/text
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument("--prompt", type=text, default="a painting of a virus monster playing guitar")
+    parser.add_argument("--prompt", default="a painting of a virus monster playing guitar")
     parser.add_argument("--from-file", dest="from_file", type=Path, help="a file of prompts, one a line, instead of --prompt")
     parser.add_argument("--outdir", default="outputs/txt2img-samples", help="output folder")
     parser.add_argument("--skip_grid", action="store_true", help="no grid")
