@@ -73,6 +73,12 @@ def test_changed_settings_are_refused_with_both_values(network, rows, reference,
         calibrate(network, PIXEL, W4A8, replace(SHORT, **change), rows, workplace=Workplace(reference[1]))
 
 
+def test_a_calibration_of_another_version_of_the_recipe_is_refused(network, rows, reference, monkeypatch):
+    monkeypatch.setattr("qdiff.calibration.run.RECIPE_VERSION", 1000)
+    with pytest.raises(ConfigError, match="recipe_version is 1000 now, but was "):
+        calibrate(network, PIXEL, W4A8, SHORT, rows, workplace=Workplace(reference[1]))
+
+
 def test_other_weights_and_other_rows_are_refused(rows, network, reference):
     with pytest.raises(ConfigError, match="weights_sha256"):
         calibrate(tiny.unet(seed=1), PIXEL, W4A8, SHORT, rows, workplace=Workplace(reference[1]))
