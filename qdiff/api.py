@@ -54,9 +54,8 @@ def quantize(
             one tensor with the rows first and run once in a forward pass. Layers outside them are reconstructed alone.
             As a dict, with the path of the layer inside whose bias is added to the block's output: its mean error is then corrected.
         separate: how the paths of those layers inside blocks end that are reconstructed apart (projections of the time embedding).
-        keep: what stays in full precision. The path of a module, or a pattern of paths (`head.*`), keeps everything inside it; that of
-            a parameter (`position`) keeps the parameter. A type keeps the modules' own parameters (position embeddings), or
-            everything inside where they have none of their own.
+        keep: what stays in full precision. The path of a module, or a pattern (`head.*`), keeps all inside it; that of a parameter
+            keeps the parameter. A type keeps the modules' own parameters (position embeddings), or all inside where there are none.
         products: module types with attention products as attributes (`qdiff.layers.MatMul`), see `qdiff.model.Product`.
         splits: for layers whose input is a concatenation, by path: the channels of its first half (Q-Diffusion, section 4.3).
         time_sets: sets of time steps with activation step sizes of their own.

@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ConfigError(f"--checkpoints {args.checkpoints}: expected a folder")
     works = [Work(table, args) for table in chosen]
     for work in works:
-        work.check_options()
+        work.commands.check_options()
     if ranks.rank == 0:
         check_writable(args.output / "index.html")
     log_to(None, verbose=False)
