@@ -17,7 +17,7 @@ from ddim.config import load_config
 from ddim.sampling import PixelSampler, SamplerSettings
 from ddim.unet import UNet
 from ldm.config import load_config as load_latent_config
-from qdiff.extras import MissingExtra
+from qdiff.errors import MissingExtra
 
 
 class Denoiser(nn.Module):
@@ -49,8 +49,8 @@ def main() -> None:
     assert not (Path(qdiff.__file__).parents[1] / "pyproject.toml").exists(), "this is the clone, not the installed wheel"
     print(f"{import_everything()} modules imported")
 
+    from qdiff.engines.onnx import export_onnx
     from qdiff.evaluation.lite0 import load_lite0
-    from qdiff.onnx import export_onnx
 
     expect_missing(load_lite0, "eval")
     expect_missing(lambda: export_onnx("model.onnx", nn.Identity(), []), "export")

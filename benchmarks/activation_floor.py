@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qdiff.calibration.dataset import Rows
-from qdiff.calibration.ranges import time_bounds
+from qdiff.calibration.data import CalibrationData
+from qdiff.calibration.finetune import finetune
+from qdiff.calibration.ranges import timestep_group_bounds
 from qdiff.calibration.run import calibrate
-from qdiff.calibration.tune import tune
 from qdiff.checkpoint import load_packed
 from qdiff.config import CalibrationConfig, QuantConfig
-from qdiff_cli.embedded import load_embedded
+from qdiff_cli.bundled import load_bundled
 
 CPU = torch.device("cpu")
 RECIPE = CalibrationConfig(steps=20, samples=32)
@@ -43,16 +43,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    model = load_embedded("emoji32", args.images, CPU)
+    model = load_bundled("emoji32", args.images, CPU)
     trajectory: list[tuple[Tensor, Tensor, Tensor]] = []
     model.sample(model.model, lambda x, t, eps: trajectory.append((x.clone(), t.clone(), eps.clone())))
     rows = model.rows(RECIPE)
-    seen = Rows(tuple(torch.cat(parts) for parts in zip(*((x, t) for x, t, _ in trajectory), strict=True)))
+    seen = CalibrationData(tuple(torch.cat(parts) for parts in zip(*((x, t) for x, t, _ in trajectory), strict=True)))
     for symmetric in (True, False):
         base = QuantConfig(8, quant_act=True, a_sym=symmetric, split=True, weight_scale_method="mse", quant_mode="linear")
         settings = {"min-max": base, "least error": replace(base, act_scale_method="mse")}
         settings |= {
-            f"least error, {sets} time-step sets": replace(base, act_scale_method="mse", time_bounds=time_bounds(rows, sets))
+            f"least error, {sets} time-step sets": replace(base, act_scale_method="mse", time_bounds=timestep_group_bounds(rows, sets))
             for sets in args.sets
         }
         print("symmetric" if symmetric else "asymmetric")
@@ -61,7 +61,7 @@ def main() -> None:
             print(f"  {name}: {trajectory_error(network, trajectory):.4f}", flush=True)
         network = calibrate(model.model, model.job.task.family, settings["least error"], RECIPE, rows)
         held_out_from = len(seen) - int(FIT.held_out * len(seen))
-        tune(model.model, network, seen, held_out_from, FIT, CPU, lambda _: None)
+        finetune(model.model, network, seen, held_out_from, FIT, CPU, lambda _: None)
         print(f"  static scales, fitted on this very trajectory: {trajectory_error(network, trajectory):.4f}", flush=True)
     for path in [model.folder / "w8a8.safetensors", *args.checkpoints]:
         print(f"{path}: {trajectory_error(load_packed(path)[0], trajectory):.4f}")

@@ -29,15 +29,15 @@ from ddim.unet import UNet
 from ldm.config import load_config as load_latent
 from ldm.family import LATENT
 from ldm.unet import UNetModel
+from qdiff.calibration.blockwise import BlockwiseRunner, trace_execution
 from qdiff.calibration.cache import Cache
-from qdiff.calibration.dataset import Rows
-from qdiff.calibration.journal import MANIFEST, read_entries
-from qdiff.calibration.memory import peak_memory
+from qdiff.calibration.data import CalibrationData
+from qdiff.calibration.directory import MANIFEST, read_entries
 from qdiff.calibration.reconstruct import HELD_OUT_CHECKS
-from qdiff.calibration.replay import Replay, make_plan
-from qdiff.calibration.run import Workplace, calibrate
+from qdiff.calibration.run import CalibrationDir, calibrate
 from qdiff.config import PRESETS, CalibrationConfig, QuantConfig
 from qdiff.model import quantize_model, units
+from qdiff.utils.memory import peak_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -61,17 +61,19 @@ def load(path: Path) -> tuple:
     return UNetModel(unet), LATENT, tuple(inputs), "text" if unet.context_dim else "latent"
 
 
-def many(row: tuple, count: int) -> Rows:
+def many(row: tuple, count: int) -> CalibrationData:
     torch.manual_seed(0)
-    return Rows(tuple(torch.randn(count, *part.shape[1:]) if part.dim() > 1 else torch.linspace(0, 999, count) for part in row))
+    return CalibrationData(tuple(torch.randn(count, *part.shape[1:]) if part.dim() > 1 else torch.linspace(0, 999, count) for part in row))
 
 
-def seconds_of(model: torch.nn.Module, family: object, rows: Rows, batch: int, iterations: int) -> tuple[dict[str, float], float]:
+def seconds_of(
+    model: torch.nn.Module, family: object, rows: CalibrationData, batch: int, iterations: int
+) -> tuple[dict[str, float], float]:
     """CPU seconds of each step of a calibration, and of the captures between the steps."""
     config = CalibrationConfig(batch_size=batch, iters=iterations, iters_a=iterations, held_out=1 / len(rows))
     with tempfile.TemporaryDirectory() as folder:
         began = time.process_time()
-        calibrate(model, family, QUANT, config, rows, workplace=Workplace(Path(folder)))
+        calibrate(model, family, QUANT, config, rows, workplace=CalibrationDir(Path(folder)))
         total = time.process_time() - began
         entries = read_entries(Path(folder) / MANIFEST)
     steps = {entry["step"]: entry["cpu_seconds"] for entry in entries}
@@ -112,7 +114,7 @@ def project(args: argparse.Namespace) -> None:
             f"captures {captures / 3600:.2f}, final fit {tuning / 3600:.2f}"
         )
         wrapped = quantize_model(model, family, QUANT)
-        peak = make_plan(wrapped, units(wrapped, family), rows, CPU).peak_elements * total_rows * (2 if preset.bfloat16 else 4)
+        peak = trace_execution(wrapped, units(wrapped, family), rows, CPU).peak_elements * total_rows * (2 if preset.bfloat16 else 4)
         print(f"    activations of {total_rows} rows: {peak / 1e9:.1f} GB (memory and files)")
     print(f"  peak memory of this run: {peak_memory() / 1e9:.1f} GB")
 
@@ -125,10 +127,10 @@ def capture_growth(args: argparse.Namespace) -> None:
         model = UNet(config).eval().requires_grad_(False)
         rows = many((torch.randn(1, 3, 32, 32), torch.ones(1)), 8)
         wrapped = quantize_model(model, PIXEL, QUANT)
-        plan = make_plan(wrapped, units(wrapped, PIXEL), rows, CPU)
+        plan = trace_execution(wrapped, units(wrapped, PIXEL), rows, CPU)
         times = []
         for restart in (False, True):
-            replay = Replay(model, plan, rows, 8, CPU, Cache())
+            replay = BlockwiseRunner(model, plan, rows, 8, CPU, Cache())
             began = time.process_time()
             for unit in plan.order:
                 replay.finish(unit)

@@ -15,7 +15,7 @@ import torch
 from ddim.config import load_config
 from ddim.family import PIXEL
 from ddim.unet import UNet
-from qdiff.calibration.dataset import Rows
+from qdiff.calibration.data import CalibrationData
 from qdiff.calibration.run import calibrate
 from qdiff.config import CalibrationConfig, QuantConfig
 
@@ -48,7 +48,7 @@ def main() -> None:
     }
     print(f"float32 and quantized in turn, {args.pairs} pairs after a warm-up, batch {args.batch}, 1 thread, CPU seconds")
     for name, setting in settings.items():
-        network = calibrate(unet, PIXEL, setting, CalibrationConfig(), Rows((x, t)))
+        network = calibrate(unet, PIXEL, setting, CalibrationConfig(), CalibrationData((x, t)))
         cpu_time(unet, x, t), cpu_time(network, x, t)
         pairs = [(cpu_time(unet, x, t), cpu_time(network, x, t)) for _ in range(args.pairs)]
         ratio = statistics.median(b / a for a, b in pairs)

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from ddim.config import load_config
 from ddim.family import PIXEL, describe
 from ddim.unet import UNet
-from qdiff.calibration.dataset import Rows
+from qdiff.calibration.data import CalibrationData
 from qdiff.calibration.run import calibrate
 from qdiff.checkpoint import PackedInfo, save_packed
 from qdiff.config import CalibrationConfig, QuantConfig
@@ -33,7 +33,7 @@ from ddim.unet import UNet
 import ddim.family
 from ddim.weights import load_unet
 from qdiff.checkpoint import load_packed
-from qdiff.integer import prepare
+from qdiff.engines import prepare
 torch.set_num_threads(1)
 x, t = torch.randn({batch}, 3, 32, 32), torch.full(({batch},), 500.0)
 torch.nn.functional.conv2d(x, torch.randn(8, 3, 3, 3))
@@ -83,7 +83,7 @@ def main() -> None:
     torch.manual_seed(0)
     config = load_config(ROOT / "configs/cifar10.yml").model
     network = UNet(config).eval().requires_grad_(False)
-    rows = Rows((torch.randn(2, 3, 32, 32), torch.tensor([10.0, 900.0])))
+    rows = CalibrationData((torch.randn(2, 3, 32, 32), torch.tensor([10.0, 900.0])))
     quant = QuantConfig(4, quant_act=True, a_sym=True, split=True, quant_mode="linear")
     with tempfile.TemporaryDirectory() as folder:
         full, packed = Path(folder) / "full.safetensors", Path(folder) / "w4a8.safetensors"

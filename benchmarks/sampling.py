@@ -10,8 +10,8 @@ import time
 import torch
 
 from qdiff.checkpoint import load_packed
-from qdiff.integer.engine import to_integer
-from qdiff_cli.embedded import NAMES, load_embedded
+from qdiff.engines.cpu import to_integer
+from qdiff_cli.bundled import NAMES, load_bundled
 
 CPU = torch.device("cpu")
 
@@ -24,7 +24,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     for name in NAMES:
-        model = load_embedded(name, args.images, CPU)
+        model = load_bundled(name, args.images, CPU)
         networks = {"float32": model.model}
         for kind in ("w8a8", "w4a8"):
             networks[f"{kind.upper()} integer"] = to_integer(load_packed(model.folder / f"{kind}.safetensors")[0])

@@ -7,9 +7,10 @@ from typing import Any
 
 import yaml
 
-from qdiff.config import ConfigError, check_names, fill, typed
+from qdiff.config import check_names, fill, typed
+from qdiff.errors import ConfigError
 from qdiff.prediction import PREDICTIONS
-from qdiff.resources import find
+from qdiff.utils.resources import find
 
 
 @dataclass(frozen=True)

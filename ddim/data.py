@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from qdiff.pictures import to_8_bit
+from qdiff.utils.pictures import to_8_bit
 
 ARCHIVE = "emoji-datasource-google-16.0.0.tgz"  # `npm pack emoji-datasource-google@16.0.0`
 RENAMED = {"heavy black heart": "red heart"}

@@ -6,7 +6,7 @@ from torch import nn
 
 from ddim.config import ModelConfig, model_config_from_dict
 from ddim.unet import AttnBlock, ResnetBlock, UNet
-from qdiff.model import Family, Product, register_family
+from qdiff.architecture import Architecture, AttentionMatMulSpec, register_family
 
 
 def split_points(unet: UNet) -> dict[str, int]:
@@ -31,15 +31,15 @@ def describe(config: ModelConfig) -> dict:
 
 
 PIXEL = register_family(
-    Family(
+    Architecture(
         name="pixel",
         build=build,
         blocks={ResnetBlock: "conv2", AttnBlock: "proj_out"},
         separate=("temb_proj",),
         products={
             AttnBlock: {
-                "qk": Product(("q", "k"), on_block=True),
-                "av": Product(("v", "w"), softmax="w", on_block=True),
+                "qk": AttentionMatMulSpec(("q", "k"), on_block=True),
+                "av": AttentionMatMulSpec(("v", "w"), softmax="w", on_block=True),
             }
         },
         split_points=split_points,

@@ -12,10 +12,11 @@ from ddim.family import PIXEL, describe
 from ddim.samplers import Callback, Denoiser, ddim_steps, sample_ddim, sample_ddpm, sample_dpm_solver
 from ddim.schedule import make_prediction
 from ddim.weights import load_unet
-from qdiff.calibration.dataset import CalibrationSet, generate
-from qdiff.config import CalibrationConfig, ConfigError
-from qdiff.noise import CALIBRATION, SAMPLING, NoiseSource
+from qdiff.calibration.data import CalibrationSet, generate
+from qdiff.config import CalibrationConfig
+from qdiff.errors import ConfigError
 from qdiff.prediction import EpsNetwork, name_of
+from qdiff.utils.noise import CALIBRATION, SAMPLING, NoiseSource
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ddim.config import TrainingConfig
-from qdiff.files import atomic_write
 from qdiff.prediction import Prediction
+from qdiff.utils.files import atomic_write
 
 log = logging.getLogger(__name__)
 

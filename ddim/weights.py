@@ -7,9 +7,9 @@ from torch import nn
 from ddim.config import PixelConfig
 from ddim.unet import UNet
 from qdiff.checkpoint import load_into, read_tensors
-from qdiff.config import ConfigError
-from qdiff.download import cache_root, fetch
-from qdiff.resources import find, is_clone
+from qdiff.errors import ConfigError
+from qdiff.utils.download import cache_root, fetch
+from qdiff.utils.resources import find, is_clone
 
 HOST = "https://heibox.uni-heidelberg.de/f"
 # name: (address, path in the cache, md5); EMA weights of the "pytorch_diffusion" release

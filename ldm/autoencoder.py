@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddim.unet import AttnBlock, Downsample, ResnetBlock, Upsample, group_norm, make_level
-from qdiff.config import ConfigError, fill
+from qdiff.config import fill
+from qdiff.errors import ConfigError
 
 
 @dataclass(frozen=True)

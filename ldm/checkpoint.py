@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from ldm.config import LatentConfig
 from ldm.encoders import BERTEmbedder, FrozenCLIPEmbedder
 from ldm.unet import UNetModel
-from qdiff.checkpoint import CheckpointError, is_packed, load_into, read_tensors, stages_file
-from qdiff.config import ConfigError
-from qdiff.files import atomic_write
-from qdiff.finite import NonFiniteError
+from qdiff.checkpoint import is_packed, load_into, model_parts_file, read_tensors
+from qdiff.errors import CheckpointError, ConfigError, NonFiniteError
+from qdiff.utils.files import atomic_write
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +37,7 @@ SCHEDULE = [
 ]
 
 
-class Stages(nn.Module):
+class LatentModelParts(nn.Module):
     """What surrounds the UNet: the first stage (images <-> latents) and, for guided models, the conditioning."""
 
     def __init__(self, config: LatentConfig) -> None:
@@ -73,17 +72,17 @@ class Stages(nn.Module):
 def expected_shapes(config: LatentConfig) -> dict[str, torch.Size]:
     """Every key of a released checkpoint of this model, with its shape; nothing is allocated."""
     with torch.device("meta"):
-        unet, stages = UNetModel(config.unet), Stages(config)
+        unet, model_parts = UNetModel(config.unet), LatentModelParts(config)
     shapes = {f"{UNET_PREFIX}{name}": tensor.shape for name, tensor in unet.state_dict().items()}
-    shapes |= {name: tensor.shape for name, tensor in stages.state_dict().items()}
+    shapes |= {name: tensor.shape for name, tensor in model_parts.state_dict().items()}
     shapes |= {name: torch.Size([config.timesteps]) for name in SCHEDULE}
     if config.scale_factor is None:
         shapes["scale_factor"] = torch.Size([])
     if config.use_ema:
         shapes |= {_ema_name(name): tensor.shape for name, tensor in unet.named_parameters()}
         shapes |= {"model_ema.decay": torch.Size([]), "model_ema.num_updates": torch.Size([])}
-    if isinstance(stages.cond_stage_model, FrozenCLIPEmbedder):
-        shapes[f"{TEXT}text_model.embeddings.position_ids"] = torch.Size([1, stages.cond_stage_model.max_length])
+    if isinstance(model_parts.cond_stage_model, FrozenCLIPEmbedder):
+        shapes[f"{TEXT}text_model.embeddings.position_ids"] = torch.Size([1, model_parts.cond_stage_model.max_length])
     return shapes
 
 
@@ -151,10 +150,10 @@ class LatentCheckpoint:
         chosen = ema if ema and (self.config.use_ema or not plain) else plain
         return load_into(unet, chosen, f"{self.path} (UNet)").eval()
 
-    def stages(self) -> Stages:
+    def model_parts(self) -> LatentModelParts:
         """First stage and conditioning: nothing is left at random values; what they do not have is named in the log, and ignored."""
         with torch.device("meta"):
-            stages = Stages(self.config)
+            model_parts = LatentModelParts(self.config)
         state = {name: tensor for name, tensor in self.state.items() if name.startswith((STAGE, CONDITIONING))}
         for name in [name for name in state if name.startswith(f"{STAGE}loss.")]:
             del state[name]  # the discriminator of the autoencoder's training
@@ -162,28 +161,28 @@ class LatentCheckpoint:
             state = {name: tensor for name, tensor in state.items() if name.startswith(STAGE)}
         elif self.config.conditioning.kind is FrozenCLIPEmbedder:
             state = _released_text_names(state)
-        for part in [STAGE] + ([CONDITIONING] if stages.cond_stage_model is not None else []):
-            if any(name.startswith(part) for name in stages.state_dict()) and not any(name.startswith(part) for name in state):
+        for part in [STAGE] + ([CONDITIONING] if model_parts.cond_stage_model is not None else []):
+            if any(name.startswith(part) for name in model_parts.state_dict()) and not any(name.startswith(part) for name in state):
                 raise CheckpointError(f"{self.path}: {part[:-1]} is missing: the file holds no {_WORDS[part]}")
-        expected = set(stages.state_dict())
+        expected = set(model_parts.state_dict())
         if extra := [name for name in state if name not in expected]:
             log.warning("%s: ignored %d tensors that its stages do not have: %s", self.path, len(extra), _some(extra))
             state = {name: tensor for name, tensor in state.items() if name in expected}
-        load_into(stages, state, f"{self.path} (first stage and conditioning)")
+        load_into(model_parts, state, f"{self.path} (first stage and conditioning)")
         if self.config.scale_factor is None:
             if "scale_factor" not in self.state:
                 raise CheckpointError(f"{self.path}: scale_factor is missing, which the configuration expects in it (scale_by_std)")
-            stages.scale_factor = float(self.state["scale_factor"])
-            if not math.isfinite(stages.scale_factor) or stages.scale_factor <= 0:
-                raise CheckpointError(f"{self.path}: damaged: scale_factor {stages.scale_factor}: expected a positive number")
-        return stages.eval()
+            model_parts.scale_factor = float(self.state["scale_factor"])
+            if not math.isfinite(model_parts.scale_factor) or model_parts.scale_factor <= 0:
+                raise CheckpointError(f"{self.path}: damaged: scale_factor {model_parts.scale_factor}: expected a positive number")
+        return model_parts.eval()
 
 
 def open_checkpoint(path: str | Path, config: LatentConfig, calibrated: str | None = None) -> LatentCheckpoint:
     """The model at `path`; where it is missing, the stages that a packed calibrated checkpoint names."""
     require_supported(config)
     if calibrated and not _files(Path(path)) and is_packed(calibrated):
-        return LatentCheckpoint(stages_file(calibrated), config)
+        return LatentCheckpoint(model_parts_file(calibrated), config)
     return LatentCheckpoint(path, config)
 
 

@@ -7,22 +7,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.checkpoint import Stages
+from ldm.checkpoint import LatentModelParts
 from ldm.encoders import FrozenCLIPEmbedder
-from qdiff.config import ConfigError
-from qdiff.finite import NonFiniteError
+from qdiff.errors import ConfigError, NonFiniteError
 
 log = logging.getLogger(__name__)
 
 Conditions = Callable[[Sequence[int]], tuple[Tensor, Tensor | None]]
 
 
-def text_conditions(stages: Callable[[], Stages], prompt_of: Callable[[int], str]) -> Conditions:
+def text_conditions(model_parts: Callable[[], LatentModelParts], prompt_of: Callable[[int], str]) -> Conditions:
     """Contexts [N, L, D] of the prompts of the given images, and of the empty prompt. What is cut of a long prompt is logged."""
     told: set[str] = set()
 
     def conditions(indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        text = stages().cond_stage_model
+        text = model_parts().cond_stage_model
         new = {prompt_of(i) for i in indices} - told
         told.update(new)
         for prompt, rest in cut_prompts(text, sorted(new)).items():
@@ -43,11 +42,11 @@ def _finite(contexts: Tensor) -> Tensor:
     return contexts
 
 
-def class_conditions(stages: Callable[[], Stages], classes: Sequence[int]) -> Conditions:
+def class_conditions(model_parts: Callable[[], LatentModelParts], classes: Sequence[int]) -> Conditions:
     """Contexts [N, 1, D] where image i is of class `classes[i % len(classes)]`, and of "no class" (the last one)."""
 
     def conditions(indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        embedder = stages().cond_stage_model
+        embedder = model_parts().cond_stage_model
         none = embedder.embedding.num_embeddings - 1
         return _finite(embedder.encode([classes[i % len(classes)] for i in indices])), _finite(embedder.encode([none] * len(indices)))
 

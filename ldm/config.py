@@ -17,9 +17,10 @@ from ldm.autoencoder import AutoencoderKL, IdentityFirstStage, VQModel
 from ldm.encoders import BERTEmbedder, ClassEmbedder, FrozenCLIPEmbedder
 from ldm.unet import IGNORED as UNET_IGNORED
 from ldm.unet import UNetConfig, unet_config
-from qdiff.config import ConfigError, check_names, fill, typed
+from qdiff.config import check_names, fill, typed
+from qdiff.errors import ConfigError
 from qdiff.prediction import PREDICTIONS, Prediction
-from qdiff.resources import find
+from qdiff.utils.resources import find
 
 DIFFUSION = "ldm.models.diffusion.ddpm.LatentDiffusion"
 UNET = "ldm.modules.diffusionmodules.openaimodel.UNetModel"

@@ -11,9 +11,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qdiff.compat import make_torchvision_importable
-from qdiff.config import ConfigError
-from qdiff.resources import find
+from qdiff.errors import ConfigError
+from qdiff.utils.compat import make_torchvision_importable
+from qdiff.utils.resources import find
 
 CLIP_MERGES = 48894
 

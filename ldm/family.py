@@ -6,7 +6,7 @@ from torch import nn
 
 from ldm.attention import AttentionBlock, BasicTransformerBlock, CrossAttention, QKVAttention
 from ldm.unet import ResBlock, UNetConfig, UNetModel, unet_config
-from qdiff.model import Family, Product, register_family
+from qdiff.architecture import Architecture, AttentionMatMulSpec, register_family
 
 
 def split_points(unet: UNetModel) -> dict[str, int]:
@@ -30,19 +30,19 @@ def describe(config: UNetConfig) -> dict:
 
 
 LATENT = register_family(
-    Family(
+    Architecture(
         name="latent",
         build=build,
         blocks={ResBlock: "out_layers.3", AttentionBlock: "proj_out", BasicTransformerBlock: "ff.net.2"},
         separate=("emb_layers.1",),
         products={
             QKVAttention: {
-                "qkv_matmul": Product(("q", "k")),
-                "smv_matmul": Product(("w", "v"), softmax="w", always_zero=True, follows_a_sym=False),
+                "qkv_matmul": AttentionMatMulSpec(("q", "k")),
+                "smv_matmul": AttentionMatMulSpec(("w", "v"), softmax="w", always_zero=True, follows_a_sym=False),
             },
             CrossAttention: {
-                "qk": Product(("q", "k"), on_block=True),
-                "av": Product(("w", "v"), softmax="w", always_zero=True, on_block=True),
+                "qk": AttentionMatMulSpec(("q", "k"), on_block=True),
+                "av": AttentionMatMulSpec(("w", "v"), softmax="w", always_zero=True, on_block=True),
             },
         },
         split_points=split_points,

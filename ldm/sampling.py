@@ -13,10 +13,11 @@ from ldm.conditions import Conditions
 from ldm.config import LatentConfig
 from ldm.family import LATENT, describe
 from ldm.samplers import Guided, latent_steps, sample_ancestral, sample_ddim, sample_dpm_solver_2m, sample_plms
-from qdiff.calibration.dataset import CalibrationSet, generate
-from qdiff.config import CalibrationConfig, ConfigError
-from qdiff.noise import CALIBRATION, SAMPLING, NoiseSource
+from qdiff.calibration.data import CalibrationSet, generate
+from qdiff.config import CalibrationConfig
+from qdiff.errors import ConfigError
 from qdiff.prediction import EpsNetwork, name_of
+from qdiff.utils.noise import CALIBRATION, SAMPLING, NoiseSource
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.attention import AttentionBlock, SpatialTransformer
-from qdiff.config import ConfigError, fill
+from qdiff.config import fill
+from qdiff.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qdiff import ranks
-from qdiff.calibration.dataset import Rows
-from qdiff.calibration.ranges import time_bounds
+from qdiff.architecture import Architecture, AttentionMatMulSpec
+from qdiff.calibration.data import CalibrationData
+from qdiff.calibration.ranges import timestep_group_bounds
 from qdiff.calibration.report import try_report
-from qdiff.calibration.run import Workplace, calibrate
-from qdiff.config import PRESETS, ConfigError, QuantConfig
-from qdiff.finite import NonFiniteError, first_not_finite
+from qdiff.calibration.run import CalibrationDir, calibrate
+from qdiff.config import PRESETS, QuantConfig
+from qdiff.errors import ConfigError, NonFiniteError
 from qdiff.layers import LAYER_TYPES
-from qdiff.model import Family, Product, check_layers, quant_layers, quantize_model
-from qdiff.unquantized import find_unquantized, tell_unquantized
+from qdiff.model import quant_layers, quantize_model, validate_layers
+from qdiff.unquantized import find_unquantized, log_unquantized
+from qdiff.utils import distributed
+from qdiff.utils.finite import first_not_finite
 
 
 def quantize(
@@ -31,9 +33,9 @@ def quantize(
     blocks: Sequence[type[nn.Module]] | Mapping[type[nn.Module], str | None] = (),
     separate: Sequence[str] = (),
     keep: Sequence[type[nn.Module] | str] = (),
-    products: Mapping[type[nn.Module], dict[str, Product]] | None = None,
+    products: Mapping[type[nn.Module], dict[str, AttentionMatMulSpec]] | None = None,
     splits: Mapping[str, int] | None = None,
-    time_sets: int = 1,
+    timestep_groups: int = 1,
     preset: str = "fast",
     folder: str | Path | None = None,
     **recipe: object,
@@ -56,7 +58,7 @@ def quantize(
         separate: how the paths of those layers inside blocks end that are reconstructed apart (projections of the time embedding).
         keep: what stays in full precision. The path of a module, or a pattern (`head.*`), keeps all inside it; that of a parameter
             keeps the parameter. A type keeps the modules' own parameters (position embeddings), or all inside where there are none.
-        products: module types with attention products as attributes (`qdiff.layers.MatMul`), see `qdiff.model.Product`.
+        products: module types with attention products as attributes (`qdiff.layers.MatMul`), see `qdiff.model.AttentionMatMulSpec`.
         splits: for layers whose input is a concatenation, by path: the channels of its first half (Q-Diffusion, section 4.3).
         time_sets: sets of time steps with activation step sizes of their own.
         preset: the recipe: `fast` or `published`; `recipe` overrides its settings (`qdiff.config.CalibrationConfig`).
@@ -71,9 +73,9 @@ def quantize(
         NotImplementedError: a convolution whose padding is not zeros, by path.
         RuntimeError: a block or layer that cannot be a unit, by path.
     """
-    _check(model, inputs, blocks, separate, keep, products or {}, splits or {}, time_sets, preset, recipe)
-    rows = Rows(tuple(inputs))
-    family = Family(
+    _check(model, inputs, blocks, separate, keep, products or {}, splits or {}, timestep_groups, preset, recipe)
+    rows = CalibrationData(tuple(inputs))
+    family = Architecture(
         "custom",
         build=lambda _: model,
         blocks=dict(blocks) if isinstance(blocks, Mapping) else dict.fromkeys(blocks),
@@ -91,19 +93,19 @@ def quantize(
         split=bool(splits),
         weight_scale_method="mse",
         act_scale_method="mse",
-        time_bounds=time_bounds(rows, time_sets) if time_sets > 1 else (),
+        time_bounds=timestep_group_bounds(rows, timestep_groups) if timestep_groups > 1 else (),
     )
     config = replace(PRESETS[preset], **recipe)
-    check_layers(model, family)
+    validate_layers(model, family)
     model = copy.deepcopy(model)
     _tell(model, family, quant, rows)
-    quantized = calibrate(model, family, quant, config, rows, workplace=Workplace(None if folder is None else Path(folder)))
-    if folder is not None and ranks.rank() == 0:
+    quantized = calibrate(model, family, quant, config, rows, workplace=CalibrationDir(None if folder is None else Path(folder)))
+    if folder is not None and distributed.rank() == 0:
         try_report(Path(folder), model, family, quantized, quant, config, rows)
     return quantized
 
 
-def _tell(model: nn.Module, family: Family, quant: QuantConfig, rows: Rows) -> None:
+def _tell(model: nn.Module, family: Architecture, quant: QuantConfig, rows: CalibrationData) -> None:
     """Say in the log what stays in full precision; ConfigError where nothing would be quantized."""
     wrapped = quantize_model(model, family, quant)
     if not quant_layers(wrapped):
@@ -112,7 +114,7 @@ def _tell(model: nn.Module, family: Family, quant: QuantConfig, rows: Rows) -> N
     if lost := sorted(set(family.split_points(model)) - split):
         raise ConfigError(f"splits: {lost[0]} is kept in full precision")
     device = next(model.parameters()).device
-    tell_unquantized(find_unquantized(wrapped, [part.to(device) for part in rows[:2]]), quant.quant_act)
+    log_unquantized(find_unquantized(wrapped, [part.to(device) for part in rows[:2]]), quant.quant_act)
 
 
 def _check(
@@ -123,7 +125,7 @@ def _check(
     keep: Iterable[type[nn.Module] | str],
     products: Iterable[type[nn.Module]],
     splits: Mapping[str, int],
-    time_sets: int,
+    timestep_groups: int,
     preset: str,
     recipe: Mapping[str, object],
 ) -> None:
@@ -143,8 +145,8 @@ def _check(
     lengths = {len(tensor) for tensor in inputs}
     if len(lengths) != 1:
         raise ConfigError(f"inputs of {sorted(lengths)} rows: expected the same number in each")
-    if time_sets > 1 and len(inputs) < 2:
-        raise ConfigError(f"time_sets {time_sets}: expected the time steps as the second input")
+    if timestep_groups > 1 and len(inputs) < 2:
+        raise ConfigError(f"time_sets {timestep_groups}: expected the time steps as the second input")
     modules = dict(model.named_modules())
     for path, channels in splits.items():
         if type(modules.get(path)) not in LAYER_TYPES:
@@ -175,5 +177,5 @@ def _check(
         raise ConfigError(f"{other[0][0]} is {str(other[0][1]).removeprefix('torch.')}: expected float32 (model.float())")
     if (name := first_not_finite(model.state_dict())) is not None:
         raise NonFiniteError(f"model: {name} holds values that are not finite numbers")
-    if recipe.get("running_stat") and time_sets > 1:
+    if recipe.get("running_stat") and timestep_groups > 1:
         raise ConfigError("time_sets and running_stat: expected one of them")

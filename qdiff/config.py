@@ -8,9 +8,7 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
 
-
-class ConfigError(ValueError):
-    """A setting that cannot work; the message says what was found and what is expected."""
+from qdiff.errors import ConfigError
 
 
 def _require(condition: bool, message: str) -> None:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from qdiff import quantizers as Q
 
 
-class TimeSteps:
+class TimestepGroups:
     """Finite time-step sets (TFMQ-DM, arXiv 2311.16503): which of the step sizes a row takes, by its time step.
 
     bounds: ascending; a row of time t belongs to set number (how many bounds are <= t).
@@ -46,64 +46,75 @@ class TimeSteps:
         return values[self.of_rows(len(x), x.device)].reshape(-1, *[1] * (x.dim() - 1))
 
 
-class ActQuantizer(nn.Module):
+class Quantizer(nn.Module):
+    """What quantizers of activations and of weights have in common: `n_bits`, a scale and a zero point."""
+
+    n_bits: int
+    delta: Tensor
+    zero_point: Tensor
+    name = ""  # its path in the network, for messages
+
+    @property
+    def scale(self) -> Tensor:
+        """The step size; `delta` in state dicts and files."""
+        return self.delta
+
+    @scale.setter
+    def scale(self, value: Tensor) -> None:
+        self.delta = value
+
+
+class ActQuantizer(Quantizer):
     """Per-tensor activation quantizer: one step size, one zero point; of each time-step set, where there are `steps`.
 
     `enabled` switches it; `observer`, while set, sees every input before it is quantized.
     """
 
-    delta: Tensor
-    zero_point: Tensor
-    name = ""  # its path in the network, for messages
-
     def __init__(
-        self, n_bits: int, symmetric: bool, always_zero: bool = False, is_softmax: bool = False, steps: TimeSteps | None = None
+        self, n_bits: int, symmetric: bool, always_zero: bool = False, is_softmax: bool = False, groups: TimestepGroups | None = None
     ) -> None:
         super().__init__()
         self.n_bits, self.symmetric, self.always_zero, self.is_softmax = n_bits, symmetric, always_zero, is_softmax
-        self.steps = steps
+        self.groups = groups
         self.enabled = False
         self.learning = False
         self.observer: Callable[[Tensor], None] | None = None
-        shape = (len(steps),) if steps else ()
+        shape = (len(groups),) if groups else ()
         self.register_buffer("delta", torch.full(shape, float("nan")))
         self.register_buffer("zero_point", torch.zeros(shape))
 
-    def set_scale(self, delta: Tensor, zero_point: Tensor) -> None:
-        self.delta = delta.detach().to(self.delta).clone()
+    def set_qparams(self, scale: Tensor, zero_point: Tensor) -> None:
+        self.scale = scale.detach().to(self.scale).clone()
         self.zero_point = zero_point.detach().to(self.zero_point).clone()
 
-    def scale(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def qparams(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(delta, zero_point) for the rows of `x`: scalars, or one for each row."""
-        if self.steps is None:
-            return self.delta, self.zero_point
-        return self.steps.pick(self.delta, x), self.steps.pick(self.zero_point, x)
+        if self.groups is None:
+            return self.scale, self.zero_point
+        return self.groups.pick(self.scale, x), self.groups.pick(self.zero_point, x)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.observer is not None:
             self.observer(x)
         if not self.enabled:
             return x
-        delta, zero_point = self.scale(x)
+        scale, zero_point = self.qparams(x)
         if self.learning:
-            return Q.fake_quantize(x, delta, zero_point, self.n_bits, self.symmetric)
+            return Q.fake_quantize(x, scale, zero_point, self.n_bits, self.symmetric)
         # clamp(round(x / delta) + z, low, high) - z, with the zero point folded into the bounds
         low, high = Q.integer_range(self.n_bits, self.symmetric)
         if self.symmetric or self.always_zero:
-            return torch.div(x, delta).round_().clamp_(low, high).mul_(delta)
-        return torch.div(x, delta).round_().clamp_(low - zero_point, high - zero_point).mul_(delta)
+            return torch.div(x, scale).round_().clamp_(low, high).mul_(scale)
+        return torch.div(x, scale).round_().clamp_(low - zero_point, high - zero_point).mul_(scale)
 
     def extra_repr(self) -> str:
         return f"n_bits={self.n_bits}, symmetric={self.symmetric}, always_zero={self.always_zero}"
 
 
-class WeightQuantizer(nn.Module):
+class WeightQuantizer(Quantizer):
     """Per-channel integers of one weight (or of one half of a split one): (integers - zero_point) * delta."""
 
-    delta: Tensor
-    zero_point: Tensor
     integers: Tensor
-    name = ""  # its path in the network, for messages
 
     def __init__(self, shape: tuple[int, ...], n_bits: int, device: torch.device) -> None:
         super().__init__()
@@ -115,7 +126,7 @@ class WeightQuantizer(nn.Module):
         self.register_buffer("integers", torch.zeros(shape, dtype=dtype, device=device))
 
     def dequantize(self) -> Tensor:
-        return (self.integers.to(self.delta.dtype) - self.zero_point) * self.delta
+        return (self.integers.to(self.scale.dtype) - self.zero_point) * self.scale
 
 
 class QuantLayer(nn.Module):
@@ -132,7 +143,7 @@ class QuantLayer(nn.Module):
     channels = 1
 
     def __init__(
-        self, layer: nn.Module, weight_bit: int, act_bit: int, a_sym: bool, split: int = 0, steps: TimeSteps | None = None
+        self, layer: nn.Module, weight_bit: int, act_bit: int, a_sym: bool, split: int = 0, groups: TimestepGroups | None = None
     ) -> None:
         super().__init__()
         self.split = split
@@ -143,7 +154,7 @@ class QuantLayer(nn.Module):
         self.bias = layer.bias
         for suffix, part in zip(("", "_0"), self._parts(self.weight), strict=False):
             setattr(self, f"weight_quantizer{suffix}", WeightQuantizer(tuple(part.shape), weight_bit, part.device))
-            setattr(self, f"act_quantizer{suffix}", ActQuantizer(act_bit, a_sym, steps=steps))
+            setattr(self, f"act_quantizer{suffix}", ActQuantizer(act_bit, a_sym, groups=groups))
         for name in getattr(layer, "__constants__", ()):  # in_channels, stride, ...: networks read them
             if hasattr(layer, name):
                 setattr(self, name, getattr(layer, name))
@@ -204,10 +215,10 @@ class QuantLayer(nn.Module):
         """Step sizes from the full-precision weight, and nearest rounding."""
         integers = []
         for quantizer, part in zip(self.weight_quantizers, self._parts(self.weight), strict=True):
-            quantizer.delta, quantizer.zero_point = Q.find_scale(
+            quantizer.scale, quantizer.zero_point = Q.choose_qparams(
                 part, quantizer.n_bits, channel_wise=True, method=method, name=quantizer.name
             )
-            integers.append(Q.quantize_nearest(part, quantizer.delta, quantizer.zero_point, quantizer.n_bits))
+            integers.append(Q.quantize_nearest(part, quantizer.scale, quantizer.zero_point, quantizer.n_bits))
         self.set_integers(integers)
 
     def effective_weight(self) -> Tensor:
@@ -215,7 +226,7 @@ class QuantLayer(nn.Module):
         if self.rounding is None:
             return self.weight
         parts = zip(self.weight_quantizers, self._parts(self.weight), self.rounding, strict=True)
-        return self._join([Q.soft_round(w, alpha, q.delta, q.zero_point, q.n_bits) for q, w, alpha in parts])
+        return self._join([Q.soft_round(w, alpha, q.scale, q.zero_point, q.n_bits) for q, w, alpha in parts])
 
     def quantize_input(self, x: Tensor) -> Tensor:
         """The input as the product sees it."""
@@ -316,7 +327,7 @@ class QuantMatMul(nn.Module):
     @property
     def whole_batch(self) -> bool:
         """With time-step sets each row has its own step size, found by its place in the batch."""
-        return any(q.steps is not None and (q.observer is not None or not isinstance(q.steps.current, int)) for q in self.act_quantizers)
+        return any(q.groups is not None and (q.observer is not None or not isinstance(q.groups.current, int)) for q in self.act_quantizers)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         first, second = self.act_quantizers

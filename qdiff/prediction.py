@@ -9,10 +9,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from qdiff.config import ConfigError
-from qdiff.finite import FiniteSteps, NonFiniteError
-from qdiff.integer.standin import StandIn
+from qdiff.engines.proxy import ModuleProxy
+from qdiff.errors import ConfigError, NonFiniteError
 from qdiff.layers import QuantLayer
+from qdiff.utils.finite import FiniteSteps
 
 PREDICTIONS = ("eps", "x0", "v")
 
@@ -84,5 +84,5 @@ class EpsNetwork:
 
 def name_of(network: object) -> str:
     """What messages call a network: the UNet, quantized or not."""
-    quantized = isinstance(network, nn.Module) and any(isinstance(m, QuantLayer | StandIn) for m in network.modules())
+    quantized = isinstance(network, nn.Module) and any(isinstance(m, QuantLayer | ModuleProxy) for m in network.modules())
     return "the quantized UNet" if quantized else "the UNet"

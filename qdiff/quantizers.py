@@ -16,7 +16,7 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 ScaleMethod = Literal["max", "max_scale", "mse"]
-MIN_DELTA = 1e-8
+MIN_SCALE = 1e-8
 MSE_STEPS = 80  # ranges shrunk by 1.00, 0.99, ... 0.21
 MSE_NORM = 2.4
 
@@ -31,23 +31,23 @@ def round_ste(x: Tensor) -> Tensor:
     return x + (x.round() - x).detach()
 
 
-def fake_quantize(x: Tensor, delta: Tensor, zero_point: Tensor, n_bits: int, symmetric: bool) -> Tensor:
-    """Quantize and dequantize `x`, differentiable in `x` and `delta` (LSQ, arXiv 1902.08153)."""
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, n_bits: int, symmetric: bool) -> Tensor:
+    """Quantize and dequantize `x`, differentiable in `x` and `scale` (LSQ, arXiv 1902.08153)."""
     low, high = integer_range(n_bits, symmetric)
-    q = torch.clamp(round_ste(x / delta) + zero_point, low, high)
-    return (q - zero_point) * delta
+    q = torch.clamp(round_ste(x / scale) + zero_point, low, high)
+    return (q - zero_point) * scale
 
 
-def quantize_nearest(x: Tensor, delta: Tensor, zero_point: Tensor, n_bits: int, symmetric: bool = False) -> Tensor:
+def quantize_nearest(x: Tensor, scale: Tensor, zero_point: Tensor, n_bits: int, symmetric: bool = False) -> Tensor:
     """The integers of `x` by nearest rounding, as a float tensor of the shape of `x`."""
     low, high = integer_range(n_bits, symmetric)
-    return torch.clamp((x / delta).round() + zero_point, low, high)
+    return torch.clamp((x / scale).round() + zero_point, low, high)
 
 
 # --- ranges ------------------------------------------------------------------------------------
 
 
-def find_scale(
+def choose_qparams(
     x: Tensor,
     n_bits: int,
     *,
@@ -73,15 +73,15 @@ def find_scale(
     rows = x.detach().float().reshape(len(x), -1) if channel_wise else x.detach().float().reshape(1, -1)
     low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
     if method == "mse":
-        delta, zero_point = _search_mse(rows, low, high, n_bits, symmetric, always_zero)
+        scale, zero_point = _search_mse(rows, low, high, n_bits, symmetric, always_zero)
     else:
         growth = (n_bits + 2) / 8 if method == "max_scale" else 1.0
-        delta, zero_point = scale_from_range(low, high, n_bits, symmetric, always_zero, growth, name)
+        scale, zero_point = qparams_from_range(low, high, n_bits, symmetric, always_zero, growth, name)
     shape = (len(x),) + (1,) * (x.dim() - 1) if channel_wise else ()
-    return delta.reshape(shape), zero_point.reshape(shape)
+    return scale.reshape(shape), zero_point.reshape(shape)
 
 
-def scale_from_range(
+def qparams_from_range(
     low: Tensor, high: Tensor, n_bits: int, symmetric: bool, always_zero: bool = False, growth: float = 1.0, name: str = ""
 ) -> tuple[Tensor, Tensor]:
     """(delta, zero_point) of the range [low, high] by the `max` rules; formed in float64 on the CPU (MPS has none), returned in float32."""
@@ -89,38 +89,38 @@ def scale_from_range(
     low, high = low.cpu().double(), high.cpu().double()
     if symmetric:
         limit = torch.maximum(high, -low).clamp(min=0.0) * growth
-        delta = limit / (2 ** (n_bits - 1) - 1)
+        scale = limit / (2 ** (n_bits - 1) - 1)
     else:
-        delta = (high - low) / (2**n_bits - 1)
-    if bool((delta < MIN_DELTA).any()):
-        count = int((delta < MIN_DELTA).sum())
-        log.warning("%sdegenerate range: %d of %d step sizes set to %g", f"{name}: " if name else "", count, delta.numel(), MIN_DELTA)
-        delta = delta.clamp(min=MIN_DELTA)
+        scale = (high - low) / (2**n_bits - 1)
+    if bool((scale < MIN_SCALE).any()):
+        count = int((scale < MIN_SCALE).sum())
+        log.warning("%sdegenerate range: %d of %d step sizes set to %g", f"{name}: " if name else "", count, scale.numel(), MIN_SCALE)
+        scale = scale.clamp(min=MIN_SCALE)
     if symmetric or always_zero:
-        return delta.float().to(device), torch.zeros_like(delta, dtype=torch.float32).to(device)
-    return delta.float().to(device), torch.round(-(low.clamp(max=0.0) * growth) / delta).float().to(device)
+        return scale.float().to(device), torch.zeros_like(scale, dtype=torch.float32).to(device)
+    return scale.float().to(device), torch.round(-(low.clamp(max=0.0) * growth) / scale).float().to(device)
 
 
 def _search_mse(rows: Tensor, low: Tensor, high: Tensor, n_bits: int, symmetric: bool, always_zero: bool) -> tuple[Tensor, Tensor]:
     """For each row the shrunk range of least error; every candidate is one operation over all rows."""
     limit = torch.maximum(high, -low)
     best = torch.full_like(low, math.inf)
-    best_delta, best_zero = torch.full_like(low, MIN_DELTA), torch.zeros_like(low)
+    best_delta, best_zero = torch.full_like(low, MIN_SCALE), torch.zeros_like(low)
     for step in range(MSE_STEPS):
         shrink = 1.0 - step * 0.01
         if symmetric:
-            delta, zero = limit * shrink / (2 ** (n_bits - 1) - 1), torch.zeros_like(low)
+            scale, zero = limit * shrink / (2 ** (n_bits - 1) - 1), torch.zeros_like(low)
         elif always_zero:
-            delta, zero = high * shrink / (2**n_bits - 1), torch.zeros_like(low)
+            scale, zero = high * shrink / (2**n_bits - 1), torch.zeros_like(low)
         else:
-            delta = (high * shrink - low * shrink) / (2**n_bits - 1)
-            zero = torch.round(-(low * shrink) / delta.clamp(min=MIN_DELTA))
-        delta = delta.clamp(min=MIN_DELTA)
-        q = quantize_nearest(rows, delta, zero, n_bits, symmetric)
-        error = (rows - (q - zero) * delta).abs().pow(MSE_NORM).mean(1, keepdim=True)
+            scale = (high * shrink - low * shrink) / (2**n_bits - 1)
+            zero = torch.round(-(low * shrink) / scale.clamp(min=MIN_SCALE))
+        scale = scale.clamp(min=MIN_SCALE)
+        q = quantize_nearest(rows, scale, zero, n_bits, symmetric)
+        error = (rows - (q - zero) * scale).abs().pow(MSE_NORM).mean(1, keepdim=True)
         better = error < best
         best = torch.where(better, error, best)
-        best_delta, best_zero = torch.where(better, delta, best_delta), torch.where(better, zero, best_zero)
+        best_delta, best_zero = torch.where(better, scale, best_delta), torch.where(better, zero, best_zero)
     return best_delta, best_zero
 
 
@@ -143,26 +143,26 @@ def rectified_sigmoid(alpha: Tensor) -> Tensor:
     return torch.clamp(torch.sigmoid(alpha) * (ZETA - GAMMA) + GAMMA, 0.0, 1.0)
 
 
-def init_alpha(weight: Tensor, delta: Tensor) -> Tensor:
+def init_alpha(weight: Tensor, scale: Tensor) -> Tensor:
     """The alpha for which h(alpha) is the fractional part of weight / delta."""
-    fraction = weight / delta - torch.floor(weight / delta)
+    fraction = weight / scale - torch.floor(weight / scale)
     return -torch.log((ZETA - GAMMA) / (fraction - GAMMA) - 1)
 
 
-def soft_round(weight: Tensor, alpha: Tensor, delta: Tensor, zero_point: Tensor, n_bits: int) -> Tensor:
+def soft_round(weight: Tensor, alpha: Tensor, scale: Tensor, zero_point: Tensor, n_bits: int) -> Tensor:
     """Dequantized weight under soft rounding, differentiable in `alpha`, eq. 22."""
-    q = torch.clamp(torch.floor(weight / delta) + rectified_sigmoid(alpha) + zero_point, 0, 2**n_bits - 1)
-    return (q - zero_point) * delta
+    q = torch.clamp(torch.floor(weight / scale) + rectified_sigmoid(alpha) + zero_point, 0, 2**n_bits - 1)
+    return (q - zero_point) * scale
 
 
-def hard_integers(weight: Tensor, alpha: Tensor, delta: Tensor, zero_point: Tensor, n_bits: int) -> Tensor:
+def hard_integers(weight: Tensor, alpha: Tensor, scale: Tensor, zero_point: Tensor, n_bits: int) -> Tensor:
     """The final integers: up where alpha >= 0, down elsewhere; a float tensor of the shape of `weight`."""
-    return torch.clamp(torch.floor(weight / delta) + (alpha >= 0) + zero_point, 0, 2**n_bits - 1)
+    return torch.clamp(torch.floor(weight / scale) + (alpha >= 0) + zero_point, 0, 2**n_bits - 1)
 
 
-def alpha_from_integers(weight: Tensor, integers: Tensor, delta: Tensor, zero_point: Tensor) -> Tensor:
+def alpha_from_integers(weight: Tensor, integers: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     """A saturated alpha with which `hard_integers` (and `soft_round`) give back `integers`."""
-    up = integers - zero_point > torch.floor(weight / delta)
+    up = integers - zero_point > torch.floor(weight / scale)
     return torch.where(up, ALPHA_SATURATED, -ALPHA_SATURATED).to(torch.float32)
 
 

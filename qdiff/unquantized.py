@@ -96,7 +96,7 @@ def find_unquantized(quantized: nn.Module, inputs: Sequence[Tensor]) -> Unquanti
     return watch.found
 
 
-def tell_unquantized(found: Unquantized, activations: bool) -> None:
+def log_unquantized(found: Unquantized, activations: bool) -> None:
     """One line in the log for each kind of thing that stays in full precision; products count where activations are quantized."""
     if activations and found.products:
         places = ", ".join(f"{path} ({count})" if count > 1 else path for path, count in found.products.items())

@@ -10,15 +10,15 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from qdiff.analysis import StepErrors, Trajectories
-from qdiff.calibration.memory import working_memory
 from qdiff.evaluation.cost import Cost, measure_cost
 from qdiff.evaluation.likeness import Likeness, likeness
 from qdiff.evaluation.lite0 import load_lite0
-from qdiff.extras import require_extra
-from qdiff.files import atomic_write
+from qdiff.evaluation.trajectory import StepErrors, Trajectories
+from qdiff.utils.extras import require_extra
+from qdiff.utils.files import atomic_write
+from qdiff.utils.memory import working_memory
 from qdiff_cli.images import make_grid
-from qdiff_cli.job import Job
+from qdiff_cli.sampling_run import SamplingRun
 
 FULL = "full precision"
 
@@ -36,7 +36,7 @@ class Comparison:
     memory: dict[str, int | None]
 
 
-def compare(job: Job, model: nn.Module, networks: Mapping[str, nn.Module], count: int) -> Comparison:
+def compare(job: SamplingRun, model: nn.Module, networks: Mapping[str, nn.Module], count: int) -> Comparison:
     """Sample `count` images with each network, in chunks of the job's batch size."""
     require_extra("eval", "torchmetrics")
     lite0 = load_lite0()  # first: it may be missing
@@ -62,7 +62,7 @@ def compare(job: Job, model: nn.Module, networks: Mapping[str, nn.Module], count
     return Comparison(trajectories.eps_errors(), trajectories.x_errors(), near, joined, seconds, memory)
 
 
-def costs(job: Job, networks: Mapping[str, nn.Module]) -> dict[str, Cost]:
+def costs(job: SamplingRun, networks: Mapping[str, nn.Module]) -> dict[str, Cost]:
     """The cost of each simulated network, and of full precision, for one image."""
     inputs: list[Tensor] = []
     with torch.no_grad():

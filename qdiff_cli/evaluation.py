@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ldm.conditions import read_prompts
-from qdiff.config import ConfigError
+from qdiff.errors import ConfigError
 from qdiff.evaluation.clip import ClipScore
 from qdiff.evaluation.features import EXTRACTORS, Features, default_cache, extract, load_extractor
 from qdiff.evaluation.images import Selected, open_images
@@ -26,8 +26,8 @@ from qdiff.evaluation.metrics import (
     save_statistics,
     statistics_of,
 )
-from qdiff.extras import require_extra
-from qdiff.files import check_writable
+from qdiff.utils.extras import require_extra
+from qdiff.utils.files import check_writable
 from qdiff_cli.images import load_metadata
 from qdiff_cli.options import Parser, add_device_options, positive, select_device
 from qdiff_cli.running import Ranks

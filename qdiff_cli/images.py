@@ -10,10 +10,10 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from qdiff.compat import make_torchvision_importable
-from qdiff.config import ConfigError
-from qdiff.files import atomic_write
-from qdiff.pictures import decode_rgb
+from qdiff.errors import ConfigError
+from qdiff.utils.compat import make_torchvision_importable
+from qdiff.utils.files import atomic_write
+from qdiff.utils.pictures import decode_rgb
 
 
 def to_uint8(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ COMMANDS = {
     "sample-ddim": ("sample_ddim", "sample images from a pixel-space DDPM, quantized or not"),
     "sample-ldm": ("sample_ldm", "sample images from a latent diffusion model, quantized or not"),
     "txt2img": ("txt2img", "images from text with Stable Diffusion v1, quantized or not"),
-    "calibration-set": ("calibration_set", "draw a calibration set from a model's own sampling trajectory"),
+    "calibration-set": ("make_calibration_set", "draw a calibration set from a model's own sampling trajectory"),
     "evaluate": ("evaluate", "FID and other figures of a set of images"),
     "compare": ("compare", "compare quantized networks with full precision"),
     "reproduce": ("reproduce", "fill a table of the paper"),

@@ -11,13 +11,14 @@ from typing import NoReturn
 
 import torch
 
-from qdiff.calibration.dataset import check_steps
-from qdiff.calibration.memory import is_out_of_memory
-from qdiff.checkpoint import CheckpointError, is_packed
+from qdiff.calibration.data import check_steps
+from qdiff.checkpoint import is_packed
 from qdiff.checkpoint.reading import first_line
-from qdiff.config import PRESETS, CalibrationConfig, ConfigError, QuantConfig
-from qdiff.integer import ENGINES
-from qdiff.resources import find
+from qdiff.config import PRESETS, CalibrationConfig, QuantConfig
+from qdiff.engines.select import ENGINES
+from qdiff.errors import CheckpointError, ConfigError
+from qdiff.utils.memory import is_out_of_memory
+from qdiff.utils.resources import find
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ def positive(text: str) -> int:
 
 
 def project_file(text: str) -> Path:
-    """A file or folder: as given, else one of the project's own of this name (`qdiff.resources.find`)."""
+    """A file or folder: as given, else one of the project's own of this name (`qdiff.utils.resources.find`)."""
     return find(text)
 
 
@@ -279,7 +280,7 @@ RULES = (
         lambda args, value: value == "max" or (value == 0 and value is not False),
     ),
     Rule("rs_sm_only", lambda args: args.running_stat, "with --running_stat"),
-    Rule("running_stat", lambda args: args.time_sets == 1, "without --time_sets: expected one of them"),
+    Rule("running_stat", lambda args: args.timestep_groups == 1, "without --time_sets: expected one of them"),
     Rule(
         "engine",
         lambda args: args.ptq and args.quant_act,

@@ -11,21 +11,21 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from qdiff.analysis import Trajectories
 from qdiff.calibration.run import nearest_rounding
-from qdiff.checkpoint import CheckpointError
-from qdiff.config import CalibrationConfig, ConfigError, QuantConfig
+from qdiff.config import CalibrationConfig, QuantConfig
+from qdiff.errors import CheckpointError, ConfigError
 from qdiff.evaluation.page import Page, markdown_table
-from qdiff.files import atomic_write, write_text
+from qdiff.evaluation.trajectory import Trajectories
+from qdiff.utils.files import atomic_write, write_text
 from qdiff_cli.comparison import save_rows
 from qdiff_cli.evaluation import check_inputs, evaluate, evaluation_parser
 from qdiff_cli.images import load_png
-from qdiff_cli.job import Job, prepare, run
 from qdiff_cli.options import calibration_config, select_device
-from qdiff_cli.quantize import load_calibrated
+from qdiff_cli.quantization import load_calibrated
 from qdiff_cli.row_commands import RowCommands, hashes, read_json
 from qdiff_cli.running import Ranks
-from qdiff_cli.tables import FROM_MEMORY, FULL, QDIFF, Row, Table
+from qdiff_cli.sampling_run import SamplingRun, prepare, run
+from qdiff_cli.tables import FROM_MEMORY, FULL, QDIFF, PaperTable, Row
 
 CHECK_LIMIT = 0.1  # trajectory error of 8-bit weights by nearest rounding; the embedded models have 0.006 to 0.011
 CHECK_RATIO = 0.85  # of nearest rounding's error, at 4 bits; the embedded checkpoints have 0.3 to 0.7
@@ -34,10 +34,10 @@ CHECK_STEPS, CHECK_IMAGES, GRID_IMAGES = 20, 4, 16
 REFERENCE_SEED = 1000  # added to a table's seed for the full-precision samples that are the reference where there is no other
 
 
-class Work:
+class TableRun:
     """A table at work in its folder."""
 
-    def __init__(self, table: Table, args: argparse.Namespace) -> None:
+    def __init__(self, table: PaperTable, args: argparse.Namespace) -> None:
         self.table, self.args = table, args
         self.commands = RowCommands(table, args)
         self.folder, self.count, self.rows = self.commands.folder, self.commands.count, self.commands.rows
@@ -46,17 +46,17 @@ class Work:
         self.sampled = cache(self._sampled)
         self.full_precision, self.trajectory = cache(self._full_precision), cache(self._trajectory)
 
-    def _sampled(self, row: Row, seed: int, count: int) -> tuple[Job, Path]:
+    def _sampled(self, row: Row, seed: int, count: int) -> tuple[SamplingRun, Path]:
         """The job of a row and its images, made or continued."""
         job = prepare(Ranks.from_environment().from_first(lambda: self.commands.command(row, seed, count)))
         return job, run(job)
 
-    def network(self, job: Job, made: Path | None) -> nn.Module:
+    def network(self, job: SamplingRun, made: Path | None) -> nn.Module:
         """The simulated quantized network of a row: of the calibration in the run folder `made`, or the checkpoint of its command."""
         path = str(made / "ckpt.safetensors" if made and (made / "ckpt.safetensors").is_file() else job.args.cali_ckpt)
         return load_calibrated(path, job.task, quant_of(job))[0].to(self.device)
 
-    def _full_precision(self, steps: int | None) -> Job:
+    def _full_precision(self, steps: int | None) -> SamplingRun:
         """The full-precision job that trajectories are drawn with; steps: other than the table's, for the check and its grid."""
         words = self.commands.options(GRID_IMAGES if steps else self.args.trajectory_images, self.table.seed, self.folder / "unused")
         return prepare(words + ([self.table.steps, str(steps)] if steps else []))
@@ -178,7 +178,7 @@ class Work:
         return self.table.embedded and not self.args.reference
 
 
-def quant_of(job: Job) -> QuantConfig:
+def quant_of(job: SamplingRun) -> QuantConfig:
     """The number formats of a quantized job."""
     args = job.args
     return QuantConfig(args.weight_bit, args.act_bit, args.quant_act, args.sm_abit, args.a_sym, args.split)
@@ -214,7 +214,7 @@ def cells(found: list[dict], name: str) -> str:
     return form.format(sum(values) / len(values)) + spread
 
 
-def table_of(work: Work, found: dict[str, list[dict]]) -> tuple[list[str], list[list[str]]]:
+def table_of(work: TableRun, found: dict[str, list[dict]]) -> tuple[list[str], list[list[str]]]:
     """Header and rows; published figures have columns of their own."""
     lite0 = " (lite0)" if work.extractor == "lite0" else ""
     shown = [name for name in COLUMNS if any(name in figures for many in found.values() for figures in many)]
@@ -237,7 +237,7 @@ def expect_one_kind(table: str, found: dict[str, list[dict]]) -> None:
         raise ConfigError(f"table {table}: references of {len(kinds)} kinds ({words}); expected one for all rows")
 
 
-def write_tables(args: argparse.Namespace, works: list[Work], results: list[dict[str, list[dict]]]) -> None:
+def write_tables(args: argparse.Namespace, works: list[TableRun], results: list[dict[str, list[dict]]]) -> None:
     """table.md, table.csv, table.json, a grid for each model, and index.html with all of it."""
     page, markdown, lines = Page(f"Table: {args.table}"), [], []
     for work, found in zip(works, results, strict=True):
@@ -274,7 +274,7 @@ def write_tables(args: argparse.Namespace, works: list[Work], results: list[dict
     page.write(args.output / "index.html")
 
 
-def check(work: Work) -> bool:
+def check(work: TableRun) -> bool:
     """Whether weights, checkpoints and options fit together; prints a line for each row.
 
     A row passes if it is much closer to full precision than nearest rounding in the same number formats (8-bit weights: not

@@ -8,11 +8,11 @@ import shlex
 from functools import cache
 from pathlib import Path
 
-from qdiff.config import ConfigError
-from qdiff.files import file_hash, write_text
-from qdiff_cli.job import parse
+from qdiff.errors import ConfigError
+from qdiff.utils.files import file_hash, write_text
 from qdiff_cli.options import RULES, idle, split_quantization
-from qdiff_cli.tables import FULL, LINEAR, QDIFF, Row, Table
+from qdiff_cli.sampling_run import parse
+from qdiff_cli.tables import FULL, LINEAR, QDIFF, PaperTable, Row
 
 # options of the sampling scripts that the rows decide, and those that always pass
 OF_ROWS = {"ptq", "quant_act", "weight_bit", "act_bit", "quant_mode", "cali_ckpt", "resume_w"}
@@ -29,7 +29,7 @@ class RowCommands:
     table: the table. folder: where everything of it lies. count: images of each row. rows: those that are asked for.
     """
 
-    def __init__(self, table: Table, args: argparse.Namespace) -> None:
+    def __init__(self, table: PaperTable, args: argparse.Namespace) -> None:
         self.table, self.args = table, args
         self.folder = args.output / table.name
         self.count = args.images or table.images

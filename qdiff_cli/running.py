@@ -19,9 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from qdiff.checkpoint import CheckpointError
-from qdiff.config import ConfigError
-from qdiff.files import WriteError, write_text
+from qdiff.errors import CheckpointError, ConfigError, WriteError
+from qdiff.utils.files import write_text
 from qdiff_cli.images import save_png
 
 log = logging.getLogger(__name__)

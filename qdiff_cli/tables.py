@@ -4,7 +4,7 @@ import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qdiff_cli.embedded import NAMES, SHOWN_PROMPTS, folder_of, quantization_options, sampling_command
+from qdiff_cli.bundled import NAMES, SHOWN_PROMPTS, folder_of, quantization_options, sampling_command
 
 FULL, LINEAR, QDIFF = "full precision", "linear", "Q-Diffusion"
 # [r]: reported from memory of the paper's tables, not read in a stored source
@@ -35,7 +35,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Table:
+class PaperTable:
     """A table of the paper, or the one of an embedded model.
 
     command: the sampling command in full precision, but for number, seed and folder of the images. weights, acts: the options that
@@ -87,10 +87,10 @@ def _fid(*values: str) -> list[dict[str, str]]:
     return [{"fid": value} if value else {} for value in values]
 
 
-def _cifar10() -> Table:
+def _cifar10() -> PaperTable:
     linear = [_fid_is("4.71*", "8.93*"), _fid_is("141.47*", "4.20*"), _fid_is("118.26*", "5.23*"), _fid_is("188.11", "2.45")]
     qdiff = [_fid_is("4.27*", "9.15*"), _fid_is("5.09", "8.78*"), _fid_is("3.75", "9.48*"), _fid_is("4.93", "9.12*")]
-    return Table(
+    return PaperTable(
         name="cifar10",
         title="CIFAR-10, DDIM, 100 quad steps",
         command="sample_diffusion_ddim.py --config configs/cifar10.yml --use_pretrained --timesteps 100 --eta 0 --skip_type quad",
@@ -108,8 +108,8 @@ def _cifar10() -> Table:
     )
 
 
-def _lsun(name: str, folder: str, title: str, steps: str, rows: list[Row]) -> Table:
-    return Table(
+def _lsun(name: str, folder: str, title: str, steps: str, rows: list[Row]) -> PaperTable:
+    return PaperTable(
         name=name,
         title=title,
         command=f"sample_diffusion_ldm.py -r models/ldm/{folder}/model.ckpt --batch_size 10 {steps}",
@@ -127,9 +127,9 @@ def _lsun(name: str, folder: str, title: str, steps: str, rows: list[Row]) -> Ta
     )
 
 
-def _stable_diffusion() -> Table:
+def _stable_diffusion() -> PaperTable:
     full, eight, four = ({"fid": fid, "clip": clip} for fid, clip in (("13.15", ".3146"), ("13.31", ".3134"), ("14.49", ".3121")))
-    return Table(
+    return PaperTable(
         name="stable-diffusion",
         title="Stable Diffusion v1.4, PLMS 50 steps, guidance 7.5, COCO captions (published figures: 30,000 images, by TFMQ-DM)",
         command="txt2img.py --plms --cond --n_samples 1 --n_iter 1 --skip_grid --ddim_steps 50 --scale 7.5",
@@ -154,14 +154,14 @@ def _stable_diffusion() -> Table:
     )
 
 
-def _embedded(name: str) -> Table:
+def _embedded(name: str) -> PaperTable:
     text = name == "emoji64-text"
     command, options = sampling_command(name, 8), quantization_options(name)
     number = {"emoji32": "--max_images", "emoji64": "-n", "emoji64-text": "--n_samples"}[name]
     for option in (number, "--seed"):
         at = command.index(option)
         del command[at : at + 2]
-    return Table(
+    return PaperTable(
         name=name,
         title={"emoji32": "Pixel DDPM", "emoji64": "Latent diffusion", "emoji64-text": "Text to image"}[name] + f" ({name})",
         command=shlex.join([*command, "--skip_grid"] if text else command),
@@ -181,7 +181,7 @@ def _embedded(name: str) -> Table:
     )
 
 
-def tables(name: str) -> list[Table]:
+def tables(name: str) -> list[PaperTable]:
     """The tables behind a name of `--table`; `embedded` has one for each embedded model."""
     if name == "embedded":
         return [_embedded(model) for model in NAMES]

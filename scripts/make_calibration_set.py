@@ -10,7 +10,7 @@
 The file holds lists over time steps: xs ([N, C, H, W] each) and ts ([N] each), for guided models cs and ucs too.
 """
 
-from qdiff_cli.commands.calibration_set import main
+from qdiff_cli.commands.make_calibration_set import main
 from qdiff_cli.options import run_main
 
 if __name__ == "__main__":

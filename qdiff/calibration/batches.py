@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from qdiff import ranks
-from qdiff.calibration.memory import halving
+from qdiff.utils import distributed
+from qdiff.utils.memory import halving
 
 
 def in_batches(work: Callable[[slice], None], rows: range, size: int) -> None:
@@ -24,7 +24,7 @@ def mean_loss(loss: Callable[[slice], Tensor], rows: range, size: int) -> float:
         total += loss(part).item() * (part.stop - part.start)
 
     in_batches(add, rows, size)
-    return ranks.agree(total / len(rows))
+    return distributed.agree(total / len(rows))
 
 
 def add_gradients(loss: Callable[[Tensor], Tensor], batch: Tensor, parameters: Sequence[Tensor]) -> float:
@@ -42,9 +42,9 @@ def add_gradients(loss: Callable[[Tensor], Tensor], batch: Tensor, parameters: S
             total += gradient
         value.add_(weighted.item())
 
-    if len(mine := ranks.share(batch)):
+    if len(mine := distributed.share(batch)):
         halving(work, mine)
-    ranks.sum_over_ranks([*sums, value])
+    distributed.sum_over_ranks([*sums, value])
     for parameter, gradient in zip(parameters, sums, strict=True):
         parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
     return value.item()

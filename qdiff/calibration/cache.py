@@ -9,8 +9,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from qdiff import ranks
-from qdiff.config import ConfigError
+from qdiff.errors import ConfigError
+from qdiff.utils import distributed
 
 PREFIX = ".activations."
 EXACT_UP_TO = 64  # numbers in a row: time steps and other inputs of embeddings, whose last digits matter and whose size does not
@@ -26,7 +26,7 @@ class Cache:
     """
 
     def __init__(self, budget: int | None = None, folder: Path | None = None, dtype: torch.dtype = torch.float32) -> None:
-        self.budget = free_memory() // 2 // ranks.world() if budget is None else budget
+        self.budget = free_memory() // 2 // distributed.world() if budget is None else budget
         self.folder = Path(tempfile.gettempdir()) if folder is None else folder
         self.dtype = dtype
         self.used = 0
@@ -43,15 +43,15 @@ class Cache:
                 f"{self.budget / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB free in {self.folder}; take fewer rows (--cali_st, --cali_n)"
             )
 
-    def reserve(self, shape: tuple[int, ...], dtype: torch.dtype) -> "Stored":
+    def reserve(self, shape: tuple[int, ...], dtype: torch.dtype) -> "CachedTensor":
         """Room for a tensor of this shape; its content is undefined until written."""
         short = torch.Size(shape[1:]).numel() <= EXACT_UP_TO
         kept = self.dtype if dtype.is_floating_point and not short else dtype
         size = torch.Size(shape).numel() * kept.itemsize
         if self.used + size <= self.budget or size == 0:
             self.used += size
-            return Stored(self, torch.empty(shape, dtype=kept), size, dtype)
-        return Stored(self, self._mapped(shape, kept, size), 0, dtype)
+            return CachedTensor(self, torch.empty(shape, dtype=kept), size, dtype)
+        return CachedTensor(self, self._mapped(shape, kept, size), 0, dtype)
 
     def _mapped(self, shape: tuple[int, ...], dtype: torch.dtype, size: int) -> Tensor:
         handle, name = tempfile.mkstemp(prefix=PREFIX, dir=self.folder)
@@ -68,7 +68,7 @@ class Cache:
             os.unlink(name)
 
 
-class Stored:
+class CachedTensor:
     """A tensor [rows, ...] in a cache; reads give the precision that was written, on any device."""
 
     def __init__(self, cache: Cache, tensor: Tensor, charged: int, dtype: torch.dtype) -> None:

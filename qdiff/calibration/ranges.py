@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from qdiff import quantizers as Q
-from qdiff.calibration.dataset import Rows
-from qdiff.calibration.memory import largest_fitting
-from qdiff.config import CalibrationConfig, ConfigError, QuantConfig
-from qdiff.finite import NonFiniteError
+from qdiff.calibration.data import CalibrationData
+from qdiff.config import CalibrationConfig, QuantConfig
+from qdiff.errors import ConfigError, NonFiniteError
 from qdiff.layers import ActQuantizer
 from qdiff.model import act_quantizers, enable_activations
+from qdiff.utils.memory import largest_fitting
 
 RANGE_ROWS = 256  # rows, drawn from all time steps, that the first ranges come from
 STAT_BATCH = 64
@@ -19,7 +19,9 @@ SEARCH_ELEMENTS = 2**18  # of one activation, that the `mse` search looks at; th
 
 
 @torch.no_grad()
-def init_activation_ranges(model: nn.Module, rows: Rows, quant: QuantConfig, config: CalibrationConfig, device: torch.device) -> None:
+def init_activation_ranges(
+    model: nn.Module, rows: CalibrationData, quant: QuantConfig, config: CalibrationConfig, device: torch.device
+) -> None:
     """Set the step size and zero point of every activation quantizer, in order of execution.
 
     Each range is found on inputs that the quantizers before it have already quantized. With
@@ -32,15 +34,15 @@ def init_activation_ranges(model: nn.Module, rows: Rows, quant: QuantConfig, con
 
     def first_ranges(chosen: Tensor) -> None:
         for name, quantizer in act_quantizers(model).items():
-            first = _FirstRangeOfEachSet if quantizer.steps else _FirstRange
+            first = _FirstRangeOfEachSet if quantizer.groups else _FirstRange
             quantizer.observer = _finite(name, first(quantizer, quant.act_scale_method))
         model(*(part.to(device) for part in rows[chosen]))
 
     fitting = largest_fitting(first_ranges, order[:RANGE_ROWS])
-    if unseen := [name for name, q in act_quantizers(model).items() if not torch.isfinite(q.delta).all()]:
+    if unseen := [name for name, q in act_quantizers(model).items() if not torch.isfinite(q.scale).all()]:
         raise RuntimeError(f"activation quantizers never reached by a forward pass: {', '.join(unseen[:3])}")
     for quantizer in act_quantizers(model).values():
-        averaged = config.running_stat and not quantizer.steps and (quantizer.is_softmax or not config.rs_sm_only)
+        averaged = config.running_stat and not quantizer.groups and (quantizer.is_softmax or not config.rs_sm_only)
         quantizer.observer = _RunningRange(quantizer) if averaged else None
     if config.running_stat:
         for part in order.split(min(STAT_BATCH, fitting)):
@@ -75,7 +77,9 @@ class _FirstRange:
         q = self.quantizer
         self.seen = self._with(x.detach().flatten())
         self.count += x.numel()
-        q.set_scale(*Q.find_scale(self.seen, q.n_bits, symmetric=q.symmetric, method=self.method, always_zero=q.always_zero, name=q.name))
+        q.set_qparams(
+            *Q.choose_qparams(self.seen, q.n_bits, symmetric=q.symmetric, method=self.method, always_zero=q.always_zero, name=q.name)
+        )
 
     def _with(self, x: Tensor) -> Tensor:
         """What stands for all values so far and `x`: their least and greatest, for the `mse` search with a fair sample."""
@@ -100,14 +104,16 @@ class _FirstRangeOfEachSet:
 
     def __call__(self, x: Tensor) -> None:
         q = self.quantizer
-        sets = q.steps.of_rows(len(x), x.device)
+        sets = q.groups.of_rows(len(x), x.device)
         found = {}
         for number in sets.unique().tolist():
             part = x[sets == number]
             part = _thin(part) if self.method == "mse" else part
-            found[number] = Q.find_scale(part, q.n_bits, symmetric=q.symmetric, method=self.method, always_zero=q.always_zero, name=q.name)
-        nearest = [min(found, key=lambda other, number=number: abs(other - number)) for number in range(len(q.steps))]
-        q.set_scale(*(torch.stack([found[number][i] for number in nearest]) for i in range(2)))
+            found[number] = Q.choose_qparams(
+                part, q.n_bits, symmetric=q.symmetric, method=self.method, always_zero=q.always_zero, name=q.name
+            )
+        nearest = [min(found, key=lambda other, number=number: abs(other - number)) for number in range(len(q.groups))]
+        q.set_qparams(*(torch.stack([found[number][i] for number in nearest]) for i in range(2)))
 
 
 def _thin(x: Tensor) -> Tensor:
@@ -135,10 +141,10 @@ class _RunningRange:
         self.ends += [x.detach().amin(), x.detach().amax()]
         low, high = self.average = Q.running_range(*self.before, torch.stack(self.ends))
         q = self.quantizer
-        q.set_scale(*Q.scale_from_range(low, high, q.n_bits, q.symmetric, q.always_zero, name=q.name))
+        q.set_qparams(*Q.qparams_from_range(low, high, q.n_bits, q.symmetric, q.always_zero, name=q.name))
 
 
-def time_bounds(rows: Rows, sets: int) -> tuple[float, ...]:
+def timestep_group_bounds(rows: CalibrationData, sets: int) -> tuple[float, ...]:
     """Where each of `sets` time-step sets but the first begins, for equally many of the time steps in `rows` in each.
 
     Raises:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from qdiff import quantizers as Q
-from qdiff import ranks
 from qdiff.calibration.batches import add_gradients, in_batches, mean_loss
 from qdiff.config import CalibrationConfig
 from qdiff.layers import ActQuantizer, QuantLayer, QuantLinear
 from qdiff.quantizers import ScaleMethod
+from qdiff.utils import distributed
 
 Tick = Callable[[float], None]  # called with the loss after every iteration
 HELD_OUT_CHECKS = 20
@@ -101,7 +101,7 @@ def reconstruct_weights(
             (config.rounding_weight * sum(Q.rounding_regularizer(alpha, beta) for alpha in alphas)).backward()
         optimizer.step()
         tick(loss)
-    ranks.from_first(alphas)
+    distributed.from_first(alphas)
     _finish_rounding(layers)
     after = data.held_out_error(unit, 2.0)
     if not after <= before:
@@ -116,7 +116,7 @@ def _start_rounding(layers: list[QuantLayer], weights: list[Tensor]) -> list[Ten
     for layer, weight in zip(layers, weights, strict=True):
         layer.weight, layer.quantized = weight, False
         layer.rounding = [
-            Q.init_alpha(part, q.delta).requires_grad_() for q, part in zip(layer.weight_quantizers, layer._parts(weight), strict=True)
+            Q.init_alpha(part, q.scale).requires_grad_() for q, part in zip(layer.weight_quantizers, layer._parts(weight), strict=True)
         ]
         alphas += layer.rounding
     return alphas
@@ -126,7 +126,7 @@ def _start_rounding(layers: list[QuantLayer], weights: list[Tensor]) -> list[Ten
 def _finish_rounding(layers: list[QuantLayer]) -> None:
     for layer in layers:
         parts = zip(layer.weight_quantizers, layer._parts(layer.weight), layer.rounding, strict=True)
-        layer.set_integers([Q.hard_integers(w, alpha, q.delta, q.zero_point, q.n_bits) for q, w, alpha in parts])
+        layer.set_integers([Q.hard_integers(w, alpha, q.scale, q.zero_point, q.n_bits) for q, w, alpha in parts])
 
 
 @torch.no_grad()
@@ -151,7 +151,7 @@ def correct_bias(unit: nn.Module, layer: QuantLayer, data: UnitData) -> UnitResu
     in_batches(work, range(data.held_out_from), data.batch_size)
     kept = layer.bias
     layer.bias = nn.Parameter(kept + (total / max(rows, 1)).to(kept.device, kept.dtype), requires_grad=False)
-    ranks.from_first([layer.bias])
+    distributed.from_first([layer.bias])
     after = data.held_out_error(unit, 2.0)
     if not after <= before:
         layer.bias, after = kept, before
@@ -170,12 +170,12 @@ def reconstruct_activations(
     before = best = data.held_out_error(unit, config.p)
     if not learned or config.iters_a == 0:
         return UnitResult(before, before)
-    kept, worse = [q.delta.clone() for q in learned], 0
+    kept, worse = [q.scale.clone() for q in learned], 0
     for quantizer in learned:
-        quantizer.delta = quantizer.delta.clone().requires_grad_()
+        quantizer.scale = quantizer.scale.clone().requires_grad_()
         quantizer.learning = True
-    deltas = [q.delta for q in learned]
-    floors = [delta.detach() * 0.01 for delta in deltas]
+    deltas = [q.scale for q in learned]
+    floors = [scale.detach() * 0.01 for scale in deltas]
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(deltas, lr=config.lr_a)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.iters_a, eta_min=0.0)
@@ -185,17 +185,17 @@ def reconstruct_activations(
         optimizer.step()
         schedule.step()
         with torch.no_grad():
-            for delta, floor in zip(deltas, floors, strict=True):
-                delta.clamp_(min=floor)
+            for scale, floor in zip(deltas, floors, strict=True):
+                scale.clamp_(min=floor)
         if (step + 1) % max(1, config.iters_a // HELD_OUT_CHECKS) == 0 or step + 1 == config.iters_a:
             error = data.held_out_error(unit, config.p)
             worse = 0 if error < best else worse + 1
             if error < best:
-                best, kept = error, [delta.detach().clone() for delta in deltas]
+                best, kept = error, [scale.detach().clone() for scale in deltas]
         tick(loss)
         if config.patience and worse == config.patience:
             break
-    ranks.from_first(kept)
-    for quantizer, delta in zip(learned, kept, strict=True):
-        quantizer.delta, quantizer.learning = delta, False
+    distributed.from_first(kept)
+    for quantizer, scale in zip(learned, kept, strict=True):
+        quantizer.scale, quantizer.learning = scale, False
     return UnitResult(before, best)

@@ -8,14 +8,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qdiff.calibration.dataset import Rows
-from qdiff.calibration.journal import MANIFEST, read_entries
+from qdiff.architecture import Architecture
+from qdiff.calibration.data import CalibrationData
+from qdiff.calibration.directory import MANIFEST, read_entries
 from qdiff.calibration.run import nearest_rounding
 from qdiff.checkpoint.reading import first_line
 from qdiff.config import CalibrationConfig, QuantConfig
-from qdiff.files import atomic_write
-from qdiff.model import Family, quant_layers
-from qdiff.plotting import figure_of, save_figure
+from qdiff.model import quant_layers
+from qdiff.utils.files import atomic_write
+from qdiff.utils.plotting import figure_of, save_figure
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +24,9 @@ REPORT_ROWS = 32  # rows, of all time steps, that the signal-to-noise ratios com
 
 
 @torch.no_grad()
-def layer_sqnr(model: nn.Module, networks: dict[str, nn.Module], rows: Rows, device: torch.device) -> dict[str, dict[str, float]]:
+def layer_sqnr(
+    model: nn.Module, networks: dict[str, nn.Module], rows: CalibrationData, device: torch.device
+) -> dict[str, dict[str, float]]:
     """Signal-to-quantization-noise ratio in dB of the output of every layer, in the running network.
 
     10 log10(||y||^2 / ||y_q - y||^2) over REPORT_ROWS rows spread over all rows; y of `model` in full precision.
@@ -60,7 +63,13 @@ def _decibel(signal: Tensor, found: Tensor) -> float:
 
 
 def write_report(
-    folder: Path, model: nn.Module, family: Family, wrapped: nn.Module, quant: QuantConfig, config: CalibrationConfig, rows: Rows
+    folder: Path,
+    model: nn.Module,
+    family: Architecture,
+    wrapped: nn.Module,
+    quant: QuantConfig,
+    config: CalibrationConfig,
+    rows: CalibrationData,
 ) -> None:
     """Write `layers.csv`, `layers.png` (SQNR of every layer, nearest rounding against this calibration) and `units.png` (losses)."""
     device = next(model.parameters()).device

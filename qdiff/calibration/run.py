@@ -12,20 +12,22 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from qdiff import ranks
-from qdiff.calibration.cache import Cache, Stored, remove_leftovers
-from qdiff.calibration.dataset import Rows
-from qdiff.calibration.journal import Journal
-from qdiff.calibration.memory import peak_memory
+from qdiff.architecture import Architecture
+from qdiff.calibration.blockwise import BlockwiseRunner, CallSpec, ExecutionOrder, trace_execution
+from qdiff.calibration.cache import Cache, CachedTensor, remove_leftovers
+from qdiff.calibration.data import CalibrationData
+from qdiff.calibration.directory import CalibrationCheckpoint
+from qdiff.calibration.finetune import finetune
 from qdiff.calibration.ranges import init_activation_ranges
 from qdiff.calibration.reconstruct import UnitData, UnitResult, correct_bias, reconstruct_activations, reconstruct_weights
-from qdiff.calibration.replay import Call, Plan, Replay, make_plan
-from qdiff.calibration.tune import tune
 from qdiff.checkpoint import state_hash
-from qdiff.config import CalibrationConfig, ConfigError, QuantConfig
+from qdiff.config import CalibrationConfig, QuantConfig
+from qdiff.errors import ConfigError
 from qdiff.layers import QuantLayer, QuantMatMul
-from qdiff.model import Family, act_quantizers, init_weights, quant_layers, quantize_model, time_steps, unit_modules, units
+from qdiff.model import act_quantizers, find_timestep_groups, init_weights, quant_layers, quantize_model, unit_modules, units
 from qdiff.prediction import Prediction
+from qdiff.utils import distributed
+from qdiff.utils.memory import peak_memory
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +36,7 @@ RECIPE_VERSION = 2
 
 
 @dataclass(frozen=True)
-class Workplace:
+class CalibrationDir:
     """Where a calibration keeps its state, and what it may use; nothing here changes its result.
 
     folder: for the journal and for activations that do not fit into memory; None: nothing is kept.
@@ -47,12 +49,12 @@ class Workplace:
 
 def calibrate(
     model: nn.Module,
-    family: Family,
+    family: Architecture,
     quant: QuantConfig,
     config: CalibrationConfig,
-    rows: Rows | None,
+    rows: CalibrationData | None,
     weights_from: nn.Module | None = None,
-    workplace: Workplace | None = None,
+    workplace: CalibrationDir | None = None,
     prediction: Prediction | None = None,
 ) -> nn.Module:
     """Quantize `model` and calibrate it on `rows`.
@@ -71,7 +73,7 @@ def calibrate(
     Raises:
         ConfigError: settings that cannot work, or that differ from those of the calibration in the folder; no room for activations.
         TypeError: a layer that has no quantized form, by name.
-        RuntimeError: a unit that cannot be one, by name (`qdiff.calibration.replay.make_plan`).
+        RuntimeError: a unit that cannot be one, by name (`qdiff.calibration.blockwise.trace_execution`).
     """
     quant.validate()
     config.validate()
@@ -87,9 +89,9 @@ def calibrate(
     if len(rows) < 2:
         raise ConfigError(f"a calibration set of {len(rows)} rows: expected 2 or more, of which some are held out")
     rows, held_out_from = rows.arranged(config.held_out, config.seed)
-    workplace = workplace or Workplace()
+    workplace = workplace or CalibrationDir()
     source = None if weights_from is None else state_hash(weights_from.state_dict())
-    plan = make_plan(wrapped, units(wrapped, family), rows, device)
+    plan = trace_execution(wrapped, units(wrapped, family), rows, device)
     settings = {
         "recipe_version": RECIPE_VERSION,
         "family": family.name,
@@ -104,11 +106,11 @@ def calibrate(
         "prediction": None if prediction is None else prediction.kind,
         "torch": torch.__version__,
     }
-    if workplace.folder is not None and ranks.rank() == 0:
+    if workplace.folder is not None and distributed.rank() == 0:
         remove_leftovers(workplace.folder)
-    ranks.barrier()  # all read the journal before one of them writes
-    journal = Journal.open(workplace.folder, settings, writes=ranks.rank() == 0)
-    ranks.barrier()
+    distributed.barrier()  # all read the journal before one of them writes
+    journal = CalibrationCheckpoint.open(workplace.folder, settings, writes=distributed.rank() == 0)
+    distributed.barrier()
     with logging_redirect_tqdm(), torch.enable_grad():
         run = _Run(model, wrapped, family, rows, held_out_from, quant, config, device, journal, workplace, plan, prediction)
         with closing(run.progress):
@@ -117,12 +119,14 @@ def calibrate(
             if quant.quant_act:
                 run.ranges()
                 run.over("activations", config.iters_a, run.activations)
-            run.tune()
+            run.finetune()
         run.log_cost()
     return wrapped.eval()
 
 
-def nearest_rounding(model: nn.Module, family: Family, quant: QuantConfig, config: CalibrationConfig, rows: Rows) -> nn.Module:
+def nearest_rounding(
+    model: nn.Module, family: Architecture, quant: QuantConfig, config: CalibrationConfig, rows: CalibrationData
+) -> nn.Module:
     """The baseline: the widths of `quant` by nearest rounding and min-max ranges."""
     return calibrate(model, family, quant.linear(), config, rows)
 
@@ -134,15 +138,15 @@ class _Run:
         self,
         model: nn.Module,
         wrapped: nn.Module,
-        family: Family,
-        rows: Rows,
+        family: Architecture,
+        rows: CalibrationData,
         held_out_from: int,
         quant: QuantConfig,
         config: CalibrationConfig,
         device: torch.device,
-        journal: Journal,
-        workplace: Workplace,
-        plan: Plan,
+        journal: CalibrationCheckpoint,
+        workplace: CalibrationDir,
+        plan: ExecutionOrder,
         prediction: Prediction | None,
     ) -> None:
         self.model, self.wrapped, self.family, self.rows = model, wrapped, family, rows
@@ -156,10 +160,10 @@ class _Run:
         self.cache.check_space(self.plan.peak_elements * len(rows) * self.cache.item_size(torch.float32), written)
         iterations = config.iters + (config.iters_a if quant.quant_act else 0)
         total = len(self.plan.order) * iterations + config.iters_tune
-        self.progress = tqdm(total=total, desc="calibration", unit="it", smoothing=0.02, disable=ranks.rank() > 0)
+        self.progress = tqdm(total=total, desc="calibration", unit="it", smoothing=0.02, disable=distributed.rank() > 0)
         self.next_step = 0
         self.began = time.perf_counter(), time.process_time()
-        self.steps = time_steps(wrapped)
+        self.steps = find_timestep_groups(wrapped)
 
     def step(self, name: str, iterations: int, work: Callable[[list[float]], UnitResult | None], save: Callable, restore: Callable) -> None:
         """Do a step and keep it, or take it from the journal."""
@@ -200,7 +204,7 @@ class _Run:
                 self.step(f"{phase} {unit}", iterations, None, None, lambda tensors, unit=unit: self.restore(module(unit), tensors))
             return
         full, quantized = (
-            Replay(network, self.plan, self.rows, self.config.batch_size, self.device, self.cache, self.at)
+            BlockwiseRunner(network, self.plan, self.rows, self.config.batch_size, self.device, self.cache, self.at)
             for network in (self.model, self.wrapped)
         )
         for index, unit in enumerate(order):
@@ -227,7 +231,7 @@ class _Run:
         if self.steps is not None:
             self.steps.set(self.rows.inputs[1][index])
 
-    def data(self, call: Call, arguments: Sequence[Stored], target: Stored) -> UnitData:
+    def data(self, call: CallSpec, arguments: Sequence[CachedTensor], target: CachedTensor) -> UnitData:
         def read(index: Tensor | slice) -> tuple[tuple[Tensor, ...], Tensor]:
             self.at(index)
             return tuple(x.read(index, self.device) for x in arguments), target.read(index, self.device)
@@ -257,18 +261,18 @@ class _Run:
 
     def ranges(self) -> None:
         def work(_: list[float]) -> None:
-            fitted = Rows(self.rows[: self.held_out_from])
+            fitted = CalibrationData(self.rows[: self.held_out_from])
             init_activation_ranges(self.wrapped, fitted, self.quant, self.config, self.device)
 
         self.step("ranges", 0, work, lambda: self.state(self.wrapped), lambda tensors: self.restore(self.wrapped, tensors))
 
-    def tune(self) -> None:
+    def finetune(self) -> None:
         if not self.config.iters_tune:
             return
 
         def work(losses: list[float]) -> UnitResult:
             tick = self.ticker("tune", losses)
-            return tune(self.model, self.wrapped, self.rows, self.held_out_from, self.config, self.device, tick, self.prediction)
+            return finetune(self.model, self.wrapped, self.rows, self.held_out_from, self.config, self.device, tick, self.prediction)
 
         self.step(
             "tune", self.config.iters_tune, work, lambda: self.state(self.wrapped), lambda tensors: self.restore(self.wrapped, tensors)
@@ -285,9 +289,9 @@ class _Run:
             owner, tensor = module.get_submodule(parent), tensor.to(self.device)
             setattr(owner, name, nn.Parameter(tensor, requires_grad=False) if name in owner._parameters else tensor)
         for quantizer in act_quantizers(module).values():
-            quantizer.enabled = quantizer.enabled or bool(torch.isfinite(quantizer.delta).all())
+            quantizer.enabled = quantizer.enabled or bool(torch.isfinite(quantizer.scale).all())
         for layer in quant_layers(module).values():
-            if bool(torch.isfinite(layer.weight_quantizer.delta).all()):
+            if bool(torch.isfinite(layer.weight_quantizer.scale).all()):
                 layer.freeze()
 
 

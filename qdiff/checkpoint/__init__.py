@@ -6,17 +6,16 @@ from qdiff.checkpoint.packed import (
     check_packed,
     is_packed,
     load_packed,
+    model_parts_file,
     pack_integers,
     read_packed_info,
     save_packed,
-    stages_file,
     unpack_integers,
 )
 from qdiff.checkpoint.published import load_published, midpoint_weights, published_shapes, save_published
-from qdiff.checkpoint.reading import CheckpointError, load_into, load_object, read_tensors
+from qdiff.checkpoint.reading import load_into, load_object, read_tensors
 
 __all__ = [
-    "CheckpointError",
     "PackedInfo",
     "check_packed",
     "is_packed",
@@ -25,13 +24,13 @@ __all__ = [
     "load_packed",
     "load_published",
     "midpoint_weights",
+    "model_parts_file",
     "pack_integers",
     "published_shapes",
     "read_packed_info",
     "read_tensors",
     "save_packed",
     "save_published",
-    "stages_file",
     "state_hash",
     "unpack_integers",
 ]

@@ -1,4 +1,4 @@
-"""Hashes by which weights and rows are known; those of files are in `qdiff.files`."""
+"""Hashes by which weights and rows are known; those of files are in `qdiff.utils.files`."""
 
 import hashlib
 from collections.abc import Mapping

@@ -13,19 +13,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from qdiff.architecture import FAMILIES
 from qdiff.checkpoint.hashes import tensor_hash
-from qdiff.checkpoint.reading import (
-    CheckpointError,
-    assign_parameters,
-    check_finite,
-    existing,
-    first_line,
-    is_safetensors,
-    open_safetensors,
-)
-from qdiff.config import ConfigError, QuantConfig
-from qdiff.files import atomic_write, file_hash
-from qdiff.model import FAMILIES, act_quantizers, enable_activations, quant_layers, quantize_model
+from qdiff.checkpoint.reading import assign_parameters, check_finite, existing, first_line, is_safetensors, open_safetensors
+from qdiff.config import QuantConfig
+from qdiff.errors import CheckpointError, ConfigError
+from qdiff.model import act_quantizers, enable_activations, quant_layers, quantize_model
+from qdiff.utils.files import atomic_write, file_hash
 
 PACKED_VERSION = 1
 
@@ -44,7 +38,7 @@ class PackedInfo:
     config: QuantConfig
     calibration: dict
     source_sha256: str
-    stages: dict | None = None
+    model_parts: dict | None = None
 
 
 def pack_integers(values: Tensor, n_bits: int) -> Tensor:
@@ -86,11 +80,11 @@ def save_packed(path: str | Path, model: nn.Module, info: PackedInfo) -> None:
         for suffix, quantizer in zip(("", "_0"), layer.weight_quantizers, strict=False):
             stem = f"{name}.weight_quantizer{suffix}"
             tensors[f"{stem}.integers"] = pack_integers(quantizer.integers.cpu(), quantizer.n_bits)
-            tensors[f"{stem}.delta"] = quantizer.delta.flatten()
+            tensors[f"{stem}.delta"] = quantizer.scale.flatten()
             tensors[f"{stem}.zero_point"] = _small_integers(quantizer.zero_point.flatten())
     if info.config.quant_act:
         for name, act_quantizer in act_quantizers(model).items():
-            tensors[f"{name}.delta"], tensors[f"{name}.zero_point"] = act_quantizer.delta, act_quantizer.zero_point
+            tensors[f"{name}.delta"], tensors[f"{name}.zero_point"] = act_quantizer.scale, act_quantizer.zero_point
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = {
         "format": "qdiff-packed",
@@ -101,7 +95,7 @@ def save_packed(path: str | Path, model: nn.Module, info: PackedInfo) -> None:
         "split_layers": {name: layer.split for name, layer in quant_layers(model).items() if layer.split},
         "calibration": info.calibration,
         "source_sha256": info.source_sha256,
-        "stages": info.stages,
+        "stages": info.model_parts,
         "sha256": {name: tensor_hash(tensor)[:32] for name, tensor in tensors.items()},
     }
     header["header_sha256"] = _header_hash(header)
@@ -137,7 +131,7 @@ def read_packed_info(path: str | Path) -> PackedInfo:
         config=QuantConfig.from_dict(header["quantization"]),
         calibration=header["calibration"],
         source_sha256=header["source_sha256"],
-        stages=header.get("stages"),
+        model_parts=header.get("stages"),
     )
 
 
@@ -167,19 +161,19 @@ def _comparable(values: dict) -> dict:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
-def stages_file(path: str | Path) -> Path:
+def model_parts_file(path: str | Path) -> Path:
     """The file that a packed checkpoint names for the rest of its model, checked against its sha256.
 
     Raises:
         CheckpointError: none is named, or it is missing or another one.
     """
-    stages = read_packed_info(path).stages
-    if not stages:
+    model_parts = read_packed_info(path).model_parts
+    if not model_parts:
         raise CheckpointError(f"{path}: holds the UNet alone and names no file for the autoencoder; give the full model")
-    file = Path(path).parent / stages["file"]
+    file = Path(path).parent / model_parts["file"]
     if not file.is_file():
         raise CheckpointError(f"{file}: no such file; {path} needs it (autoencoder, text tower)")
-    if file_hash(file) != stages["sha256"]:
+    if file_hash(file) != model_parts["sha256"]:
         raise CheckpointError(f"{file}: not the file that {path} was written with (its sha256 differs)")
     return file
 
@@ -244,12 +238,12 @@ def _fill_packed(model: nn.Module, tensors: Mapping[str, Tensor], info: PackedIn
     for name, layer in quant_layers(model).items():
         integers = []
         for suffix, quantizer in zip(("", "_0"), layer.weight_quantizers, strict=False):
-            stem, shape = f"{name}.weight_quantizer{suffix}", quantizer.delta.shape
+            stem, shape = f"{name}.weight_quantizer{suffix}", quantizer.scale.shape
             integers.append(unpack_integers(tensors[f"{stem}.integers"], quantizer.n_bits, quantizer.integers.shape))
-            quantizer.delta = tensors[f"{stem}.delta"].reshape(shape)
+            quantizer.scale = tensors[f"{stem}.delta"].reshape(shape)
             quantizer.zero_point = tensors[f"{stem}.zero_point"].float().reshape(shape)
         layer.set_integers(integers)
     for name, act_quantizer in act_quantizers(model).items():
         stored = info.config.quant_act
-        act_quantizer.delta = tensors[f"{name}.delta"] if stored else torch.full(act_quantizer.delta.shape, float("nan"))
+        act_quantizer.scale = tensors[f"{name}.delta"] if stored else torch.full(act_quantizer.scale.shape, float("nan"))
         act_quantizer.zero_point = tensors[f"{name}.zero_point"] if stored else torch.zeros(act_quantizer.zero_point.shape)

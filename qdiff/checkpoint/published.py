@@ -13,26 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from qdiff import quantizers as Q
-from qdiff.checkpoint.reading import (
-    CheckpointError,
-    assign_parameters,
-    check_finite,
-    check_keys,
-    has_acts,
-    has_split,
-    look_of,
-    read_tensors,
-)
+from qdiff.architecture import Architecture
+from qdiff.checkpoint.reading import assign_parameters, check_finite, check_keys, has_acts, has_split, look_of, read_tensors
 from qdiff.config import QuantConfig
-from qdiff.files import atomic_write
-from qdiff.model import Family, act_quantizers, enable_activations, quant_layers, quantize_model, time_steps
+from qdiff.errors import CheckpointError
+from qdiff.model import act_quantizers, enable_activations, find_timestep_groups, quant_layers, quantize_model
+from qdiff.utils.files import atomic_write
 
 log = logging.getLogger(__name__)
 
 PREFIX = "model."
 
 
-def published_names(model: nn.Module, family: Family) -> dict[str, str]:
+def published_names(model: nn.Module, family: Architecture) -> dict[str, str]:
     """From the path of each product's quantizer here to its name in a published file."""
     names = {}
     for path, module in model.named_modules():
@@ -43,7 +36,7 @@ def published_names(model: nn.Module, family: Family) -> dict[str, str]:
     return names
 
 
-def published_shapes(model: nn.Module, family: Family, activations: bool = True) -> dict[str, torch.Size]:
+def published_shapes(model: nn.Module, family: Architecture, activations: bool = True) -> dict[str, torch.Size]:
     """Every key of the published file of a quantized `model`, with its shape."""
     shapes: dict[str, torch.Size] = {name: p.shape for name, p in model.named_parameters()}
     for path, layer in quant_layers(model).items():
@@ -51,7 +44,7 @@ def published_shapes(model: nn.Module, family: Family, activations: bool = True)
         for suffix, quantizer in zip(("", "_0"), layer.weight_quantizers, strict=False):
             stem = f"{path}.weight_quantizer{suffix}"
             shapes[f"{stem}.alpha"] = quantizer.integers.shape
-            shapes[f"{stem}.delta"] = shapes[f"{stem}.zero_point"] = quantizer.delta.shape
+            shapes[f"{stem}.delta"] = shapes[f"{stem}.zero_point"] = quantizer.scale.shape
     if activations:
         renamed = published_names(model, family)
         for path in act_quantizers(model):
@@ -60,7 +53,7 @@ def published_shapes(model: nn.Module, family: Family, activations: bool = True)
     return {PREFIX + name: shape for name, shape in shapes.items()}
 
 
-def save_published(path: str | Path, model: nn.Module, family: Family, weights: Mapping[str, Tensor], activations: bool) -> None:
+def save_published(path: str | Path, model: nn.Module, family: Architecture, weights: Mapping[str, Tensor], activations: bool) -> None:
     """Write the published format.
 
     Args:
@@ -70,7 +63,7 @@ def save_published(path: str | Path, model: nn.Module, family: Family, weights: 
     Raises:
         CheckpointError: the network has time-step sets, which this format cannot hold, or the weights are those of another network.
     """
-    if time_steps(model) is not None:
+    if find_timestep_groups(model) is not None:
         raise CheckpointError(f"{path}: the published format holds one step size for all time steps, not time-step sets")
     state: dict[str, Tensor] = {name: p.detach() for name, p in model.named_parameters()}
     for name, layer in quant_layers(model).items():
@@ -79,18 +72,18 @@ def save_published(path: str | Path, model: nn.Module, family: Family, weights: 
         parts = zip(("", "_0"), layer.weight_quantizers, layer._parts(weight), strict=False)
         for suffix, quantizer, part in parts:
             stem = f"{name}.weight_quantizer{suffix}"
-            delta, zero = quantizer.delta.cpu(), quantizer.zero_point.cpu()
+            scale, zero = quantizer.scale.cpu(), quantizer.zero_point.cpu()
             integers = quantizer.integers.cpu().float()
-            alpha = Q.alpha_from_integers(part, integers, delta, zero)
-            if not torch.equal(Q.hard_integers(part, alpha, delta, zero, quantizer.n_bits), integers):
+            alpha = Q.alpha_from_integers(part, integers, scale, zero)
+            if not torch.equal(Q.hard_integers(part, alpha, scale, zero, quantizer.n_bits), integers):
                 raise CheckpointError(f"{path}: {name}: its integers are not a rounding of the full-precision weights given")
             state[f"{stem}.alpha"] = alpha
-            state[f"{stem}.delta"], state[f"{stem}.zero_point"] = delta, zero
+            state[f"{stem}.delta"], state[f"{stem}.zero_point"] = scale, zero
     if activations:
         renamed = published_names(model, family)
         for name, act_quantizer in act_quantizers(model).items():
             stem = renamed.get(name, name)
-            state[f"{stem}.delta"], state[f"{stem}.zero_point"] = act_quantizer.delta, act_quantizer.zero_point
+            state[f"{stem}.delta"], state[f"{stem}.zero_point"] = act_quantizer.scale, act_quantizer.zero_point
     with atomic_write(path) as temporary, temporary.open("wb") as file:  # a path would leave its name inside
         torch.save({PREFIX + name: tensor.cpu().contiguous() for name, tensor in state.items()}, file)
 
@@ -99,12 +92,12 @@ def midpoint_weights(model: nn.Module) -> dict[str, Tensor]:
     """Stand-ins for lost full-precision weights: the middle of each rounding interval, robust against its ends."""
     weights = {}
     for name, layer in quant_layers(model).items():
-        parts = [(q.integers.float() - q.zero_point + 0.5) * q.delta for q in layer.weight_quantizers]
+        parts = [(q.integers.float() - q.zero_point + 0.5) * q.scale for q in layer.weight_quantizers]
         weights[f"{name}.weight"] = torch.cat(parts, dim=1)
     return weights
 
 
-def load_published(path: str | Path, build: dict, family: Family, config: QuantConfig) -> nn.Module:
+def load_published(path: str | Path, build: dict, family: Architecture, config: QuantConfig) -> nn.Module:
     """A quantized network from a published file: no forward pass, no random data, no second copy.
 
     Args:
@@ -132,7 +125,7 @@ def load_published(path: str | Path, build: dict, family: Family, config: QuantC
     return model
 
 
-def _fill_published(model: nn.Module, family: Family, state: Mapping[str, Tensor], activations: bool) -> None:
+def _fill_published(model: nn.Module, family: Architecture, state: Mapping[str, Tensor], activations: bool) -> None:
     parameters = {name: state[PREFIX + name].float().clone() for name, _ in model.named_parameters()}
     assign_parameters(model, parameters)
     for path, layer in quant_layers(model).items():
@@ -140,14 +133,14 @@ def _fill_published(model: nn.Module, family: Family, state: Mapping[str, Tensor
         weight = state[f"{PREFIX}{path}.weight"].float()
         for suffix, quantizer, part in zip(("", "_0"), layer.weight_quantizers, layer._parts(weight), strict=False):
             stem = f"{PREFIX}{path}.weight_quantizer{suffix}"
-            delta, zero = state[f"{stem}.delta"].float().clone(), state[f"{stem}.zero_point"].float().clone()
-            quantizer.delta, quantizer.zero_point = delta, zero
-            integers.append(Q.hard_integers(part, state[f"{stem}.alpha"].float(), delta, zero, quantizer.n_bits))
+            scale, zero = state[f"{stem}.delta"].float().clone(), state[f"{stem}.zero_point"].float().clone()
+            quantizer.scale, quantizer.zero_point = scale, zero
+            integers.append(Q.hard_integers(part, state[f"{stem}.alpha"].float(), scale, zero, quantizer.n_bits))
         layer.set_integers(integers)
     renamed = published_names(model, family)
     for path, act_quantizer in act_quantizers(model).items():
         stem = PREFIX + renamed.get(path, path)
-        act_quantizer.delta = state[f"{stem}.delta"].float().clone() if activations else torch.tensor(float("nan"))
+        act_quantizer.scale = state[f"{stem}.delta"].float().clone() if activations else torch.tensor(float("nan"))
         act_quantizer.zero_point = state[f"{stem}.zero_point"].float().clone() if activations else torch.tensor(0.0)
 
 
@@ -173,8 +166,8 @@ def infer_weight_bits(model: nn.Module, state: Mapping[str, Tensor]) -> int | No
     for name, layer in quant_layers(model).items():
         weight = state[f"{PREFIX}{name}.weight"].float()
         for suffix, part in zip(("", "_0"), layer._parts(weight), strict=False):
-            rows, delta = part.flatten(1), state[f"{PREFIX}{name}.weight_quantizer{suffix}.delta"].flatten()
-            ratio = ((rows.amax(1) - rows.amin(1)) / delta)[delta > 10 * Q.MIN_DELTA]
+            rows, scale = part.flatten(1), state[f"{PREFIX}{name}.weight_quantizer{suffix}.delta"].flatten()
+            ratio = ((rows.amax(1) - rows.amin(1)) / scale)[scale > 10 * Q.MIN_SCALE]
             if len(ratio) == 0 or ratio.min() <= 0:
                 continue
             n_bits = round(torch.log2(ratio.min() + 1).item())
@@ -198,7 +191,7 @@ def _check_weight_bits(path: str | Path, model: nn.Module, state: Mapping[str, T
         )
 
 
-def infer_act_bits(family: Family, state: Mapping[str, Tensor]) -> int | None:
+def infer_act_bits(family: Architecture, state: Mapping[str, Tensor]) -> int | None:
     """The width of asymmetric activations, or None where nothing in the file tells it.
 
     x_t and the q and k of attention are symmetric about 0, so their zero points lie near 2^(b - 1): b is the width nearest to
@@ -214,7 +207,7 @@ def infer_act_bits(family: Family, state: Mapping[str, Tensor]) -> int | None:
     return round(math.log2(max(1.0, float(torch.tensor(zeros).median())))) + 1
 
 
-def _check_activations(path: str | Path, family: Family, state: Mapping[str, Tensor], config: QuantConfig) -> None:
+def _check_activations(path: str | Path, family: Architecture, state: Mapping[str, Tensor], config: QuantConfig) -> None:
     zeros = [tensor for name, tensor in state.items() if ".act_quantizer" in name and name.endswith(".zero_point")]
     symmetric = all(bool((zero == 0).all()) for zero in zeros)
     if symmetric != config.a_sym:

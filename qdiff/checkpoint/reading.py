@@ -15,16 +15,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from qdiff.architecture import FAMILIES
 from qdiff.checkpoint.training import weights_of, without_prefix
-from qdiff.files import describe_foreign_file
-from qdiff.finite import first_not_finite
-from qdiff.model import FAMILIES
+from qdiff.errors import CheckpointError
+from qdiff.utils.files import describe_foreign_file
+from qdiff.utils.finite import first_not_finite
 
 log = logging.getLogger(__name__)
-
-
-class CheckpointError(ValueError):
-    """A file that cannot be used; the message says what was found and what was expected."""
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from qdiff.checkpoint import read_tensors
 from qdiff.checkpoint.reading import check_finite
-from qdiff.compat import make_torchvision_importable
-from qdiff.config import ConfigError
+from qdiff.errors import ConfigError
+from qdiff.utils.compat import make_torchvision_importable
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's training images
 

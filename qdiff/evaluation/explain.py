@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from qdiff import quantizers as Q
-from qdiff.analysis import StepErrors
-from qdiff.model import Family, quant_layers
-from qdiff.plotting import figure_of, save_figure
+from qdiff.architecture import Architecture
+from qdiff.evaluation.trajectory import StepErrors
+from qdiff.model import quant_layers
+from qdiff.utils.plotting import figure_of, save_figure
 
 QUANTILES = (0.0, 0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
 SAMPLED = 20_000  # values of an activation that its quantiles are taken from
@@ -32,7 +33,7 @@ class Activations:
 
 
 @torch.no_grad()
-def observe(model: nn.Module, wrapped: nn.Module, family: Family, sample: Callable[[Callable], object], steps: int) -> Activations:
+def observe(model: nn.Module, wrapped: nn.Module, family: Architecture, sample: Callable[[Callable], object], steps: int) -> Activations:
     """Run the full-precision sampler, of `steps` evaluations, and look at the inputs of the layers that `wrapped` quantizes."""
     found = Activations()
     splits = family.split_points(model)
@@ -91,8 +92,8 @@ class SplitGain:
 
 def split_gains(found: Activations, n_bits: int = 8) -> list[SplitGain]:
     def squared_error(x: Tensor) -> float:
-        delta, zero = Q.find_scale(x, n_bits, channel_wise=False, method="max")
-        return (Q.quantize_nearest(x, delta, zero, n_bits).sub(zero).mul(delta) - x).square().sum().item()
+        scale, zero = Q.choose_qparams(x, n_bits, channel_wise=False, method="max")
+        return (Q.quantize_nearest(x, scale, zero, n_bits).sub(zero).mul(scale) - x).square().sum().item()
 
     gains = []
     for layer, halves in found.shortcuts.items():

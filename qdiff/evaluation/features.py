@@ -13,17 +13,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from qdiff import ranks
 from qdiff.checkpoint import read_tensors
 from qdiff.checkpoint.reading import check_finite
-from qdiff.compat import make_torchvision_importable
-from qdiff.config import ConfigError
-from qdiff.download import cache_root, fetch
+from qdiff.errors import ConfigError, NonFiniteError
 from qdiff.evaluation.images import Selected
 from qdiff.evaluation.lite0 import load_lite0, to_input, weights_file
-from qdiff.extras import require_extra
-from qdiff.files import atomic_write, file_hash
-from qdiff.finite import NonFiniteError, first_not_finite
+from qdiff.utils import distributed
+from qdiff.utils.compat import make_torchvision_importable
+from qdiff.utils.download import cache_root, fetch
+from qdiff.utils.extras import require_extra
+from qdiff.utils.files import atomic_write, file_hash
+from qdiff.utils.finite import first_not_finite
 
 EXTRACTORS = ("inception", "lite0")
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
@@ -120,20 +120,20 @@ def extract(images: Selected, extractor: Extractor, cache: Path, batch_size: int
             _make_parts(images, extractor, parts, batch_size)
         except ConfigError as found:
             error = str(found)
-        if (error := ranks.any_failed(error)) is not None:
+        if (error := distributed.any_failed(error)) is not None:
             raise ConfigError(error)
-        if ranks.rank() == 0:
+        if distributed.rank() == 0:
             _merge(parts, path, key)
-        ranks.barrier()
+        distributed.barrier()
     found = _read(path, key, images.name)
-    ranks.barrier()
+    distributed.barrier()
     return found
 
 
 @torch.no_grad()
 def _make_parts(images: Selected, extractor: Extractor, parts: Path, batch_size: int) -> None:
     chunks = [range(start, min(start + batch_size, len(images))) for start in range(0, len(images), batch_size)]
-    todo = [i for i in range(len(chunks)) if i % ranks.world() == ranks.rank() and not (parts / _part_name(i)).is_file()]
+    todo = [i for i in range(len(chunks)) if i % distributed.world() == distributed.rank() and not (parts / _part_name(i)).is_file()]
     with tqdm(total=sum(len(chunks[i]) for i in todo), desc=f"features ({extractor.name})", unit="image", disable=not todo) as progress:
         for i in todo:
             features, logits = (part.float().cpu().contiguous() for part in extractor.run(images.read(chunks[i])))

@@ -17,12 +17,12 @@ from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 
-from qdiff.compat import make_torchvision_importable
-from qdiff.config import ConfigError
-from qdiff.download import cache_root
-from qdiff.extras import require_extra
-from qdiff.files import file_hash
-from qdiff.pictures import decode_rgb
+from qdiff.errors import ConfigError
+from qdiff.utils.compat import make_torchvision_importable
+from qdiff.utils.download import cache_root
+from qdiff.utils.extras import require_extra
+from qdiff.utils.files import file_hash
+from qdiff.utils.pictures import decode_rgb
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CIFAR10 = "cifar10-train"

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from qdiff.analysis import psnr, ssim
 from qdiff.evaluation.lite0 import EfficientNetLite0, perceptual_distance
+from qdiff.evaluation.trajectory import psnr, ssim
 
 
 @dataclass(frozen=True)

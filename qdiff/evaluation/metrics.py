@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from qdiff.compat import make_torchvision_importable
-from qdiff.config import ConfigError
+from qdiff.errors import ConfigError, NonFiniteError
 from qdiff.evaluation.features import Features
-from qdiff.extras import require_extra
-from qdiff.files import atomic_write
-from qdiff.finite import NonFiniteError
+from qdiff.utils.compat import make_torchvision_importable
+from qdiff.utils.extras import require_extra
+from qdiff.utils.files import atomic_write
 
 METRICS = ("fid", "is", "kid", "pr")
 SEED = 2020  # torch-fidelity's

@@ -11,18 +11,19 @@ from torch import nn
 
 from qdiff.calibration.run import nearest_rounding
 from qdiff.checkpoint import is_packed, read_packed_info
-from qdiff.config import CalibrationConfig, ConfigError, QuantConfig
+from qdiff.config import CalibrationConfig, QuantConfig
+from qdiff.engines.select import apply_engine
+from qdiff.errors import ConfigError
 from qdiff.evaluation.cost import DEFINITION, Cost
 from qdiff.evaluation.explain import observe, plot_errors, plot_ranges, plot_shortcuts, split_gains
 from qdiff.evaluation.page import Page, markdown_table
-from qdiff.files import atomic_write, check_writable, write_text
-from qdiff.integer import prepare as choose_engine
+from qdiff.utils.files import atomic_write, check_writable, write_text
+from qdiff_cli.bundled import NAMES, folder_of, sampling_command
 from qdiff_cli.comparison import FULL, Comparison, compare, costs, save_rows
-from qdiff_cli.embedded import NAMES, folder_of, sampling_command
-from qdiff_cli.job import Job, prepare
 from qdiff_cli.options import Parser, add_device_options, positive, split_command
-from qdiff_cli.quantize import load_calibrated
+from qdiff_cli.quantization import load_calibrated
 from qdiff_cli.running import log_to
+from qdiff_cli.sampling_run import SamplingRun, prepare
 
 NEAREST_STEPS, NEAREST_SAMPLES = 20, 16  # of the baseline's ranges
 HEADER = ["setting", "size MB", "GMACs", "TBOPs", "eps error", "last x_t error", "PSNR dB", "SSIM", "perceptual (lite0)", "s/image", "MB"]
@@ -51,7 +52,7 @@ def label(quant: QuantConfig, activations: bool) -> str:
     return f"W{quant.weight_bit}A{quant.act_bit if activations else 32}"
 
 
-def load_networks(job: Job, model: nn.Module, args: argparse.Namespace) -> dict[str, nn.Module]:
+def load_networks(job: SamplingRun, model: nn.Module, args: argparse.Namespace) -> dict[str, nn.Module]:
     """Simulated networks by label, the widest first."""
     loaded: dict[str, tuple[QuantConfig, nn.Module]] = {}
     for path in args.checkpoints:
@@ -92,7 +93,9 @@ def table_of(found: Comparison, cost: dict[str, Cost]) -> list[list[str]]:
     return rows
 
 
-def write_report(folder: Path, job: Job, model: nn.Module, wrapped: nn.Module, found: Comparison, cost: dict[str, Cost]) -> list[list[str]]:
+def write_report(
+    folder: Path, job: SamplingRun, model: nn.Module, wrapped: nn.Module, found: Comparison, cost: dict[str, Cost]
+) -> list[list[str]]:
     """Tables (Markdown, CSV, JSON), pictures and `index.html`; the rows of the table."""
     rows = table_of(found, cost)
     write_text(folder / "table.md", f"{markdown_table(HEADER, rows)}\n\n{DEFINITION}\n")
@@ -145,9 +148,9 @@ def main(argv: list[str] | None = None) -> None:
     model = job.task.load().to(job.device).eval()
     simulated = load_networks(job, model, args)
     cost = costs(job, simulated)
-    networks = {name: choose_engine(network, job.args.engine) for name, network in simulated.items()}
+    networks = {name: apply_engine(network, job.args.engine) for name, network in simulated.items()}
     with torch.no_grad():
-        found = compare(job, choose_engine(model, job.args.engine), networks, args.images)
+        found = compare(job, apply_engine(model, job.args.engine), networks, args.images)
     rows = write_report(args.output, job, model, next(iter(simulated.values())), found, cost)
     print(markdown_table(HEADER, rows), DEFINITION, sep="\n\n")
     print(f"{args.output / 'index.html'}")

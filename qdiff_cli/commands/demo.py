@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from qdiff.analysis import Trajectories, psnr, ssim
 from qdiff.checkpoint import PackedInfo, load_packed, read_packed_info, save_packed, state_hash
 from qdiff.config import CalibrationConfig
-from qdiff.files import check_writable
-from qdiff.integer import prepare as choose_engine
+from qdiff.engines.select import apply_engine
+from qdiff.evaluation.trajectory import Trajectories, psnr, ssim
+from qdiff.utils.files import check_writable
+from qdiff_cli.bundled import BundledModel, load_bundled
 from qdiff_cli.comparison import FULL, save_rows
-from qdiff_cli.embedded import Embedded, load_embedded
 from qdiff_cli.options import Parser, add_device_options, positive, select_device
 from qdiff_cli.running import log_to, setup_threads
 
@@ -27,7 +27,7 @@ BAR = "{desc}{percentage:3.0f}%|{bar}| {elapsed} < {remaining}"
 NETWORKS = (FULL, "W8A8", "W4A8", NEAREST)
 
 
-def nearest_rounding(show: Embedded, file: Path) -> nn.Module:
+def nearest_rounding(show: BundledModel, file: Path) -> nn.Module:
     """The baseline in the number formats of the calibrated file, from a calibration set drawn here."""
     quant = read_packed_info(show.folder / "w4a8.safetensors").config.linear()
     network = show.nearest(quant, RECIPE)
@@ -39,7 +39,7 @@ def nearest_rounding(show: Embedded, file: Path) -> nn.Module:
 class Demo:
     """One model: a row of images for each network, each row added to the picture as soon as it is sampled."""
 
-    def __init__(self, show: Embedded, output: Path, progress: tqdm) -> None:
+    def __init__(self, show: BundledModel, output: Path, progress: tqdm) -> None:
         self.show, self.progress = show, progress
         name = show.name
         self.picture = output / f"demo_{name}.png"
@@ -52,7 +52,7 @@ class Demo:
         if name == FULL:
             return self.show.model
         network = nearest_rounding(self.show, self.files[NEAREST]) if name == NEAREST else load_packed(self.files[name])[0]
-        return choose_engine(network.to(self.show.job.device))
+        return apply_engine(network.to(self.show.job.device))
 
     def counted(self, keep: bool) -> Callable[[Tensor, Tensor, Tensor], None]:
         """A callback of the sampler that moves the progress bar; with `keep` the trajectory is remembered."""
@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     device = select_device(args.device)
     check_writable(args.output / "demo_emoji32.png")
     log_to(None, verbose=False)
-    shows = [load_embedded(name, args.images, device) for name in COSTS]
+    shows = [load_bundled(name, args.images, device) for name in COSTS]
     total = sum(COSTS[show.name] * show.job.total * len(NETWORKS) for show in shows)
     with tqdm(total=total, bar_format=BAR) as progress:
         for show in shows:

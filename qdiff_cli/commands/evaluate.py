@@ -4,9 +4,9 @@ import argparse
 import json
 from pathlib import Path
 
-from qdiff.config import ConfigError
+from qdiff.errors import ConfigError
 from qdiff.evaluation.images import open_images
-from qdiff.files import write_text
+from qdiff.utils.files import write_text
 from qdiff_cli.evaluation import (
     check_count,
     check_inputs,
@@ -15,9 +15,9 @@ from qdiff_cli.evaluation import (
     evaluation_parser,
 )
 from qdiff_cli.images import save_npz
-from qdiff_cli.job import prepare, run
 from qdiff_cli.options import select_device, split_command
 from qdiff_cli.running import Ranks, log_to, setup_threads
+from qdiff_cli.sampling_run import prepare, run
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -13,12 +13,12 @@ from ldm.checkpoint import open_checkpoint
 from ldm.config import load_config as load_latent_config
 from ldm.sampling import LatentSampler, LatentSettings, latent_task_parts
 from qdiff.checkpoint import midpoint_weights, save_packed, save_published
-from qdiff.config import ConfigError
-from qdiff.extras import require_extra
-from qdiff.files import check_writable
-from qdiff.onnx import export_onnx
+from qdiff.engines.onnx import export_onnx
+from qdiff.errors import ConfigError
+from qdiff.utils.extras import require_extra
+from qdiff.utils.files import check_writable
 from qdiff_cli.options import RULES, Parser, Rule, add_quant_options, check_typed, positive, project_file, quant_config, select_device
-from qdiff_cli.quantize import Task, is_latent, load_calibrated, write_stages
+from qdiff_cli.quantization import QuantizationTask, is_latent, load_calibrated, write_model_parts
 from qdiff_cli.running import log_to
 
 
@@ -42,23 +42,23 @@ EXPORT_RULES = (
 )
 
 
-def pixel_task(args: argparse.Namespace) -> Task:
+def pixel_task(args: argparse.Namespace) -> QuantizationTask:
     config = load_pixel_config(args.config)
     sampler = PixelSampler(config, SamplerSettings(), select_device("cpu"))
-    return Task(**pixel_task_parts(config, args.ckpt, sampler, seed=0))
+    return QuantizationTask(**pixel_task_parts(config, args.ckpt, sampler, seed=0))
 
 
-def latent_task(args: argparse.Namespace) -> Task:
+def latent_task(args: argparse.Namespace) -> QuantizationTask:
     if args.use_pretrained and not args.ckpt:
         raise ConfigError("--use_pretrained: the configuration of a latent model names no weights; give them with --ckpt")
     config = load_latent_config(args.config)
     checkpoint = cache(lambda: open_checkpoint(args.ckpt, config))
     sampler = LatentSampler(config, LatentSettings(), select_device("cpu"))
     parts = latent_task_parts(checkpoint, sampler, 0, ("mse", "mse"))
-    return Task(**parts, save_stages=lambda path: checkpoint().stages().save(path))
+    return QuantizationTask(**parts, save_model_parts=lambda path: checkpoint().model_parts().save(path))
 
 
-def example_inputs(args: argparse.Namespace, task: Task) -> tuple[list[torch.Tensor], list[dict[int, str]]]:
+def example_inputs(args: argparse.Namespace, task: QuantizationTask) -> tuple[list[torch.Tensor], list[dict[int, str]]]:
     """Inputs of the ONNX network, x, t and the context of a text model, and for each the names of the dimensions that may vary.
 
     Raises:
@@ -77,7 +77,7 @@ def example_inputs(args: argparse.Namespace, task: Task) -> tuple[list[torch.Ten
     return inputs, [{axis: name for axis, name in axes.items() if name not in fixed} for axes in names]
 
 
-def latent_size(args: argparse.Namespace, task: Task, pixels: int) -> int:
+def latent_size(args: argparse.Namespace, task: QuantizationTask, pixels: int) -> int:
     """A side of x_t for a side of the images."""
     factor = 2 ** (len(load_latent_config(args.config).first_stage.params["ddconfig"]["ch_mult"]) - 1) if is_latent(args.config) else 1
     levels = len(task.build.get("channel_mult") or task.build["ch_mult"])
@@ -105,8 +105,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.output.suffix == ".onnx":
         export_onnx(args.output, network, *example_inputs(args, task), output=task.prediction.kind)
     elif args.output.suffix == ".safetensors":
-        stages = write_stages(task, args.output.parent) if args.ckpt else info.stages
-        save_packed(args.output, network, replace(info, stages=stages))
+        model_parts = write_model_parts(task, args.output.parent) if args.ckpt else info.model_parts
+        save_packed(args.output, network, replace(info, model_parts=model_parts))
     else:
         weights = task.load().state_dict() if args.ckpt or args.use_pretrained else midpoint_weights(network)
         save_published(args.output, network, task.family, weights, activations=quant.quant_act)

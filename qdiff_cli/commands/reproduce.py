@@ -3,14 +3,15 @@
 import argparse
 from pathlib import Path
 
-from qdiff.config import PRESETS, ConfigError
+from qdiff.config import PRESETS
+from qdiff.errors import ConfigError
 from qdiff.evaluation.features import EXTRACTORS, default_cache
 from qdiff.evaluation.images import Selected
 from qdiff.evaluation.metrics import METRICS
-from qdiff.files import check_writable
+from qdiff.utils.files import check_writable
 from qdiff_cli.evaluation import open_reference
 from qdiff_cli.options import Parser, add_device_options, positive, select_device, split_command
-from qdiff_cli.reproduction import Work, check, write_tables
+from qdiff_cli.reproduction import TableRun, check, write_tables
 from qdiff_cli.running import Ranks, log_to, setup_threads
 from qdiff_cli.tables import NAMED, tables
 
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ConfigError("--crop: expected images as the --reference")
     if args.checkpoints and not args.checkpoints.is_dir():
         raise ConfigError(f"--checkpoints {args.checkpoints}: expected a folder")
-    works = [Work(table, args) for table in chosen]
+    works = [TableRun(table, args) for table in chosen]
     for work in works:
         work.commands.check_options()
     if ranks.rank == 0:

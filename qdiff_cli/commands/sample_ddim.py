@@ -5,12 +5,12 @@ from pathlib import Path
 
 from ddim.config import PixelConfig, load_config
 from ddim.sampling import PixelSampler, SamplerSettings, pixel_task_parts
-from qdiff.config import ConfigError
+from qdiff.errors import ConfigError
 from qdiff_cli.images import to_uint8
-from qdiff_cli.job import Job, run
 from qdiff_cli.options import Parser, Rule, add_quant_options, add_run_options, check_typed, positive, project_file, seed, select_device
-from qdiff_cli.quantize import Task, check
+from qdiff_cli.quantization import QuantizationTask, check
 from qdiff_cli.running import setup_threads
+from qdiff_cli.sampling_run import SamplingRun, run
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -47,13 +47,13 @@ SAMPLER_RULES = (
 )
 
 
-def make_task(args: argparse.Namespace, config: PixelConfig, sampler: PixelSampler) -> Task:
+def make_task(args: argparse.Namespace, config: PixelConfig, sampler: PixelSampler) -> QuantizationTask:
     if not (args.ckpt or args.use_pretrained or args.cali_ckpt):
         raise ConfigError("no weights: expected --use_pretrained, --ckpt FILE or --cali_ckpt FILE")
-    return Task(**pixel_task_parts(config, args.ckpt, sampler, args.seed))
+    return QuantizationTask(**pixel_task_parts(config, args.ckpt, sampler, args.seed))
 
 
-def prepare(args: argparse.Namespace) -> Job:
+def prepare(args: argparse.Namespace) -> SamplingRun:
     """The job that the options describe, checked."""
     setup_threads(args.threads)
     device = select_device(args.device)
@@ -63,7 +63,7 @@ def prepare(args: argparse.Namespace) -> Job:
     sampler = PixelSampler(config, settings, device)
     task = make_task(args, config, sampler)
     check(args, task)
-    return Job(
+    return SamplingRun(
         title=f"pixel DDPM ({config.path.stem}), {args.sample_type}, {args.timesteps} {args.skip_type} steps",
         args=args,
         device=device,

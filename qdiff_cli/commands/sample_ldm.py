@@ -11,11 +11,10 @@ from ldm.conditions import class_conditions, parse_classes
 from ldm.config import LatentConfig, load_config
 from ldm.encoders import ClassEmbedder
 from ldm.sampling import LatentSampler, LatentSettings, latent_task_parts
-from qdiff.config import ConfigError
-from qdiff.files import write_text
-from qdiff.resources import find
+from qdiff.errors import ConfigError
+from qdiff.utils.files import write_text
+from qdiff.utils.resources import find
 from qdiff_cli.images import save_npz, to_uint8_truncated
-from qdiff_cli.job import Job, run
 from qdiff_cli.options import (
     Parser,
     Rule,
@@ -28,8 +27,9 @@ from qdiff_cli.options import (
     seed,
     select_device,
 )
-from qdiff_cli.quantize import Task, check
+from qdiff_cli.quantization import QuantizationTask, check
 from qdiff_cli.running import setup_threads
+from qdiff_cli.sampling_run import SamplingRun, run
 
 NAME = "sample_{:06d}.png"
 CHECKPOINT_SUFFIXES = (".ckpt", ".safetensors", ".pth", ".pt")
@@ -97,33 +97,35 @@ def config_file(folder: Path) -> Path:
     return own if own.is_file() else find(Path("models/ldm", folder.absolute().name, "config.yaml"))
 
 
-def prepare(args: argparse.Namespace) -> Job:
+def prepare(args: argparse.Namespace) -> SamplingRun:
     """The job that the options describe, checked."""
     setup_threads(args.threads)
     device = select_device(args.device)
     config = load_config(config_file(model_folder(args)), args.overrides)
     settings, classes = settings_of(args, config), check_classes(args, config)
     checkpoint = cache(lambda: open_checkpoint(args.resume_base, config, args.cali_ckpt))
-    stages = cache(lambda: checkpoint().stages().to(device))
+    model_parts = cache(lambda: checkpoint().model_parts().to(device))
     sampler = LatentSampler(config, settings, device)
     methods = ("mse", "max" if args.a_min_max else "mse")
-    task = Task(**latent_task_parts(checkpoint, sampler, args.seed, methods), save_stages=lambda path: stages().save(path))
+    task = QuantizationTask(
+        **latent_task_parts(checkpoint, sampler, args.seed, methods), save_model_parts=lambda path: model_parts().save(path)
+    )
     check(args, task)
     if classes:
-        sampler.conditions = class_conditions(stages, classes)
-    stages()
+        sampler.conditions = class_conditions(model_parts, classes)
+    model_parts()
 
     def finish(folder: Path) -> None:
         (folder / "numpy").mkdir(exist_ok=True)
         save_npz(folder / "numpy" / f"{args.n_samples}-samples.npz", [folder / "img" / NAME.format(i) for i in range(args.n_samples)])
 
-    return Job(
+    return SamplingRun(
         title=f"latent diffusion ({model_folder(args).name}), {settings.sampler}, {settings.steps} steps",
         args=args,
         device=device,
         task=task,
         draw=lambda network, indices, callback=None: sampler(network, indices, args.seed, callback),
-        decode=lambda z: to_uint8_truncated(stages().decode(z)),
+        decode=lambda z: to_uint8_truncated(model_parts().decode(z)),
         denoiser=sampler.denoiser,
         total=args.n_samples,
         batch_size=args.batch_size,

@@ -13,10 +13,9 @@ from ldm.conditions import calibration_prompt, cut_prompts, read_prompts, text_c
 from ldm.config import LatentConfig, load_config
 from ldm.encoders import ClassEmbedder, FrozenCLIPEmbedder
 from ldm.sampling import LatentSampler, LatentSettings, latent_task_parts
-from qdiff.config import ConfigError
-from qdiff.files import write_text
+from qdiff.errors import ConfigError
+from qdiff.utils.files import write_text
 from qdiff_cli.images import load_png, make_grid, save_png, to_uint8_truncated
-from qdiff_cli.job import Job, run
 from qdiff_cli.options import (
     Parser,
     Rule,
@@ -28,8 +27,9 @@ from qdiff_cli.options import (
     seed,
     select_device,
 )
-from qdiff_cli.quantize import Task, check
+from qdiff_cli.quantization import QuantizationTask, check
 from qdiff_cli.running import setup_threads
+from qdiff_cli.sampling_run import SamplingRun, run
 
 NAME = "{:05d}.png"
 CHECKPOINT = "models/ldm/stable-diffusion-v1/model.ckpt"
@@ -120,7 +120,7 @@ def write_cut_prompts(folder: Path, text: nn.Module | None, prompts: list[str]) 
         write_text(folder / "cut_prompts.txt", "\n".join(lines))
 
 
-def prepare(args: argparse.Namespace) -> Job:
+def prepare(args: argparse.Namespace) -> SamplingRun:
     """The job that the options describe, checked."""
     setup_threads(args.threads)
     device = select_device(args.device)
@@ -132,17 +132,19 @@ def prepare(args: argparse.Namespace) -> Job:
     settings = LatentSettings(name, args.ddim_steps, args.ddim_eta, args.scale).validate(config)
     prompts = read_prompts(args.from_file) if args.from_file else [args.prompt]
     checkpoint = cache(lambda: open_checkpoint(args.ckpt, config, args.cali_ckpt))
-    stages = cache(lambda: checkpoint().stages().to(device))
+    model_parts = cache(lambda: checkpoint().model_parts().to(device))
 
     def prompt_of(index: int) -> str:
         return prompts[index // args.n_samples % len(prompts)]
 
     shape, repeat = latent_shape(args, config), args.n_samples if args.fixed_code else None
-    sampler = LatentSampler(config, settings, device, shape, text_conditions(stages, prompt_of), repeat)
-    drawer = LatentSampler(config, settings, device, shape, text_conditions(stages, calibration_prompt(config.path)))
-    task = Task(**latent_task_parts(checkpoint, drawer, args.seed, ("mse", "mse")), save_stages=lambda path: stages().save(path))
+    sampler = LatentSampler(config, settings, device, shape, text_conditions(model_parts, prompt_of), repeat)
+    drawer = LatentSampler(config, settings, device, shape, text_conditions(model_parts, calibration_prompt(config.path)))
+    task = QuantizationTask(
+        **latent_task_parts(checkpoint, drawer, args.seed, ("mse", "mse")), save_model_parts=lambda path: model_parts().save(path)
+    )
     check(args, task)
-    stages()
+    model_parts()
 
     def metadata(index: int) -> dict[str, str]:
         shown = {"steps": args.ddim_steps, "sampler": name, "scale": args.scale, "weight_bit": args.weight_bit if args.ptq else 32}
@@ -150,13 +152,13 @@ def prepare(args: argparse.Namespace) -> Job:
         return {"prompt": prompt_of(index), "seed": str(args.seed), "index": str(index), "settings": json.dumps(shown)}
 
     total = args.n_iter * len(prompts) * args.n_samples
-    return Job(
+    return SamplingRun(
         title=f"text to image ({config.path.parent.name}), {name}, {args.ddim_steps} steps, guidance {args.scale:g}",
         args=args,
         device=device,
         task=task,
         draw=lambda network, indices, callback=None: sampler(network, indices, args.seed, callback),
-        decode=lambda z: to_uint8_truncated(stages().decode(z)),
+        decode=lambda z: to_uint8_truncated(model_parts().decode(z)),
         denoiser=sampler.denoiser,
         total=total,
         batch_size=args.n_samples,
@@ -165,7 +167,7 @@ def prepare(args: argparse.Namespace) -> Job:
         name=NAME,
         extends="n_iter",
         metadata=metadata,
-        begin=lambda folder: write_cut_prompts(folder, stages().cond_stage_model, prompts),
+        begin=lambda folder: write_cut_prompts(folder, model_parts().cond_stage_model, prompts),
         finish=lambda folder: None if args.skip_grid else write_grid(folder, total, args.n_rows or args.n_samples, keep=not args.skip_save),
     )
 

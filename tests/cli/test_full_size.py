@@ -25,7 +25,7 @@ def published(tmp_path_factory) -> Path:
     model = quantize_model(unet, PIXEL, QUANT)
     init_weights(model, "max")
     for quantizer in act_quantizers(model).values():
-        quantizer.set_scale(torch.rand(()) * 0.05 + 0.01, torch.tensor(0.0))
+        quantizer.set_qparams(torch.rand(()) * 0.05 + 0.01, torch.tensor(0.0))
     path = tmp_path_factory.mktemp("full") / "ckpt.pth"
     save_published(path, model, PIXEL, unet.state_dict(), activations=True)
     return path
@@ -40,7 +40,7 @@ torch.set_num_threads(1)
 from ddim.config import load_config
 from ddim.family import PIXEL, describe
 from qdiff.checkpoint import load_published
-from qdiff.calibration.memory import peak_memory
+from qdiff.utils.memory import peak_memory
 from qdiff.config import QuantConfig
 build = describe(load_config("configs/cifar10.yml").model)
 before, start = peak_memory(), time.process_time()

@@ -323,7 +323,7 @@ def test_what_cannot_be_written_is_found_before_the_work(models, tmp_path, monke
     file = tmp_path / "file"
     file.write_text("")
     inside, calls = file / "inside", []
-    monkeypatch.setattr("qdiff_cli.commands.calibration_set.draw_pixel", lambda *_: calls.append("drawn"))
+    monkeypatch.setattr("qdiff_cli.commands.make_calibration_set.draw_pixel", lambda *_: calls.append("drawn"))
     words = ["--config", models["config"], "--ckpt", models["weights"], "--timesteps", 4, "--cali_st", 2]
     fails(commands.run("make_calibration_set.py", *words, "-o", inside / "set.pt"), str(inside))
     fails(commands.run("make_calibration_set.py", *words, "-o", tmp_path), "expected a file")

@@ -10,9 +10,10 @@ import torch
 from ddim.family import PIXEL
 from qdiff.calibration.run import calibrate
 from qdiff.checkpoint import PackedInfo, save_packed
-from qdiff.config import CalibrationConfig, ConfigError, QuantConfig
+from qdiff.config import CalibrationConfig, QuantConfig
+from qdiff.engines.onnx import export_onnx, exportable
+from qdiff.errors import ConfigError
 from qdiff.model import enable_activations, quant_layers
-from qdiff.onnx import export_onnx, exportable
 from tests.support import commands, golden, tiny
 from tests.support.commands import fails, succeeded
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from qdiff.calibration.memory import peak_memory
 from qdiff.evaluation.features import Extractor, extract
 from qdiff.evaluation.images import Selected
+from qdiff.utils.memory import peak_memory
 from qdiff_cli.images import load_png
 from qdiff_cli.running import Ranks, sample_missing
 from tests.support import commands, tiny

@@ -13,7 +13,7 @@ def test_quantizers():
     assert len(cases) > 100
     for case in cases:
         x = data[f"src.{case['source']}"]
-        delta, zero_point = Q.find_scale(
+        scale, zero_point = Q.choose_qparams(
             x,
             case["n_bits"],
             symmetric=case["symmetric"],
@@ -22,8 +22,8 @@ def test_quantizers():
             always_zero=case["always_zero"],
         )
         assert torch.equal(zero_point, data[f"{case['id']}.zero_point"].float()), case
-        assert golden.relative_error(delta, data[f"{case['id']}.delta"]) < 1e-6, case
-        y = Q.fake_quantize(x, delta, zero_point, case["n_bits"], case["symmetric"])
+        assert golden.relative_error(scale, data[f"{case['id']}.delta"]) < 1e-6, case
+        y = Q.fake_quantize(x, scale, zero_point, case["n_bits"], case["symmetric"])
         assert golden.relative_error(y, data[f"{case['id']}.dequantized"]) < 1e-6, case
 
 
@@ -33,18 +33,18 @@ def test_running_statistics():
     steps = sum(key.startswith("delta") for key in data)
     for j in range(steps):
         low, high = Q.running_range(low, high, data[f"x{j + 1}"])
-        delta, zero_point = Q.scale_from_range(low, high, 8, symmetric=False)
-        assert golden.relative_error(delta, data[f"delta{j}"]) < 1e-6
+        scale, zero_point = Q.qparams_from_range(low, high, 8, symmetric=False)
+        assert golden.relative_error(scale, data[f"delta{j}"]) < 1e-6
         assert torch.equal(zero_point, data[f"zero_point{j}"].float())
 
 
 def test_adaround():
     data = golden.tensors("units/adaround.safetensors")
-    w, delta, zero = data["w"], data["delta"], data["zero_point"]
-    assert golden.relative_error(Q.init_alpha(w, delta), data["alpha_init"]) < 1e-6
-    assert golden.relative_error(Q.soft_round(w, data["alpha_init"], delta, zero, 4), data["soft_init"]) < 1e-6
-    assert golden.relative_error(Q.soft_round(w, data["alpha"], delta, zero, 4), data["soft"]) < 1e-6
-    hard = (Q.hard_integers(w, data["alpha"], delta, zero, 4) - zero) * delta
+    w, scale, zero = data["w"], data["delta"], data["zero_point"]
+    assert golden.relative_error(Q.init_alpha(w, scale), data["alpha_init"]) < 1e-6
+    assert golden.relative_error(Q.soft_round(w, data["alpha_init"], scale, zero, 4), data["soft_init"]) < 1e-6
+    assert golden.relative_error(Q.soft_round(w, data["alpha"], scale, zero, 4), data["soft"]) < 1e-6
+    hard = (Q.hard_integers(w, data["alpha"], scale, zero, 4) - zero) * scale
     assert golden.relative_error(hard, data["hard"]) < 1e-6
     for key in (k for k in data if k.startswith("regulariser_b")):
         beta = float(key.removeprefix("regulariser_b"))

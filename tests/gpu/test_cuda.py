@@ -7,7 +7,7 @@ from ddim.family import PIXEL
 from ddim.sampling import PixelSampler, SamplerSettings
 from qdiff.calibration.run import calibrate
 from qdiff.config import CalibrationConfig, QuantConfig
-from qdiff.integer import prepare
+from qdiff.engines.select import apply_engine
 from tests.support import golden, tiny
 
 if not torch.cuda.is_available():
@@ -41,7 +41,7 @@ def test_the_packed_engine_is_the_simulation(rows, engine):
     simulated = calibrate(network, PIXEL, QuantConfig(**W4A8.to_dict() | {"quant_mode": "linear"}), CalibrationConfig(), rows).to(CUDA)
     inputs = tuple(part[::8].to(CUDA) for part in rows.inputs)
     expected = simulated(*inputs)
-    found = prepare(simulated, engine)(*inputs)
+    found = apply_engine(simulated, engine)(*inputs)
     assert golden.relative_error(found.cpu(), expected.cpu()) < 0.05  # values on the edge between two integers
 
 

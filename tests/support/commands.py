@@ -15,7 +15,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 MODULES = {
     "sample_diffusion_ddim.py": "sample_ddim",
     "sample_diffusion_ldm.py": "sample_ldm",
-    "make_calibration_set.py": "calibration_set",
+    "make_calibration_set.py": "make_calibration_set",
 }
 
 

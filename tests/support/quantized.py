@@ -24,7 +24,7 @@ def quantized(**settings: object) -> tuple[UNet, nn.Module, QuantConfig]:
     torch.manual_seed(3)
     for quantizer in act_quantizers(model).values():
         zero = torch.tensor(0.0 if quant.a_sym else float(torch.randint(1, 200, ())))
-        quantizer.set_scale(torch.rand(()) * 0.02 + 0.01, zero)
+        quantizer.set_qparams(torch.rand(()) * 0.02 + 0.01, zero)
     enable_activations(model, True)
     return unet, model, quant
 

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from ddim.config import DiffusionConfig, ModelConfig, PixelConfig
 from ddim.sampling import PixelSampler, SamplerSettings, make_calibration_set
 from ddim.unet import UNet
-from qdiff.calibration.dataset import Rows
+from qdiff.calibration.data import CalibrationData
 from qdiff.config import CalibrationConfig
 
 MODEL = ModelConfig(
@@ -63,6 +63,6 @@ def sampler(timesteps: int = 8) -> PixelSampler:
     return PixelSampler(config, SamplerSettings(skip_type="quad", timesteps=timesteps), torch.device("cpu"))
 
 
-def rows(network: UNet, steps: int = 4, samples: int = 16) -> Rows:
+def rows(network: UNet, steps: int = 4, samples: int = 16) -> CalibrationData:
     config = CalibrationConfig(steps=steps, samples=samples)
     return make_calibration_set(network, sampler(), 7, config).select(steps, samples)

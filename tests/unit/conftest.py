@@ -2,20 +2,20 @@
 
 import pytest
 
-from qdiff.integer import engine, kernels
+from qdiff.engines import cpu_kernels, probe
 
 
 @pytest.fixture
 def integer_path(monkeypatch):
     """The integer path runs on every processor, whatever the probe says: its logic is the same, only 8-bit numbers can be wrong."""
-    monkeypatch.setattr(engine, "unavailable", lambda: None)
+    monkeypatch.setattr(probe, "why_unavailable", lambda: None)
 
 
 @pytest.fixture(params=["compiled", "plain"])
 def operators(request, monkeypatch):
     """The fused operators, compiled and in plain PyTorch."""
-    if request.param == "compiled" and kernels.library() is None:
+    if request.param == "compiled" and cpu_kernels.library() is None:
         pytest.skip("no C++ compiler")
     if request.param == "plain":
-        monkeypatch.setattr(kernels, "library", lambda: None)
+        monkeypatch.setattr(cpu_kernels, "library", lambda: None)
     return request.param

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from qdiff.analysis import psnr, ssim, trajectory_errors
+from qdiff.evaluation.trajectory import psnr, ssim, trajectory_errors
 from tests.support import commands, tiny
 
 
@@ -35,5 +35,5 @@ def test_trajectory_error_of_a_scaled_network_is_its_scale():
 
 @pytest.mark.multiprocess
 def test_torchvision_becomes_importable_beside_any_torch():
-    code = "from qdiff.compat import make_torchvision_importable as m; m(); import torchvision.transforms, torchmetrics"
+    code = "from qdiff.utils.compat import make_torchvision_importable as m; m(); import torchvision.transforms, torchmetrics"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=commands.REPOSITORY)

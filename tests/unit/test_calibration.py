@@ -11,15 +11,17 @@ from torch import nn
 from ddim.family import PIXEL, describe
 from ldm.attention import CrossAttention
 from ldm.family import LATENT
-from qdiff.calibration.dataset import CalibrationSet, Recorder, Rows, load_set, save_set
-from qdiff.calibration.ranges import init_activation_ranges, time_bounds
+from qdiff.architecture import Architecture, AttentionMatMulSpec
+from qdiff.calibration.blockwise import trace_execution
+from qdiff.calibration.data import CalibrationData, CalibrationSet, Recorder, load_set, save_set
+from qdiff.calibration.ranges import init_activation_ranges, timestep_group_bounds
 from qdiff.calibration.reconstruct import UnitData, reconstruct_activations, reconstruct_weights
-from qdiff.calibration.replay import make_plan
 from qdiff.calibration.run import calibrate
-from qdiff.checkpoint import CheckpointError, PackedInfo, load_packed, save_packed, save_published
-from qdiff.config import CalibrationConfig, ConfigError, QuantConfig
-from qdiff.layers import QuantConv2d, QuantLinear, TimeSteps
-from qdiff.model import Family, Product, act_quantizers, copy_weights, quant_layers, quantize_model, units
+from qdiff.checkpoint import PackedInfo, load_packed, save_packed, save_published
+from qdiff.config import CalibrationConfig, QuantConfig
+from qdiff.errors import CheckpointError, ConfigError
+from qdiff.layers import QuantConv2d, QuantLinear, TimestepGroups
+from qdiff.model import act_quantizers, copy_weights, quant_layers, quantize_model, units
 from tests.support import golden, tiny
 
 CPU = torch.device("cpu")
@@ -59,12 +61,12 @@ def test_a_split_layer_quantizes_its_halves_apart():
         lone = QuantConv2d(nn.Conv2d(high - low, 4, 1, bias=False), 4, 8, True)
         lone.weight = part.clone()
         lone.init_weight_scales("mse")
-        lone.act_quantizer.set_scale(x[:, low:high].abs().max() / 127, torch.tensor(0.0))
+        lone.act_quantizer.set_qparams(x[:, low:high].abs().max() / 127, torch.tensor(0.0))
         lone.act_quantizer.enabled = True
         halves.append((lone, x[:, low:high]))
     layer.init_weight_scales("mse")
     for quantizer, (lone, _) in zip(layer.act_quantizers, halves, strict=True):
-        quantizer.set_scale(lone.act_quantizer.delta, torch.tensor(0.0))
+        quantizer.set_qparams(lone.act_quantizer.scale, torch.tensor(0.0))
         quantizer.enabled = True
     expected = sum(lone(part) for lone, part in halves) + layer.bias[None, :, None, None]
     assert golden.relative_error(layer(x), expected) < 1e-6
@@ -75,7 +77,7 @@ def test_double_precision_forms_the_weight_anew():
     layer.init_weight_scales("max")
     q = layer.weight_quantizer
     layer.double()
-    assert torch.equal(layer.weight, (q.integers.double() - q.zero_point) * q.delta)
+    assert torch.equal(layer.weight, (q.integers.double() - q.zero_point) * q.scale)
     assert q.integers.dtype == torch.uint8 and layer.weight.dtype == torch.float64
 
 
@@ -85,14 +87,14 @@ def test_an_unknown_layer_is_named():
             super().__init__()
             self.deconv = nn.ConvTranspose2d(3, 3, 2)
 
-    family = Family("odd", build=lambda _: Odd(), blocks={})
+    family = Architecture("odd", build=lambda _: Odd(), blocks={})
     with pytest.raises(TypeError, match=r"deconv.*ConvTranspose2d"):
         quantize_model(Odd(), family, W4A8)
 
 
 def test_time_projections_are_units_of_their_own(network, rows):
     model = quantize_model(network, PIXEL, W4A8)
-    order = make_plan(model, units(model, PIXEL), rows, CPU).order
+    order = trace_execution(model, units(model, PIXEL), rows, CPU).order
     assert order[0] == "temb.dense.0" and order[-1] == "conv_out"
     assert order.index("mid.block_1.temb_proj") < order.index("mid.block_1") < order.index("mid.attn_1")
     covered = [name for name in quant_layers(model) if name in order or any(name.startswith(unit + ".") for unit in order)]
@@ -105,10 +107,10 @@ def test_ranges_come_from_all_time_steps(network, rows):
     x[-1] *= 50
     for running in (False, True):
         model = quantize_model(network, PIXEL, W4A8)
-        init_activation_ranges(model, Rows((x, t)), W4A8, CalibrationConfig(running_stat=running), CPU)
+        init_activation_ranges(model, CalibrationData((x, t)), W4A8, CalibrationConfig(running_stat=running), CPU)
         plain = quantize_model(network, PIXEL, W4A8)
         init_activation_ranges(plain, rows, W4A8, CalibrationConfig(running_stat=running), CPU)
-        grown, before = (m.conv_in.act_quantizer.delta.item() for m in (model, plain))
+        grown, before = (m.conv_in.act_quantizer.scale.item() for m in (model, plain))
         assert grown > (10 if not running else 1.5) * before
 
 
@@ -130,10 +132,10 @@ def test_ranges_do_not_depend_on_the_slices_of_an_attention(monkeypatch, method,
     heads = torch.linspace(0.2, 3, 4).repeat_interleave(8)
     network = Attending().requires_grad_(False)
     network.attention.to_q.weight *= heads[:, None]  # heads of very different ranges: no slice stands for all
-    rows = Rows((torch.randn(24, 16, 32) * torch.linspace(0.5, 2, 24)[:, None, None], torch.arange(24.0)))
-    bounds = time_bounds(rows, change["time_sets"]) if "time_sets" in change else ()
+    rows = CalibrationData((torch.randn(24, 16, 32) * torch.linspace(0.5, 2, 24)[:, None, None], torch.arange(24.0)))
+    bounds = timestep_group_bounds(rows, change["time_sets"]) if "time_sets" in change else ()
     quant = QuantConfig(quant_act=True, act_scale_method=method, time_bounds=bounds)
-    family = Family("attending", lambda _: None, {}, products=LATENT.products)
+    family = Architecture("attending", lambda _: None, {}, products=LATENT.products)
     monkeypatch.setattr("qdiff.calibration.ranges.SEARCH_ELEMENTS", 2**13)  # fewer than there are, so that samples stand for all
     found = []
     for size in (2**28, 1):
@@ -143,13 +145,13 @@ def test_ranges_do_not_depend_on_the_slices_of_an_attention(monkeypatch, method,
         with torch.no_grad():
             output = golden.relative_error(model(*rows.inputs), network(*rows.inputs))
         found.append(
-            (output, {name.rpartition("_")[2]: q.delta for name, q in act_quantizers(model.attention).items() if name[:2] in ("qk", "av")})
+            (output, {name.rpartition("_")[2]: q.scale for name, q in act_quantizers(model.attention).items() if name[:2] in ("qk", "av")})
         )
     (whole, deltas), (sliced, others) = found
     assert set(deltas) == {"q", "k", "v", "w"} and sliced < 1.1 * whole
-    for name, delta in deltas.items():
+    for name, scale in deltas.items():
         exact = bounds or (method == "max" and name != "w")
-        assert torch.allclose(others[name], delta, rtol=1e-6 if exact else 0.05), name
+        assert torch.allclose(others[name], scale, rtol=1e-6 if exact else 0.05), name
 
 
 def test_ranges_take_fewer_rows_where_memory_does_not_suffice(network, rows, caplog):
@@ -185,15 +187,15 @@ def test_a_layer_at_two_paths_is_quantized_at_both():
     net = nn.Module()
     net.first = net.alias = nn.Linear(4, 4)
     net.forward = net.alias.forward
-    model = quantize_model(net, Family("tied", lambda _: None, {}), QuantConfig())
+    model = quantize_model(net, Architecture("tied", lambda _: None, {}), QuantConfig())
     assert isinstance(model.alias, QuantLinear) and model.alias is model.first
 
 
 def test_what_cannot_be_quantized_is_named():
     net = nn.Sequential(nn.Conv2d(4, 4, 3, padding_mode="circular"))
     with pytest.raises(NotImplementedError, match="0: padding_mode 'circular'"):
-        quantize_model(net, Family("odd", lambda _: None, {}), QuantConfig())
-    family = Family("odd", lambda _: None, {}, products={nn.Sequential: {"qk": Product({"q": "q", "k": "k"})}})
+        quantize_model(net, Architecture("odd", lambda _: None, {}), QuantConfig())
+    family = Architecture("odd", lambda _: None, {}, products={nn.Sequential: {"qk": AttentionMatMulSpec({"q": "q", "k": "k"})}})
     with pytest.raises(TypeError, match="Sequential has no product qk"):
         quantize_model(nn.Sequential(nn.Linear(4, 4)), family, QuantConfig())
 
@@ -214,10 +216,10 @@ def test_running_statistics_of_softmax_only(network, rows):
     for only in (False, True):
         model = quantize_model(network, PIXEL, W4A8)
         init_activation_ranges(model, rows, W4A8, CalibrationConfig(running_stat=True, rs_sm_only=only), CPU)
-        deltas[only] = {name: q.delta.item() for name, q in act_quantizers(model).items()}
+        deltas[only] = {name: q.scale.item() for name, q in act_quantizers(model).items()}
     plain = quantize_model(network, PIXEL, W4A8)
     init_activation_ranges(plain, rows, W4A8, CalibrationConfig(), CPU)
-    assert deltas[True]["conv_in.act_quantizer"] == plain.conv_in.act_quantizer.delta.item()
+    assert deltas[True]["conv_in.act_quantizer"] == plain.conv_in.act_quantizer.scale.item()
     assert len(rows) <= 64 or deltas[False]["conv_in.act_quantizer"] != deltas[True]["conv_in.act_quantizer"]
 
 
@@ -274,19 +276,19 @@ def test_adaround_beats_nearest_on_one_layer():
 def test_a_diverging_activation_phase_keeps_the_start():
     layer, data = _unit(8)
     layer.init_weight_scales("max")
-    layer.act_quantizer.set_scale(data.read(slice(None))[0][0].abs().max() / 127, torch.tensor(0.0))
+    layer.act_quantizer.set_qparams(data.read(slice(None))[0][0].abs().max() / 127, torch.tensor(0.0))
     layer.act_quantizer.enabled = True
-    start = layer.act_quantizer.delta.clone()
+    start = layer.act_quantizer.scale.clone()
     wild = CalibrationConfig(iters_a=10, lr_a=1e3)
     result = reconstruct_activations(layer, layer.act_quantizers, data, wild, 0, lambda _: None)
-    assert result.after == result.before and torch.equal(layer.act_quantizer.delta, start)
+    assert result.after == result.before and torch.equal(layer.act_quantizer.scale, start)
 
 
 @pytest.mark.parametrize("patience, iterations", [(0, 200), (3, 30)])
 def test_activation_phase_ends_after_checks_without_a_better_one(patience, iterations):
     layer, data = _unit(8)
     layer.init_weight_scales("max")
-    layer.act_quantizer.set_scale(data.read(slice(None))[0][0].abs().max() / 127, torch.tensor(0.0))
+    layer.act_quantizer.set_qparams(data.read(slice(None))[0][0].abs().max() / 127, torch.tensor(0.0))
     layer.act_quantizer.enabled = True
     ticks = []
     wild = CalibrationConfig(iters_a=200, lr_a=1e3, patience=patience)
@@ -297,7 +299,7 @@ def test_activation_phase_ends_after_checks_without_a_better_one(patience, itera
 def test_activation_phase_mends_a_bad_step_size():
     layer, data = _unit(8)
     layer.init_weight_scales("max")
-    layer.act_quantizer.set_scale(data.read(slice(None))[0][0].abs().max() / 127 * 4, torch.tensor(0.0))
+    layer.act_quantizer.set_qparams(data.read(slice(None))[0][0].abs().max() / 127 * 4, torch.tensor(0.0))
     layer.act_quantizer.enabled = True
     config = CalibrationConfig(iters_a=200, lr_a=1e-2)
     result = reconstruct_activations(layer, layer.act_quantizers, data, config, 0, lambda _: None)
@@ -308,13 +310,13 @@ def test_activation_phase_mends_a_bad_step_size():
 def test_sixteen_bit_softmax_stays_fixed(network, rows):
     quant = QuantConfig(weight_bit=4, quant_act=True, sm_abit=16, split=True)
     model = calibrate(network, PIXEL, quant, CalibrationConfig(steps=4, samples=16, iters=2, iters_a=0), rows)
-    kept = {name: q.delta.clone() for name, q in act_quantizers(model).items() if q.is_softmax}
+    kept = {name: q.scale.clone() for name, q in act_quantizers(model).items() if q.is_softmax}
     block = model.mid.attn_1
     x = torch.randn(64, 32, 4, 4)
     data = UnitData(lambda index: ((x[index],), network.mid.attn_1(x[index])), 64, 48, 16)
     quantizers = list(act_quantizers(block).values())
     reconstruct_activations(block, quantizers, data, CalibrationConfig(iters_a=10, lr_a=1e-2), 0, lambda _: None)
-    assert kept and all(torch.equal(act_quantizers(model)[name].delta, delta) for name, delta in kept.items())
+    assert kept and all(torch.equal(act_quantizers(model)[name].scale, scale) for name, scale in kept.items())
 
 
 # --- calibration sets ---------------------------------------------------------------------------
@@ -390,11 +392,11 @@ def test_bad_widths_are_refused(settings):
 @torch.no_grad()
 def test_time_step_sets_round_trip_and_serve_rows_of_different_times(network, rows, tmp_path):
     """A batch of mixed times equals its rows one by one; the packed file keeps the sets, the published format refuses them."""
-    quant = replace(W4A8, time_bounds=time_bounds(rows, 3))
+    quant = replace(W4A8, time_bounds=timestep_group_bounds(rows, 3))
     assert len(quant.time_bounds) == 2
     model = calibrate(network, PIXEL, quant, replace(SHORT, iters=3, iters_a=3, iters_tune=3), rows)
-    deltas = [q.delta for q in act_quantizers(model).values()]
-    assert all(delta.shape == (3,) for delta in deltas) and any(delta.unique().numel() == 3 for delta in deltas)
+    deltas = [q.scale for q in act_quantizers(model).values()]
+    assert all(scale.shape == (3,) for scale in deltas) and any(scale.unique().numel() == 3 for scale in deltas)
     x, t = (part[::7].double() for part in rows.inputs)
     model.double()
     together = model(x, t)
@@ -410,20 +412,20 @@ def test_time_step_sets_round_trip_and_serve_rows_of_different_times(network, ro
 
 
 def test_sets_have_equally_many_time_steps():
-    rows = Rows((torch.zeros(6, 1), torch.tensor([0.0, 10.0, 20.0, 30.0, 40.0, 50.0])))
-    assert time_bounds(rows, 3) == (15.0, 35.0)
-    steps = TimeSteps((15.0, 35.0))
+    rows = CalibrationData((torch.zeros(6, 1), torch.tensor([0.0, 10.0, 20.0, 30.0, 40.0, 50.0])))
+    assert timestep_group_bounds(rows, 3) == (15.0, 35.0)
+    steps = TimestepGroups((15.0, 35.0))
     steps.set(rows.inputs[1])
     assert steps.current.tolist() == [0, 0, 1, 1, 2, 2]
     steps.set(torch.tensor([36.0, 49.0]))
     assert steps.current == 2
     with pytest.raises(ConfigError, match="time_sets 7"):
-        time_bounds(rows, 7)
+        timestep_group_bounds(rows, 7)
 
 
 def test_a_set_without_rows_takes_its_neighbors_range(network, rows):
-    quant = replace(W4A8, time_bounds=(*time_bounds(rows, 2), 2000.0))
+    quant = replace(W4A8, time_bounds=(*timestep_group_bounds(rows, 2), 2000.0))
     model = quantize_model(network, PIXEL, quant)
     init_activation_ranges(model, rows, quant, SHORT, CPU)
-    delta = model.conv_in.act_quantizer.delta
-    assert delta.shape == (3,) and delta[1] == delta[2]
+    scale = model.conv_in.act_quantizer.scale
+    assert scale.shape == (3,) and scale[1] == scale[2]

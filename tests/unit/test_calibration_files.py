@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from qdiff.calibration.dataset import load_set
-from qdiff.checkpoint import CheckpointError
+from qdiff.calibration.data import load_set
+from qdiff.errors import CheckpointError
 
 STEPS, SAMPLES, SHAPE, WIDTH = 3, 4, (2, 5, 5), 6
 TIMES = [801.0, 401.0, 1.0]

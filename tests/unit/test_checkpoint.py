@@ -10,7 +10,6 @@ from safetensors.torch import save_file
 
 from ddim.family import PIXEL
 from qdiff.checkpoint import (
-    CheckpointError,
     PackedInfo,
     load_packed,
     load_published,
@@ -22,7 +21,8 @@ from qdiff.checkpoint import (
     save_published,
     state_hash,
 )
-from qdiff.config import ConfigError, QuantConfig
+from qdiff.config import QuantConfig
+from qdiff.errors import CheckpointError, ConfigError
 from qdiff.model import enable_activations
 from tests.support import tiny
 from tests.support.quantized import BUILD, Payload, T, X, quantized

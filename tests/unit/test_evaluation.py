@@ -12,17 +12,18 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from qdiff.analysis import Trajectories
-from qdiff.checkpoint import CheckpointError
-from qdiff.compat import make_torchvision_importable
-from qdiff.config import ConfigError, QuantConfig
+from qdiff.architecture import Architecture
+from qdiff.config import QuantConfig
+from qdiff.errors import CheckpointError, ConfigError
 from qdiff.evaluation import metrics
 from qdiff.evaluation.cost import measure_cost
 from qdiff.evaluation.explain import Activations, observe, split_gains
 from qdiff.evaluation.features import Extractor, extract, load_extractor
 from qdiff.evaluation.images import Selected, center_crop, open_images
 from qdiff.evaluation.lite0 import load_lite0, perceptual_distance, to_input
-from qdiff.model import Family, init_weights, quantize_model
+from qdiff.evaluation.trajectory import Trajectories
+from qdiff.model import init_weights, quantize_model
+from qdiff.utils.compat import make_torchvision_importable
 from tests.support import pictures, tiny
 from tests.support.quantized import Payload
 
@@ -345,7 +346,7 @@ def test_cost_of_a_small_network():
         def forward(self, x, t):
             return self.linear(self.conv(x).flatten(2).transpose(1, 2))
 
-    family = Family("small", lambda _: Network(), {})
+    family = Architecture("small", lambda _: Network(), {})
     wrapped = quantize_model(Network(), family, QuantConfig(4, quant_act=True))
     init_weights(wrapped, "max")
     inputs = (torch.randn(1, 4, 6, 6), torch.ones(1))
@@ -354,7 +355,7 @@ def test_cost_of_a_small_network():
     found = measure_cost(wrapped, inputs)
     assert (found.macs, found.bops) == (conv + linear, (conv + linear) * 4 * 32)  # activations are not quantized yet
     for quantizer in quantizers:
-        quantizer.delta, quantizer.enabled = torch.tensor(0.1), True
+        quantizer.scale, quantizer.enabled = torch.tensor(0.1), True
     assert measure_cost(wrapped, inputs).bops == (conv + linear) * 4 * 8
     assert found.size == (288 + 40) / 2 + (8 + 5) * 4
     assert measure_cost(wrapped, inputs, 32, 32).size == (288 + 40 + 8 + 5) * 4
@@ -437,8 +438,8 @@ def test_clip_score_of_a_small_model(tmp_path):
 
 
 def test_likeness_of_batches_is_that_of_all_images():
-    from qdiff.analysis import psnr
     from qdiff.evaluation.likeness import likeness
+    from qdiff.evaluation.trajectory import psnr
 
     first, second, network = pictures.make(6, 0), pictures.make(6, 1), load_lite0()
     found = likeness(zip(first.split(4), second.split(4), strict=True), network)

@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from qdiff.checkpoint import CheckpointError
-from qdiff.config import ConfigError
-from qdiff.download import fetch
-from qdiff.files import atomic_write
-from qdiff.noise import CALIBRATION, NoiseSource
+from qdiff.errors import CheckpointError, ConfigError
+from qdiff.utils.download import fetch
+from qdiff.utils.files import atomic_write
+from qdiff.utils.noise import CALIBRATION, NoiseSource
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

@@ -10,15 +10,16 @@ from torch.nn import functional as F
 
 import qdiff
 from qdiff import quantizers as Q
-from qdiff.config import ConfigError
-from qdiff.integer import engine, kernels
-from qdiff.integer.engine import prepare, to_integer
-from qdiff.integer.gpu import PackedLayer, to_packed
+from qdiff.engines import cpu, cpu_kernels
+from qdiff.engines.cpu import to_integer
+from qdiff.engines.cuda import PackedLayer, to_packed
+from qdiff.engines.onnx import exportable
+from qdiff.engines.select import apply_engine
+from qdiff.errors import ConfigError
 from qdiff.layers import QuantConv1d, QuantConv2d, QuantLinear
-from qdiff.onnx import exportable
 from tests.support import golden
+from tests.support.engines import attention_product, check, quantized_layer, right, skip_numbers
 from tests.support.foreign import INPUTS, QUICK, Denoiser, Residual
-from tests.support.integer import attention_product, check, quantized_layer, right, skip_numbers
 
 pytestmark = pytest.mark.usefixtures("integer_path")
 X = torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -87,10 +88,10 @@ def test_attention_products_of_every_shape_are_exact(operators):
         product = attention_product(False, 8)
         a, b = torch.rand(first), torch.randn(second)
         for quantizer, x in zip(product.act_quantizers, (a, b), strict=True):
-            quantizer.set_scale(*Q.find_scale(x, 8, symmetric=quantizer.symmetric, always_zero=quantizer.always_zero))
+            quantizer.set_qparams(*Q.choose_qparams(x, 8, symmetric=quantizer.symmetric, always_zero=quantizer.always_zero))
             quantizer.enabled = True
             x.copy_(quantizer(x))  # so that no value lies on the edge between two integers
-        form = engine.integer_form(product)
+        form = cpu.integer_form(product)
         calls = []
         form.simulated.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         found = form(a, b)
@@ -106,7 +107,7 @@ def test_attention_products_of_every_shape_are_exact(operators):
 def test_attention_products_that_are_not_quantized_stay():
     product = attention_product(False, 8)
     a, b = torch.rand(2, 5, 6), torch.randn(2, 6, 7)
-    assert torch.equal(engine.IntegerMatMul(product)(a, b), a @ b)
+    assert torch.equal(cpu.IntegerMatMul(product)(a, b), a @ b)
 
 
 @torch.no_grad()
@@ -115,7 +116,7 @@ def test_fractional_zero_points_are_simulated_and_no_onnx(layer):
     layer = copy.deepcopy(layer)
     layer.act_quantizer.zero_point += 0.5
     check(layer, X)
-    assert not engine.integer_form(layer).usable
+    assert not cpu.integer_form(layer).usable
     with pytest.raises(ConfigError, match=r"zero point of .*\.5: ONNX has whole ones"):
         exportable(nn.Sequential(layer))
 
@@ -125,7 +126,7 @@ def test_a_layer_at_two_paths_is_replaced_at_both():
     network = nn.Sequential(convolution(), nn.Identity())
     network[1] = network[0]
     expected = network(X)
-    for changed, kind in ((to_integer(network), engine.IntegerConv2d), (to_packed(network, False), PackedLayer)):
+    for changed, kind in ((to_integer(network), cpu.IntegerConv2d), (to_packed(network, False), PackedLayer)):
         assert isinstance(changed[0], kind) and changed[1] is changed[0]
         assert golden.relative_error(changed(X), expected) < 0.02
     exported = exportable(network)
@@ -134,8 +135,8 @@ def test_a_layer_at_two_paths_is_replaced_at_both():
 
 def test_a_network_quantized_from_python_runs_on_integers():
     model = Denoiser()
-    quantized = qdiff.quantize(model, INPUTS, weight_bit=8, blocks=[Residual], time_sets=2, **QUICK)
-    integer = prepare(quantized, "integer")
+    quantized = qdiff.quantize(model, INPUTS, weight_bit=8, blocks=[Residual], timestep_groups=2, **QUICK)
+    integer = apply_engine(quantized, "integer")
     with torch.no_grad():
         for rows in (slice(0, 1), slice(11, 12), slice(None)):  # of each time-step set, of both
             inputs = tuple(tensor[rows] for tensor in INPUTS)
@@ -246,13 +247,13 @@ def test_other_changes_in_place_are_followed(operators):
 @torch.no_grad()
 def test_wrong_numbers_of_channels_are_the_layers_own_errors():
     with pytest.raises(RuntimeError, match=r"expected input.* to have 8 channels, but got 6"):
-        engine.IntegerConv2d(convolution())(X[:, :6])
+        cpu.IntegerConv2d(convolution())(X[:, :6])
     linear = quantized_layer(nn.Linear(6, 5), QuantLinear, 4, False, "max", X)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        engine.IntegerLinear(linear)(X[..., :4])
+        cpu.IntegerLinear(linear)(X[..., :4])
     conv1d = quantized_layer(nn.Conv1d(8, 5, 1), QuantConv1d, 4, False, "max", X[..., 0])
     with pytest.raises(RuntimeError, match="8 channels, but got 6"):
-        engine.IntegerConv1d(conv1d)(X[:, :6, :, 0])
+        cpu.IntegerConv1d(conv1d)(X[:, :6, :, 0])
     network = to_integer(Network(lambda network, x: network.norm(x)))
     with pytest.raises(RuntimeError, match="weight"):
         network(torch.randn(2, 16, 6, 6))
@@ -261,23 +262,23 @@ def test_wrong_numbers_of_channels_are_the_layers_own_errors():
 def test_engines_that_cannot_be_are_named():
     network = Network(lambda network, x: network.conv(x))
     with pytest.raises(ConfigError, match="--engine integers: expected one of auto, integer, simulated"):
-        prepare(network, "integers")
+        apply_engine(network, "integers")
     depthwise = nn.Sequential(convolution(groups=8))
     with pytest.raises(ConfigError, match="no layer has a form"):
-        prepare(depthwise, "integer")
+        apply_engine(depthwise, "integer")
 
 
 def test_one_layer_without_an_integer_form_stays_beside_the_others():
-    network = prepare(nn.Sequential(convolution(), convolution(groups=8)), "integer")
+    network = apply_engine(nn.Sequential(convolution(), convolution(groups=8)), "integer")
     assert [layer.usable for layer in network] == [True, False]
 
 
 @torch.no_grad()
 def test_any_number_of_threads_gives_the_same_bits():
-    if kernels.library() is None:
+    if cpu_kernels.library() is None:
         pytest.skip("no C++ compiler")
     torch.manual_seed(0)
-    rows = kernels.Rows(torch.randn(3, 700, 12), 3, 700, 12, 12)
+    rows = cpu_kernels.ChannelsLastView(torch.randn(3, 700, 12), 3, 700, 12, 12)
     a, b = torch.rand(3, 12), torch.randn(3, 12)
     before, found = torch.get_num_threads(), []
     try:
@@ -291,9 +292,9 @@ def test_any_number_of_threads_gives_the_same_bits():
 
 
 def test_a_compiler_with_options_is_used(monkeypatch, tmp_path):
-    compiler = kernels.shutil.which("g++") or kernels.shutil.which("clang++")
+    compiler = cpu_kernels.shutil.which("g++") or cpu_kernels.shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler")
     monkeypatch.setenv("CXX", f"{compiler} -pipe")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert kernels.library.__wrapped__() is not None and list(tmp_path.glob("qdiff/kernels-*.so"))
+    assert cpu_kernels.library.__wrapped__() is not None and list(tmp_path.glob("qdiff/kernels-*.so"))

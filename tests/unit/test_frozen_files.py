@@ -69,7 +69,7 @@ def stored_state(model: nn.Module) -> dict[str, torch.Tensor]:
             for name in ("integers", "delta", "zero_point"):
                 state[f"{path}.weight_quantizer{suffix}.{name}"] = getattr(quantizer, name)
     for path, quantizer in act_quantizers(model).items():
-        state[f"{path}.delta"], state[f"{path}.zero_point"] = quantizer.delta, quantizer.zero_point
+        state[f"{path}.delta"], state[f"{path}.zero_point"] = quantizer.scale, quantizer.zero_point
     return state
 
 
@@ -93,6 +93,6 @@ def test_the_outputs_are_those_of_the_version_that_wrote_the_files(model, expect
 
 def test_the_header_of_the_packed_file_is_understood():
     info = read_packed_info(FROZEN / "tiny_w4a8.safetensors")
-    assert info.family == "pixel" and info.config == QUANT and info.stages is None
+    assert info.family == "pixel" and info.config == QUANT and info.model_parts is None
     assert info.calibration["iters"] == 40 and info.build["ch"] == 4
     assert info.source_sha256 == "158b2e419b3e68e2c6f52b3eb56a9b30b321a74a8edf57f3fc0fa4bb04181554"

@@ -8,12 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from qdiff.config import ConfigError
+from qdiff.errors import ConfigError, NonFiniteError
 from qdiff.evaluation import metrics
 from qdiff.evaluation.features import Extractor, extract
 from qdiff.evaluation.images import Selected, open_images
-from qdiff.finite import NonFiniteError
-from qdiff.pictures import decode_rgb
+from qdiff.utils.pictures import decode_rgb
 from qdiff_cli.images import load_png
 from tests.support import pictures
 

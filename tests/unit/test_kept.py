@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 import qdiff
-from qdiff.config import ConfigError
-from qdiff.finite import NonFiniteError
+from qdiff.errors import ConfigError, NonFiniteError
 from qdiff.layers import QuantLayer
 from tests.support.foreign import QUICK, Denoiser
 

@@ -8,8 +8,7 @@ from safetensors.torch import save_file
 from ldm.checkpoint import CONDITIONING, EMA_PREFIX, STAGE, TEXT, UNET_PREFIX, LatentCheckpoint
 from ldm.config import load_config
 from ldm.encoders import FrozenCLIPEmbedder, clip_merges, make_tokenizer, merges_for
-from qdiff.checkpoint import CheckpointError
-from qdiff.config import ConfigError
+from qdiff.errors import CheckpointError, ConfigError
 from tests.support import commands, tiny_latent
 from tests.support.commands import fails
 
@@ -30,13 +29,13 @@ def test_every_weight_arrives(tmp_path, kind):
     folder = tiny_latent.model_folder(tmp_path / "m", kind, scale_by_std=True)
     config, tensors = load_config(folder / "config.yaml"), tiny_latent.state(folder / "config.yaml")
     checkpoint = LatentCheckpoint(folder, config)
-    unet, stages = checkpoint.unet(), checkpoint.stages()
+    unet, model_parts = checkpoint.unet(), checkpoint.model_parts()
     for name, tensor in unet.state_dict().items():
         assert torch.equal(tensor, tensors[f"{UNET_PREFIX}{name}"])
-    for name, tensor in stages.state_dict().items():
+    for name, tensor in model_parts.state_dict().items():
         assert torch.equal(tensor, tensors[name])
-    assert stages.scale_factor == pytest.approx(0.7)
-    assert not any(p.is_meta for p in [*unet.parameters(), *stages.parameters()])
+    assert model_parts.scale_factor == pytest.approx(0.7)
+    assert not any(p.is_meta for p in [*unet.parameters(), *model_parts.parameters()])
 
 
 def test_ema_weights_are_used_where_the_configuration_says_so(tmp_path, caplog):
@@ -62,9 +61,9 @@ def test_an_export_without_the_full_precision_file_says_so(text_model, tmp_path)
 @pytest.mark.parametrize("name", ["other.ckpt", "other.safetensors"])
 def test_both_spellings_of_the_text_tower(text_model, tmp_path, name):
     config, tensors = load_config(text_model / "config.yaml"), tiny_latent.state(text_model / "config.yaml")
-    expected = LatentCheckpoint(text_model, config).stages().cond_stage_model.encode(["red heart"])
+    expected = LatentCheckpoint(text_model, config).model_parts().cond_stage_model.encode(["red heart"])
     newer = {key.replace(f"{TEXT}text_model.", TEXT): tensor for key, tensor in tensors.items() if not key.endswith("position_ids")}
-    found = LatentCheckpoint(saved(tmp_path, newer, name), config).stages().cond_stage_model.encode(["red heart"])
+    found = LatentCheckpoint(saved(tmp_path, newer, name), config).model_parts().cond_stage_model.encode(["red heart"])
     assert torch.equal(found, expected)
 
 
@@ -73,7 +72,7 @@ def test_a_missing_part_is_an_error(text_model, tmp_path, part, words):
     config, tensors = load_config(text_model / "config.yaml"), tiny_latent.state(text_model / "config.yaml")
     lacking = {key: tensor for key, tensor in tensors.items() if not key.startswith(part)}
     with pytest.raises(CheckpointError, match=words):
-        LatentCheckpoint(saved(tmp_path, lacking), config).stages()
+        LatentCheckpoint(saved(tmp_path, lacking), config).model_parts()
 
 
 def test_one_missing_tensor_and_foreign_files_are_named(text_model, tmp_path, caplog):
@@ -81,7 +80,7 @@ def test_one_missing_tensor_and_foreign_files_are_named(text_model, tmp_path, ca
     lacking = dict(tensors)
     del lacking[f"{TEXT}text_model.final_layer_norm.bias"]
     with pytest.raises(CheckpointError, match=r"final_layer_norm\.bias"):
-        LatentCheckpoint(saved(tmp_path, lacking), config).stages()
+        LatentCheckpoint(saved(tmp_path, lacking), config).model_parts()
     with pytest.raises(CheckpointError, match="expected a latent diffusion checkpoint"):
         LatentCheckpoint(saved(tmp_path, {"temb.dense.0.weight": torch.ones(1)}), config)
     LatentCheckpoint(saved(tmp_path, tensors | {"optimizer.step": torch.ones(1)}), config)
@@ -134,7 +133,7 @@ def test_a_closed_vocabulary_splits_its_words_as_clip_does():
 
 @torch.no_grad()
 def test_text_tower_equals_the_library():
-    from qdiff.compat import make_torchvision_importable
+    from qdiff.utils.compat import make_torchvision_importable
 
     make_torchvision_importable()
     from transformers import CLIPTextConfig, CLIPTextModel

@@ -84,10 +84,10 @@ def test_scales(rule):
         settings = {"symmetric": symmetric, "always_zero": always_zero}
         for channel_wise in (False, True):
             case = (kind, rule, n_bits, symmetric, always_zero, channel_wise)
-            delta, zero = Q.find_scale(x, n_bits, channel_wise=channel_wise, method=rule, **settings)
+            scale, zero = Q.choose_qparams(x, n_bits, channel_wise=channel_wise, method=rule, **settings)
             reference = oracle.channel_scales if channel_wise else oracle.scale
             expected_delta, expected_zero = reference(array(x), n_bits, rule, **settings)
-            assert error(delta, expected_delta) <= (4 if rule == "mse" else 1) * FLOAT32, case
+            assert error(scale, expected_delta) <= (4 if rule == "mse" else 1) * FLOAT32, case
             assert np.array_equal(array(zero), expected_zero), case
 
 
@@ -95,9 +95,9 @@ def test_degenerate_ranges_get_the_least_step_size():
     """The zero point of a constant negative channel exceeds 2^24; float32 does not hold them all."""
     for value, rule, symmetric in itertools.product((0.0, 2.0, -0.1914), RULES, (False, True)):
         x = torch.full((3, 5), value)
-        delta, zero = Q.find_scale(x, 4, method=rule, symmetric=symmetric)
+        scale, zero = Q.choose_qparams(x, 4, method=rule, symmetric=symmetric)
         expected = oracle.scale(array(x), 4, rule, symmetric)
-        assert error(delta, expected[0]) <= 4 * FLOAT32 and error(zero, expected[1]) <= 4 * FLOAT32
+        assert error(scale, expected[0]) <= 4 * FLOAT32 and error(zero, expected[1]) <= 4 * FLOAT32
 
 
 def test_integers_and_values():
@@ -105,12 +105,12 @@ def test_integers_and_values():
     x = 40 * normal(3, 200, seed=2)
     x[1, :40] = torch.arange(-20, 20) + 0.5
     for n_bits, symmetric, channel_wise in itertools.product(WIDTHS, (False, True), (False, True)):
-        delta = torch.tensor([[0.05], [1.0], [7.3]]).double() if channel_wise else torch.tensor(0.5).double()
-        zero = torch.zeros_like(delta) if symmetric else (delta * 3 - 9).round()
-        quantizer = oracle.Quantizer(array(delta), array(zero), n_bits, symmetric)
-        integers = Q.quantize_nearest(x, delta, zero, n_bits, symmetric)
+        scale = torch.tensor([[0.05], [1.0], [7.3]]).double() if channel_wise else torch.tensor(0.5).double()
+        zero = torch.zeros_like(scale) if symmetric else (scale * 3 - 9).round()
+        quantizer = oracle.Quantizer(array(scale), array(zero), n_bits, symmetric)
+        integers = Q.quantize_nearest(x, scale, zero, n_bits, symmetric)
         assert np.array_equal(array(integers), quantizer.integers(array(x)))
-        assert error(Q.fake_quantize(x, delta, zero, n_bits, symmetric), quantizer(array(x))) < EXACT
+        assert error(Q.fake_quantize(x, scale, zero, n_bits, symmetric), quantizer(array(x))) < EXACT
         assert Q.integer_range(n_bits, symmetric) == oracle.grid_limits(n_bits, symmetric)
 
 
@@ -119,19 +119,19 @@ def test_activation_quantizer_and_its_gradients():
     for n_bits, symmetric, always_zero in itertools.product(WIDTHS, (False, True), (False, True)):
         module = ActQuantizer(n_bits, symmetric, always_zero)
         zero = 0.0 if symmetric or always_zero else float(2**n_bits // 3)
-        module.set_scale(torch.tensor(4.0 / 2**n_bits), torch.tensor(zero))
+        module.set_qparams(torch.tensor(4.0 / 2**n_bits), torch.tensor(zero))
         module = module.double()
-        reference = oracle.Quantizer(float(module.delta), zero, n_bits, symmetric)
+        reference = oracle.Quantizer(float(module.scale), zero, n_bits, symmetric)
         assert torch.equal(module(x), x)
         module.enabled = True
         with torch.no_grad():
             assert error(module(x), reference(array(x))) < EXACT
         module.learning = True
-        module.delta.requires_grad_()
+        module.scale.requires_grad_()
         y = module(x)
         assert error(y, reference(array(x))) < EXACT
         weights = normal(200, seed=4)
-        by_x, by_delta = torch.autograd.grad((weights * y).sum(), [x, module.delta])
+        by_x, by_delta = torch.autograd.grad((weights * y).sum(), [x, module.scale])
         expected_x, expected_delta = oracle.lsq_gradients(array(x), reference.delta, zero, n_bits, symmetric)
         assert error(by_x, expected_x * array(weights)) < EXACT
         # The terms of the sum are up to 2^b times greater than the sum, and they carry the rounding errors of
@@ -146,9 +146,9 @@ def test_running_ranges():
     for batch, expected in zip(batches, ranges, strict=True):
         low, high = Q.running_range(low, high, batch)
         assert error(low, expected[0]) < 4 * FLOAT32 and error(high, expected[1]) < 4 * FLOAT32
-        delta, zero = Q.scale_from_range(low, high, 8, symmetric=False)
+        scale, zero = Q.qparams_from_range(low, high, 8, symmetric=False)
         expected_delta, expected_zero = oracle.scale_of_range(*expected, 8, "max")
-        assert error(delta, expected_delta) < 8 * FLOAT32 and float(zero) == expected_zero
+        assert error(scale, expected_delta) < 8 * FLOAT32 and float(zero) == expected_zero
 
 
 # --- AdaRound ----------------------------------------------------------------------------------------
@@ -158,9 +158,9 @@ def test_adaround():
     weight, noise = normal(6, 50, seed=5), 3 * normal(6, 50, seed=6)
     noise[:, 0] = 0.0
     for n_bits, rule in itertools.product(WIDTHS, RULES):
-        delta, zero = (part.double() for part in Q.find_scale(weight, n_bits, channel_wise=True, method=rule))
-        w, d, z = array(weight), array(delta), array(zero)
-        initial = Q.init_alpha(weight, delta)
+        scale, zero = (part.double() for part in Q.choose_qparams(weight, n_bits, channel_wise=True, method=rule))
+        w, d, z = array(weight), array(scale), array(zero)
+        initial = Q.init_alpha(weight, scale)
         # Near the ends h is flat, and alpha is known less well: so it is compared by the roundings that it
         # gives.
         assert error(Q.rectified_sigmoid(initial), w / d - np.floor(w / d)) < EXACT * 2**n_bits
@@ -168,11 +168,11 @@ def test_adaround():
         for alpha in (initial, noise):
             a = array(alpha)
             assert error(Q.rectified_sigmoid(alpha), oracle.rectified_sigmoid(a)) < EXACT
-            soft = Q.soft_round(weight, alpha, delta, zero, n_bits)
+            soft = Q.soft_round(weight, alpha, scale, zero, n_bits)
             assert error(soft, oracle.soft_rounded(w, a, d, z, n_bits)) < EXACT
-            integers = Q.hard_integers(weight, alpha, delta, zero, n_bits)
+            integers = Q.hard_integers(weight, alpha, scale, zero, n_bits)
             assert np.array_equal(array(integers), oracle.hard_rounded(w, a, d, z, n_bits))
-            saturated = Q.alpha_from_integers(weight, integers, delta, zero)
+            saturated = Q.alpha_from_integers(weight, integers, scale, zero)
             assert np.array_equal(array(integers), oracle.hard_rounded(w, array(saturated), d, z, n_bits))
             for beta in (20.0, 7.5, 2.0):
                 expected = oracle.rounding_regularizer(a, beta)
@@ -229,24 +229,24 @@ def quantized(layer: nn.Module, n_bits: int, rule: str, symmetric: bool, split: 
     found.init_weight_scales(rule)
     for number, quantizer in enumerate(found.act_quantizers):
         zero = 0.0 if symmetric else 30.0 - 7 * number
-        quantizer.set_scale(torch.tensor(0.07 + 0.03 * number), torch.tensor(zero))
+        quantizer.set_qparams(torch.tensor(0.07 + 0.03 * number), torch.tensor(zero))
         quantizer.enabled = True
     return found.double()
 
 
 def of_act(quantizer: ActQuantizer) -> oracle.Quantizer:
-    delta, zero_point = float(quantizer.delta), float(quantizer.zero_point)
-    return oracle.Quantizer(delta, zero_point, quantizer.n_bits, quantizer.symmetric)
+    scale, zero_point = float(quantizer.scale), float(quantizer.zero_point)
+    return oracle.Quantizer(scale, zero_point, quantizer.n_bits, quantizer.symmetric)
 
 
 def of_weight(quantizer: WeightQuantizer) -> oracle.Quantizer:
-    return oracle.Quantizer(array(quantizer.delta), array(quantizer.zero_point), quantizer.n_bits)
+    return oracle.Quantizer(array(quantizer.scale), array(quantizer.zero_point), quantizer.n_bits)
 
 
 def check_weight(quantizer: WeightQuantizer, weight: np.ndarray, rule: str) -> None:
     """Scales by the rule, and the integers of these scales."""
-    delta, zero = oracle.channel_scales(weight, quantizer.n_bits, rule)
-    assert error(quantizer.delta, delta) <= 4 * FLOAT32
+    scale, zero = oracle.channel_scales(weight, quantizer.n_bits, rule)
+    assert error(quantizer.scale, scale) <= 4 * FLOAT32
     assert np.array_equal(array(quantizer.zero_point), zero)
     assert np.array_equal(array(quantizer.integers), of_weight(quantizer).integers(weight))
 
@@ -304,8 +304,8 @@ class Block:
         init_weights(self.model, "max")
         enable_activations(self.model, True)
         for number, (name, quantizer) in enumerate(sorted(act_quantizers(self.model).items())):
-            delta, zero = self.scale(name, quantizer, number, family is PIXEL)
-            quantizer.set_scale(torch.tensor(delta), torch.tensor(zero))
+            scale, zero = self.scale(name, quantizer, number, family is PIXEL)
+            quantizer.set_qparams(torch.tensor(scale), torch.tensor(zero))
         self.model = self.model.double()
 
     @staticmethod

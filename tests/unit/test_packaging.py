@@ -8,9 +8,9 @@ import tomllib
 
 import pytest
 
-from qdiff import resources
-from qdiff.config import ConfigError
-from qdiff.extras import MissingExtra, require_extra
+from qdiff.errors import ConfigError, MissingExtra
+from qdiff.utils import resources
+from qdiff.utils.extras import require_extra
 from tests.support.commands import REPOSITORY
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())

@@ -10,8 +10,8 @@ from ddim.config import DiffusionConfig, PixelConfig
 from ddim.sampling import PixelSampler, SamplerSettings, make_calibration_set
 from ldm.config import load_config
 from ldm.sampling import LatentSampler, LatentSettings
-from qdiff.config import CalibrationConfig, ConfigError
-from qdiff.finite import NonFiniteError
+from qdiff.config import CalibrationConfig
+from qdiff.errors import ConfigError, NonFiniteError
 from qdiff.prediction import Prediction
 from tests.support import golden, tiny, tiny_latent
 

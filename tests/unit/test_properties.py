@@ -19,7 +19,6 @@ from ddim.family import PIXEL, describe
 from ddim.unet import UNet
 from qdiff import quantizers as Q
 from qdiff.checkpoint import (
-    CheckpointError,
     PackedInfo,
     load_packed,
     load_published,
@@ -29,10 +28,11 @@ from qdiff.checkpoint import (
     state_hash,
     unpack_integers,
 )
-from qdiff.config import ConfigError, QuantConfig
-from qdiff.files import atomic_write
+from qdiff.config import QuantConfig
+from qdiff.errors import CheckpointError, ConfigError
 from qdiff.layers import ActQuantizer
 from qdiff.model import act_quantizers, enable_activations, init_weights, quantize_model
+from qdiff.utils.files import atomic_write
 
 REPEATABLE = {"derandomize": True, "deadline": None, "database": None}
 many = settings(max_examples=100, **REPEATABLE)
@@ -79,44 +79,44 @@ def quantizers(draw: st.DrawFn) -> tuple[Tensor, Tensor, int, bool]:
 
 
 @st.composite
-def data_around(draw: st.DrawFn, delta: Tensor, n_bits: int) -> Tensor:
+def data_around(draw: st.DrawFn, scale: Tensor, n_bits: int) -> Tensor:
     """Sorted numbers within and beyond the range, a few of them halfway between two values of the grid."""
     reach = 2.0 ** draw(st.integers(-2, n_bits + 2))
     ratios = draw(st.lists(st.floats(-reach, reach), min_size=1, max_size=30))
     halves = draw(st.lists(st.integers(-(2**n_bits), 2**n_bits), max_size=5))
-    return torch.tensor(sorted([*ratios, *(half + 0.5 for half in halves)])).double() * delta
+    return torch.tensor(sorted([*ratios, *(half + 0.5 for half in halves)])).double() * scale
 
 
 @many
 @given(st.data(), quantizers())
 def test_fake_quantization(data, quantizer):
-    delta, zero, n_bits, symmetric = quantizer
-    x = data.draw(data_around(delta, n_bits))
-    y = Q.fake_quantize(x, delta, zero, n_bits, symmetric)
+    scale, zero, n_bits, symmetric = quantizer
+    x = data.draw(data_around(scale, n_bits))
+    y = Q.fake_quantize(x, scale, zero, n_bits, symmetric)
     low, high = Q.integer_range(n_bits, symmetric)
 
-    integers = (y / delta).round() + zero
-    assert torch.equal((integers - zero) * delta, y), "the values lie on the grid"
+    integers = (y / scale).round() + zero
+    assert torch.equal((integers - zero) * scale, y), "the values lie on the grid"
     assert bool(((integers >= low) & (integers <= high)).all())
-    assert torch.equal(integers, Q.quantize_nearest(x, delta, zero, n_bits, symmetric))
-    assert torch.equal(Q.fake_quantize(y, delta, zero, n_bits, symmetric), y), "idempotent"
+    assert torch.equal(integers, Q.quantize_nearest(x, scale, zero, n_bits, symmetric))
+    assert torch.equal(Q.fake_quantize(y, scale, zero, n_bits, symmetric), y), "idempotent"
     assert bool((y.diff() >= 0).all()), "monotone"
     if symmetric:  # all but the lowest integer have their opposite
-        opposite = Q.fake_quantize(-x, delta, zero, n_bits, symmetric)
+        opposite = Q.fake_quantize(-x, scale, zero, n_bits, symmetric)
         assert bool(((opposite == -y) | (integers == low) | (integers == high)).all()), "odd"
-    inside = (x >= (low - zero) * delta) & (x <= (high - zero) * delta)
-    assert bool(((x - y).abs()[inside] <= delta / 2 * (1 + 1e-9)).all()), "at most half a step away"
-    at_an_end = (y == (low - zero) * delta) | (y == (high - zero) * delta)
+    inside = (x >= (low - zero) * scale) & (x <= (high - zero) * scale)
+    assert bool(((x - y).abs()[inside] <= scale / 2 * (1 + 1e-9)).all()), "at most half a step away"
+    at_an_end = (y == (low - zero) * scale) | (y == (high - zero) * scale)
     assert bool(at_an_end[~inside].all()), "clamped"
 
 
 @many
 @given(st.data(), quantizers())
 def test_activation_quantizers_give_the_same_bits_whether_they_learn_or_not(data, quantizer):
-    delta, zero, n_bits, symmetric = quantizer
+    scale, zero, n_bits, symmetric = quantizer
     module = ActQuantizer(n_bits, symmetric).double()
-    module.set_scale(delta, zero)
-    x = data.draw(data_around(delta, n_bits))
+    module.set_qparams(scale, zero)
+    x = data.draw(data_around(scale, n_bits))
     assert torch.equal(module(x), x)
     module.enabled = True
     plain = module(x)
@@ -128,13 +128,13 @@ def test_activation_quantizers_give_the_same_bits_whether_they_learn_or_not(data
 @given(seeds, widths, st.booleans(), st.sampled_from(RULES), st.booleans(), st.floats(-3, 3))
 def test_scales_are_positive_and_zero_points_whole(seed, n_bits, symmetric, rule, channel_wise, shift):
     x = torch.randn(3, 20, generator=generator(seed)) * torch.tensor([[1e-3], [1.0], [50.0]]) + shift
-    delta, zero = Q.find_scale(x, n_bits, symmetric=symmetric, channel_wise=channel_wise, method=rule)
-    assert bool((delta >= Q.MIN_DELTA).all() and delta.isfinite().all())
+    scale, zero = Q.choose_qparams(x, n_bits, symmetric=symmetric, channel_wise=channel_wise, method=rule)
+    assert bool((scale >= Q.MIN_SCALE).all() and scale.isfinite().all())
     assert torch.equal(zero, zero.round()) and (not symmetric or not zero.any())
     if rule == "max" and x.min() <= 0 <= x.max() and not channel_wise:
-        y = Q.fake_quantize(x.double(), delta.double(), zero.double(), n_bits, symmetric)
+        y = Q.fake_quantize(x.double(), scale.double(), zero.double(), n_bits, symmetric)
         # The zero point is rounded, so that one end of the range may be clamped by half a step more.
-        assert float((x - y).abs().max()) <= float(delta) * (0.5 if symmetric else 1.0) * (1 + 1e-3)
+        assert float((x - y).abs().max()) <= float(scale) * (0.5 if symmetric else 1.0) * (1 + 1e-3)
 
 
 # --- AdaRound ----------------------------------------------------------------------------------------
@@ -145,31 +145,31 @@ def test_scales_are_positive_and_zero_points_whole(seed, n_bits, symmetric, rule
 def test_integers_become_alphas_and_integers_again(seed, n_bits, step, data):
     """For any rounding of any weight, also a clamped one, in float32 as published files hold it."""
     zero = torch.tensor(float(data.draw(st.integers(-(2**n_bits), 2 ** (n_bits + 1)))))
-    delta = torch.tensor(step)
-    weight = (torch.rand(5, 7, generator=generator(seed)) * 3 - 1.5) * 2**n_bits * delta
+    scale = torch.tensor(step)
+    weight = (torch.rand(5, 7, generator=generator(seed)) * 3 - 1.5) * 2**n_bits * scale
     up = torch.rand(5, 7, generator=generator(seed + 1)) < 0.5
-    integers = torch.clamp((weight / delta).floor() + up + zero, 0, 2**n_bits - 1)
-    alpha = Q.alpha_from_integers(weight, integers, delta, zero)
+    integers = torch.clamp((weight / scale).floor() + up + zero, 0, 2**n_bits - 1)
+    alpha = Q.alpha_from_integers(weight, integers, scale, zero)
     assert alpha.dtype == torch.float32
-    assert torch.equal(Q.hard_integers(weight, alpha, delta, zero, n_bits), integers)
+    assert torch.equal(Q.hard_integers(weight, alpha, scale, zero, n_bits), integers)
     # h(alpha) is 0 or 1 but for the rounding of the saturated alpha itself
-    soft = Q.soft_round(weight, alpha, delta, zero, n_bits)
-    assert float((soft / delta - (integers - zero)).abs().max()) < 1e-6 * 2 ** (n_bits + 2)
+    soft = Q.soft_round(weight, alpha, scale, zero, n_bits)
+    assert float((soft / scale - (integers - zero)).abs().max()) < 1e-6 * 2 ** (n_bits + 2)
 
 
 @many
 @given(seeds, widths, steps)
 def test_the_initial_alpha_keeps_the_weight_and_rounds_to_nearest(seed, n_bits, step):
-    delta = torch.tensor(step).double()
+    scale = torch.tensor(step).double()
     zero = torch.tensor(2.0 ** (n_bits - 1)).double()
-    weight = (torch.rand(50, generator=generator(seed)).double() * (2**n_bits - 1) - zero) * delta
-    alpha = Q.init_alpha(weight, delta)
-    soft = Q.soft_round(weight, alpha, delta, zero, n_bits)
-    assert float((soft - weight).abs().max() / delta) < 1e-9 * 2**n_bits
-    fraction = weight / delta - (weight / delta).floor()
+    weight = (torch.rand(50, generator=generator(seed)).double() * (2**n_bits - 1) - zero) * scale
+    alpha = Q.init_alpha(weight, scale)
+    soft = Q.soft_round(weight, alpha, scale, zero, n_bits)
+    assert float((soft - weight).abs().max() / scale) < 1e-9 * 2**n_bits
+    fraction = weight / scale - (weight / scale).floor()
     clear = (fraction - 0.5).abs() > 1e-9
-    nearest = Q.quantize_nearest(weight, delta, zero, n_bits)
-    assert torch.equal(Q.hard_integers(weight, alpha, delta, zero, n_bits)[clear], nearest[clear])
+    nearest = Q.quantize_nearest(weight, scale, zero, n_bits)
+    assert torch.equal(Q.hard_integers(weight, alpha, scale, zero, n_bits)[clear], nearest[clear])
 
 
 # --- files -------------------------------------------------------------------------------------------
@@ -209,10 +209,10 @@ def quantized(quant: QuantConfig, seed: int) -> tuple[UNet, nn.Module]:
     model = quantize_model(unet, PIXEL, quant)
     init_weights(model, quant.weight_scale_method)
     for quantizer in act_quantizers(model).values():
-        shape, (_, high) = quantizer.delta.shape, Q.integer_range(quantizer.n_bits, quantizer.symmetric)
+        shape, (_, high) = quantizer.scale.shape, Q.integer_range(quantizer.n_bits, quantizer.symmetric)
         top = 1.0 if quantizer.is_softmax else 8.0
         zero = torch.zeros(shape) if quant.a_sym else (high * (torch.rand(shape) / 2 + 0.25)).round()
-        quantizer.set_scale(top / high * (torch.rand(shape) / 2 + 0.5), zero)
+        quantizer.set_qparams(top / high * (torch.rand(shape) / 2 + 0.5), zero)
     enable_activations(model, quant.quant_act)
     return unet, model
 

@@ -5,7 +5,8 @@ from collections import OrderedDict
 import pytest
 import torch
 
-from qdiff.checkpoint import CheckpointError, read_tensors
+from qdiff.checkpoint import read_tensors
+from qdiff.errors import CheckpointError
 
 
 def state(value: float, prefix: str = "") -> OrderedDict:

@@ -1,0 +1,20 @@
+"""Packages that only some functions need, installed with an extra of this project (`pip install "qdiff[eval]"`)."""
+
+import importlib.util
+
+from qdiff.errors import MissingExtra
+
+
+def require_extra(extra: str, *packages: str) -> None:
+    """Check that packages can be imported, before work that needs them.
+
+    Args:
+        extra: the extra that installs them: `eval`, `export` or `dev`.
+        packages: names of modules.
+
+    Raises:
+        MissingExtra: the first that is not installed, with the extra that brings it.
+    """
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtra(f'{package} is not installed: expected the extra "{extra}" (pip install "qdiff[{extra}]")')

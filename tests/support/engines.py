@@ -1,0 +1,92 @@
+"""Quantized layers, products and tiny networks for the tests of the engines."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from ddim.family import PIXEL
+from ldm.config import load_config
+from ldm.family import LATENT
+from ldm.unet import UNetModel
+from qdiff import quantizers as Q
+from qdiff.architecture import AttentionMatMulSpec
+from qdiff.calibration.data import CalibrationData
+from qdiff.config import QuantConfig
+from qdiff.engines import cpu, probe
+from qdiff.layers import QuantLayer, QuantMatMul
+from tests.support import golden, tiny, tiny_latent
+
+LINEAR = QuantConfig(weight_bit=4, quant_act=True, a_sym=True, split=True, quant_mode="linear")
+SATURATES = probe.why_unavailable()  # why 8-bit products are wrong on this processor; None where they are right
+
+
+def _int_mm_saturates() -> str | None:
+    """The same for `torch._int_mm`, which attentions and the GPU engine's linear layers use."""
+    largest = torch.full((64, 64), 127, dtype=torch.int8)
+    right = bool((torch._int_mm(largest, largest) == 64 * 127 * 127).all())
+    return None if right else "torch._int_mm saturates here"
+
+
+INT_MM_SATURATES = _int_mm_saturates()
+
+
+def quantized_layer(layer: nn.Module, kind: type, bits: int, symmetric: bool, method: str, x: torch.Tensor, split: int = 0):
+    quantized = kind(layer, bits, 8, symmetric, split).requires_grad_(False)
+    quantized.init_weight_scales(method)
+    for quantizer, part in zip(quantized.act_quantizers, quantized._parts(x), strict=True):
+        quantizer.set_qparams(*Q.choose_qparams(part, 8, symmetric=symmetric, method=method))
+        quantizer.enabled = True
+    return quantized
+
+
+def attention_product(symmetric: bool, sm_abit: int):
+    config = QuantConfig(quant_act=True, a_sym=symmetric, sm_abit=sm_abit)
+    return AttentionMatMulSpec(("w", "v"), softmax="w", always_zero=True, follows_a_sym=False).build(config, None)
+
+
+def check(layer: nn.Module, *inputs: torch.Tensor, tolerance: float = 1e-6) -> bool:
+    """The integer form of a layer against the simulation in float64.
+
+    Shape and type are checked on every processor; numbers where they can be right.
+
+    Returns:
+        Whether numbers were compared.
+    """
+    found = cpu.integer_form(layer)(*inputs) + 0
+    expected = copy.deepcopy(layer).double()(*(x.double() for x in inputs))
+    assert found.shape == expected.shape and found.dtype == torch.float32
+    if not right(layer):
+        return False
+    error = golden.relative_error(found.double(), expected)
+    assert error < tolerance, f"{layer}: relative error {error}"
+    return True
+
+
+def right(model: nn.Module) -> bool:
+    """Whether integer products of these layers are right here: sums of two products of 8-bit weights overflow 16 bits without VNNI."""
+    layers = list(model.modules())
+    wide = any(q.n_bits > 4 for layer in layers if isinstance(layer, QuantLayer) for q in layer.weight_quantizers)
+    attends = any(isinstance(layer, QuantMatMul) and all(q.n_bits <= 8 for q in layer.act_quantizers) for layer in layers)
+    return not (wide and SATURATES) and not (attends and INT_MM_SATURATES)
+
+
+def skip_numbers(compared: bool) -> None:
+    """Say, as the end of a test, that its numbers were not (all) compared."""
+    if not compared:
+        pytest.skip(f"numbers of 8-bit products are not compared: {SATURATES or INT_MM_SATURATES}")
+
+
+def network_of(kind, folder):
+    """A tiny network of each family: (network, family, rows)."""
+    if kind == "pixel":
+        network = tiny.unet()
+        return network, PIXEL, tiny.rows(network)
+    torch.manual_seed(0)
+    config = load_config(tiny_latent.model_folder(folder / kind, kind) / "config.yaml")
+    unet = UNetModel(config.unet).eval().requires_grad_(False)
+    inputs = [torch.randn(32, 4, 8, 8), torch.linspace(0, 999, 32)]
+    if kind == "text":
+        inputs.append(torch.randn(32, 8, 16))
+    return unet, LATENT, CalibrationData(tuple(inputs))
