@@ -1,11 +1,11 @@
-"""How far 8-bit activations can go on the embedded pixel model: ranges, time-step sets, and the floor of static scales.
+"""How far 8-bit activations can go on the bundled pixel model: ranges, time-step sets, and the floor of static scales.
 
     python benchmarks/activation_floor.py
 
 W8A8, weights by nearest rounding with `mse` ranges. Trajectory errors (64 images, DDIM 50 quad steps) of: min-max ranges; ranges of
 least error; the same in time-step sets; and the floor: step sizes, biases and normalizations fitted on the evaluation
 trajectory itself, which no calibration with static scales can be expected to beat by much. Then calibrated checkpoints (whose weights
-are calibrated too): the embedded one and those given by --checkpoints.
+are calibrated too): the bundled one and those given by --checkpoints.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--sets", type=int, nargs="*", default=[2, 5, 10, 20])
     parser.add_argument(
-        "--checkpoints", type=Path, nargs="*", default=[], help="calibrated packed checkpoints, measured beside the embedded one"
+        "--checkpoints", type=Path, nargs="*", default=[], help="calibrated packed checkpoints, measured beside the bundled one"
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()

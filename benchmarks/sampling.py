@@ -1,4 +1,4 @@
-"""Whole sampling (50 steps and decoding) of the embedded models, integer products against float32: one thread, CPU time, paired.
+"""Whole sampling (50 steps and decoding) of the bundled models, integer products against float32: one thread, CPU time, paired.
 
 python benchmarks/sampling.py
 """

@@ -42,7 +42,7 @@ class DiffusionConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Training of an embedded model: the `training` section of its YAML file."""
+    """Training of a bundled model: the `training` section of its YAML file."""
 
     batch_size: int = 64
     steps: int = 6000

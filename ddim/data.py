@@ -1,4 +1,4 @@
-"""The emoji of the embedded models: an npm archive of PNG files becomes images and captions."""
+"""The emoji of the bundled models: an npm archive of PNG files becomes images and captions."""
 
 import json
 import tarfile

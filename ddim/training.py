@@ -1,4 +1,4 @@
-"""Training of the embedded models: one loop with EMA and exact resume, and the losses of both families."""
+"""Training of the bundled models: one loop with EMA and exact resume, and the losses of both families."""
 
 import copy
 import logging

@@ -1,4 +1,4 @@
-"""Full-precision weights of the pixel family: public checkpoints, fetched once and checked, or embedded ones."""
+"""Full-precision weights of the pixel family: public checkpoints, fetched once and checked, or bundled ones."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def load_unet(config: PixelConfig, checkpoint: str | None) -> nn.Module:
 
 
 def pretrained_file(config: PixelConfig) -> Path:
-    """The file of `--use_pretrained`: embedded, cached, or fetched now."""
+    """The file of `--use_pretrained`: bundled, cached, or fetched now."""
     name = config.pretrained
     if name is None:
         raise ConfigError(f"--use_pretrained: {config.path} names no pretrained weights; give a file with --ckpt")

@@ -91,7 +91,7 @@ def _ema_name(name: str) -> str:
 
 
 def find_checkpoint(path: str | Path) -> list[Path]:
-    """The files of a model: the given one, or those of a folder (`model.ckpt`, `model.safetensors`, or the parts of an embedded model).
+    """The files of a model: the given one, or those of a folder (`model.ckpt`, `model.safetensors`, or the parts of a bundled model).
 
     Raises:
         CheckpointError: nothing there.
@@ -112,7 +112,7 @@ def _files(path: Path) -> list[Path]:
 
 
 class LatentCheckpoint:
-    """An official file (or an embedded model's files), memory-mapped; the parts are taken out of it by name.
+    """An official file (or a bundled model's files), memory-mapped; the parts are taken out of it by name.
 
     Raises:
         CheckpointError: damaged, or a part that the configuration names is not (wholly) in it.

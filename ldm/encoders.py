@@ -154,7 +154,7 @@ def clip_merges() -> list[str]:
 
 
 def read_merges(name: str) -> list[str]:
-    """The merges of an embedded vocabulary: one a line, in a file below the repository."""
+    """The merges of a bundled vocabulary: one a line, in a file below the repository."""
     path = find(name)
     if not path.is_file():
         raise ConfigError(f"vocabulary {path}: no such file")

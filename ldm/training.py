@@ -1,4 +1,4 @@
-"""Losses that train the embedded latent models: the autoencoder's and, with captions, the text model's."""
+"""Losses that train the bundled latent models: the autoencoder's and, with captions, the text model's."""
 
 import torch
 from torch import Tensor, nn

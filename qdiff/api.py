@@ -60,7 +60,7 @@ def quantize(
             keeps the parameter. A type keeps the modules' own parameters (position embeddings), or all inside where there are none.
         products: module types with attention products as attributes (`qdiff.layers.MatMul`), see `qdiff.model.AttentionMatMulSpec`.
         splits: for layers whose input is a concatenation, by path: the channels of its first half (Q-Diffusion, section 4.3).
-        time_sets: sets of time steps with activation step sizes of their own.
+        timestep_groups: sets of time steps with activation step sizes of their own.
         preset: the recipe: `fast` or `published`; `recipe` overrides its settings (`qdiff.config.CalibrationConfig`).
         folder: keeps every finished unit there; the same call continues after an interruption. At the end it has a report too:
             `layers.csv`, `layers.png`, `units.png`.
@@ -146,7 +146,7 @@ def _check(
     if len(lengths) != 1:
         raise ConfigError(f"inputs of {sorted(lengths)} rows: expected the same number in each")
     if timestep_groups > 1 and len(inputs) < 2:
-        raise ConfigError(f"time_sets {timestep_groups}: expected the time steps as the second input")
+        raise ConfigError(f"timestep_groups {timestep_groups}: expected the time steps as the second input")
     modules = dict(model.named_modules())
     for path, channels in splits.items():
         if type(modules.get(path)) not in LAYER_TYPES:
@@ -178,4 +178,4 @@ def _check(
     if (name := first_not_finite(model.state_dict())) is not None:
         raise NonFiniteError(f"model: {name} holds values that are not finite numbers")
     if recipe.get("running_stat") and timestep_groups > 1:
-        raise ConfigError("time_sets and running_stat: expected one of them")
+        raise ConfigError("timestep_groups and running_stat: expected one of them")

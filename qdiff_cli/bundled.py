@@ -1,4 +1,4 @@
-"""The embedded models: their sampling commands, and each as one kind of thing with the noises of some pictures."""
+"""The bundled models: their sampling commands, and each as one kind of thing with the noises of some pictures."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ def folder_of(name: str) -> Path:
 
 
 def quantization_options(name: str) -> list[str]:
-    """The options of the embedded calibrated checkpoints, but for the width of the weights."""
+    """The options of the bundled calibrated checkpoints, but for the width of the weights."""
     return {
         "emoji32": ["--quant_act", "--a_sym", "--split"],
         "emoji64": ["--quant_act", "--split"],
@@ -47,7 +47,7 @@ def sampling_command(name: str, images: int, seed: int = 0) -> list[str]:
 
 @dataclass(frozen=True)
 class BundledModel:
-    """An embedded model with the noises (and prompts) of `job.total` pictures, all in one batch."""
+    """A bundled model with the noises (and prompts) of `job.total` pictures, all in one batch."""
 
     name: str
     job: SamplingRun

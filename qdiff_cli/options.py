@@ -150,7 +150,10 @@ def add_quant_options(parser: Parser) -> None:
     group.add_argument("--running_stat", action="store_true", help="moving averages for the activation ranges")
     group.add_argument("--rs_sm_only", action="store_true", help="moving averages for attention probabilities only")
     group.add_argument(
-        "--time_sets", type=positive, default=1, help="calibrate activation step sizes for each of so many sets of time steps (packed only)"
+        "--timestep_groups",
+        type=positive,
+        default=1,
+        help="calibrate activation step sizes for each of so many sets of time steps (packed only)",
     )
     group.add_argument("--split", action="store_true", help="two quantizers for concatenated shortcuts")
     group.add_argument("--cond", action="store_true", help="the model is conditional (accepted for the published commands)")
@@ -264,7 +267,7 @@ RULES = (
         _LOADS,
     ),
     Rule(
-        "time_sets",
+        "timestep_groups",
         lambda args: _calibrates(args) and args.quant_act,
         "in a calibration with --quant_act",
         lambda args, value: value == 1,
@@ -280,7 +283,7 @@ RULES = (
         lambda args, value: value == "max" or (value == 0 and value is not False),
     ),
     Rule("rs_sm_only", lambda args: args.running_stat, "with --running_stat"),
-    Rule("running_stat", lambda args: args.timestep_groups == 1, "without --time_sets: expected one of them"),
+    Rule("running_stat", lambda args: args.timestep_groups == 1, "without --timestep_groups: expected one of them"),
     Rule(
         "engine",
         lambda args: args.ptq and args.quant_act,

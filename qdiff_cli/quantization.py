@@ -68,7 +68,7 @@ def check(args: argparse.Namespace, task: QuantizationTask) -> None:
         quant_config(args, task.weight_method, task.act_method)
         config = calibration_config(args, task.evaluations)
         if args.timestep_groups > config.steps:
-            raise ConfigError(f"--time_sets {args.timestep_groups}: the calibration set has {config.steps} time steps (--cali_st)")
+            raise ConfigError(f"--timestep_groups {args.timestep_groups}: the calibration set has {config.steps} time steps (--cali_st)")
 
 
 def prepare_network(args: argparse.Namespace, task: QuantizationTask, device: torch.device, folder: Path, ranks: Ranks) -> nn.Module:

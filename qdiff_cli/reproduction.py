@@ -27,8 +27,8 @@ from qdiff_cli.running import Ranks
 from qdiff_cli.sampling_run import SamplingRun, prepare, run
 from qdiff_cli.tables import FROM_MEMORY, FULL, QDIFF, PaperTable, Row
 
-CHECK_LIMIT = 0.1  # trajectory error of 8-bit weights by nearest rounding; the embedded models have 0.006 to 0.011
-CHECK_RATIO = 0.85  # of nearest rounding's error, at 4 bits; the embedded checkpoints have 0.3 to 0.7
+CHECK_LIMIT = 0.1  # trajectory error of 8-bit weights by nearest rounding; the bundled models have 0.006 to 0.011
+CHECK_RATIO = 0.85  # of nearest rounding's error, at 4 bits; the bundled checkpoints have 0.3 to 0.7
 CHECK_RECIPE = CalibrationConfig(steps=10, samples=8)  # the rows behind the ranges of nearest rounding
 CHECK_STEPS, CHECK_IMAGES, GRID_IMAGES = 20, 4, 16
 REFERENCE_SEED = 1000  # added to a table's seed for the full-precision samples that are the reference where there is no other
@@ -41,7 +41,7 @@ class TableRun:
         self.table, self.args = table, args
         self.commands = RowCommands(table, args)
         self.folder, self.count, self.rows = self.commands.folder, self.commands.count, self.commands.rows
-        self.extractor = args.extractor or ("lite0" if table.embedded else "inception")
+        self.extractor = args.extractor or ("lite0" if table.bundled else "inception")
         self.device = select_device(args.device)
         self.sampled = cache(self._sampled)
         self.full_precision, self.trajectory = cache(self._full_precision), cache(self._trajectory)
@@ -89,7 +89,7 @@ class TableRun:
         """What images are compared with: given, the table's, or full-precision samples of another seed."""
         if self.args.reference or self.table.reference:
             return self.args.reference or self.table.reference
-        if not self.table.embedded:
+        if not self.table.bundled:
             raise ConfigError(f"--reference: expected the reference images of {self.table.name}")
         row = next(row for row in self.table.rows if row.method == FULL)
         return str(self.sampled(row, self.table.seed + REFERENCE_SEED, self.count)[1])
@@ -175,7 +175,7 @@ class TableRun:
         return f"{words}: sampling {hours(sampling)}, calibrations ({len(missing)}) about {hours(fitting)}, {where}"
 
     def reference_is_sampled(self) -> bool:
-        return self.table.embedded and not self.args.reference
+        return self.table.bundled and not self.args.reference
 
 
 def quant_of(job: SamplingRun) -> QuantConfig:

@@ -68,7 +68,7 @@ class RowCommands:
         return [word for name, option in found.items() if name not in silent for word in option]
 
     def given_checkpoint(self, row: Row) -> Path | None:
-        """The calibrated checkpoint for a row in --checkpoints or beside the embedded model."""
+        """The calibrated checkpoint for a row in --checkpoints or beside the bundled model."""
         for folder in (self.args.checkpoints, self.table.checkpoints) if row.method == QDIFF else ():
             for name in (row.file, f"w{row.weight_bit}a8"):
                 for suffix in (".safetensors", ".pth"):

@@ -36,7 +36,7 @@ class Row:
 
 @dataclass(frozen=True)
 class PaperTable:
-    """A table of the paper, or the one of an embedded model.
+    """A table of the paper, or the one of a bundled model.
 
     command: the sampling command in full precision, but for number, seed and folder of the images. weights, acts: the options that
     quantize weights, and activations beside them. calibration: the options of a calibration. count, logdir, steps: the options for
@@ -66,7 +66,7 @@ class PaperTable:
     prompts: bool = False
 
     @property
-    def embedded(self) -> bool:
+    def bundled(self) -> bool:
         return self.checkpoints is not None
 
 
@@ -154,7 +154,7 @@ def _stable_diffusion() -> PaperTable:
     )
 
 
-def _embedded(name: str) -> PaperTable:
+def _bundled(name: str) -> PaperTable:
     text = name == "emoji64-text"
     command, options = sampling_command(name, 8), quantization_options(name)
     number = {"emoji32": "--max_images", "emoji64": "-n", "emoji64-text": "--n_samples"}[name]
@@ -182,9 +182,9 @@ def _embedded(name: str) -> PaperTable:
 
 
 def tables(name: str) -> list[PaperTable]:
-    """The tables behind a name of `--table`; `embedded` has one for each embedded model."""
-    if name == "embedded":
-        return [_embedded(model) for model in NAMES]
+    """The tables behind a name of `--table`; `bundled` has one for each bundled model."""
+    if name == "bundled":
+        return [_bundled(model) for model in NAMES]
     bedroom = _rows({"fid": "2.98"}, _fid("", "82.69", "6.69*", "24.86*"), _fid("", "4.86", "4.40*", "5.32"))
     church = _rows({"fid": "4.06"}, _fid("", "32.54", "14.62*", "14.92*"), _fid("", "4.45", "3.65*", "4.12*"))
     return [
@@ -197,4 +197,4 @@ def tables(name: str) -> list[PaperTable]:
     ]
 
 
-NAMED = ("cifar10", "lsun-bedroom", "lsun-church", "stable-diffusion", "embedded")
+NAMED = ("cifar10", "lsun-bedroom", "lsun-church", "stable-diffusion", "bundled")

@@ -1,6 +1,6 @@
 """Compare quantized networks with full precision, and explain: a folder with tables, pictures and an `index.html`.
 
-    python scripts/compare.py --embedded emoji32 -o report
+    python scripts/compare.py --bundled emoji32 -o report
     python scripts/compare.py --checkpoints w8a8.safetensors w4a8.safetensors -o report -- \
         sample_diffusion_ddim.py --config configs/cifar10.yml --use_pretrained --timesteps 100 --skip_type quad
 

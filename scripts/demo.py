@@ -1,8 +1,8 @@
-"""The main job on the embedded models: the same noises in full precision and quantized, one picture and table per family.
+"""The main job on the bundled models: the same noises in full precision and quantized, one picture and table per family.
 
     python scripts/demo.py --output demo_output
 
-Writes demo_<model>.png for each embedded model and prints tables: file size, PSNR and SSIM of
+Writes demo_<model>.png for each bundled model and prints tables: file size, PSNR and SSIM of
 the images against full precision, relative error of eps averaged over the trajectory (of the first 4
 images), seconds per image. A picture grows by a row as soon as one is sampled.
 """

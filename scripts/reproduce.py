@@ -1,6 +1,6 @@
-"""Fill a table of the paper, or that of the embedded models: calibrate or load, sample, evaluate, each row beside its published numbers.
+"""Fill a table of the paper, or that of the bundled models: calibrate or load, sample, evaluate, each row beside its published numbers.
 
-    python scripts/reproduce.py --table embedded
+    python scripts/reproduce.py --table bundled
     python scripts/reproduce.py --table cifar10 --checkpoints calibrated --device cuda
     python scripts/reproduce.py --table cifar10 --checkpoints calibrated --check
 

@@ -152,6 +152,6 @@ def timestep_group_bounds(rows: CalibrationData, sets: int) -> tuple[float, ...]
     """
     times = rows.inputs[1].unique().tolist()
     if sets > len(times):
-        raise ConfigError(f"--time_sets {sets}: the calibration set has {len(times)} time steps")
+        raise ConfigError(f"--timestep_groups {sets}: the calibration set has {len(times)} time steps")
     firsts = [len(times) * number // sets for number in range(1, sets)]
     return tuple((times[first - 1] + times[first]) / 2 for first in firsts)

@@ -32,19 +32,19 @@ HEADER = ["setting", "size MB", "GMACs", "TBOPs", "eps error", "last x_t error",
 def parse(argv: list[str] | None) -> argparse.Namespace:
     own, command = split_command(argv)
     parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument("--embedded", choices=NAMES, help="an embedded model with its checkpoints, instead of a sampling command")
+    parser.add_argument("--bundled", choices=NAMES, help="a bundled model with its checkpoints, instead of a sampling command")
     parser.add_argument("--checkpoints", nargs="+", type=Path, default=[], help="packed checkpoints of the model")
     parser.add_argument("-o", "--output", type=Path, required=True, help="the folder to write")
     parser.add_argument("--images", type=positive, default=16)
     parser.add_argument("--no_nearest", action="store_true", help="leave nearest rounding out")
     add_device_options(parser)
     args = parser.parse_args(own)
-    if bool(args.embedded) == bool(command):
-        parser.error("expected either --embedded or a sampling command after --")
+    if bool(args.bundled) == bool(command):
+        parser.error("expected either --bundled or a sampling command after --")
     if command and not args.checkpoints:
         parser.error("expected --checkpoints")
-    args.command = command or sampling_command(args.embedded, args.images)
-    args.checkpoints = args.checkpoints or [folder_of(args.embedded) / f"{kind}.safetensors" for kind in ("w8a8", "w4a8")]
+    args.command = command or sampling_command(args.bundled, args.images)
+    args.checkpoints = args.checkpoints or [folder_of(args.bundled) / f"{kind}.safetensors" for kind in ("w8a8", "w4a8")]
     return args
 
 

@@ -1,4 +1,4 @@
-"""The main job on the embedded models: the same noises in full precision and quantized, one picture and table per family."""
+"""The main job on the bundled models: the same noises in full precision and quantized, one picture and table per family."""
 
 import argparse
 from collections.abc import Callable

@@ -32,7 +32,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("-o", "--output", type=Path, required=True, help="file to write")
     parser.add_argument("--use_pretrained", action="store_true", help="the weights that the configuration names")
     parser.add_argument(
-        "--ckpt", type=project_file, help="local full-precision checkpoint (.ckpt, .pth, .safetensors), or an embedded model's folder"
+        "--ckpt", type=project_file, help="local full-precision checkpoint (.ckpt, .pth, .safetensors), or a bundled model's folder"
     )
     parser.add_argument("--seed", type=seed, default=1234)
     parser.add_argument("--sample_type", choices=PIXEL_SAMPLERS + LATENT_SAMPLERS, help="default: generalized (pixel), ddim (latent)")

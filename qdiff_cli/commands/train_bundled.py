@@ -1,4 +1,4 @@
-"""Train an embedded model on emoji and write its EMA weights in half precision."""
+"""Train a bundled model on emoji and write its EMA weights in half precision."""
 
 import argparse
 from dataclasses import replace
@@ -146,6 +146,6 @@ def main(argv: list[str] | None = None) -> None:
         return train_pixel(args, device)
     config = load_latent_config(args.config)
     if not config.training:
-        raise ConfigError(f"--config {args.config}: has no training section: it is not an embedded model")
+        raise ConfigError(f"--config {args.config}: has no training section: it is not a bundled model")
     folder = output_folder(args, UNetModel(config.unet), UNET_PREFIX)
     return (train_first_stage if args.part == "first_stage" else train_latent)(args, config, folder, device)

@@ -1,4 +1,4 @@
-"""The evaluating scripts as users run them, on small images and on the embedded models."""
+"""The evaluating scripts as users run them, on small images and on the bundled models."""
 
 import csv
 import json
@@ -195,7 +195,7 @@ def test_comparison_refuses_what_does_not_fit(tmp_path):
 def test_a_table_is_filled_and_continued(tmp_path):
     words = [
         "--table",
-        "embedded",
+        "bundled",
         "--models",
         "emoji32",
         "--rows",
@@ -233,7 +233,7 @@ def test_a_table_is_filled_and_continued(tmp_path):
 
 
 def test_a_table_is_checked_before_the_long_run(tmp_path):
-    words = ["--table", "embedded", "--models", "emoji32", "--rows", "q-diffusion-w4a8", "--check", "--threads", 1, "--output", tmp_path]
+    words = ["--table", "bundled", "--models", "emoji32", "--rows", "q-diffusion-w4a8", "--check", "--threads", 1, "--output", tmp_path]
     result = commands.run("reproduce.py", *words)
     assert result.returncode == 0, result.stderr
     assert "full precision: PASS" in result.stdout and "Q-Diffusion W4A8: PASS" in result.stdout
@@ -254,7 +254,7 @@ def test_the_check_sees_a_checkpoint_that_nothing_was_learned_for(tmp_path):
     assert result.returncode == 0, result.stderr
     (tmp_path / "given").mkdir()
     shutil.copy(next((tmp_path / "linear").rglob("ckpt.safetensors")), tmp_path / "given" / "w4a8.safetensors")
-    words = ["--table", "embedded", "--models", "emoji32", "--rows", "q-diffusion-w4a8", "--check", "--threads", 1, "--output", tmp_path]
+    words = ["--table", "bundled", "--models", "emoji32", "--rows", "q-diffusion-w4a8", "--check", "--threads", 1, "--output", tmp_path]
     result = commands.run("reproduce.py", *words, "--checkpoints", tmp_path / "given")
     assert result.returncode == 1 and "the check failed" in result.stderr.splitlines()[-1]
     assert "Q-Diffusion W4A8: FAIL, trajectory error 0." in result.stdout
@@ -326,12 +326,12 @@ def test_the_table_of_stable_diffusion_takes_captions_and_images_of_any_size(wor
 
 def test_bad_tables_say_what_is_wrong(tmp_path):
     run = lambda words: commands.run("reproduce.py", *shlex.split(words), "--output", tmp_path)  # noqa: E731
-    fails(run("--table embedded --rows q-diffusion-w3a8"), "q-diffusion-w3a8", "q-diffusion-w4a8")
-    fails(run("--table embedded --models emoji16"), "emoji16", "emoji32")
+    fails(run("--table bundled --rows q-diffusion-w3a8"), "q-diffusion-w3a8", "q-diffusion-w4a8")
+    fails(run("--table bundled --models emoji16"), "emoji16", "emoji32")
     fails(run("--table lsun-church"), "--reference", "lsun-church")
     fails(run("--table stable-diffusion --reference ."), "--captions")
     fails(run("--table lsun-church --reference qdiff"), "no images")
-    fails(run("--table embedded --clip ."), "missing config.json")
+    fails(run("--table bundled --clip ."), "missing config.json")
     fails(run("--table cifar10 --clip ."), "--clip: the images of cifar10 have no prompts")
     fails(run("--table cifar10 --check --checkpoints nowhere"), "--checkpoints nowhere: expected a folder")
     (tmp_path / "captions.json").write_text('{"annotations": [{"id": 1}]}')

@@ -190,7 +190,7 @@ def test_bad_text_options_are_one_clear_line(models, tmp_path, more, word):
 EMBEDDED = ["--ptq", "--quant_act", "--split", "--threads", 1]
 
 
-def test_the_embedded_latent_model_runs_quantized(tmp_path):
+def test_the_bundled_latent_model_runs_quantized(tmp_path):
     folder = commands.REPOSITORY / "models/ldm/emoji64"
     packed = folder / "w8a8.safetensors"
     options = ["-n", 4, "--batch_size", 4, "-c", 10, "-e", 0, "--seed", 1, "--weight_bit", 8, *EMBEDDED, "--cali_ckpt", packed]
@@ -201,7 +201,7 @@ def test_the_embedded_latent_model_runs_quantized(tmp_path):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_the_embedded_text_model_follows_its_prompt(tmp_path, bits):
+def test_the_bundled_text_model_follows_its_prompt(tmp_path, bits):
     folder = commands.REPOSITORY / "models/ldm/emoji64-text"
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("red heart\nblue heart\n")

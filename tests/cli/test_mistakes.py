@@ -305,15 +305,15 @@ def test_training_does_not_write_into_the_folder_of_another_model(tmp_path):
     for changed in ("a.yml", "b.yml"):
         shutil.copy(commands.REPOSITORY / "configs/emoji32.yml", tmp_path / changed)
     words = ["--emoji", tmp_path / "no.tgz", "--config", tmp_path / "a.yml"]
-    fails(commands.run("train_embedded.py", *words), "-o: expected a folder")
+    fails(commands.run("train_bundled.py", *words), "-o: expected a folder")
     for folder in ("models/ldm/emoji64", "models/ldm/emoji64-text"):
-        fails(commands.run("train_embedded.py", *words, "-o", commands.REPOSITORY / folder), "another configuration")
+        fails(commands.run("train_bundled.py", *words, "-o", commands.REPOSITORY / folder), "another configuration")
     shutil.copytree(commands.REPOSITORY / "models/ldm/emoji64", tmp_path / "mine")
     (tmp_path / "mine/config.yaml").unlink()
-    fails(commands.run("train_embedded.py", *words, "-o", tmp_path / "mine"), "weights of another model")
+    fails(commands.run("train_bundled.py", *words, "-o", tmp_path / "mine"), "weights of another model")
     config = commands.REPOSITORY / "models/ldm/emoji64-text/config.yaml"
-    fails(commands.run("train_embedded.py", "--emoji", "no.tgz", "--config", config, "-o", config.parent.with_name("emoji64")), "another")
-    fails(commands.run("train_embedded.py", *words, "--part", "unet"), "--part")
+    fails(commands.run("train_bundled.py", "--emoji", "no.tgz", "--config", config, "-o", config.parent.with_name("emoji64")), "another")
+    fails(commands.run("train_bundled.py", *words, "--part", "unet"), "--part")
 
 
 # --- writing
@@ -332,8 +332,8 @@ def test_what_cannot_be_written_is_found_before_the_work(models, tmp_path, monke
     for option in ("--output", "--npz", "--save_statistics"):
         words = [tmp_path, "--extractor", "lite0", "--cache", tmp_path / "cache", option, inside / "x.npz"]
         fails(commands.run("evaluate.py", *words), str(inside))
-    fails(commands.run("compare.py", "--embedded", "emoji32", "-o", inside), str(inside))
-    fails(commands.run("reproduce.py", "--table", "embedded", "--models", "emoji32", "--output", inside), str(inside))
+    fails(commands.run("compare.py", "--bundled", "emoji32", "-o", inside), str(inside))
+    fails(commands.run("reproduce.py", "--table", "bundled", "--models", "emoji32", "--output", inside), str(inside))
     fails(commands.run("demo.py", "--output", inside), str(inside))
     fails(pixel(models, inside), str(inside))
     assert not calls

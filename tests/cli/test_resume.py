@@ -123,13 +123,13 @@ import torch, torch.distributed as dist
 from pathlib import Path
 from tests.support import tiny
 from ddim.family import PIXEL
-from qdiff.calibration.run import Workplace, calibrate
+from qdiff.calibration.run import CalibrationDir, calibrate
 from qdiff.config import CalibrationConfig, QuantConfig
 torch.set_num_threads(1)
 if {world} > 1:
     dist.init_process_group("gloo")
 network = tiny.unet()
-quant, config, place = QuantConfig(**{quant}), CalibrationConfig(**{config}), Workplace(Path({folder!r}))
+quant, config, place = QuantConfig(**{quant}), CalibrationConfig(**{config}), CalibrationDir(Path({folder!r}))
 model = calibrate(network, PIXEL, quant, config, tiny.rows(network), workplace=place)
 torch.save(model.state_dict(), {folder!r} + "/done.pt")
 if {world} > 1:
@@ -227,7 +227,7 @@ import sys
 import torch
 import torch.distributed as dist
 from torch import nn
-from qdiff import ranks
+from qdiff.utils import distributed
 from qdiff.calibration.reconstruct import UnitData
 
 dist.init_process_group("gloo")
@@ -372,7 +372,7 @@ def test_a_lost_line_of_the_manifest_is_noticed(tmp_path, network, rows, referen
         ({"blocks": [nn.GELU]}, "no GELU"),
         ({"keep": [nn.GELU]}, "keep: no GELU"),
         ({"keep": ["tail"]}, "keep: no tail"),
-        ({"time_sets": 2, "running_stat": True}, "running_stat"),
+        ({"timestep_groups": 2, "running_stat": True}, "running_stat"),
     ],
 )
 def test_wrong_settings_are_named(options, words):
@@ -387,7 +387,7 @@ def test_wrong_inputs_are_named():
         qdiff.quantize(Denoiser().bfloat16(), INPUTS)
     with pytest.raises(ConfigError, match="weight is float64: expected float32"):
         qdiff.quantize(Denoiser().double(), INPUTS)
-    with pytest.raises(ConfigError, match="time_sets 2: expected the time steps"):
+    with pytest.raises(ConfigError, match="timestep_groups 2: expected the time steps"):
         qdiff.quantize(nn.Sequential(nn.Conv2d(3, 3, 1)), INPUTS[:1], timestep_groups=2)
     with torch.inference_mode(), pytest.raises(ConfigError, match="inference_mode"):
         qdiff.quantize(Denoiser(), INPUTS)

@@ -1,4 +1,4 @@
-"""The scripts as users run them: on the tiny network and on the embedded one."""
+"""The scripts as users run them: on the tiny network and on the bundled one."""
 
 import re
 import shlex
@@ -216,7 +216,7 @@ def test_bad_input_is_one_clear_line(files, tmp_path, name):
 EMBEDDED = commands.REPOSITORY / "models/ddim/emoji32"
 
 
-def test_the_embedded_model_runs_quantized(tmp_path):
+def test_the_bundled_model_runs_quantized(tmp_path):
     words = "--config configs/emoji32.yml --use_pretrained --timesteps 10 --skip_type quad --max_images 2"
     quant = ["--ptq", "--weight_bit", 4, "--quant_act", "--a_sym", "--split", "--cali_ckpt", EMBEDDED / "w4a8.safetensors"]
     for i, more in enumerate(([], quant)):
@@ -225,7 +225,7 @@ def test_the_embedded_model_runs_quantized(tmp_path):
         assert len(content(run_folder(tmp_path / str(i)))) == 2
 
 
-def test_one_flipped_byte_of_the_embedded_checkpoint_is_named(tmp_path):
+def test_one_flipped_byte_of_the_bundled_checkpoint_is_named(tmp_path):
     damaged = bytearray((EMBEDDED / "w4a8.safetensors").read_bytes())
     damaged[len(damaged) // 2] ^= 4
     (tmp_path / "w4a8.safetensors").write_bytes(damaged)
@@ -236,7 +236,7 @@ def test_one_flipped_byte_of_the_embedded_checkpoint_is_named(tmp_path):
 def test_a_killed_calibration_continues(files, tmp_path):
     """Killed half-way, continued by the same command: the same checkpoint, bit for bit; other settings are refused."""
     recipe = ["--preset", "fast", "--cali_st", 2, "--cali_n", 4, "--cali_iters", 10, "--cali_iters_a", 3, "--cali_iters_tune", 2]
-    arguments = base(files, tmp_path / "a", "--ckpt", files["ckpt"], "--ptq", "--quant_act", "--time_sets", 2, *recipe, images=1)
+    arguments = base(files, tmp_path / "a", "--ckpt", files["ckpt"], "--ptq", "--quant_act", "--timestep_groups", 2, *recipe, images=1)
     process = commands.start(SAMPLE, *arguments)
     deadline = time.monotonic() + 120
     while not list((tmp_path / "a").glob("samples/*/calibration/0009.safetensors")) and time.monotonic() < deadline:

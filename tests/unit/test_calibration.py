@@ -126,14 +126,14 @@ class Attending(nn.Module):
 
 
 @pytest.mark.parametrize("method", ["max", "mse"])
-@pytest.mark.parametrize("change", [{}, {"running_stat": True}, {"time_sets": 2}])
+@pytest.mark.parametrize("change", [{}, {"running_stat": True}, {"timestep_groups": 2}])
 def test_ranges_do_not_depend_on_the_slices_of_an_attention(monkeypatch, method, change):
     torch.manual_seed(0)
     heads = torch.linspace(0.2, 3, 4).repeat_interleave(8)
     network = Attending().requires_grad_(False)
     network.attention.to_q.weight *= heads[:, None]  # heads of very different ranges: no slice stands for all
     rows = CalibrationData((torch.randn(24, 16, 32) * torch.linspace(0.5, 2, 24)[:, None, None], torch.arange(24.0)))
-    bounds = timestep_group_bounds(rows, change["time_sets"]) if "time_sets" in change else ()
+    bounds = timestep_group_bounds(rows, change["timestep_groups"]) if "timestep_groups" in change else ()
     quant = QuantConfig(quant_act=True, act_scale_method=method, time_bounds=bounds)
     family = Architecture("attending", lambda _: None, {}, products=LATENT.products)
     monkeypatch.setattr("qdiff.calibration.ranges.SEARCH_ELEMENTS", 2**13)  # fewer than there are, so that samples stand for all
@@ -419,7 +419,7 @@ def test_sets_have_equally_many_time_steps():
     assert steps.current.tolist() == [0, 0, 1, 1, 2, 2]
     steps.set(torch.tensor([36.0, 49.0]))
     assert steps.current == 2
-    with pytest.raises(ConfigError, match="time_sets 7"):
+    with pytest.raises(ConfigError, match="timestep_groups 7"):
         timestep_group_bounds(rows, 7)
 
 

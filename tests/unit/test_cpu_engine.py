@@ -353,7 +353,7 @@ from tests.support import tiny
 from ddim.family import PIXEL
 from qdiff.calibration.run import calibrate
 from qdiff.config import CalibrationConfig, QuantConfig
-from qdiff.engines import engine
+from qdiff.engines import probe
 from qdiff.engines.cpu import prepare
 engine.NARROW = 0
 network = tiny.unet()
