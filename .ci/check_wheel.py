@@ -30,7 +30,11 @@ class Denoiser(nn.Module):
 
 
 def import_everything() -> int:
-    names = [m.name for package in (qdiff, qdiff_cli, ddim, ldm) for m in pkgutil.walk_packages(package.__path__, package.__name__ + ".")]
+    names = [
+        m.name
+        for package in (qdiff, qdiff_cli, ddim, ldm)
+        for m in pkgutil.walk_packages(package.__path__, package.__name__ + ".")
+    ]
     for name in names:
         importlib.import_module(name)
     return len(names)
@@ -46,7 +50,9 @@ def expect_missing(call, extra: str) -> None:
 
 
 def main() -> None:
-    assert not (Path(qdiff.__file__).parents[1] / "pyproject.toml").exists(), "this is the clone, not the installed wheel"
+    assert not (Path(qdiff.__file__).parents[1] / "pyproject.toml").exists(), (
+        "this is the clone, not the installed wheel"
+    )
     print(f"{import_everything()} modules imported")
 
     from qdiff.engines.onnx import export_onnx

@@ -38,7 +38,11 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--sets", type=int, nargs="*", default=[2, 5, 10, 20])
     parser.add_argument(
-        "--checkpoints", type=Path, nargs="*", default=[], help="calibrated packed checkpoints, measured beside the bundled one"
+        "--checkpoints",
+        type=Path,
+        nargs="*",
+        default=[],
+        help="calibrated packed checkpoints, measured beside the bundled one",
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
@@ -49,10 +53,14 @@ def main() -> None:
     rows = model.rows(RECIPE)
     seen = CalibrationData(tuple(torch.cat(parts) for parts in zip(*((x, t) for x, t, _ in trajectory), strict=True)))
     for symmetric in (True, False):
-        base = QuantConfig(8, quant_act=True, a_sym=symmetric, split=True, weight_scale_method="mse", quant_mode="linear")
+        base = QuantConfig(
+            8, quant_act=True, a_sym=symmetric, split=True, weight_scale_method="mse", quant_mode="linear"
+        )
         settings = {"min-max": base, "least error": replace(base, act_scale_method="mse")}
         settings |= {
-            f"least error, {sets} time-step sets": replace(base, act_scale_method="mse", time_bounds=timestep_group_bounds(rows, sets))
+            f"least error, {sets} time-step sets": replace(
+                base, act_scale_method="mse", time_bounds=timestep_group_bounds(rows, sets)
+            )
             for sets in args.sets
         }
         print("symmetric" if symmetric else "asymmetric")
@@ -62,7 +70,9 @@ def main() -> None:
         network = calibrate(model.model, model.job.task.family, settings["least error"], RECIPE, rows)
         held_out_from = len(seen) - int(FIT.held_out * len(seen))
         finetune(model.model, network, seen, held_out_from, FIT, CPU, lambda _: None)
-        print(f"  static scales, fitted on this very trajectory: {trajectory_error(network, trajectory):.4f}", flush=True)
+        print(
+            f"  static scales, fitted on this very trajectory: {trajectory_error(network, trajectory):.4f}", flush=True
+        )
     for path in [model.folder / "w8a8.safetensors", *args.checkpoints]:
         print(f"{path}: {trajectory_error(load_packed(path)[0], trajectory):.4f}")
 

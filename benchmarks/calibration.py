@@ -41,7 +41,9 @@ from qdiff.utils.memory import peak_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
-QUANT = QuantConfig(weight_bit=4, quant_act=True, a_sym=True, split=True, weight_scale_method="mse", act_scale_method="mse")
+QUANT = QuantConfig(
+    weight_bit=4, quant_act=True, a_sym=True, split=True, weight_scale_method="mse", act_scale_method="mse"
+)
 PUBLISHED_ROWS = {"pixel": 20 * 256, "latent": 20 * 256, "text": 25 * 128 * 2}
 PUBLISHED_BATCH = {"pixel": 32, "latent": 32, "text": 8}
 FAST_SAMPLES = PRESETS["fast"].samples
@@ -63,7 +65,9 @@ def load(path: Path) -> tuple:
 
 def many(row: tuple, count: int) -> CalibrationData:
     torch.manual_seed(0)
-    return CalibrationData(tuple(torch.randn(count, *part.shape[1:]) if part.dim() > 1 else torch.linspace(0, 999, count) for part in row))
+    return CalibrationData(
+        tuple(torch.randn(count, *part.shape[1:]) if part.dim() > 1 else torch.linspace(0, 999, count) for part in row)
+    )
 
 
 def seconds_of(
@@ -88,25 +92,37 @@ def project(args: argparse.Namespace) -> None:
     once, capture = seconds_of(model, family, rows, args.batch, 1)
     thrice, _ = seconds_of(model, family, rows, args.batch, 3)
     iteration = {step: (thrice[step] - once[step]) / 2 for step in once if step != "ranges"}
-    per_phase = {phase: sum(value for step, value in iteration.items() if step.startswith(phase)) for phase in ("weights", "activations")}
+    per_phase = {
+        phase: sum(value for step, value in iteration.items() if step.startswith(phase))
+        for phase in ("weights", "activations")
+    }
     count = sum(step.startswith("weights") for step in iteration)
     print(f"{args.config}: {count} units, CPU seconds of an iteration at batch {args.batch}, summed over the units:")
-    print(f"  weights {per_phase['weights']:.2f}, activations {per_phase['activations']:.2f}; captures {capture / args.rows:.3f} a row")
+    print(
+        f"  weights {per_phase['weights']:.2f}, activations {per_phase['activations']:.2f}; captures {capture / args.rows:.3f} a row"
+    )
     slowest = sorted(iteration, key=iteration.get, reverse=True)[:3]
     print("  slowest: " + ", ".join(f"{step} {iteration[step]:.3f}" for step in slowest))
     if args.csv:
         with args.csv.open("w", newline="") as file:
             csv.writer(file).writerows(
-                [["step", "CPU seconds of an iteration"], *((step, f"{value:.4f}") for step, value in iteration.items())]
+                [
+                    ["step", "CPU seconds of an iteration"],
+                    *((step, f"{value:.4f}") for step, value in iteration.items()),
+                ]
             )
     for name, preset in PRESETS.items():
         total_rows = PUBLISHED_ROWS[kind] if name == "published" else PUBLISHED_ROWS[kind] * FAST_SAMPLES // 256
         scale = PUBLISHED_BATCH[kind] / args.batch
         fitting = scale * (preset.iters * per_phase["weights"] + preset.iters_a * per_phase["activations"])
-        tuning = preset.iters_tune * preset.batch_tune * 4 * capture / args.rows / 4  # one pass forward and two back, one of the reference
+        tuning = (
+            preset.iters_tune * preset.batch_tune * 4 * capture / args.rows / 4
+        )  # one pass forward and two back, one of the reference
         captures = total_rows * capture / args.rows
         held_out = preset.held_out * total_rows
-        passes = per_phase["weights"] * (3 * held_out + total_rows) + per_phase["activations"] * held_out * (2 + HELD_OUT_CHECKS)
+        passes = per_phase["weights"] * (3 * held_out + total_rows) + per_phase["activations"] * held_out * (
+            2 + HELD_OUT_CHECKS
+        )
         checks = passes / (3 * args.batch)
         total = fitting + captures + tuning + checks
         print(
@@ -114,7 +130,11 @@ def project(args: argparse.Namespace) -> None:
             f"captures {captures / 3600:.2f}, final fit {tuning / 3600:.2f}"
         )
         wrapped = quantize_model(model, family, QUANT)
-        peak = trace_execution(wrapped, units(wrapped, family), rows, CPU).peak_elements * total_rows * (2 if preset.bfloat16 else 4)
+        peak = (
+            trace_execution(wrapped, units(wrapped, family), rows, CPU).peak_elements
+            * total_rows
+            * (2 if preset.bfloat16 else 4)
+        )
         print(f"    activations of {total_rows} rows: {peak / 1e9:.1f} GB (memory and files)")
     print(f"  peak memory of this run: {peak_memory() / 1e9:.1f} GB")
 
@@ -123,7 +143,9 @@ def project(args: argparse.Namespace) -> None:
 def capture_growth(args: argparse.Namespace) -> None:
     print("units  replay s  from the start s  (captures of every unit's output, 8 rows, one phase, one network)")
     for depth in (1, 2, 3, 4):
-        config = replace(load_pixel(ROOT / "configs/cifar10.yml").model, ch=32, norm_groups=8, num_res_blocks=depth, dropout=0.0)
+        config = replace(
+            load_pixel(ROOT / "configs/cifar10.yml").model, ch=32, norm_groups=8, num_res_blocks=depth, dropout=0.0
+        )
         model = UNet(config).eval().requires_grad_(False)
         rows = many((torch.randn(1, 3, 32, 32), torch.ones(1)), 8)
         wrapped = quantize_model(model, PIXEL, QUANT)

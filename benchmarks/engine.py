@@ -46,7 +46,11 @@ def load(path: Path, batch: int, size: int | None) -> tuple:
     if "target" not in yaml.safe_load(path.read_text())["model"]:
         config = load_pixel(path).model
         size = size or config.image_size
-        return UNet(config), PIXEL, (torch.randn(batch, config.in_channels, size, size), torch.randint(0, 1000, (batch,)).float())
+        return (
+            UNet(config),
+            PIXEL,
+            (torch.randn(batch, config.in_channels, size, size), torch.randint(0, 1000, (batch,)).float()),
+        )
     config = load_latent(path)
     size = size or config.image_size
     inputs = [torch.randn(batch, config.unet.in_channels, size, size), torch.randint(0, 1000, (batch,)).float()]
@@ -74,7 +78,9 @@ def exported(network: torch.nn.Module, inputs: tuple, file: Path) -> dict[str, C
         for precision in ("f32", "bf16"):
             settings = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": precision, "NUM_STREAMS": 1}
             compiled = openvino.Core().compile_model(str(file), "CPU", settings)
-            runs[f"OpenVINO, rest {precision}"] = lambda compiled=compiled: torch.from_numpy(compiled(list(feeds.values()))[0])
+            runs[f"OpenVINO, rest {precision}"] = lambda compiled=compiled: torch.from_numpy(
+                compiled(list(feeds.values()))[0]
+            )
     return runs
 
 
@@ -138,7 +144,10 @@ def main() -> None:
     )
     for name, values in times.items():
         ratio = statistics.median(value / first for value, first in zip(values, base, strict=True))
-        print(f"  {name}: {ratio:.3f} x float32" + (f", {differences[name]:.1e} from the simulation" if name in differences else ""))
+        print(
+            f"  {name}: {ratio:.3f} x float32"
+            + (f", {differences[name]:.1e} from the simulation" if name in differences else "")
+        )
 
 
 if __name__ == "__main__":

@@ -46,7 +46,9 @@ def main() -> None:
         "W4A8 symmetric": QuantConfig(weight_bit=4, quant_act=True, a_sym=True, split=True, quant_mode="linear"),
         "W4A8 asymmetric": QuantConfig(weight_bit=4, quant_act=True, split=True, quant_mode="linear"),
     }
-    print(f"float32 and quantized in turn, {args.pairs} pairs after a warm-up, batch {args.batch}, 1 thread, CPU seconds")
+    print(
+        f"float32 and quantized in turn, {args.pairs} pairs after a warm-up, batch {args.batch}, 1 thread, CPU seconds"
+    )
     for name, setting in settings.items():
         network = calibrate(unet, PIXEL, setting, CalibrationConfig(), CalibrationData((x, t)))
         cpu_time(unet, x, t), cpu_time(network, x, t)

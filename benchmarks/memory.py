@@ -60,7 +60,9 @@ def memory(pid: int) -> tuple[int, int]:
 
 def measure(engine: str, file: Path, batch: int) -> tuple[float, int, int]:
     """(seconds to load, peaks of anonymous and of resident memory above the start)."""
-    code = CHILD.format(root=str(ROOT), engine=engine, file=str(file), batch=batch, config=str(ROOT / "configs/cifar10.yml"))
+    code = CHILD.format(
+        root=str(ROOT), engine=engine, file=str(file), batch=batch, config=str(ROOT / "configs/cifar10.yml")
+    )
     process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline().strip() == "ready"
     before = peak = memory(process.pid)

@@ -71,7 +71,12 @@ class PixelConfig:
 # keys of the released YAML files that only training reads, or whose one value is expected
 IGNORED_SECTIONS = {"optim"}
 DATA = {"dataset", "category", "image_size", "channels", "random_flip", "num_workers"}
-DATA_VALUES = {"rescaled": True, "logit_transform": False, "uniform_dequantization": False, "gaussian_dequantization": False}
+DATA_VALUES = {
+    "rescaled": True,
+    "logit_transform": False,
+    "uniform_dequantization": False,
+    "gaussian_dequantization": False,
+}
 MODEL = {"type", "pretrained", "var_type", "ema_rate", "ema"}
 SAMPLING = {"batch_size", "last_only"}
 TRAINING = {"n_epochs", "n_iters", "snapshot_freq", "validation_freq"}
@@ -123,7 +128,9 @@ def load_config(path: str | Path) -> PixelConfig:
         raise ConfigError(f"--config {path}: not a YAML file ({str(error).splitlines()[0]})") from None
     if not isinstance(values, dict) or not {"data", "model", "diffusion"} <= set(values):
         found = sorted(map(str, values)) if isinstance(values, dict) else type(values).__name__
-        raise ConfigError(f"--config {path}: expected the sections data, model and diffusion of the pixel family, found {found}")
+        raise ConfigError(
+            f"--config {path}: expected the sections data, model and diffusion of the pixel family, found {found}"
+        )
     try:
         return _parse(path, values)
     except ConfigError as error:
@@ -147,16 +154,22 @@ def _parse(path: Path, values: dict[str, Any]) -> PixelConfig:
     if diffusion.beta_schedule != "linear":
         raise ConfigError(f"diffusion.beta_schedule {diffusion.beta_schedule!r}: expected linear")
     if diffusion.parameterization not in PREDICTIONS:
-        raise ConfigError(f"diffusion.parameterization {diffusion.parameterization!r}: expected one of {', '.join(PREDICTIONS)}")
+        raise ConfigError(
+            f"diffusion.parameterization {diffusion.parameterization!r}: expected one of {', '.join(PREDICTIONS)}"
+        )
     if not 0 < diffusion.beta_start <= diffusion.beta_end < 1:
-        raise ConfigError(f"diffusion.beta_start {diffusion.beta_start:g}, beta_end {diffusion.beta_end:g}: expected 0 < start <= end < 1")
+        raise ConfigError(
+            f"diffusion.beta_start {diffusion.beta_start:g}, beta_end {diffusion.beta_end:g}: expected 0 < start <= end < 1"
+        )
     if diffusion.num_diffusion_timesteps < 1:
         raise ConfigError(f"diffusion.num_diffusion_timesteps {diffusion.num_diffusion_timesteps}: expected at least 1")
     if model.get("type", "simple") != "simple":
         raise ConfigError(f"model.type {model['type']!r}: expected simple")
     network = model_config_from_dict({"image_size": data.get("image_size"), **model}, MODEL)
     if data.get("channels", network.in_channels) != network.in_channels:
-        raise ConfigError(f"data.channels {data['channels']!r}: expected {network.in_channels}, the model's in_channels")
+        raise ConfigError(
+            f"data.channels {data['channels']!r}: expected {network.in_channels}, the model's in_channels"
+        )
     batch_size = typed(sampling.get("batch_size", 64), int, "sampling.batch_size")
     if batch_size < 1:
         raise ConfigError(f"sampling.batch_size {batch_size}: expected at least 1")

@@ -141,7 +141,9 @@ def sample_dpm_solver(
     return x
 
 
-def _single_step(predict: Callable[[Tensor, float], Tensor], schedule: VPSchedule, x: Tensor, s: float, t: float, order: int) -> Tensor:
+def _single_step(
+    predict: Callable[[Tensor, float], Tensor], schedule: VPSchedule, x: Tensor, s: float, t: float, order: int
+) -> Tensor:
     """One step from time s to t with `order` evaluations (arXiv 2211.01095, algorithms 1; 2206.00927, 2)."""
     inner = np.linspace(s, t, order + 1)
     h = schedule.lam(t) - schedule.lam(s)

@@ -63,7 +63,12 @@ class PixelSampler:
 
     @torch.no_grad()
     def __call__(
-        self, network: Denoiser, indices: Sequence[int], seed: int, callback: Callback | None = None, stream: int = SAMPLING
+        self,
+        network: Denoiser,
+        indices: Sequence[int],
+        seed: int,
+        callback: Callback | None = None,
+        stream: int = SAMPLING,
     ) -> Tensor:
         noise = NoiseSource(seed, indices, self.shape, self.device, stream)
         denoiser = self.denoiser(network, indices)
@@ -78,7 +83,9 @@ class PixelSampler:
         return sample_ddim(denoiser, x, a, self.steps, noise, callback, self.settings.eta)
 
 
-def make_calibration_set(network: Denoiser, sampler: PixelSampler, seed: int, config: CalibrationConfig) -> CalibrationSet:
+def make_calibration_set(
+    network: Denoiser, sampler: PixelSampler, seed: int, config: CalibrationConfig
+) -> CalibrationSet:
     """Run the full-precision sampler on noise of its own stream and keep `config.steps` of its steps."""
 
     def run(indices: list[int], callback: Callable) -> None:

@@ -10,7 +10,9 @@ from qdiff.prediction import Prediction
 
 def make_betas(config: DiffusionConfig) -> Tensor:
     """The betas in float64, [num_diffusion_timesteps] (Ho et al. 2020, section 4: linear in beta)."""
-    return torch.from_numpy(np.linspace(config.beta_start, config.beta_end, config.num_diffusion_timesteps, dtype=np.float64))
+    return torch.from_numpy(
+        np.linspace(config.beta_start, config.beta_end, config.num_diffusion_timesteps, dtype=np.float64)
+    )
 
 
 def make_alphas_cumprod(config: DiffusionConfig) -> Tensor:

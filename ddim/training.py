@@ -26,7 +26,10 @@ def learning_rate(step: int, config: TrainingConfig) -> float:
 
 
 def diffusion_loss(
-    data: Tensor, prediction: Prediction, config: TrainingConfig, conditions: Callable[[Tensor, torch.Generator], tuple] | None = None
+    data: Tensor,
+    prediction: Prediction,
+    config: TrainingConfig,
+    conditions: Callable[[Tensor, torch.Generator], tuple] | None = None,
 ) -> Loss:
     """The error of eps with min-SNR weights (arXiv 2303.09556, eq. 5).
 

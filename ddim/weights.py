@@ -14,10 +14,26 @@ from qdiff.utils.resources import find, is_clone
 HOST = "https://heibox.uni-heidelberg.de/f"
 # name: (address, path in the cache, md5); EMA weights of the "pytorch_diffusion" release
 PUBLIC = {
-    "ema_cifar10": ("2e4f01e2d9ee49bab1d5", "ema_diffusion_cifar10_model/model-790000.ckpt", "1fa350b952534ae442b1d5235cce5cd3"),
-    "ema_lsun_bedroom": ("b95206528f384185889b", "ema_diffusion_lsun_bedroom_model/model-2388000.ckpt", "1921fa46b66a3665e450e42f36c2720f"),
-    "ema_lsun_cat": ("0701aac3aa69457bbe34", "ema_diffusion_lsun_cat_model/model-1761000.ckpt", "646f23f4821f2459b8bafc57fd824558"),
-    "ema_lsun_church": ("44ccb50ef3c6436db52e", "ema_diffusion_lsun_church_model/model-4432000.ckpt", "fdc68a23938c2397caba4a260bc2445f"),
+    "ema_cifar10": (
+        "2e4f01e2d9ee49bab1d5",
+        "ema_diffusion_cifar10_model/model-790000.ckpt",
+        "1fa350b952534ae442b1d5235cce5cd3",
+    ),
+    "ema_lsun_bedroom": (
+        "b95206528f384185889b",
+        "ema_diffusion_lsun_bedroom_model/model-2388000.ckpt",
+        "1921fa46b66a3665e450e42f36c2720f",
+    ),
+    "ema_lsun_cat": (
+        "0701aac3aa69457bbe34",
+        "ema_diffusion_lsun_cat_model/model-1761000.ckpt",
+        "646f23f4821f2459b8bafc57fd824558",
+    ),
+    "ema_lsun_church": (
+        "44ccb50ef3c6436db52e",
+        "ema_diffusion_lsun_church_model/model-4432000.ckpt",
+        "fdc68a23938c2397caba4a260bc2445f",
+    ),
 }
 
 
@@ -41,6 +57,10 @@ def pretrained_file(config: PixelConfig) -> Path:
         return fetch(f"{HOST}/{address}/?dl=1", cache_root() / "diffusion_models_converted" / place, md5)
     path = find(name)
     if not path.is_file():
-        where = "" if is_clone() else "; the bundled models are part of a clone of the repository, not of the installed package"
+        where = (
+            ""
+            if is_clone()
+            else "; the bundled models are part of a clone of the repository, not of the installed package"
+        )
         raise ConfigError(f"--use_pretrained: {path}: no such file (named by {config.path}){where}")
     return path

@@ -12,7 +12,9 @@ from qdiff.layers import MatMul, fused_attention
 SLICE_BYTES = 2**28  # of one matrix of attention probabilities that is held at a time
 
 
-def sliced(attend: Callable[[Tensor, Tensor, Tensor], Tensor], products: Sequence[nn.Module], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def sliced(
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor], products: Sequence[nn.Module], q: Tensor, k: Tensor, v: Tensor
+) -> Tensor:
     """`attend(q, k, v)` over batch x heads (dimension 0), in slices whose probabilities fit SLICE_BYTES.
 
     The tokens of q and k are in dimension 1. The result does not depend on the slices; where one of the `products` of `attend` needs
@@ -142,7 +144,9 @@ class SpatialTransformer(nn.Module):
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = nn.Conv2d(channels, channels, 1)
-        self.transformer_blocks = nn.ModuleList([BasicTransformerBlock(channels, heads, context_dim) for _ in range(depth)])
+        self.transformer_blocks = nn.ModuleList(
+            [BasicTransformerBlock(channels, heads, context_dim) for _ in range(depth)]
+        )
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:

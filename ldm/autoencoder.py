@@ -155,7 +155,9 @@ class AutoencoderKL(FirstStage):
 class VQModel(FirstStage):
     """Autoencoder with a codebook; `encode` returns the value before quantization, `decode` quantizes first."""
 
-    def __init__(self, embed_dim: int, n_embed: int, ddconfig: dict[str, Any], lossconfig: object = None, monitor: str = "") -> None:
+    def __init__(
+        self, embed_dim: int, n_embed: int, ddconfig: dict[str, Any], lossconfig: object = None, monitor: str = ""
+    ) -> None:
         super().__init__(embed_dim, ddconfig)
         self.quantize = nn.Module()
         self.quantize.embedding = nn.Embedding(n_embed, embed_dim)

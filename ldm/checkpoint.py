@@ -99,7 +99,9 @@ def find_checkpoint(path: str | Path) -> list[Path]:
     path = Path(path)
     if found := _files(path):
         return found
-    raise CheckpointError(f"{path}: no model.ckpt or model.safetensors in this folder" if path.is_dir() else f"{path}: no such file")
+    raise CheckpointError(
+        f"{path}: no model.ckpt or model.safetensors in this folder" if path.is_dir() else f"{path}: no such file"
+    )
 
 
 def _files(path: Path) -> list[Path]:
@@ -125,7 +127,9 @@ class LatentCheckpoint:
             self.state |= read_tensors(file)
         if not any(name.startswith((UNET_PREFIX, EMA_PREFIX, STAGE)) for name in self.state):
             found = _some(self.state)
-            raise CheckpointError(f"{path}: expected a latent diffusion checkpoint ({UNET_PREFIX}..., {STAGE}...), found {found}")
+            raise CheckpointError(
+                f"{path}: expected a latent diffusion checkpoint ({UNET_PREFIX}..., {STAGE}...), found {found}"
+            )
         self._report_ignored()
 
     def _report_ignored(self) -> None:
@@ -133,16 +137,26 @@ class LatentCheckpoint:
         ignored = [n for n in self.state if not n.startswith(known) and n not in {*SCHEDULE, "scale_factor"}]
         ignored += [n for n in self.state if n.startswith(CONDITIONING) and self.config.conditioning is None]
         if ignored:
-            log.warning("%s: ignored %d tensors that this model does not have: %s", self.path, len(ignored), _some(ignored))
+            log.warning(
+                "%s: ignored %d tensors that this model does not have: %s", self.path, len(ignored), _some(ignored)
+            )
 
     def unet(self) -> UNetModel:
         """The UNet, from the EMA weights where the configuration uses them (and the file has them)."""
         with torch.device("meta"):
             unet = UNetModel(self.config.unet)
-        plain = {name.removeprefix(UNET_PREFIX): tensor for name, tensor in self.state.items() if name.startswith(UNET_PREFIX)}
-        ema = {name: self.state[_ema_name(name)] for name, _ in unet.named_parameters() if _ema_name(name) in self.state}
+        plain = {
+            name.removeprefix(UNET_PREFIX): tensor
+            for name, tensor in self.state.items()
+            if name.startswith(UNET_PREFIX)
+        }
+        ema = {
+            name: self.state[_ema_name(name)] for name, _ in unet.named_parameters() if _ema_name(name) in self.state
+        }
         if self.config.use_ema and ema and len(ema) < len(list(unet.parameters())):
-            raise CheckpointError(f"{self.path}: its EMA weights are not complete ({len(ema)} of {len(list(unet.parameters()))} tensors)")
+            raise CheckpointError(
+                f"{self.path}: its EMA weights are not complete ({len(ema)} of {len(list(unet.parameters()))} tensors)"
+            )
         if self.config.use_ema and not ema:
             log.warning("%s: no EMA weights in it (a pruned file): the plain weights are used", self.path)
         if not plain and ema:
@@ -162,7 +176,9 @@ class LatentCheckpoint:
         elif self.config.conditioning.kind is FrozenCLIPEmbedder:
             state = _released_text_names(state)
         for part in [STAGE] + ([CONDITIONING] if model_parts.cond_stage_model is not None else []):
-            if any(name.startswith(part) for name in model_parts.state_dict()) and not any(name.startswith(part) for name in state):
+            if any(name.startswith(part) for name in model_parts.state_dict()) and not any(
+                name.startswith(part) for name in state
+            ):
                 raise CheckpointError(f"{self.path}: {part[:-1]} is missing: the file holds no {_WORDS[part]}")
         expected = set(model_parts.state_dict())
         if extra := [name for name in state if name not in expected]:
@@ -171,10 +187,14 @@ class LatentCheckpoint:
         load_into(model_parts, state, f"{self.path} (first stage and conditioning)")
         if self.config.scale_factor is None:
             if "scale_factor" not in self.state:
-                raise CheckpointError(f"{self.path}: scale_factor is missing, which the configuration expects in it (scale_by_std)")
+                raise CheckpointError(
+                    f"{self.path}: scale_factor is missing, which the configuration expects in it (scale_by_std)"
+                )
             model_parts.scale_factor = float(self.state["scale_factor"])
             if not math.isfinite(model_parts.scale_factor) or model_parts.scale_factor <= 0:
-                raise CheckpointError(f"{self.path}: damaged: scale_factor {model_parts.scale_factor}: expected a positive number")
+                raise CheckpointError(
+                    f"{self.path}: damaged: scale_factor {model_parts.scale_factor}: expected a positive number"
+                )
         return model_parts.eval()
 
 
@@ -208,4 +228,6 @@ def _some(names: Mapping[str, Tensor] | list[str]) -> str:
 def require_supported(config: LatentConfig) -> None:
     """ConfigError where the model's conditioning cannot be computed here."""
     if config.conditioning is not None and config.conditioning.kind is BERTEmbedder:
-        raise ConfigError("BERTEmbedder (the text tower of the 1p4B model): not supported; its UNet and autoencoder are")
+        raise ConfigError(
+            "BERTEmbedder (the text tower of the 1p4B model): not supported; its UNet and autoencoder are"
+        )

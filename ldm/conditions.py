@@ -38,7 +38,9 @@ def cut_prompts(text: FrozenCLIPEmbedder, prompts: Iterable[str]) -> dict[str, s
 
 def _finite(contexts: Tensor) -> Tensor:
     if not torch.isfinite(contexts).all():
-        raise NonFiniteError("the conditioning: contexts that are not finite numbers; nothing of this batch was written")
+        raise NonFiniteError(
+            "the conditioning: contexts that are not finite numbers; nothing of this batch was written"
+        )
     return contexts
 
 
@@ -48,7 +50,9 @@ def class_conditions(model_parts: Callable[[], LatentModelParts], classes: Seque
     def conditions(indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         embedder = model_parts().cond_stage_model
         none = embedder.embedding.num_embeddings - 1
-        return _finite(embedder.encode([classes[i % len(classes)] for i in indices])), _finite(embedder.encode([none] * len(indices)))
+        return _finite(embedder.encode([classes[i % len(classes)] for i in indices])), _finite(
+            embedder.encode([none] * len(indices))
+        )
 
     return conditions
 
@@ -65,7 +69,9 @@ def read_prompts(path: Path) -> list[str]:
     try:
         text = content.decode("utf-8-sig")  # with or without a byte-order mark
     except UnicodeDecodeError as error:
-        raise ConfigError(f"prompts: {path}: expected text in UTF-8, found byte 0x{content[error.start]:02x} at {error.start}") from None
+        raise ConfigError(
+            f"prompts: {path}: expected text in UTF-8, found byte 0x{content[error.start]:02x} at {error.start}"
+        ) from None
     if "\0" in text:
         raise ConfigError(f"prompts: {path}: expected text in UTF-8, found zero bytes (UTF-16, or no text)")
     prompts = [line.strip() for line in text.splitlines() if line.strip()]

@@ -212,7 +212,9 @@ NUMBERS = {
 def _scale_factor(params: Mapping[str, Any]) -> float | None:
     if typed(params.get("scale_by_std", False), bool, "model.params.scale_by_std"):
         if "scale_factor" in params:
-            raise ConfigError("model.params.scale_factor: scale_by_std takes it from the checkpoint; expected one of them")
+            raise ConfigError(
+                "model.params.scale_factor: scale_by_std takes it from the checkpoint; expected one of them"
+            )
         return None
     factor = typed(params.get("scale_factor", 1.0), float, "model.params.scale_factor")
     if factor <= 0:
@@ -229,11 +231,15 @@ def _checked(config: LatentConfig) -> LatentConfig:
         if getattr(config, name) < 1:
             raise ConfigError(f"model.params.{name} {getattr(config, name)}: expected at least 1")
     if config.parameterization not in PREDICTIONS:
-        raise ConfigError(f"model.params.parameterization {config.parameterization!r}: expected one of {', '.join(PREDICTIONS)}")
+        raise ConfigError(
+            f"model.params.parameterization {config.parameterization!r}: expected one of {', '.join(PREDICTIONS)}"
+        )
     for name in ("in_channels", "out_channels"):
         if getattr(config.unet, name) != config.channels:
             found = getattr(config.unet, name)
-            raise ConfigError(f"unet_config.params.{name} {found}: expected {config.channels}, the channels of the latents")
+            raise ConfigError(
+                f"unet_config.params.{name} {found}: expected {config.channels}, the channels of the latents"
+            )
     for name in config.training:
         fill(TrainingConfig, config.training[name], name)
     with torch.device("meta"):  # a parameter that a part does not know is an error now, not when it is needed
@@ -251,7 +257,9 @@ def _check_targets(values: Any, where: tuple[str, ...]) -> None:
     def walk(node: Any, place: str) -> None:
         if isinstance(node, Mapping):
             if "target" in node and node["target"] not in known:
-                raise ConfigError(f"{place}.target {node['target']!r}: not one of the supported targets ({', '.join(sorted(known))})")
+                raise ConfigError(
+                    f"{place}.target {node['target']!r}: not one of the supported targets ({', '.join(sorted(known))})"
+                )
             for key, child in node.items():
                 walk(child, f"{place}.{key}")
 

@@ -136,7 +136,9 @@ class BERTEmbedder(nn.Module):
         super().__init__()
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        raise ConfigError("BERTEmbedder (the text tower of the 1p4B model): not supported; its UNet and autoencoder are")
+        raise ConfigError(
+            "BERTEmbedder (the text tower of the 1p4B model): not supported; its UNet and autoencoder are"
+        )
 
 
 def clip_merges() -> list[str]:
@@ -148,7 +150,9 @@ def clip_merges() -> list[str]:
     spec = importlib.util.find_spec("open_clip")
     folder = Path(spec.origin).parent if spec and spec.origin else None
     if folder is None:
-        raise ConfigError("CLIP's vocabulary: expected the package open_clip_torch, which carries it (pip install open_clip_torch)")
+        raise ConfigError(
+            "CLIP's vocabulary: expected the package open_clip_torch, which carries it (pip install open_clip_torch)"
+        )
     with gzip.open(folder / "bpe_simple_vocab_16e6.txt.gz", "rt", encoding="utf-8") as file:
         return file.read().split("\n")[1 : CLIP_MERGES + 1]
 
@@ -169,7 +173,9 @@ def make_tokenizer(merges: list[str]):
     symbols = list(_byte_symbols().values())
     words = symbols + [symbol + "</w>" for symbol in symbols] + [merge.replace(" ", "") for merge in merges]
     words += ["<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[tuple(merge.split()) for merge in merges])
+    return CLIPTokenizer(
+        vocab={word: i for i, word in enumerate(words)}, merges=[tuple(merge.split()) for merge in merges]
+    )
 
 
 def _byte_symbols() -> dict[int, str]:

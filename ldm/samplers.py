@@ -55,7 +55,12 @@ def sample_ddim(
 
 
 def sample_plms(
-    denoiser: Denoiser, x: Tensor, alphas_cumprod: Tensor, steps: list[int], noise: Noise | None = None, callback: Callback | None = None
+    denoiser: Denoiser,
+    x: Tensor,
+    alphas_cumprod: Tensor,
+    steps: list[int],
+    noise: Noise | None = None,
+    callback: Callback | None = None,
 ) -> Tensor:
     """Pseudo linear multistep (Liu et al. 2022, arXiv 2202.09778): an improved Euler step, then Adams-Bashforth 2, 3, 4 on eps."""
     a, a_prev = _alphas(alphas_cumprod, steps)
@@ -78,7 +83,12 @@ def sample_plms(
 
 
 def sample_dpm_solver_2m(
-    denoiser: Denoiser, x: Tensor, alphas_cumprod: Tensor, steps: int, noise: Noise | None = None, callback: Callback | None = None
+    denoiser: Denoiser,
+    x: Tensor,
+    alphas_cumprod: Tensor,
+    steps: int,
+    noise: Noise | None = None,
+    callback: Callback | None = None,
 ) -> Tensor:
     """DPM-Solver++ 2M, uniform in time (Lu et al. 2022, arXiv 2211.01095, algorithm 2).
 
@@ -102,7 +112,12 @@ def sample_dpm_solver_2m(
 
 
 def sample_ancestral(
-    denoiser: Denoiser, x: Tensor, alphas_cumprod: Tensor, steps: list[int], noise: Noise, callback: Callback | None = None
+    denoiser: Denoiser,
+    x: Tensor,
+    alphas_cumprod: Tensor,
+    steps: list[int],
+    noise: Noise,
+    callback: Callback | None = None,
 ) -> Tensor:
     """Ancestral DDPM sampling over every time step, x_0 clipped, posterior variance (Ho et al. 2020, eq. 7)."""
     a = alphas_cumprod
@@ -128,7 +143,9 @@ class Guided:
         context, unconditional: [N, L, D] each, for the batch that will be sampled.
     """
 
-    def __init__(self, network: Callable[..., Tensor], context: Tensor, unconditional: Tensor | None, scale: float) -> None:
+    def __init__(
+        self, network: Callable[..., Tensor], context: Tensor, unconditional: Tensor | None, scale: float
+    ) -> None:
         self.network, self.scale = network, scale
         self.guided = unconditional is not None and scale != 1.0
         self.context = context if unconditional is None or not self.guided else torch.cat([unconditional, context])

@@ -81,7 +81,12 @@ class LatentSampler:
 
     @torch.no_grad()
     def __call__(
-        self, network: Denoiser, indices: Sequence[int], seed: int, callback: Callback | None = None, stream: int = SAMPLING
+        self,
+        network: Denoiser,
+        indices: Sequence[int],
+        seed: int,
+        callback: Callback | None = None,
+        stream: int = SAMPLING,
     ) -> Tensor:
         numbers = [i % self.repeat_noise for i in indices] if self.repeat_noise else indices
         noise = NoiseSource(seed, numbers, self.shape, self.device, stream)
@@ -99,7 +104,9 @@ class LatentSampler:
         return sample_ddim(denoiser, x, a, self.steps, noise, callback, self.settings.eta)
 
 
-def make_calibration_set(network: Denoiser, sampler: LatentSampler, seed: int, config: CalibrationConfig) -> CalibrationSet:
+def make_calibration_set(
+    network: Denoiser, sampler: LatentSampler, seed: int, config: CalibrationConfig
+) -> CalibrationSet:
     """Run the full-precision sampler on noise of its own stream and keep `config.steps` of its steps, with the contexts."""
 
     def run(indices: list[int], callback: Callable) -> None:

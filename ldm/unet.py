@@ -51,7 +51,9 @@ def unet_config(values: dict[str, Any]) -> UNetConfig:
         if getattr(config, name) < 1:
             raise ConfigError(f"unet_config.params.{name} {getattr(config, name)}: expected at least 1")
     if not config.channel_mult or min(config.channel_mult) < 1:
-        raise ConfigError(f"unet_config.params.channel_mult {list(config.channel_mult)}: expected numbers of at least 1")
+        raise ConfigError(
+            f"unet_config.params.channel_mult {list(config.channel_mult)}: expected numbers of at least 1"
+        )
     if (config.context_dim is not None) != config.use_spatial_transformer:
         raise ConfigError("unet_config.params: expected use_spatial_transformer and context_dim together, or neither")
     if 0 in (config.num_heads, config.num_head_channels) or min(config.num_heads, config.num_head_channels) < -1:
@@ -61,11 +63,15 @@ def unet_config(values: dict[str, Any]) -> UNetConfig:
     if config.num_heads == -1 and config.num_head_channels == -1:
         raise ConfigError("unet_config.params: expected num_heads or num_head_channels")
     if config.model_channels % config.norm_groups:
-        raise ConfigError(f"model_channels {config.model_channels}: expected a multiple of the {config.norm_groups} groups of the norms")
+        raise ConfigError(
+            f"model_channels {config.model_channels}: expected a multiple of the {config.norm_groups} groups of the norms"
+        )
     for mult in config.channel_mult:
         heads = config.heads(config.model_channels * mult)
         if heads < 1 or config.model_channels * mult % heads:
-            raise ConfigError(f"unet_config.params: {config.model_channels * mult} channels cannot be split into {heads} heads")
+            raise ConfigError(
+                f"unet_config.params: {config.model_channels * mult} channels cannot be split into {heads} heads"
+            )
     return config
 
 
@@ -153,7 +159,9 @@ class UNetModel(nn.Module):
         skips, current = [ch], ch
         for level, width in enumerate(widths):
             for _ in range(config.num_res_blocks):
-                self.input_blocks.append(nn.ModuleList([ResBlock(config, current, width), *self._attention(width, 2**level)]))
+                self.input_blocks.append(
+                    nn.ModuleList([ResBlock(config, current, width), *self._attention(width, 2**level)])
+                )
                 current = width
                 skips.append(current)
             if level + 1 < len(widths):
@@ -162,7 +170,9 @@ class UNetModel(nn.Module):
                 skips.append(current)
 
         middle = self._make_attention(current)
-        self.middle_block = nn.ModuleList([ResBlock(config, current, current), middle, ResBlock(config, current, current)])
+        self.middle_block = nn.ModuleList(
+            [ResBlock(config, current, current), middle, ResBlock(config, current, current)]
+        )
 
         self.output_blocks = nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):
@@ -170,10 +180,14 @@ class UNetModel(nn.Module):
                 layers = [ResBlock(config, current + skips.pop(), width), *self._attention(width, 2**level)]
                 current = width
                 if level and index == config.num_res_blocks:
-                    layers.append(ResBlock(config, current, current, "up") if config.resblock_updown else Upsample(current))
+                    layers.append(
+                        ResBlock(config, current, current, "up") if config.resblock_updown else Upsample(current)
+                    )
                 self.output_blocks.append(nn.ModuleList(layers))
         self.out = nn.Sequential(
-            nn.GroupNorm(config.norm_groups, current, eps=1e-5), nn.SiLU(), nn.Conv2d(current, config.out_channels, 3, padding=1)
+            nn.GroupNorm(config.norm_groups, current, eps=1e-5),
+            nn.SiLU(),
+            nn.Conv2d(current, config.out_channels, 3, padding=1),
         )
 
     def _attention(self, channels: int, factor: int) -> list[nn.Module]:

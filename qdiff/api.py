@@ -99,7 +99,9 @@ def quantize(
     validate_layers(model, family)
     model = copy.deepcopy(model)
     _tell(model, family, quant, rows)
-    quantized = calibrate(model, family, quant, config, rows, workplace=CalibrationDir(None if folder is None else Path(folder)))
+    quantized = calibrate(
+        model, family, quant, config, rows, workplace=CalibrationDir(None if folder is None else Path(folder))
+    )
     if folder is not None and distributed.rank() == 0:
         try_report(Path(folder), model, family, quantized, quant, config, rows)
     return quantized
@@ -140,7 +142,9 @@ def _check(
         raise ConfigError("inside torch.inference_mode(): expected to be called outside, gradients are needed")
     if preset not in PRESETS:
         raise ConfigError(f"preset {preset!r}: expected one of {', '.join(PRESETS)}")
-    if unknown := set(recipe) - set(PRESETS[preset].to_dict()) | {"steps", "samples"} & set(recipe):  # all rows given are taken
+    if unknown := set(recipe) - set(PRESETS[preset].to_dict()) | {"steps", "samples"} & set(
+        recipe
+    ):  # all rows given are taken
         raise ConfigError(f"unknown settings of the recipe: {', '.join(sorted(unknown))}")
     lengths = {len(tensor) for tensor in inputs}
     if len(lengths) != 1:
@@ -159,7 +163,9 @@ def _check(
     for name, wanted in (("blocks", blocks), ("keep", keep), ("products", products)):
         for kind in wanted:
             if isinstance(kind, str) and name == "keep":
-                there = any(fnmatchcase(path, kind) for path in [*filter(None, modules), *dict(model.named_parameters())])
+                there = any(
+                    fnmatchcase(path, kind) for path in [*filter(None, modules), *dict(model.named_parameters())]
+                )
             else:
                 there = kind in types
             if not there:
@@ -173,8 +179,12 @@ def _check(
     for name in separate:
         if not any(f".{path}".endswith(f".{name}") for path in modules):
             raise ConfigError(f"separate: no layer whose path ends with {name}")
-    if other := [(name, p.dtype) for name, p in model.named_parameters() if p.is_floating_point() and p.dtype != torch.float32]:
-        raise ConfigError(f"{other[0][0]} is {str(other[0][1]).removeprefix('torch.')}: expected float32 (model.float())")
+    if other := [
+        (name, p.dtype) for name, p in model.named_parameters() if p.is_floating_point() and p.dtype != torch.float32
+    ]:
+        raise ConfigError(
+            f"{other[0][0]} is {str(other[0][1]).removeprefix('torch.')}: expected float32 (model.float())"
+        )
     if (name := first_not_finite(model.state_dict())) is not None:
         raise NonFiniteError(f"model: {name} holds values that are not finite numbers")
     if recipe.get("running_stat") and timestep_groups > 1:

@@ -167,5 +167,7 @@ class CalibrationConfig:
 
 PRESETS = {
     "published": CalibrationConfig(),
-    "fast": CalibrationConfig(samples=64, iters=400, lr=3e-2, iters_a=60, lr_a=1e-3, patience=5, iters_tune=150, bfloat16=True),
+    "fast": CalibrationConfig(
+        samples=64, iters=400, lr=3e-2, iters_a=60, lr_a=1e-3, patience=5, iters_tune=150, bfloat16=True
+    ),
 }

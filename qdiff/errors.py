@@ -1,29 +1,33 @@
 """The errors that this package raises on purpose. Each message is one line: what was found, and what was expected."""
 
+from collections.abc import Mapping
 
-class ConfigError(ValueError):
-    """A setting or an argument that cannot work.
 
-    Attributes:
-        field: the name of the argument or setting, if the message is about one. The message begins with it; a command
-            line shows its own option in its place.
+class _UserError(ValueError):
+    """An error that the user can mend; it knows the argument that it is about.
+
+    Args:
+        message: what was found, and what was expected.
+        field: the argument or setting that the message is about. It stands before the message: a command line puts the
+            name of its own option there (`with_options`).
+        where: what stands before the field, usually a path with a colon.
     """
 
-    def __init__(self, message: str, field: str = "") -> None:
-        super().__init__(message)
-        self.field = field
+    def __init__(self, message: str, field: str = "", where: str = "") -> None:
+        super().__init__(f"{where}{field}{message}")
+        self.message, self.field, self.where = message, field, where
+
+    def with_options(self, options: Mapping[str, str]) -> str:
+        """The whole message with the name of an option (`--weight_bit`) in the place of its field (`weight_bit`)."""
+        return f"{self.where}{options.get(self.field, self.field)}{self.message}"
 
 
-class CheckpointError(ValueError):
-    """A file that cannot be used.
+class ConfigError(_UserError):
+    """A setting or an argument that cannot work."""
 
-    Attributes:
-        field: the argument that the file does not agree with, if the message is about one.
-    """
 
-    def __init__(self, message: str, field: str = "") -> None:
-        super().__init__(message)
-        self.field = field
+class CheckpointError(_UserError):
+    """A file that cannot be used, or that does not agree with an argument."""
 
 
 class NonFiniteError(ConfigError):

@@ -21,7 +21,9 @@ class TimestepGroups:
     """
 
     def __init__(self, bounds: Sequence[float]) -> None:
-        self.bounds = torch.tensor(bounds, dtype=torch.float32, device="cpu")  # also where networks are built on the meta device
+        self.bounds = torch.tensor(
+            bounds, dtype=torch.float32, device="cpu"
+        )  # also where networks are built on the meta device
         self.current: int | Tensor = 0
 
     def __len__(self) -> int:
@@ -71,7 +73,12 @@ class ActQuantizer(Quantizer):
     """
 
     def __init__(
-        self, n_bits: int, symmetric: bool, always_zero: bool = False, is_softmax: bool = False, groups: TimestepGroups | None = None
+        self,
+        n_bits: int,
+        symmetric: bool,
+        always_zero: bool = False,
+        is_softmax: bool = False,
+        groups: TimestepGroups | None = None,
     ) -> None:
         super().__init__()
         self.n_bits, self.symmetric, self.always_zero, self.is_softmax = n_bits, symmetric, always_zero, is_softmax
@@ -143,7 +150,13 @@ class QuantLayer(nn.Module):
     channels = 1
 
     def __init__(
-        self, layer: nn.Module, weight_bit: int, act_bit: int, a_sym: bool, split: int = 0, groups: TimestepGroups | None = None
+        self,
+        layer: nn.Module,
+        weight_bit: int,
+        act_bit: int,
+        a_sym: bool,
+        split: int = 0,
+        groups: TimestepGroups | None = None,
     ) -> None:
         super().__init__()
         self.split = split
@@ -327,7 +340,10 @@ class QuantMatMul(nn.Module):
     @property
     def whole_batch(self) -> bool:
         """With time-step sets each row has its own step size, found by its place in the batch."""
-        return any(q.groups is not None and (q.observer is not None or not isinstance(q.groups.current, int)) for q in self.act_quantizers)
+        return any(
+            q.groups is not None and (q.observer is not None or not isinstance(q.groups.current, int))
+            for q in self.act_quantizers
+        )
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         first, second = self.act_quantizers

@@ -31,7 +31,9 @@ def quantize_model(model: nn.Module, family: Architecture, config: QuantConfig) 
     shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     wrapped = copy.deepcopy(model, shared).eval()
     splits = family.split_points(model) if config.split else {}
-    split_of = {id(wrapped.get_submodule(path)): channels for path, channels in splits.items()}  # a layer may stand at several paths
+    split_of = {
+        id(wrapped.get_submodule(path)): channels for path, channels in splits.items()
+    }  # a layer may stand at several paths
     kept = _kept(wrapped, family)
     groups = TimestepGroups(config.time_bounds) if config.time_bounds else None
     if groups is not None:
@@ -47,7 +49,9 @@ def quantize_model(model: nn.Module, family: Architecture, config: QuantConfig) 
     for path, module in wrapped.named_modules():
         for name, product in family.products.get(type(module), {}).items() if id(module) not in kept else ():
             if not isinstance(getattr(module, name, None), MatMul):
-                raise TypeError(f"{path or 'the network'}: {type(module).__name__} has no product {name} (expected a qdiff.layers.MatMul)")
+                raise TypeError(
+                    f"{path or 'the network'}: {type(module).__name__} has no product {name} (expected a qdiff.layers.MatMul)"
+                )
             setattr(module, name, product.build(config, groups).to(next(model.parameters()).device))
     for path, module in wrapped.named_modules():
         if isinstance(module, ActQuantizer | WeightQuantizer):
@@ -68,7 +72,9 @@ def validate_layers(model: nn.Module, family: Architecture) -> None:
                     f"{path or 'the network'}: no quantized form registered for {type(module).__name__}, expected it among `keep`"
                 )
         elif has_own_behavior(module):
-            raise TypeError(f"{path or 'the network'}: a hook or a `forward` of its own would be lost; remove it, or name it in `keep`")
+            raise TypeError(
+                f"{path or 'the network'}: a hook or a `forward` of its own would be lost; remove it, or name it in `keep`"
+            )
 
 
 def _kept(model: nn.Module, family: Architecture) -> set[int]:
@@ -95,7 +101,9 @@ def has_own_behavior(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
-def _quantized(path: str, layer: nn.Module, config: QuantConfig, split: int, groups: TimestepGroups | None) -> QuantLayer:
+def _quantized(
+    path: str, layer: nn.Module, config: QuantConfig, split: int, groups: TimestepGroups | None
+) -> QuantLayer:
     try:
         return LAYER_TYPES[type(layer)](layer, config.weight_bit, config.act_bit, config.a_sym, split, groups)
     except NotImplementedError as error:
@@ -165,11 +173,15 @@ def units(model: nn.Module, family: Architecture) -> list[str]:
     blocks: list[str] = []
     for path, module in model.named_modules():
         inside = any(is_inside(path, block) for block in blocks)
-        if type(module) in family.blocks and any(isinstance(inner, QuantLayer | QuantMatMul) for inner in module.modules()):
+        if type(module) in family.blocks and any(
+            isinstance(inner, QuantLayer | QuantMatMul) for inner in module.modules()
+        ):
             if inside:
                 outer = next(block for block in blocks if is_inside(path, block))
                 where = outer or "the network itself"
-                raise ConfigError(f"blocks: {path} ({type(module).__name__}) lies inside {where}: expected blocks apart from one another")
+                raise ConfigError(
+                    f"blocks: {path} ({type(module).__name__}) lies inside {where}: expected blocks apart from one another"
+                )
             blocks.append(path)
             found.append(path)
         elif isinstance(module, QuantLayer) and (not inside or family.is_separate(path)):

@@ -78,11 +78,15 @@ class EpsNetwork:
         """The finished `sample`; NonFiniteError where it or an output before it is not finite."""
         self.outputs.check(self.name)
         if not torch.isfinite(sample).all():
-            raise NonFiniteError(f"{self.name}: its sample holds values that are not finite numbers; nothing of this batch was written")
+            raise NonFiniteError(
+                f"{self.name}: its sample holds values that are not finite numbers; nothing of this batch was written"
+            )
         return sample
 
 
 def name_of(network: object) -> str:
     """What messages call a network: the UNet, quantized or not."""
-    quantized = isinstance(network, nn.Module) and any(isinstance(m, QuantLayer | ModuleProxy) for m in network.modules())
+    quantized = isinstance(network, nn.Module) and any(
+        isinstance(m, QuantLayer | ModuleProxy) for m in network.modules()
+    )
     return "the quantized UNet" if quantized else "the UNet"

@@ -82,7 +82,13 @@ def choose_qparams(
 
 
 def qparams_from_range(
-    low: Tensor, high: Tensor, n_bits: int, symmetric: bool, always_zero: bool = False, growth: float = 1.0, name: str = ""
+    low: Tensor,
+    high: Tensor,
+    n_bits: int,
+    symmetric: bool,
+    always_zero: bool = False,
+    growth: float = 1.0,
+    name: str = "",
 ) -> tuple[Tensor, Tensor]:
     """(delta, zero_point) of the range [low, high] by the `max` rules; formed in float64 on the CPU (MPS has none), returned in float32."""
     device = low.device
@@ -94,14 +100,22 @@ def qparams_from_range(
         scale = (high - low) / (2**n_bits - 1)
     if bool((scale < MIN_SCALE).any()):
         count = int((scale < MIN_SCALE).sum())
-        log.warning("%sdegenerate range: %d of %d step sizes set to %g", f"{name}: " if name else "", count, scale.numel(), MIN_SCALE)
+        log.warning(
+            "%sdegenerate range: %d of %d step sizes set to %g",
+            f"{name}: " if name else "",
+            count,
+            scale.numel(),
+            MIN_SCALE,
+        )
         scale = scale.clamp(min=MIN_SCALE)
     if symmetric or always_zero:
         return scale.float().to(device), torch.zeros_like(scale, dtype=torch.float32).to(device)
     return scale.float().to(device), torch.round(-(low.clamp(max=0.0) * growth) / scale).float().to(device)
 
 
-def _search_mse(rows: Tensor, low: Tensor, high: Tensor, n_bits: int, symmetric: bool, always_zero: bool) -> tuple[Tensor, Tensor]:
+def _search_mse(
+    rows: Tensor, low: Tensor, high: Tensor, n_bits: int, symmetric: bool, always_zero: bool
+) -> tuple[Tensor, Tensor]:
     """For each row the shrunk range of least error; every candidate is one operation over all rows."""
     limit = torch.maximum(high, -low)
     best = torch.full_like(low, math.inf)

@@ -50,7 +50,9 @@ class _Watch(TorchFunctionMode):
         self.joined: list[tuple[Tensor, int, int]] = []  # held, so that they can be told apart by identity
         self.found = Unquantized()
 
-    def __torch_function__(self, func: Callable, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        self, func: Callable, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
         path, module = self.modules[-1] if self.modules else ("", None)
@@ -101,9 +103,17 @@ def log_unquantized(found: Unquantized, activations: bool) -> None:
     if activations and found.products:
         places = ", ".join(f"{path} ({count})" if count > 1 else path for path, count in found.products.items())
         total = sum(found.products.values())
-        log.warning("%d attention products stay in full precision (as MatMul modules they can be named in products): %s", total, places)
+        log.warning(
+            "%d attention products stay in full precision (as MatMul modules they can be named in products): %s",
+            total,
+            places,
+        )
     if found.shortcuts:
         places = ", ".join(f"{path}: {first}" for path, first in found.shortcuts.items())
-        log.warning("%d layers see a concatenation through one quantizer (splits would give them two): %s", len(found.shortcuts), places)
+        log.warning(
+            "%d layers see a concatenation through one quantizer (splits would give them two): %s",
+            len(found.shortcuts),
+            places,
+        )
     if found.layers:
         log.warning("%d layers stay in full precision (keep): %s", len(found.layers), ", ".join(found.layers))

@@ -38,7 +38,12 @@ def sampling_command(name: str, images: int, seed: int = 0) -> list[str]:
         words = f"--use_pretrained --timesteps 50 --skip_type quad --seed {seed} --max_images {images}"
         return ["sample_diffusion_ddim.py", "--config", config, *words.split()]
     if name == "emoji64":
-        return ["sample_diffusion_ldm.py", "-r", folder, *f"-c 50 -e 0 --seed {seed} --batch_size 16 -n {images}".split()]
+        return [
+            "sample_diffusion_ldm.py",
+            "-r",
+            folder,
+            *f"-c 50 -e 0 --seed {seed} --batch_size 16 -n {images}".split(),
+        ]
     each = -(-images // SHOWN_PROMPTS)
     words = f"--plms --precision full --seed {seed} --n_iter 1 --n_samples {each}"
     prompts = ["--from-file", f"{folder}/shown_prompts.txt"]

@@ -57,7 +57,9 @@ def compare(job: SamplingRun, model: nn.Module, networks: Mapping[str, nn.Module
                 seconds[name] += (perf_counter() - started) / count
                 progress.update(len(chunk))
     joined = {name: torch.cat(parts) for name, parts in images.items()}
-    near = {name: likeness(zip(joined[name].split(16), joined[FULL].split(16), strict=True), lite0) for name in networks}
+    near = {
+        name: likeness(zip(joined[name].split(16), joined[FULL].split(16), strict=True), lite0) for name in networks
+    }
     memory = {name: max(found, default=None) for name, found in peaks.items()}
     return Comparison(trajectories.eps_errors(), trajectories.x_errors(), near, joined, seconds, memory)
 
@@ -72,7 +74,9 @@ def costs(job: SamplingRun, networks: Mapping[str, nn.Module]) -> dict[str, Cost
         job.denoiser(first, range(1))(x, torch.zeros(1, device=job.device))
         probe.remove()
     one = tuple(part[:1] for part in inputs[0])
-    return {FULL: measure_cost(first, one, 32, 32)} | {name: measure_cost(network, one) for name, network in networks.items()}
+    return {FULL: measure_cost(first, one, 32, 32)} | {
+        name: measure_cost(network, one) for name, network in networks.items()
+    }
 
 
 def label_rows(grids: Mapping[str, Tensor]) -> Image.Image:
@@ -90,6 +94,8 @@ def label_rows(grids: Mapping[str, Tensor]) -> Image.Image:
 def save_rows(path: Path, images: Mapping[str, Tensor], count: int = 16) -> None:
     """The first `count` images of each network, one row each."""
     scale = 1 if next(iter(images.values())).shape[2] > 32 else 2
-    grids = {name: make_grid(batch[:count], columns=min(count, len(batch)), scale=scale) for name, batch in images.items()}
+    grids = {
+        name: make_grid(batch[:count], columns=min(count, len(batch)), scale=scale) for name, batch in images.items()
+    }
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         label_rows(grids).save(file, format="PNG")

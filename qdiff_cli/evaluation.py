@@ -40,14 +40,24 @@ def evaluation_parser(description: str) -> Parser:
     parser = Parser(description)
     parser.add_argument("images", nargs="?", help="what is evaluated (or a sampling command after --)")
     parser.add_argument("--reference", help="what it is compared with: images or saved statistics")
-    parser.add_argument("--against", help="images of full precision from the same noises: PSNR, SSIM, a perceptual distance")
+    parser.add_argument(
+        "--against", help="images of full precision from the same noises: PSNR, SSIM, a perceptual distance"
+    )
     parser.add_argument("--metrics", nargs="+", choices=METRICS, help="default: all that can be had")
-    parser.add_argument("--extractor", choices=EXTRACTORS, default="inception", help="lite0: offline, not comparable with published FID")
-    parser.add_argument("--weights", type=Path, help="the extractor's weights (default: fetched, or the installed package's)")
+    parser.add_argument(
+        "--extractor", choices=EXTRACTORS, default="inception", help="lite0: offline, not comparable with published FID"
+    )
+    parser.add_argument(
+        "--weights", type=Path, help="the extractor's weights (default: fetched, or the installed package's)"
+    )
     parser.add_argument("--count", type=positive, help="take the first so many images (default: all)")
-    parser.add_argument("--crop", type=positive, help="cut the reference to centered squares of this size, as latent diffusion does")
+    parser.add_argument(
+        "--crop", type=positive, help="cut the reference to centered squares of this size, as latent diffusion does"
+    )
     parser.add_argument("--clip", type=Path, help="folder of a CLIP model, for the CLIP score")
-    parser.add_argument("--prompts", type=Path, help="the prompts, one a line for each image (default: those inside the PNG files)")
+    parser.add_argument(
+        "--prompts", type=Path, help="the prompts, one a line for each image (default: those inside the PNG files)"
+    )
     parser.add_argument("--npz", type=Path, help="also write the images as .npz for the ADM evaluator")
     parser.add_argument("--save_statistics", type=Path, help="also write mean and covariance of the images' features")
     parser.add_argument("--output", type=Path, help="also write the figures as JSON")
@@ -126,7 +136,9 @@ def pairs(images: Selected, others: Selected, size: int) -> Iterator[tuple[torch
     """Batches of both, which must have one shape."""
     for batch, reference in zip(images.batches(size), others.batches(size), strict=True):
         if reference.shape != batch.shape:
-            raise ConfigError(f"--against {others.name}: images of {list(reference.shape[2:])}, expected {list(batch.shape[2:])}")
+            raise ConfigError(
+                f"--against {others.name}: images of {list(reference.shape[2:])}, expected {list(batch.shape[2:])}"
+            )
         yield batch, reference
 
 
@@ -158,7 +170,9 @@ def evaluate(args: argparse.Namespace, source: str | Path) -> dict:
     others = open_others(args, len(images))
     if others is not None and others.names() and images.names() and others.names() != images.names():
         first = next(pair for pair in zip(others.names(), images.names(), strict=True) if pair[0] != pair[1])
-        raise ConfigError(f"--against {others.name}: {first[0]} stands where {images.name} has {first[1]}; expected the same names")
+        raise ConfigError(
+            f"--against {others.name}: {first[0]} stands where {images.name} has {first[1]}; expected the same names"
+        )
     clip = ClipScore(args.clip, device) if args.clip else None
     prompts = load_prompts(images, args.prompts) if clip is not None else []
     extractor = load_extractor(args.extractor, device, args.weights)
@@ -171,7 +185,12 @@ def evaluate(args: argparse.Namespace, source: str | Path) -> dict:
     if isinstance(reference, Selected):
         reference = features_of(reference)
     found = features_of(images)
-    figures: dict = {"images": str(source), "reference": args.reference, "count": len(images), "extractor": extractor.identity}
+    figures: dict = {
+        "images": str(source),
+        "reference": args.reference,
+        "count": len(images),
+        "extractor": extractor.identity,
+    }
 
     def rest() -> dict[str, float]:
         more = compute(found, reference, tuple(args.metrics or METRICS))
@@ -191,7 +210,9 @@ def evaluate(args: argparse.Namespace, source: str | Path) -> dict:
         save_statistics(args.save_statistics, statistics_of(found))
     figures["note"] = extractor.note
     if figures.get("reference_kind", OURS) != OURS:
-        figures["note"] = f"Inception features made by {OURS}; the reference: {kind}; comparable with figures from the same reference alone"
+        figures["note"] = (
+            f"Inception features made by {OURS}; the reference: {kind}; comparable with figures from the same reference alone"
+        )
     if "precision" in figures and max(len(found), len(reference)) > PR_IMAGES:
         figures["note"] += f"; precision and recall of at most {PR_IMAGES} images of each"
     if others is not None:

@@ -23,7 +23,11 @@ from qdiff.utils.resources import find
 log = logging.getLogger(__name__)
 
 # scripts that sample, with the module of `qdiff_cli.commands` behind each
-JOB_NAMES = {"sample_diffusion_ddim.py": "sample_ddim", "sample_diffusion_ldm.py": "sample_ldm", "txt2img.py": "txt2img"}
+JOB_NAMES = {
+    "sample_diffusion_ddim.py": "sample_ddim",
+    "sample_diffusion_ldm.py": "sample_ldm",
+    "txt2img.py": "txt2img",
+}
 OWN_STEPS, OWN_SAMPLES = 20, 256  # at most, of a calibration set that is generated: the paper's
 
 
@@ -42,7 +46,11 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Appends the default to a help text, unless that speaks of it."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None or "default" in (action.help or "") else super()._get_help_string(action)
+        return (
+            action.help
+            if action.default is None or "default" in (action.help or "")
+            else super()._get_help_string(action)
+        )
 
 
 class Parser(argparse.ArgumentParser):
@@ -107,15 +115,24 @@ RECIPE_OPTIONS: dict[str, tuple[str, Callable[[str], int | float], str]] = {
     "cali_iters_a": ("iters_a", int, "iterations of the activation step sizes per unit"),
     "cali_lr": ("lr_a", float, "learning rate of the activation step sizes"),
     "cali_p": ("p", float, "norm of the activation reconstruction loss"),
-    "cali_iters_tune": ("iters_tune", int, "iterations of step sizes, biases and normalizations together, after the units"),
+    "cali_iters_tune": (
+        "iters_tune",
+        int,
+        "iterations of step sizes, biases and normalizations together, after the units",
+    ),
 }
 
 
 def add_device_options(group: argparse._ActionsContainer) -> None:
     """--device and --threads, for a parser or a group of one."""
-    group.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto: the best one present")
     group.add_argument(
-        "--threads", type=positive, default=os.cpu_count() or 1, help="CPU threads of each process; the same number gives the same bits"
+        "--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto: the best one present"
+    )
+    group.add_argument(
+        "--threads",
+        type=positive,
+        default=os.cpu_count() or 1,
+        help="CPU threads of each process; the same number gives the same bits",
     )
 
 
@@ -123,7 +140,9 @@ def add_run_options(parser: Parser, resumable: bool = True, precision: str = "fu
     group = parser.add_argument_group("run")
     add_device_options(group)
     if resumable:
-        group.add_argument("--continue", dest="continue_run", action="store_true", help="continue the newest run in the output folder")
+        group.add_argument(
+            "--continue", dest="continue_run", action="store_true", help="continue the newest run in the output folder"
+        )
         words = "products of a quantized network: on integers (CPU), or simulated; auto: integers where they are exact and fast"
         group.add_argument("--engine", default="auto", choices=ENGINES, help=words)
         words = "autocast: float16 on GPUs, bfloat16 on CPUs that are fast at it"
@@ -139,7 +158,9 @@ def add_quant_options(parser: Parser) -> None:
     group.add_argument("--weight_bit", type=int, default=8)
     group.add_argument("--act_bit", type=int, default=8)
     group.add_argument("--sm_abit", type=int, default=8, help="bits of the attention probabilities")
-    group.add_argument("--quant_mode", default="qdiff", choices=["qdiff", "linear"], help="linear: nearest rounding, no reconstruction")
+    group.add_argument(
+        "--quant_mode", default="qdiff", choices=["qdiff", "linear"], help="linear: nearest rounding, no reconstruction"
+    )
     group.add_argument(
         "--weight_scale_method",
         choices=["max", "max_scale", "mse"],
@@ -156,8 +177,12 @@ def add_quant_options(parser: Parser) -> None:
         help="calibrate activation step sizes for each of so many sets of time steps (packed only)",
     )
     group.add_argument("--split", action="store_true", help="two quantizers for concatenated shortcuts")
-    group.add_argument("--cond", action="store_true", help="the model is conditional (accepted for the published commands)")
-    group.add_argument("--cali_ckpt", type=project_file, help="calibrated checkpoint, published (.pth) or packed (.safetensors)")
+    group.add_argument(
+        "--cond", action="store_true", help="the model is conditional (accepted for the published commands)"
+    )
+    group.add_argument(
+        "--cali_ckpt", type=project_file, help="calibrated checkpoint, published (.pth) or packed (.safetensors)"
+    )
     group.add_argument("--cali_data_path", help="calibration set; without it and --cali_ckpt one is generated")
     group.add_argument("--resume", action="store_true", help="accepted beside --cali_ckpt, changes nothing")
     group.add_argument("--resume_w", action="store_true", help="weights from --cali_ckpt, calibrate activations only")
@@ -172,11 +197,18 @@ def add_quant_options(parser: Parser) -> None:
         help=f"samples of each time step (default: {preset_values('samples')}; of a generated set at most {OWN_SAMPLES})",
     )
     group.add_argument(
-        "--preset", default="published", choices=list(PRESETS), help="the recipe: the paper's, or one that takes a small part of its time"
+        "--preset",
+        default="published",
+        choices=list(PRESETS),
+        help="the recipe: the paper's, or one that takes a small part of its time",
     )
     for option, (field, kind, words) in RECIPE_OPTIONS.items():
         group.add_argument(f"--{option}", type=kind, help=f"{words} (default: {preset_values(field)})")
-    group.add_argument("--cali_cache_gb", type=float, help="memory for activations, the rest goes to files (default: half of what is free)")
+    group.add_argument(
+        "--cali_cache_gb",
+        type=float,
+        help="memory for activations, the rest goes to files (default: half of what is free)",
+    )
 
 
 def preset_values(field: str) -> str:
@@ -208,7 +240,11 @@ def calibration_config(args: argparse.Namespace, evaluations: int) -> Calibratio
         ConfigError: settings that cannot work; more time steps than the sampler makes.
     """
     own, preset = args.cali_data_path is None, PRESETS[args.preset]
-    given = {field: getattr(args, option) for option, (field, _, _) in RECIPE_OPTIONS.items() if getattr(args, option) is not None}
+    given = {
+        field: getattr(args, option)
+        for option, (field, _, _) in RECIPE_OPTIONS.items()
+        if getattr(args, option) is not None
+    }
     if own and args.cali_st and (args.resume_w or not args.cali_ckpt):
         check_steps(args.cali_st, evaluations)
     return replace(
@@ -273,7 +309,10 @@ RULES = (
         lambda args, value: value == 1,
     ),
     Rule(  # a packed file says itself how it was made
-        "quant_mode", lambda args: not args.cali_ckpt or is_packed(args.cali_ckpt), _LOADS, lambda args, value: value == "qdiff"
+        "quant_mode",
+        lambda args: not args.cali_ckpt or is_packed(args.cali_ckpt),
+        _LOADS,
+        lambda args, value: value == "qdiff",
     ),
     Rule(_WEIGHTS, lambda args: not args.resume_w, "without --resume_w, which takes the weights from a file"),
     Rule(
@@ -313,7 +352,9 @@ def split_quantization(words: list[str]) -> tuple[list[str], dict[str, list[str]
     parser = Parser("")
     add_quant_options(parser)
     untouched = object()
-    given, rest = parser.parse_known_args(words, argparse.Namespace(**{action.dest: untouched for action in parser._actions}))
+    given, rest = parser.parse_known_args(
+        words, argparse.Namespace(**{action.dest: untouched for action in parser._actions})
+    )
     found = {}
     for action in parser._actions:
         if (value := getattr(given, action.dest, untouched)) is not untouched:
@@ -327,7 +368,9 @@ def select_device(name: str) -> torch.device:
     if name == "auto":
         name = next(kind for kind in ("cuda", "mps", "cpu") if present[kind])
     if not present[name]:
-        raise ConfigError(f"--device {name}: not present here; found {', '.join(kind for kind, there in present.items() if there)}")
+        raise ConfigError(
+            f"--device {name}: not present here; found {', '.join(kind for kind, there in present.items() if there)}"
+        )
     local = int(os.environ.get("LOCAL_RANK", 0))  # of torchrun: each process of a machine takes another GPU
     return torch.device(name, local % torch.cuda.device_count()) if name == "cuda" else torch.device(name)
 

@@ -68,10 +68,14 @@ def check(args: argparse.Namespace, task: QuantizationTask) -> None:
         quant_config(args, task.weight_method, task.act_method)
         config = calibration_config(args, task.evaluations)
         if args.timestep_groups > config.steps:
-            raise ConfigError(f"--timestep_groups {args.timestep_groups}: the calibration set has {config.steps} time steps (--cali_st)")
+            raise ConfigError(
+                f"--timestep_groups {args.timestep_groups}: the calibration set has {config.steps} time steps (--cali_st)"
+            )
 
 
-def prepare_network(args: argparse.Namespace, task: QuantizationTask, device: torch.device, folder: Path, ranks: Ranks) -> nn.Module:
+def prepare_network(
+    args: argparse.Namespace, task: QuantizationTask, device: torch.device, folder: Path, ranks: Ranks
+) -> nn.Module:
     """The network that is to sample, in eval mode on `device`, on the engine chosen; a calibration's results go to `folder`.
 
     Several processes calibrate together: each takes its share of every batch, the first one writes.
@@ -80,7 +84,9 @@ def prepare_network(args: argparse.Namespace, task: QuantizationTask, device: to
     return apply_engine(network, args.engine)
 
 
-def _prepare(args: argparse.Namespace, task: QuantizationTask, device: torch.device, folder: Path, ranks: Ranks) -> nn.Module:
+def _prepare(
+    args: argparse.Namespace, task: QuantizationTask, device: torch.device, folder: Path, ranks: Ranks
+) -> nn.Module:
     if not args.ptq:
         return task.load().to(device).eval()
     quant = quant_config(args, task.weight_method, task.act_method)
@@ -102,15 +108,24 @@ def load_calibrated(path: str, task: QuantizationTask, quant: QuantConfig) -> tu
 
 
 def _calibrate(
-    args: argparse.Namespace, task: QuantizationTask, quant: QuantConfig, device: torch.device, folder: Path, ranks: Ranks
+    args: argparse.Namespace,
+    task: QuantizationTask,
+    quant: QuantConfig,
+    device: torch.device,
+    folder: Path,
+    ranks: Ranks,
 ) -> nn.Module:
     config = calibration_config(args, task.evaluations)
-    finished, info = load_calibrated(args.cali_ckpt, task, replace(quant, quant_act=False)) if args.resume_w else (None, None)
+    finished, info = (
+        load_calibrated(args.cali_ckpt, task, replace(quant, quant_act=False)) if args.resume_w else (None, None)
+    )
     context_dim = task.build.get("context_dim")
     data = load_set(args.cali_data_path, task.input_shape, context_dim) if args.cali_data_path else None
     model = task.load().to(device).eval()
     if info is not None and info.source_sha256 not in ("", state_hash(model.state_dict())):
-        raise CheckpointError(f"{args.cali_ckpt}: its weights were made from another full-precision checkpoint than the one given")
+        raise CheckpointError(
+            f"{args.cali_ckpt}: its weights were made from another full-precision checkpoint than the one given"
+        )
     if data is None:
         drawn = folder / "calibration_set.pt"
         if ranks.rank == 0 and not drawn.is_file():
@@ -119,7 +134,11 @@ def _calibrate(
         data = load_set(drawn, task.input_shape, context_dim)
     if config.samples > len(data.xs[0]):
         if args.cali_n:
-            log.warning("--cali_n %d: the calibration set holds %d samples of each time step, all are used", args.cali_n, len(data.xs[0]))
+            log.warning(
+                "--cali_n %d: the calibration set holds %d samples of each time step, all are used",
+                args.cali_n,
+                len(data.xs[0]),
+            )
         config = replace(config, samples=len(data.xs[0]))
     rows = data.select(config.steps, config.samples)
     if args.timestep_groups > 1:
@@ -149,12 +168,23 @@ def _write_results(
     """Both checkpoints, and the report with its pictures."""
     state = model.state_dict()
     model_parts = write_model_parts(task, folder)
-    info = PackedInfo(task.family.name, task.build, quant, config.to_dict() | {"rows_sha256": rows.hash()}, state_hash(state), model_parts)
+    info = PackedInfo(
+        task.family.name,
+        task.build,
+        quant,
+        config.to_dict() | {"rows_sha256": rows.hash()},
+        state_hash(state),
+        model_parts,
+    )
     if not quant.time_bounds:
         save_published(folder / "ckpt.pth", wrapped, task.family, state, activations=quant.quant_act)
     try_report(folder / "calibration", model, task.family, wrapped, quant, config, rows)
     save_packed(folder / "ckpt.safetensors", wrapped, info)
-    log.info("calibrated checkpoints in %s: ckpt.safetensors (packed)%s", folder, "" if quant.time_bounds else ", ckpt.pth (published)")
+    log.info(
+        "calibrated checkpoints in %s: ckpt.safetensors (packed)%s",
+        folder,
+        "" if quant.time_bounds else ", ckpt.pth (published)",
+    )
 
 
 def write_model_parts(task: QuantizationTask, folder: Path) -> dict | None:

@@ -31,7 +31,9 @@ CHECK_LIMIT = 0.1  # trajectory error of 8-bit weights by nearest rounding; the 
 CHECK_RATIO = 0.85  # of nearest rounding's error, at 4 bits; the bundled checkpoints have 0.3 to 0.7
 CHECK_RECIPE = CalibrationConfig(steps=10, samples=8)  # the rows behind the ranges of nearest rounding
 CHECK_STEPS, CHECK_IMAGES, GRID_IMAGES = 20, 4, 16
-REFERENCE_SEED = 1000  # added to a table's seed for the full-precision samples that are the reference where there is no other
+REFERENCE_SEED = (
+    1000  # added to a table's seed for the full-precision samples that are the reference where there is no other
+)
 
 
 class TableRun:
@@ -58,7 +60,9 @@ class TableRun:
 
     def _full_precision(self, steps: int | None) -> SamplingRun:
         """The full-precision job that trajectories are drawn with; steps: other than the table's, for the check and its grid."""
-        words = self.commands.options(GRID_IMAGES if steps else self.args.trajectory_images, self.table.seed, self.folder / "unused")
+        words = self.commands.options(
+            GRID_IMAGES if steps else self.args.trajectory_images, self.table.seed, self.folder / "unused"
+        )
         return prepare(words + ([self.table.steps, str(steps)] if steps else []))
 
     def _trajectory(self, count: int, steps: int | None) -> tuple[list[list[tuple[Tensor, Tensor, Tensor]]], float]:
@@ -110,12 +114,16 @@ class TableRun:
         """Raise before long work what would be raised after it: no reference, captions, extractor or CLIP model."""
         if not self.table.count:
             self.commands.captions(self.count)
-        check_inputs(self.evaluation(self.folder, *([] if self.reference_is_sampled() else ["--reference", self.reference()])))
+        check_inputs(
+            self.evaluation(self.folder, *([] if self.reference_is_sampled() else ["--reference", self.reference()]))
+        )
 
     def figures(self, row: Row, seed: int) -> dict:
         """All figures of a row for a seed, from its `result.json` if it is finished."""
         done = self.commands.place(row, seed, self.count) / "result.json"
-        Ranks.from_environment().from_first(lambda: self.commands.command(row, seed, self.count))  # refuses other weights and options
+        Ranks.from_environment().from_first(
+            lambda: self.commands.command(row, seed, self.count)
+        )  # refuses other weights and options
         key = {
             "extractor": self.extractor,
             "weights": str(self.args.weights),
@@ -136,7 +144,9 @@ class TableRun:
         figures = evaluate(self.evaluation(images, *words), images)
         if Ranks.from_environment().rank == 0:
             if row.method != FULL:
-                figures["trajectory_error"] = self.trajectory_error(self.network(job, images.parent), self.args.trajectory_images, None)
+                figures["trajectory_error"] = self.trajectory_error(
+                    self.network(job, images.parent), self.args.trajectory_images, None
+                )
             figures["images_folder"] = str(images)
             write_text(done, json.dumps({"key": key, "figures": figures}, indent=1))
         Ranks.from_environment().barrier()
@@ -150,7 +160,9 @@ class TableRun:
         """The folders of all sets of images that are not there yet."""
         full = next(row for row in self.table.rows if row.method == FULL)
         seeds = [self.table.seed + i for i in range(self.args.seeds)]
-        wanted = {self.commands.place(row, seed, self.count) for row in {full, *self.rows} for seed in seeds}  # full precision: --against
+        wanted = {
+            self.commands.place(row, seed, self.count) for row in {full, *self.rows} for seed in seeds
+        }  # full precision: --against
         wanted = {folder for folder in wanted if not (folder / "result.json").is_file()}
         reference = self.commands.place(full, self.table.seed + REFERENCE_SEED, self.count)
         if self.reference_is_sampled() and sum(1 for _ in reference.rglob("*.png")) < self.count:
@@ -164,14 +176,18 @@ class TableRun:
             return f"{words}: nothing left to sample"
         chunks, each = self.trajectory(self.args.trajectory_images, None)
         row_seconds = each / len(chunks[0])  # one evaluation for one image
-        missing = {row.weight_bit: row for row in self.rows if row.method == QDIFF and self.commands.checkpoint(row) is None}
+        missing = {
+            row.weight_bit: row for row in self.rows if row.method == QDIFF and self.commands.checkpoint(row) is None
+        }
         fitting = 0.0
         for row in missing.values():
             recipe = calibration_config(self.commands.calibration(row), self.full_precision(None).task.evaluations)
             fitting += 3 * row_seconds * recipe.batch_size * (recipe.iters + recipe.iters_a)
         sampling = each * self.count * len(folders)
         processes = Ranks.from_environment().world
-        where = f"on this machine ({self.device.type})" + (f", before it is shared by {processes} processes" if processes > 1 else "")
+        where = f"on this machine ({self.device.type})" + (
+            f", before it is shared by {processes} processes" if processes > 1 else ""
+        )
         return f"{words}: sampling {hours(sampling)}, calibrations ({len(missing)}) about {hours(fitting)}, {where}"
 
     def reference_is_sampled(self) -> bool:
@@ -219,10 +235,17 @@ def table_of(work: TableRun, found: dict[str, list[dict]]) -> tuple[list[str], l
     lite0 = " (lite0)" if work.extractor == "lite0" else ""
     shown = [name for name in COLUMNS if any(name in figures for many in found.values() for figures in many)]
     published = list(dict.fromkeys(name for row in work.rows for name in row.published))
-    header = ["setting", *(COLUMNS[name][0] + (lite0 if name in ("fid", "kid", "is", "precision", "recall") else "") for name in shown)]
+    header = [
+        "setting",
+        *(COLUMNS[name][0] + (lite0 if name in ("fid", "kid", "is", "precision", "recall") else "") for name in shown),
+    ]
     header += [f"published {COLUMNS[name][0]}" for name in published]
     rows = [
-        [row.name, *(cells(found[row.slug], name) for name in shown), *(row.published.get(name, "") for name in published)]
+        [
+            row.name,
+            *(cells(found[row.slug], name) for name in shown),
+            *(row.published.get(name, "") for name in published),
+        ]
         for row in work.rows
         if row.slug in found
     ]
@@ -257,7 +280,10 @@ def write_tables(args: argparse.Namespace, works: list[TableRun], results: list[
         page.text(words)
         pictures = {
             row.name: torch.stack(
-                [load_png(file) for file in sorted(Path(found[row.slug][0]["images_folder"]).glob("*.png"))[:GRID_IMAGES]]
+                [
+                    load_png(file)
+                    for file in sorted(Path(found[row.slug][0]["images_folder"]).glob("*.png"))[:GRID_IMAGES]
+                ]
             )
             for row in work.rows
             if row.slug in found
@@ -266,10 +292,15 @@ def write_tables(args: argparse.Namespace, works: list[TableRun], results: list[
         page.picture(f"{work.table.name}.png", "One row for each setting, the same noises")
     for name, text in {
         "table.md": "\n".join(markdown),
-        "table.json": json.dumps({work.table.name: found for work, found in zip(works, results, strict=True)}, indent=1),
+        "table.json": json.dumps(
+            {work.table.name: found for work, found in zip(works, results, strict=True)}, indent=1
+        ),
     }.items():
         write_text(args.output / name, text)
-    with atomic_write(args.output / "table.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    with (
+        atomic_write(args.output / "table.csv") as temporary,
+        temporary.open("w", newline="", encoding="utf-8") as file,
+    ):
         csv.writer(file).writerows(lines)
     page.write(args.output / "index.html")
 
@@ -286,14 +317,19 @@ def check(work: TableRun) -> bool:
     verdicts, pictures = [], {}
 
     def nearest(quant: QuantConfig) -> float:
-        return work.trajectory_error(nearest_rounding(model, job.task.family, quant, CHECK_RECIPE, rows), CHECK_IMAGES, CHECK_STEPS)
+        return work.trajectory_error(
+            nearest_rounding(model, job.task.family, quant, CHECK_RECIPE, rows), CHECK_IMAGES, CHECK_STEPS
+        )
 
     def sample(name: str, network: nn.Module) -> None:
         pictures[name] = torch.cat([job.sample(network, chunk) for chunk in job.chunks(GRID_IMAGES)])
 
     def verdict(name: str, error: float, limit: float, more: object) -> None:
         verdicts.append(error < limit)
-        print(f"{name}: {'PASS' if verdicts[-1] else 'FAIL'}, trajectory error {error:.4f} (limit {limit:.4f}), {more}", flush=True)
+        print(
+            f"{name}: {'PASS' if verdicts[-1] else 'FAIL'}, trajectory error {error:.4f} (limit {limit:.4f}), {more}",
+            flush=True,
+        )
 
     with torch.no_grad():
         sample(FULL, model)
@@ -304,7 +340,8 @@ def check(work: TableRun) -> bool:
                 continue
             try:
                 made = prepare(
-                    work.commands.options(CHECK_IMAGES, work.table.seed, work.folder / "unused") + work.commands.quantization(row)
+                    work.commands.options(CHECK_IMAGES, work.table.seed, work.folder / "unused")
+                    + work.commands.quantization(row)
                 )
                 network = work.network(made, None)
             except (CheckpointError, ConfigError) as error:

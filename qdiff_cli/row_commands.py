@@ -19,7 +19,17 @@ OF_ROWS = {"ptq", "quant_act", "weight_bit", "act_bit", "quant_mode", "cali_ckpt
 ALWAYS = {"cond", "resume"}
 QDIFF_MODE = {QDIFF: "qdiff", LINEAR: "linear"}
 # what a calibrated checkpoint depends on, by the names of the sampling scripts' options; and options named like it that say where from
-RECIPE = {"preset", "weight_bit", "split", "quant_mode", "weight_scale_method", "ckpt", "config", "resume_base", "overrides"}
+RECIPE = {
+    "preset",
+    "weight_bit",
+    "split",
+    "quant_mode",
+    "weight_scale_method",
+    "ckpt",
+    "config",
+    "resume_base",
+    "overrides",
+}
 NOT_RECIPE = {"cali_data_path", "cali_ckpt", "cali_cache_gb"}
 
 
@@ -48,7 +58,11 @@ class RowCommands:
         table, args = self.table, self.args
         words = [*shlex.split(table.command), "--seed", str(seed), table.logdir, str(folder)]
         words += ["--device", args.device, "--threads", str(args.threads)]
-        words += [table.count, str(-(-count // table.images_each))] if table.count else ["--from-file", str(self.captions(count))]
+        words += (
+            [table.count, str(-(-count // table.images_each))]
+            if table.count
+            else ["--from-file", str(self.captions(count))]
+        )
         return words + self.more
 
     def quantization(self, row: Row) -> list[str]:
@@ -82,7 +96,9 @@ class RowCommands:
             return given
         same = [other for other in self.table.rows if (other.method, other.weight_bit) == (row.method, row.weight_bit)]
         same = [row] + [other for other in same if other.act_bit == 8 and row.method == QDIFF]
-        found = [(path, other) for other in same for path in sorted((self.folder / other.slug).rglob("ckpt.safetensors"))]
+        found = [
+            (path, other) for other in same for path in sorted((self.folder / other.slug).rglob("ckpt.safetensors"))
+        ]
         return next((path for path, other in found if self._made_alike(path, other)), None)
 
     def _made_alike(self, path: Path, row: Row) -> bool:
@@ -94,7 +110,14 @@ class RowCommands:
 
     def method(self, row: Row) -> list[str]:
         """The options that say how a row is quantized."""
-        words = ["--ptq", "--weight_bit", str(row.weight_bit), *shlex.split(self.table.weights), "--quant_mode", QDIFF_MODE[row.method]]
+        words = [
+            "--ptq",
+            "--weight_bit",
+            str(row.weight_bit),
+            *shlex.split(self.table.weights),
+            "--quant_mode",
+            QDIFF_MODE[row.method],
+        ]
         return words + (shlex.split(self.table.acts) if row.act_bit < 32 else [])
 
     def recipe(self) -> list[str]:
@@ -110,7 +133,9 @@ class RowCommands:
     def check_options(self) -> None:
         """Raise ConfigError for options that belong to the rows, or that no row of this table would heed."""
         if taken := sorted(OF_ROWS & set(self.quantizing)):
-            raise ConfigError(f"--{taken[0]}: belongs to the rows of the table; choose them by --rows, and files by --checkpoints")
+            raise ConfigError(
+                f"--{taken[0]}: belongs to the rows of the table; choose them by --rows, and files by --checkpoints"
+            )
         wanted = {**self.quantizing, **({"preset": []} if self.args.preset else {})}
         rows = [row for row in self.rows if row.method != FULL]
         heeded: set[str] = set()
@@ -119,7 +144,9 @@ class RowCommands:
             words = [*self.method(row), *self.recipe(), *(["--cali_ckpt", str(given)] if given else [])]
             heeded |= set(split_quantization(self.acting(words))[1])
         if silent := [name for name in wanted if name not in heeded | ALWAYS]:
-            raise ConfigError(f"--{silent[0]}: no row of the table {self.table.name} heeds it ({len(rows)} quantized rows)")
+            raise ConfigError(
+                f"--{silent[0]}: no row of the table {self.table.name} heeds it ({len(rows)} quantized rows)"
+            )
 
     def _captions(self, count: int) -> Path:
         """A file of `count` captions of as many images, drawn from the annotation file in a fixed order, under a hash of its content."""
@@ -134,7 +161,9 @@ class RowCommands:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"--captions {self.args.captions}: not a COCO caption file ({error!r})") from None
         if len(words) < count:
-            raise ConfigError(f"--captions {self.args.captions}: captions of {len(words)} images, expected at least {count}")
+            raise ConfigError(
+                f"--captions {self.args.captions}: captions of {len(words)} images, expected at least {count}"
+            )
         content = "\n".join(random.Random(0).sample(list(words.values()), count)) + "\n"
         path = self.folder / f"captions-{count}-{hashlib.sha256(content.encode()).hexdigest()[:8]}.txt"
         write_text(path, content)
@@ -150,9 +179,13 @@ class RowCommands:
         begun = read_json(kept)
         words = begun["words"]
         if ((given := self.given_checkpoint(row)) and str(given) not in words) or words[: len(options)] != options:
-            raise ConfigError(f"{folder}: begun with other options ({shlex.join(words)}); remove it, or take another --output")
+            raise ConfigError(
+                f"{folder}: begun with other options ({shlex.join(words)}); remove it, or take another --output"
+            )
         if changed := [name for name, found in hashes(words).items() if begun["files"].get(name, found) != found]:
-            raise ConfigError(f"{folder}: begun with another {changed[0]} under this name; remove it, or take another --output")
+            raise ConfigError(
+                f"{folder}: begun with another {changed[0]} under this name; remove it, or take another --output"
+            )
         return words + (["--continue"] if any(folder.rglob("run.json")) else [])
 
     def place(self, row: Row, seed: int, count: int) -> Path:
@@ -161,7 +194,11 @@ class RowCommands:
 
 def hashes(words: list[str]) -> dict[str, str]:
     """sha256 of the files among the words of a command."""
-    return {word: _hash(word, Path(word).stat().st_size, Path(word).stat().st_mtime_ns) for word in words if Path(word).is_file()}
+    return {
+        word: _hash(word, Path(word).stat().st_size, Path(word).stat().st_mtime_ns)
+        for word in words
+        if Path(word).is_file()
+    }
 
 
 @cache

@@ -148,7 +148,8 @@ def discard_on_error(folder: Path) -> Iterator[None]:
         if (
             first
             and folder.is_dir()
-            and {path.name for path in folder.iterdir()} <= {"run.json", "run.log", "sampling_config.yaml", "cut_prompts.txt"}
+            and {path.name for path in folder.iterdir()}
+            <= {"run.json", "run.log", "sampling_config.yaml", "cut_prompts.txt"}
         ):
             shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -219,7 +220,10 @@ def sample_missing(
     mine = todo if ranks.world == 1 else [chunk for chunk in todo if chunk[0] // batch_size % ranks.world == ranks.rank]
     done = total - sum(len(chunk) for chunk in todo)
     written = 0
-    with logging_redirect_tqdm(), tqdm(total=done + sum(map(len, mine)), initial=done, desc="sampling", unit="image") as progress:
+    with (
+        logging_redirect_tqdm(),
+        tqdm(total=done + sum(map(len, mine)), initial=done, desc="sampling", unit="image") as progress,
+    ):
         for chunk in mine:
             for i, image in zip(chunk, make(chunk), strict=True):
                 if not (folder / name.format(i)).exists():

@@ -85,12 +85,18 @@ def run(job: SamplingRun) -> Path:
         job.begin(folder)
     with discard_on_error(folder):
         network = prepare_network(args, job.task, job.device, folder, ranks)
-    sample_missing(images, job.total, job.batch_size, lambda indices: job.sample(network, indices), ranks, job.name, job.metadata)
+    sample_missing(
+        images, job.total, job.batch_size, lambda indices: job.sample(network, indices), ranks, job.name, job.metadata
+    )
     ranks.barrier()
     if missing := sum(not (images / job.name.format(i)).exists() for i in range(job.total)):
-        raise ConfigError(f"{images}: {missing} of {job.total} images are missing; expected a folder that all processes share")
+        raise ConfigError(
+            f"{images}: {missing} of {job.total} images are missing; expected a folder that all processes share"
+        )
     if ranks.rank == 0:
-        log.info("precision: %s", str(autocast_dtype(job.device, args.precision) or torch.float32).removeprefix("torch."))
+        log.info(
+            "precision: %s", str(autocast_dtype(job.device, args.precision) or torch.float32).removeprefix("torch.")
+        )
         job.finish(folder)
         print(f"{job.total} images in {images}")
     return images
@@ -123,6 +129,8 @@ def parse(command: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
     """The sampling script of a command, and its options."""
     name = Path(command[0]).name if command else ""
     if name not in JOB_NAMES:
-        raise ConfigError(f"{name or 'no command'}: expected a sampling command, one of {', '.join(JOB_NAMES)} and its options")
+        raise ConfigError(
+            f"{name or 'no command'}: expected a sampling command, one of {', '.join(JOB_NAMES)} and its options"
+        )
     module = import_module(f"qdiff_cli.commands.{JOB_NAMES[name]}")
     return module, module.parse(list(command[1:]))

@@ -88,7 +88,12 @@ def _fid(*values: str) -> list[dict[str, str]]:
 
 
 def _cifar10() -> PaperTable:
-    linear = [_fid_is("4.71*", "8.93*"), _fid_is("141.47*", "4.20*"), _fid_is("118.26*", "5.23*"), _fid_is("188.11", "2.45")]
+    linear = [
+        _fid_is("4.71*", "8.93*"),
+        _fid_is("141.47*", "4.20*"),
+        _fid_is("118.26*", "5.23*"),
+        _fid_is("188.11", "2.45"),
+    ]
     qdiff = [_fid_is("4.27*", "9.15*"), _fid_is("5.09", "8.78*"), _fid_is("3.75", "9.48*"), _fid_is("4.93", "9.12*")]
     return PaperTable(
         name="cifar10",
@@ -128,7 +133,9 @@ def _lsun(name: str, folder: str, title: str, steps: str, rows: list[Row]) -> Pa
 
 
 def _stable_diffusion() -> PaperTable:
-    full, eight, four = ({"fid": fid, "clip": clip} for fid, clip in (("13.15", ".3146"), ("13.31", ".3134"), ("14.49", ".3121")))
+    full, eight, four = (
+        {"fid": fid, "clip": clip} for fid, clip in (("13.15", ".3146"), ("13.31", ".3134"), ("14.49", ".3121"))
+    )
     return PaperTable(
         name="stable-diffusion",
         title="Stable Diffusion v1.4, PLMS 50 steps, guidance 7.5, COCO captions (published figures: 30,000 images, by TFMQ-DM)",
@@ -163,7 +170,8 @@ def _bundled(name: str) -> PaperTable:
         del command[at : at + 2]
     return PaperTable(
         name=name,
-        title={"emoji32": "Pixel DDPM", "emoji64": "Latent diffusion", "emoji64-text": "Text to image"}[name] + f" ({name})",
+        title={"emoji32": "Pixel DDPM", "emoji64": "Latent diffusion", "emoji64-text": "Text to image"}[name]
+        + f" ({name})",
         command=shlex.join([*command, "--skip_grid"] if text else command),
         weights="--split",
         acts=" ".join(word for word in options if word != "--split"),
@@ -190,8 +198,12 @@ def tables(name: str) -> list[PaperTable]:
     return [
         {
             "cifar10": _cifar10,
-            "lsun-bedroom": lambda: _lsun(name, "lsun_beds256", "LSUN bedrooms, LDM-4, 200 steps, eta 1", "-c 200 -e 1.0", bedroom),
-            "lsun-church": lambda: _lsun(name, "lsun_churches256", "LSUN churches, LDM-8, 500 steps, eta 0", "-c 400 -e 0.0", church),
+            "lsun-bedroom": lambda: _lsun(
+                name, "lsun_beds256", "LSUN bedrooms, LDM-4, 200 steps, eta 1", "-c 200 -e 1.0", bedroom
+            ),
+            "lsun-church": lambda: _lsun(
+                name, "lsun_churches256", "LSUN churches, LDM-8, 500 steps, eta 0", "-c 400 -e 0.0", church
+            ),
             "stable-diffusion": _stable_diffusion,
         }[name]()
     ]

@@ -90,7 +90,9 @@ def _replaced(model: nn.Module, forwards: dict[str, Callable]) -> Iterator[None]
                 module.forward = own[path]
 
 
-def trace_execution(model: nn.Module, units: Sequence[str], rows: CalibrationData, device: torch.device) -> ExecutionOrder:
+def trace_execution(
+    model: nn.Module, units: Sequence[str], rows: CalibrationData, device: torch.device
+) -> ExecutionOrder:
     """Trace one forward pass on two rows: which unit needs the output of which.
 
     Raises:
@@ -133,10 +135,17 @@ def trace_execution(model: nn.Module, units: Sequence[str], rows: CalibrationDat
     if not isinstance(output, Tensor):
         raise RuntimeError(f"the network returns {type(output).__name__}: expected one tensor (wrap the network)")
     if missing := [unit for unit in units if unit not in order]:
-        raise RuntimeError(f"units never reached by a forward pass: {', '.join(missing[:3])}; expected them among `keep`")
+        raise RuntimeError(
+            f"units never reached by a forward pass: {', '.join(missing[:3])}; expected them among `keep`"
+        )
     position = {unit: i for i, unit in enumerate(order)}
-    last_use = {unit: max([i, *(position[user] for user in order if unit in needs[user])]) for unit, i in position.items()}
-    held = [sizes[unit][0] + 2 * sum(sizes[other][1] for other in order[: i + 1] if last_use[other] >= i) for i, unit in enumerate(order)]
+    last_use = {
+        unit: max([i, *(position[user] for user in order if unit in needs[user])]) for unit, i in position.items()
+    }
+    held = [
+        sizes[unit][0] + 2 * sum(sizes[other][1] for other in order[: i + 1] if last_use[other] >= i)
+        for i, unit in enumerate(order)
+    ]
     return ExecutionOrder(order, last_use, max(held))
 
 
@@ -198,9 +207,13 @@ class BlockwiseRunner:
         def keep(start: int, call: CallSpec, tensors: list[Tensor]) -> None:
             calls.append(call)
             if call != calls[0]:
-                raise RuntimeError(f"{unit}: is called with {call} after {calls[0]}: what is no tensor must be the same for all rows")
+                raise RuntimeError(
+                    f"{unit}: is called with {call} after {calls[0]}: what is no tensor must be the same for all rows"
+                )
             if not stored:
-                stored.extend(self.cache.reserve((len(self.rows), *tensor.shape[1:]), tensor.dtype) for tensor in tensors)
+                stored.extend(
+                    self.cache.reserve((len(self.rows), *tensor.shape[1:]), tensor.dtype) for tensor in tensors
+                )
             for place, tensor in zip(stored, tensors, strict=True):
                 if tensor.is_floating_point() and tensor.isnan().any():
                     raise RuntimeError(

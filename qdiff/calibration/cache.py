@@ -13,7 +13,9 @@ from qdiff.errors import ConfigError
 from qdiff.utils import distributed
 
 PREFIX = ".activations."
-EXACT_UP_TO = 64  # numbers in a row: time steps and other inputs of embeddings, whose last digits matter and whose size does not
+EXACT_UP_TO = (
+    64  # numbers in a row: time steps and other inputs of embeddings, whose last digits matter and whose size does not
+)
 
 
 class Cache:
@@ -25,7 +27,9 @@ class Cache:
         dtype: in which floating-point values are kept, float32 or bfloat16 (relative error up to 0.4 %); short rows always exactly.
     """
 
-    def __init__(self, budget: int | None = None, folder: Path | None = None, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, budget: int | None = None, folder: Path | None = None, dtype: torch.dtype = torch.float32
+    ) -> None:
         self.budget = free_memory() // 2 // distributed.world() if budget is None else budget
         self.folder = Path(tempfile.gettempdir()) if folder is None else folder
         self.dtype = dtype
@@ -62,7 +66,9 @@ class Cache:
                 os.truncate(handle, size)
             return torch.from_file(name, shared=True, size=torch.Size(shape).numel(), dtype=dtype).reshape(shape)
         except OSError as error:
-            raise ConfigError(f"{self.folder}: no room for {size / 1e9:.1f} GB of activations ({error.strerror})") from None
+            raise ConfigError(
+                f"{self.folder}: no room for {size / 1e9:.1f} GB of activations ({error.strerror})"
+            ) from None
         finally:
             os.close(handle)
             os.unlink(name)

@@ -36,15 +36,21 @@ class CalibrationSet:
         if steps > len(self.ts):
             raise CheckpointError(f"--cali_st {steps}: the calibration set holds {len(self.ts)} time steps")
         if samples > len(self.xs[0]):
-            raise CheckpointError(f"--cali_n {samples}: the calibration set holds {len(self.xs[0])} samples of each time step")
-        chosen = [len(self.ts) * i // steps for i in range(steps)]  # to the end, also where `steps` does not divide their number
+            raise CheckpointError(
+                f"--cali_n {samples}: the calibration set holds {len(self.xs[0])} samples of each time step"
+            )
+        chosen = [
+            len(self.ts) * i // steps for i in range(steps)
+        ]  # to the end, also where `steps` does not divide their number
         x = torch.cat([self.xs[i][:samples] for i in chosen])
         t = torch.cat([self.ts[i][:samples] for i in chosen])
         trajectories = torch.arange(len(self.xs[0][:samples])).repeat(steps)
         if self.cs is None:
             return CalibrationData((x.float(), t.float()), trajectories)
         context = [torch.cat([part[i][:samples] for i in chosen]).float() for part in (self.cs, self.ucs)]
-        return CalibrationData((torch.cat([x, x]).float(), torch.cat([t, t]).float(), torch.cat(context)), trajectories.repeat(2))
+        return CalibrationData(
+            (torch.cat([x, x]).float(), torch.cat([t, t]).float(), torch.cat(context)), trajectories.repeat(2)
+        )
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,9 @@ class Recorder:
 
     def __init__(self, steps: int, total: int) -> None:
         check_steps(steps, total)
-        self.keep = {total * i // steps for i in range(steps)}  # to the end of the trajectory, also where `steps` does not divide it
+        self.keep = {
+            total * i // steps for i in range(steps)
+        }  # to the end of the trajectory, also where `steps` does not divide it
         self.seen = 0
         self.xs: list[Tensor] = []
         self.ts: list[Tensor] = []
@@ -117,7 +125,9 @@ def generate(
         evaluations: how many the sampler makes for one image.
     """
     chunks = []
-    for start in tqdm(range(0, samples, batch_size), desc="calibration set", unit="batch", disable=samples <= batch_size):
+    for start in tqdm(
+        range(0, samples, batch_size), desc="calibration set", unit="batch", disable=samples <= batch_size
+    ):
         recorder = Recorder(steps, evaluations)
         run_sampler(list(range(start, min(start + batch_size, samples))), recorder)
         chunks.append(recorder)
@@ -149,13 +159,19 @@ def load_set(path: str | Path, shape: Iterable[int], context_dim: int | None = N
     """
     content = load_object(path, arrays=True)
     if not isinstance(content, dict) or not {"xs", "ts"} <= set(content):
-        found = f"a dict with {', '.join(map(str, list(content)[:4]))}" if isinstance(content, dict) else type(content).__name__
+        found = (
+            f"a dict with {', '.join(map(str, list(content)[:4]))}"
+            if isinstance(content, dict)
+            else type(content).__name__
+        )
         raise CheckpointError(f"{path}: expected a calibration set (a dict with xs and ts), found {found}")
     content = {name: content[name] for name in ("xs", "ts", "cs", "ucs") if content.get(name) is not None}
     expected = {"xs", "ts"} if context_dim is None else {"xs", "ts", "cs", "ucs"}
     if set(content) != expected:
         kind = "an unconditional" if context_dim is None else "a guided"
-        raise CheckpointError(f"{path}: expected {', '.join(sorted(expected))} for {kind} network, found {', '.join(sorted(content))}")
+        raise CheckpointError(
+            f"{path}: expected {', '.join(sorted(expected))} for {kind} network, found {', '.join(sorted(content))}"
+        )
     layout = Layout(path, tuple(shape), context_dim)
     parts = layout.lists(content)
     layout.check(parts)

@@ -85,7 +85,9 @@ class CalibrationCheckpoint:
         contents = list(_parse(path.read_bytes().decode("utf-8", "replace").splitlines()))
         settings = contents[0] if contents else None
         if settings is None:
-            raise ConfigError(f"{path}: damaged: line 1 (the settings) cannot be read; remove the folder to calibrate anew")
+            raise ConfigError(
+                f"{path}: damaged: line 1 (the settings) cannot be read; remove the folder to calibrate anew"
+            )
         for key in sorted({*settings, *self.settings}):
             if settings.get(key) != self.settings.get(key):
                 now, then = _differing(self.settings.get(key), settings.get(key))

@@ -115,7 +115,9 @@ class Layout:
             found = [found] * len(counts)
         if len(found) != len(counts):
             raise self.error(f"lists of different lengths: xs has {len(counts)} time steps, {name} {len(found)}")
-        filled = [part.expand(count, -1, -1) if len(part) == 1 else part for part, count in zip(found, counts, strict=True)]
+        filled = [
+            part.expand(count, -1, -1) if len(part) == 1 else part for part, count in zip(found, counts, strict=True)
+        ]
         for part, count in zip(filled, counts, strict=True):
             if len(part) != count:
                 raise self.error(f"{len(part)} contexts in {name} for {count} rows: expected one for each")
@@ -125,7 +127,9 @@ class Layout:
         """All rows in one tensor [M, C, H, W]: rows of one time are a step; the k-th of each belongs to trajectory k."""
         value = self.numbers("ts", content["ts"])
         items = [value] if isinstance(value, Tensor) else value
-        ts = torch.cat([item.flatten() if isinstance(item, Tensor) else self.stacked("ts", item).flatten() for item in items])
+        ts = torch.cat(
+            [item.flatten() if isinstance(item, Tensor) else self.stacked("ts", item).flatten() for item in items]
+        )
         if len(ts) != len(xs):
             raise self.error(f"{len(xs)} rows with {len(ts)} times: expected one time for each")
         order = list(dict.fromkeys(ts.tolist()))  # in the order of their first rows

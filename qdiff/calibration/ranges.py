@@ -78,7 +78,9 @@ class _FirstRange:
         self.seen = self._with(x.detach().flatten())
         self.count += x.numel()
         q.set_qparams(
-            *Q.choose_qparams(self.seen, q.n_bits, symmetric=q.symmetric, method=self.method, always_zero=q.always_zero, name=q.name)
+            *Q.choose_qparams(
+                self.seen, q.n_bits, symmetric=q.symmetric, method=self.method, always_zero=q.always_zero, name=q.name
+            )
         )
 
     def _with(self, x: Tensor) -> Tensor:
@@ -89,7 +91,8 @@ class _FirstRange:
         if not self.count:
             return _thin(x)
         old, new = (
-            values[torch.randint(0, len(values), (SEARCH_ELEMENTS,), generator=self.generator).to(x.device)] for values in (self.seen, x)
+            values[torch.randint(0, len(values), (SEARCH_ELEMENTS,), generator=self.generator).to(x.device)]
+            for values in (self.seen, x)
         )
         stays = torch.rand(SEARCH_ELEMENTS, generator=self.generator) < self.count / (self.count + x.numel())
         ends = torch.stack([torch.minimum(self.seen.amin(), x.amin()), torch.maximum(self.seen.amax(), x.amax())])

@@ -77,7 +77,13 @@ class UnitResult:
 
 
 def reconstruct_weights(
-    unit: nn.Module, layers: list[QuantLayer], data: UnitData, method: ScaleMethod, config: CalibrationConfig, seed: int, tick: Tick
+    unit: nn.Module,
+    layers: list[QuantLayer],
+    data: UnitData,
+    method: ScaleMethod,
+    config: CalibrationConfig,
+    seed: int,
+    tick: Tick,
 ) -> UnitResult:
     """Learn the rounding of the weights of `layers` and fix them as integers.
 
@@ -116,7 +122,8 @@ def _start_rounding(layers: list[QuantLayer], weights: list[Tensor]) -> list[Ten
     for layer, weight in zip(layers, weights, strict=True):
         layer.weight, layer.quantized = weight, False
         layer.rounding = [
-            Q.init_alpha(part, q.scale).requires_grad_() for q, part in zip(layer.weight_quantizers, layer._parts(weight), strict=True)
+            Q.init_alpha(part, q.scale).requires_grad_()
+            for q, part in zip(layer.weight_quantizers, layer._parts(weight), strict=True)
         ]
         alphas += layer.rounding
     return alphas

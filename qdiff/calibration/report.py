@@ -41,7 +41,10 @@ def layer_sqnr(
     table: dict[str, dict[str, float]] = {}
 
     def run(network: nn.Module, visit: object) -> None:
-        handles = [network.get_submodule(path).register_forward_hook(lambda _, __, y, path=path: visit(path, y)) for path in paths]
+        handles = [
+            network.get_submodule(path).register_forward_hook(lambda _, __, y, path=path: visit(path, y))
+            for path in paths
+        ]
         try:
             network(*inputs)
         finally:
@@ -105,15 +108,26 @@ def _plot_layers(path: Path, table: dict[str, dict[str, float]], names: list[str
 
 
 def _plot_units(path: Path, steps: list[dict]) -> None:
-    phases = [phase for phase in ("weights", "activations") if any(step["step"].startswith(f"{phase} ") for step in steps)]
+    phases = [
+        phase for phase in ("weights", "activations") if any(step["step"].startswith(f"{phase} ") for step in steps)
+    ]
     figure, axes = figure_of(12, 4.5 * len(phases), nrows=len(phases), squeeze=False)
     for axis, phase in zip(axes[:, 0], phases, strict=True):
         chosen = [step for step in steps if step["step"].startswith(f"{phase} ") and "before" in step]
-        axis.plot([step["before"] for step in chosen], "x", label="nearest rounding" if phase == "weights" else "first step sizes")
+        axis.plot(
+            [step["before"] for step in chosen],
+            "x",
+            label="nearest rounding" if phase == "weights" else "first step sizes",
+        )
         axis.plot([step["after"] for step in chosen], "o", markersize=4, label="after reconstruction")
         for position, step in enumerate(chosen):
             losses = step["losses"]
-            axis.plot([position + 0.8 * i / max(1, len(losses)) for i in range(len(losses))], losses, color="gray", linewidth=0.6)
+            axis.plot(
+                [position + 0.8 * i / max(1, len(losses)) for i in range(len(losses))],
+                losses,
+                color="gray",
+                linewidth=0.6,
+            )
         axis.set_xticks(range(len(chosen)), [step["step"].split(" ")[-1] for step in chosen], rotation=90, fontsize=6)
         axis.set_yscale("log")
         axis.set_ylabel(f"held-out loss, {phase}")

@@ -19,12 +19,26 @@ from qdiff.calibration.data import CalibrationData
 from qdiff.calibration.directory import CalibrationCheckpoint
 from qdiff.calibration.finetune import finetune
 from qdiff.calibration.ranges import init_activation_ranges
-from qdiff.calibration.reconstruct import UnitData, UnitResult, correct_bias, reconstruct_activations, reconstruct_weights
+from qdiff.calibration.reconstruct import (
+    UnitData,
+    UnitResult,
+    correct_bias,
+    reconstruct_activations,
+    reconstruct_weights,
+)
 from qdiff.checkpoint import state_hash
 from qdiff.config import CalibrationConfig, QuantConfig
 from qdiff.errors import ConfigError
 from qdiff.layers import QuantLayer, QuantMatMul
-from qdiff.model import act_quantizers, find_timestep_groups, init_weights, quant_layers, quantize_model, unit_modules, units
+from qdiff.model import (
+    act_quantizers,
+    find_timestep_groups,
+    init_weights,
+    quant_layers,
+    quantize_model,
+    unit_modules,
+    units,
+)
 from qdiff.prediction import Prediction
 from qdiff.utils import distributed
 from qdiff.utils.memory import peak_memory
@@ -112,7 +126,9 @@ def calibrate(
     journal = CalibrationCheckpoint.open(workplace.folder, settings, writes=distributed.rank() == 0)
     distributed.barrier()
     with logging_redirect_tqdm(), torch.enable_grad():
-        run = _Run(model, wrapped, family, rows, held_out_from, quant, config, device, journal, workplace, plan, prediction)
+        run = _Run(
+            model, wrapped, family, rows, held_out_from, quant, config, device, journal, workplace, plan, prediction
+        )
         with closing(run.progress):
             if weights_from is None:
                 run.over("weights", config.iters, run.weights)
@@ -155,8 +171,12 @@ class _Run:
         dtype = torch.bfloat16 if config.bfloat16 else torch.float32
         self.cache = Cache(workplace.cache_bytes, workplace.folder, dtype)
         written = 0
-        if workplace.folder is not None:  # a file for each unit, the whole after the ranges and after the final fit, both checkpoints
-            written = 5 * sum(tensor.nbytes for tensor in wrapped.state_dict().values()) + 8 * sum(p.numel() for p in model.parameters())
+        if (
+            workplace.folder is not None
+        ):  # a file for each unit, the whole after the ranges and after the final fit, both checkpoints
+            written = 5 * sum(tensor.nbytes for tensor in wrapped.state_dict().values()) + 8 * sum(
+                p.numel() for p in model.parameters()
+            )
         self.cache.check_space(self.plan.peak_elements * len(rows) * self.cache.item_size(torch.float32), written)
         iterations = config.iters + (config.iters_a if quant.quant_act else 0)
         total = len(self.plan.order) * iterations + config.iters_tune
@@ -165,7 +185,14 @@ class _Run:
         self.began = time.perf_counter(), time.process_time()
         self.steps = find_timestep_groups(wrapped)
 
-    def step(self, name: str, iterations: int, work: Callable[[list[float]], UnitResult | None], save: Callable, restore: Callable) -> None:
+    def step(
+        self,
+        name: str,
+        iterations: int,
+        work: Callable[[list[float]], UnitResult | None],
+        save: Callable,
+        restore: Callable,
+    ) -> None:
         """Do a step and keep it, or take it from the journal."""
         number, self.next_step = self.next_step, self.next_step + 1
         ends_at = self.progress.n + iterations
@@ -175,16 +202,27 @@ class _Run:
             losses: list[float] = []
             started, began = time.perf_counter(), time.process_time()
             result = work(losses)
-            record = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - began, "losses": _thin(losses)}
+            record = {
+                "seconds": time.perf_counter() - started,
+                "cpu_seconds": time.process_time() - began,
+                "losses": _thin(losses),
+            }
             if result is not None:
                 record |= asdict(result)
-                log.info("%s: held-out error %.4g -> %.4g, %.1f s", name, result.before, result.after, record["seconds"])
+                log.info(
+                    "%s: held-out error %.4g -> %.4g, %.1f s", name, result.before, result.after, record["seconds"]
+                )
             self.journal.commit(name, save(), record)
         self.progress.update(ends_at - self.progress.n)
 
     def log_cost(self) -> None:
         wall, cpu = time.perf_counter() - self.began[0], time.process_time() - self.began[1]
-        log.info("calibration: %.0f s, %.0f s of CPU time, peak memory of the process %.2f GB", wall, cpu, peak_memory() / 1e9)
+        log.info(
+            "calibration: %.0f s, %.0f s of CPU time, peak memory of the process %.2f GB",
+            wall,
+            cpu,
+            peak_memory() / 1e9,
+        )
 
     def ticker(self, name: str, losses: list[float]) -> Callable[[float], None]:
         def tick(loss: float) -> None:
@@ -195,13 +233,21 @@ class _Run:
 
         return tick
 
-    def over(self, phase: str, iterations: int, work: Callable[[str, UnitData, int, Callable], UnitResult | None]) -> None:
+    def over(
+        self, phase: str, iterations: int, work: Callable[[str, UnitData, int, Callable], UnitResult | None]
+    ) -> None:
         """One phase over all units, in order; inputs from the quantized prefix, targets in full precision."""
         order = self.plan.order
         module = self.wrapped.get_submodule
         if self.next_step + len(order) <= len(self.journal):
             for unit in order:
-                self.step(f"{phase} {unit}", iterations, None, None, lambda tensors, unit=unit: self.restore(module(unit), tensors))
+                self.step(
+                    f"{phase} {unit}",
+                    iterations,
+                    None,
+                    None,
+                    lambda tensors, unit=unit: self.restore(module(unit), tensors),
+                )
             return
         full, quantized = (
             BlockwiseRunner(network, self.plan, self.rows, self.config.batch_size, self.device, self.cache, self.at)
@@ -216,7 +262,9 @@ class _Run:
             self.step(
                 name,
                 iterations,
-                lambda losses, unit=unit, data=data, seed=seed, name=name: work(unit, data, seed, self.ticker(name, losses)),
+                lambda losses, unit=unit, data=data, seed=seed, name=name: work(
+                    unit, data, seed, self.ticker(name, losses)
+                ),
                 lambda unit=unit: self.state(module(unit)),
                 lambda tensors, unit=unit: self.restore(module(unit), tensors),
             )
@@ -252,7 +300,11 @@ class _Run:
             return None
         result = reconstruct_weights(module, layers, data, self.quant.weight_scale_method, self.config, seed, tick)
         output_layer = self.family.output_layer(module)
-        return result if output_layer is None else UnitResult(result.before, correct_bias(module, output_layer, data).after)
+        return (
+            result
+            if output_layer is None
+            else UnitResult(result.before, correct_bias(module, output_layer, data).after)
+        )
 
     def activations(self, unit: str, data: UnitData, seed: int, tick: Callable) -> UnitResult:
         module = self.wrapped.get_submodule(unit)
@@ -264,7 +316,9 @@ class _Run:
             fitted = CalibrationData(self.rows[: self.held_out_from])
             init_activation_ranges(self.wrapped, fitted, self.quant, self.config, self.device)
 
-        self.step("ranges", 0, work, lambda: self.state(self.wrapped), lambda tensors: self.restore(self.wrapped, tensors))
+        self.step(
+            "ranges", 0, work, lambda: self.state(self.wrapped), lambda tensors: self.restore(self.wrapped, tensors)
+        )
 
     def finetune(self) -> None:
         if not self.config.iters_tune:
@@ -272,10 +326,16 @@ class _Run:
 
         def work(losses: list[float]) -> UnitResult:
             tick = self.ticker("tune", losses)
-            return finetune(self.model, self.wrapped, self.rows, self.held_out_from, self.config, self.device, tick, self.prediction)
+            return finetune(
+                self.model, self.wrapped, self.rows, self.held_out_from, self.config, self.device, tick, self.prediction
+            )
 
         self.step(
-            "tune", self.config.iters_tune, work, lambda: self.state(self.wrapped), lambda tensors: self.restore(self.wrapped, tensors)
+            "tune",
+            self.config.iters_tune,
+            work,
+            lambda: self.state(self.wrapped),
+            lambda tensors: self.restore(self.wrapped, tensors),
         )
 
     def state(self, module: nn.Module) -> dict[str, Tensor]:

@@ -15,7 +15,14 @@ from torch import Tensor, nn
 
 from qdiff.architecture import FAMILIES
 from qdiff.checkpoint.hashes import tensor_hash
-from qdiff.checkpoint.reading import assign_parameters, check_finite, existing, first_line, is_safetensors, open_safetensors
+from qdiff.checkpoint.reading import (
+    assign_parameters,
+    check_finite,
+    existing,
+    first_line,
+    is_safetensors,
+    open_safetensors,
+)
 from qdiff.config import QuantConfig
 from qdiff.errors import CheckpointError, ConfigError
 from qdiff.model import act_quantizers, enable_activations, quant_layers, quantize_model
@@ -146,7 +153,9 @@ def check_packed(path: str | Path, info: PackedInfo, family: str, build: dict, q
     stored, expected = _comparable(info.build), _comparable(build)
     for key in sorted({*stored, *expected}):
         if stored.get(key) != expected.get(key):
-            raise CheckpointError(f"{path}: another network: {key} is {stored.get(key)}, the configuration says {expected.get(key)}")
+            raise CheckpointError(
+                f"{path}: another network: {key} is {stored.get(key)}, the configuration says {expected.get(key)}"
+            )
     if quant.quant_mode == "linear" != info.config.quant_mode:
         raise CheckpointError(f"{path}: --quant_mode linear: its rounding was learned")
     names = ["weight_bit", "split"] + (["act_bit", "a_sym", "sm_abit"] if quant.quant_act else [])
@@ -169,7 +178,9 @@ def model_parts_file(path: str | Path) -> Path:
     """
     model_parts = read_packed_info(path).model_parts
     if not model_parts:
-        raise CheckpointError(f"{path}: holds the UNet alone and names no file for the autoencoder; give the full model")
+        raise CheckpointError(
+            f"{path}: holds the UNet alone and names no file for the autoencoder; give the full model"
+        )
     file = Path(path).parent / model_parts["file"]
     if not file.is_file():
         raise CheckpointError(f"{file}: no such file; {path} needs it (autoencoder, text tower)")
@@ -196,8 +207,12 @@ def _read_header(path: Path) -> dict:
         raise CheckpointError(f"{path}: damaged header ({first_line(error)})") from None
     if header["family"] not in FAMILIES:
         if not FAMILIES:
-            raise CheckpointError(f"{path}: no family is registered: ddim.family and ldm.family do so when they are imported")
-        raise CheckpointError(f"{path}: another network: of the {header['family']} family, expected {' or '.join(sorted(FAMILIES))}")
+            raise CheckpointError(
+                f"{path}: no family is registered: ddim.family and ldm.family do so when they are imported"
+            )
+        raise CheckpointError(
+            f"{path}: another network: of the {header['family']} family, expected {' or '.join(sorted(FAMILIES))}"
+        )
     return header
 
 
@@ -224,7 +239,9 @@ def load_packed(path: str | Path, activations: bool | None = None) -> tuple[nn.M
     check_finite(path, tensors)
     activations = info.config.quant_act if activations is None else activations
     if activations and not info.config.quant_act:
-        raise CheckpointError(f"{path}: activations were asked for, but the file holds no activation step sizes (weights only)")
+        raise CheckpointError(
+            f"{path}: activations were asked for, but the file holds no activation step sizes (weights only)"
+        )
     family = FAMILIES[info.family]
     with torch.device("meta"):
         model = quantize_model(family.build(info.build), family, info.config)
@@ -245,5 +262,9 @@ def _fill_packed(model: nn.Module, tensors: Mapping[str, Tensor], info: PackedIn
         layer.set_integers(integers)
     for name, act_quantizer in act_quantizers(model).items():
         stored = info.config.quant_act
-        act_quantizer.scale = tensors[f"{name}.delta"] if stored else torch.full(act_quantizer.scale.shape, float("nan"))
-        act_quantizer.zero_point = tensors[f"{name}.zero_point"] if stored else torch.zeros(act_quantizer.zero_point.shape)
+        act_quantizer.scale = (
+            tensors[f"{name}.delta"] if stored else torch.full(act_quantizer.scale.shape, float("nan"))
+        )
+        act_quantizer.zero_point = (
+            tensors[f"{name}.zero_point"] if stored else torch.zeros(act_quantizer.zero_point.shape)
+        )

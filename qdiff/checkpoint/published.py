@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from qdiff import quantizers as Q
 from qdiff.architecture import Architecture
-from qdiff.checkpoint.reading import assign_parameters, check_finite, check_keys, has_acts, has_split, look_of, read_tensors
+from qdiff.checkpoint.reading import (
+    assign_parameters,
+    check_finite,
+    check_keys,
+    has_acts,
+    has_split,
+    look_of,
+    read_tensors,
+)
 from qdiff.config import QuantConfig
 from qdiff.errors import CheckpointError
 from qdiff.model import act_quantizers, enable_activations, find_timestep_groups, quant_layers, quantize_model
@@ -53,7 +61,9 @@ def published_shapes(model: nn.Module, family: Architecture, activations: bool =
     return {PREFIX + name: shape for name, shape in shapes.items()}
 
 
-def save_published(path: str | Path, model: nn.Module, family: Architecture, weights: Mapping[str, Tensor], activations: bool) -> None:
+def save_published(
+    path: str | Path, model: nn.Module, family: Architecture, weights: Mapping[str, Tensor], activations: bool
+) -> None:
     """Write the published format.
 
     Args:
@@ -64,7 +74,9 @@ def save_published(path: str | Path, model: nn.Module, family: Architecture, wei
         CheckpointError: the network has time-step sets, which this format cannot hold, or the weights are those of another network.
     """
     if find_timestep_groups(model) is not None:
-        raise CheckpointError(f"{path}: the published format holds one step size for all time steps, not time-step sets")
+        raise CheckpointError(
+            f"{path}: the published format holds one step size for all time steps, not time-step sets"
+        )
     state: dict[str, Tensor] = {name: p.detach() for name, p in model.named_parameters()}
     for name, layer in quant_layers(model).items():
         weight = weights[f"{name}.weight"].detach().float().cpu()
@@ -76,7 +88,9 @@ def save_published(path: str | Path, model: nn.Module, family: Architecture, wei
             integers = quantizer.integers.cpu().float()
             alpha = Q.alpha_from_integers(part, integers, scale, zero)
             if not torch.equal(Q.hard_integers(part, alpha, scale, zero, quantizer.n_bits), integers):
-                raise CheckpointError(f"{path}: {name}: its integers are not a rounding of the full-precision weights given")
+                raise CheckpointError(
+                    f"{path}: {name}: its integers are not a rounding of the full-precision weights given"
+                )
             state[f"{stem}.alpha"] = alpha
             state[f"{stem}.delta"], state[f"{stem}.zero_point"] = scale, zero
     if activations:
@@ -111,7 +125,9 @@ def load_published(path: str | Path, build: dict, family: Architecture, config: 
     _check_split(path, state, config)
     activations = has_acts(state)
     if config.quant_act and not activations:
-        raise CheckpointError(f"{path}: --quant_act was given, but the file holds no activation step sizes (weights only)")
+        raise CheckpointError(
+            f"{path}: --quant_act was given, but the file holds no activation step sizes (weights only)"
+        )
     with torch.device("meta"):
         model = quantize_model(family.build(build), family, config)
     check_keys(published_shapes(model, family, activations), state, path)
@@ -147,7 +163,9 @@ def _fill_published(model: nn.Module, family: Architecture, state: Mapping[str, 
 def _check_split(path: str | Path, state: Mapping[str, Tensor], config: QuantConfig) -> None:
     if has_split(state) != config.split and any(".weight_quantizer." in key for key in state):
         given, file = ("with", "without") if config.split else ("without", "with")
-        raise CheckpointError(f"{path}: --split mismatch: called {given} --split, but the file was made {file} it; {look_of(state)}")
+        raise CheckpointError(
+            f"{path}: --split mismatch: called {given} --split, but the file was made {file} it; {look_of(state)}"
+        )
 
 
 def _check_steps(path: str | Path, state: Mapping[str, Tensor]) -> None:
@@ -184,7 +202,9 @@ def infer_weight_bits(model: nn.Module, state: Mapping[str, Tensor]) -> int | No
 def _check_weight_bits(path: str | Path, model: nn.Module, state: Mapping[str, Tensor], weight_bit: int) -> None:
     found = infer_weight_bits(model, state)
     if found is None:
-        log.warning("%s: the width of its weights cannot be told from it: --weight_bit %d is taken as given", path, weight_bit)
+        log.warning(
+            "%s: the width of its weights cannot be told from it: --weight_bit %d is taken as given", path, weight_bit
+        )
     elif found != weight_bit:
         raise CheckpointError(
             f"{path}: --weight_bit {weight_bit} was given, but the step sizes of the file are those of {found}-bit weights"
@@ -207,15 +227,23 @@ def infer_act_bits(family: Architecture, state: Mapping[str, Tensor]) -> int | N
     return round(math.log2(max(1.0, float(torch.tensor(zeros).median())))) + 1
 
 
-def _check_activations(path: str | Path, family: Architecture, state: Mapping[str, Tensor], config: QuantConfig) -> None:
+def _check_activations(
+    path: str | Path, family: Architecture, state: Mapping[str, Tensor], config: QuantConfig
+) -> None:
     zeros = [tensor for name, tensor in state.items() if ".act_quantizer" in name and name.endswith(".zero_point")]
     symmetric = all(bool((zero == 0).all()) for zero in zeros)
     if symmetric != config.a_sym:
         given, file = ("with", "asymmetric") if config.a_sym else ("without", "symmetric")
-        raise CheckpointError(f"{path}: --a_sym mismatch: called {given} --a_sym, but the activations of the file are {file}")
+        raise CheckpointError(
+            f"{path}: --a_sym mismatch: called {given} --a_sym, but the activations of the file are {file}"
+        )
     found = infer_act_bits(family, state)
     if found is None:
-        log.warning("%s: the width of its activations cannot be told from it: --act_bit %d is taken as given", path, config.act_bit)
+        log.warning(
+            "%s: the width of its activations cannot be told from it: --act_bit %d is taken as given",
+            path,
+            config.act_bit,
+        )
     elif found != config.act_bit:
         raise CheckpointError(
             f"{path}: --act_bit {config.act_bit} was given, but the activation zero points of the file are those of {found} bits"
@@ -224,7 +252,9 @@ def _check_activations(path: str | Path, family: Architecture, state: Mapping[st
     # a probability is at most 1: at 16 bits no step exceeds 1 / 32767; at 8 bits all of them below that would
     # mean that no attention weight ever exceeds 0.008
     if steps and config.sm_abit == 16 and max(steps) > 2 / 32767:
-        raise CheckpointError(f"{path}: --sm_abit 16 was given, but a softmax step size of {max(steps):.2g} is too coarse for 16 bits")
+        raise CheckpointError(
+            f"{path}: --sm_abit 16 was given, but a softmax step size of {max(steps):.2g} is too coarse for 16 bits"
+        )
     if steps and config.sm_abit <= 8 and max(steps) <= 1 / 32767:
         raise CheckpointError(
             f"{path}: --sm_abit {config.sm_abit} was given, but softmax step sizes of {max(steps):.2g} are those of 16 bits"

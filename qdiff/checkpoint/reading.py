@@ -143,7 +143,9 @@ def _load_pickle(path: Path, allowed: Mapping[str, tuple[Any, str]] | None = Non
                 stubs[full] = (type(name.rpartition(".")[2], (_Inert,), {}), full)
                 continue
             if name:
-                raise CheckpointError(f"{path}: refused: its pickle asks for {name}, which is not plain tensors") from None
+                raise CheckpointError(
+                    f"{path}: refused: its pickle asks for {name}, which is not plain tensors"
+                ) from None
             raise CheckpointError(f"{path}: damaged or not a PyTorch checkpoint: it is no pickle of tensors") from None
         except PermissionError:
             raise CheckpointError(f"{path}: cannot be read (permission denied)") from None
@@ -156,7 +158,9 @@ def _load_pickle(path: Path, allowed: Mapping[str, tuple[Any, str]] | None = Non
 
 def _global_in(error: pickle.UnpicklingError) -> str:
     """The name of the class or function that a refused pickle asked for, or nothing."""
-    found = re.search(r"GLOBAL ([\w.]+)|Unsupported (?:global|class) ([\w.]+)|(\w+\.\w[\w.]*) was not an allowed", str(error))
+    found = re.search(
+        r"GLOBAL ([\w.]+)|Unsupported (?:global|class) ([\w.]+)|(\w+\.\w[\w.]*) was not an allowed", str(error)
+    )
     return next((group for group in found.groups() if group), "") if found else ""
 
 
@@ -202,7 +206,11 @@ def check_keys(expected: Mapping[str, torch.Size], found: Mapping[str, Tensor], 
     """Compare names and shapes; the error names some of the differences and says what the file looks like."""
     missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing or extra:
-        parts = [f"{len(names)} {word} ({_some(names)})" for word, names in (("missing", missing), ("unexpected", extra)) if names]
+        parts = [
+            f"{len(names)} {word} ({_some(names)})"
+            for word, names in (("missing", missing), ("unexpected", extra))
+            if names
+        ]
         raise CheckpointError(f"{path}: keys do not fit: {'; '.join(parts)}; {look_of(found)}")
     wrong = [name for name, shape in expected.items() if found[name].shape != shape]
     if wrong:
@@ -226,7 +234,11 @@ def look_of(state: Mapping[str, Any]) -> str:
     if family is None and any("input_blocks." in key for key in keys):
         family = "latent or stable-diffusion"
     kind = "quantized" if any(".delta" in key for key in keys) else "full-precision"
-    words = [f"the file looks like a {kind} {family} network" if family else f"the file looks like no family known here ({kind})"]
+    words = [
+        f"the file looks like a {kind} {family} network"
+        if family
+        else f"the file looks like no family known here ({kind})"
+    ]
     if kind == "quantized":
         words.append("with split shortcuts" if has_split(keys) else "without split shortcuts")
         words.append("with activation step sizes" if has_acts(keys) else "weights only")

@@ -26,7 +26,9 @@ def weights_of(content: Any) -> tuple[dict[str, Tensor] | None, str]:
         if DDIM_EMA in states:
             return without_prefix(states[DDIM_EMA]), f"the EMA weights, entry {DDIM_EMA} of a list of {len(content)}"
         if 0 in states:
-            return without_prefix(states[0]), f"the weights, entry 0 of a list of {len(content)} (it has no EMA weights)"
+            return without_prefix(
+                states[0]
+            ), f"the weights, entry 0 of a list of {len(content)} (it has no EMA weights)"
         return None, ""
     if not isinstance(content, Mapping):
         return None, ""
@@ -36,9 +38,12 @@ def weights_of(content: Any) -> tuple[dict[str, Tensor] | None, str]:
             value = content.get(name)
             nested = [value.get(inner) for inner in INNER_NAMES] if isinstance(value, Mapping) else []
             for state in filter(None, map(_state, [value, *nested])):
-                return without_prefix(
-                    state
-                ), "" if name == "state_dict" else f"{words}, {name!r} of {', '.join(map(str, list(content)[:6]))}{lost}"
+                return (
+                    without_prefix(state),
+                    ""
+                    if name == "state_dict"
+                    else f"{words}, {name!r} of {', '.join(map(str, list(content)[:6]))}{lost}",
+                )
             if value is not None and names is EMA_NAMES:
                 lost = f"; its {name!r} has another form than a state dict, and was left"
     return None, ""
@@ -59,4 +64,6 @@ def _state(value: Any) -> dict[str, Tensor] | None:
     if not isinstance(value, Mapping) or not value or not all(isinstance(name, str) for name in value):
         return None
     tensors = {name: tensor for name, tensor in value.items() if isinstance(tensor, Tensor)}
-    return tensors if tensors and all(isinstance(part, Tensor | int | float | bool) for part in value.values()) else None
+    return (
+        tensors if tensors and all(isinstance(part, Tensor | int | float | bool) for part in value.values()) else None
+    )

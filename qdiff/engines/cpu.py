@@ -69,10 +69,19 @@ def _usable(x: Tensor) -> Tensor:
 
 
 def _qlinear(
-    q: Tensor, scale: float, zero: int, packed: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, dtype: torch.dtype
+    q: Tensor,
+    scale: float,
+    zero: int,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     """[rows, N] of bytes [rows, K] with scale and zero point, and prepacked int8 weights [N, K] with `scales` and `zeros` [N]."""
-    return torch.ops.onednn.qlinear_pointwise(q, scale, zero, packed, scales, zeros, bias, 1.0, 0, dtype, "none", [], "")
+    return torch.ops.onednn.qlinear_pointwise(
+        q, scale, zero, packed, scales, zeros, bias, 1.0, 0, dtype, "none", [], ""
+    )
 
 
 class _Input:
@@ -153,10 +162,16 @@ class _Weight:
 
     def bias(self, bias: Tensor | None) -> Tensor | None:
         """A copy in float32, with zeros for the channels that the layer does not have."""
-        return None if bias is None else torch.nn.functional.pad(bias.detach().float().clone(), (0, len(self.scales) - len(bias)))
+        return (
+            None
+            if bias is None
+            else torch.nn.functional.pad(bias.detach().float().clone(), (0, len(self.scales) - len(bias)))
+        )
 
 
-SLOW_MULTIPLE = 48  # oneDNN's convolutions block such numbers of output channels by 48, up to 7 times slower than one channel more
+SLOW_MULTIPLE = (
+    48  # oneDNN's convolutions block such numbers of output channels by 48, up to 7 times slower than one channel more
+)
 
 
 class CpuProxy(ModuleProxy):
@@ -182,7 +197,9 @@ def _padding(layer: QuantConv2d) -> list[int] | None:
     if padding == "valid":
         return [0, 0]
     if padding == "same":
-        both = [dilation * (size - 1) for dilation, size in zip(layer.geometry["dilation"], layer.shape[2:], strict=True)]
+        both = [
+            dilation * (size - 1) for dilation, size in zip(layer.geometry["dilation"], layer.shape[2:], strict=True)
+        ]
         return None if any(total % 2 for total in both) else [total // 2 for total in both]
     return list(padding)
 
@@ -207,14 +224,18 @@ class IntegerConv2d(CpuProxy):
         self.pointwise = one_pixel and self._padding == [0, 0] and self.groups == 1
         self.inputs = [_Input(q) for q in layer.act_quantizers]
         weights = [_Weight(q) for q in layer.weight_quantizers]
-        one_sum = self.groups == 1 or not any(w.corrected for w in weights)  # a sum over all channels is none of a group
+        one_sum = self.groups == 1 or not any(
+            w.corrected for w in weights
+        )  # a sum over all channels is none of a group
         sums_fit = all(i.sums_fit(weight) for i, weight in zip(self.inputs, weights, strict=True))
         several = self.pointwise or min(weight.integers.shape[1] for weight in weights) > 1
         self.usable = one_sum and sums_fit and several and self._padding is not None
         self.in_channels, self.out_channels = layer.shape[1] * self.groups, layer.shape[0]
         self.ones = torch.ones(1, 1, *layer.shape[2:], dtype=torch.float64)
         biases = [layer.bias, *[None] * (len(weights) - 1)]
-        self.parts = [self._part_of(weight, bias) for weight, bias in zip(weights, biases, strict=True)] if self.usable else []
+        self.parts = (
+            [self._part_of(weight, bias) for weight, bias in zip(weights, biases, strict=True)] if self.usable else []
+        )
 
     def _part_of(self, weight: _Weight, bias: Tensor | None) -> tuple:
         if not self.pointwise and self.groups == 1 and len(weight.scales) % SLOW_MULTIPLE == 0:
@@ -258,9 +279,15 @@ class IntegerConv2d(CpuProxy):
             y = torch.ops.onednn.qconv2d_pointwise(q, x.scale, x.zero, packed, scales, zeros, bias, *form)
             y = y.contiguous(memory_format=torch.channels_last)
         _, wide, height, width = y.shape
-        sums = None if coef is None else self._receptive(x.centered().view(n, 1, h, w)).mul_(x.scale).float().view(n, height * width)
+        sums = (
+            None
+            if coef is None
+            else self._receptive(x.centered().view(n, 1, h, w)).mul_(x.scale).float().view(n, height * width)
+        )
         return DeferredTensor.of(
-            y[:, : self.out_channels], ChannelsLastView(y, n, height * width, self.out_channels, wide, coef, sums), Epilogue()
+            y[:, : self.out_channels],
+            ChannelsLastView(y, n, height * width, self.out_channels, wide, coef, sums),
+            Epilogue(),
         )
 
     def _receptive(self, sums: Tensor) -> Tensor:
@@ -276,7 +303,10 @@ class _Linear:
         found = _Weight(quantizer)
         self.input, self.coef, self.scales, self.bias = _Input(act), found.coef, found.scales, found.bias(bias)
         self.usable = self.input.sums_fit(found)
-        self.packed, self.channels = torch.ops.onednn.qlinear_prepack(found.integers.flatten(1), None), found.integers.shape[1]
+        self.packed, self.channels = (
+            torch.ops.onednn.qlinear_prepack(found.integers.flatten(1), None),
+            found.integers.shape[1],
+        )
         self.zeros = torch.zeros(len(self.scales), dtype=torch.int32)
 
     def takes(self, x: Tensor, channels: int) -> bool:
@@ -287,7 +317,11 @@ class _Linear:
         """x [rows, K] float32 or bfloat16, contiguous."""
         x = self.input.quantize(ChannelsLastView(x, 1, len(x), x.shape[1], x.shape[1]), Epilogue())
         y = _qlinear(x.q[0], x.scale, x.zero, self.packed, self.scales, self.zeros, self.bias, _result(self.coef))
-        return y if self.coef is None else y.addcmul_(x.centered().view(-1, 1) * x.scale, self.coef, value=-1).to(_between())
+        return (
+            y
+            if self.coef is None
+            else y.addcmul_(x.centered().view(-1, 1) * x.scale, self.coef, value=-1).to(_between())
+        )
 
 
 class IntegerLinear(CpuProxy):
@@ -319,7 +353,9 @@ class IntegerConv1d(CpuProxy):
         if self.linear is None or x.dim() != 3 or not self.linear.takes(x, x.shape[1]):
             return self.simulated(x)
         n, c, tokens = x.shape
-        return self.linear(_usable(x).transpose(1, 2).reshape(-1, c).contiguous()).reshape(n, tokens, -1).transpose(1, 2)
+        return (
+            self.linear(_usable(x).transpose(1, 2).reshape(-1, c).contiguous()).reshape(n, tokens, -1).transpose(1, 2)
+        )
 
 
 class IntegerMatMul(CpuProxy):
@@ -336,7 +372,9 @@ class IntegerMatMul(CpuProxy):
         # sum |p - zp| |q - zq| must stay below 2^31; that of bytes with zero points among them does up to K = 33,025
         # with K = 1 `_int_mm` leaves its result as it was
         sums_fit = a.shape[-1] > 1 and self.inputs[0].span * self.inputs[1].span * a.shape[-1] < 2**31
-        return self.usable and batches and sums_fit and _fits(a) and _fits(b) and not any(i.mixed() for i in self.inputs)
+        return (
+            self.usable and batches and sums_fit and _fits(a) and _fits(b) and not any(i.mixed() for i in self.inputs)
+        )
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         if not self._takes(a, b):
@@ -345,7 +383,9 @@ class IntegerMatMul(CpuProxy):
 
     def _product(self, a: Tensor, b: Tensor) -> Tensor:
         """[B, M, K] x [B, K, N]."""
-        p, q = (self._bytes(i, _usable(x)) for i, x in zip(self.inputs, (a, b.transpose(1, 2)), strict=True))  # [B, M, K], [B, N, K]
+        p, q = (
+            self._bytes(i, _usable(x)) for i, x in zip(self.inputs, (a, b.transpose(1, 2)), strict=True)
+        )  # [B, M, K], [B, N, K]
         total = torch.empty(len(a), a.shape[1], b.shape[2], dtype=torch.int32)
         for x, y, result in zip(p.q, q.q, total, strict=True):
             torch._int_mm(x, y.t(), out=result)

@@ -26,12 +26,16 @@ FLAGS = ["-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fno-math-er
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled operators, from the cache or compiled now (seconds); None, with one log line, without a compiler."""
-    compiler = shlex.split(os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or "")  # "ccache g++"
+    compiler = shlex.split(
+        os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or ""
+    )  # "ccache g++"
     if not compiler or not shutil.which(compiler[0]):
         log.warning("integer engine: no C++ compiler found: the pointwise work is not fused")
         return None
     variants = [[*FLAGS, "-mprefer-vector-width=512", "-fopenmp"], [*FLAGS, "-fopenmp"], FLAGS]
-    key = hashlib.sha256(SOURCE.read_bytes() + repr((compiler, variants, platform.machine(), _processor())).encode()).hexdigest()[:16]
+    key = hashlib.sha256(
+        SOURCE.read_bytes() + repr((compiler, variants, platform.machine(), _processor())).encode()
+    ).hexdigest()[:16]
     try:
         path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qdiff" / f"kernels-{key}.so"
         if not path.is_file():
@@ -92,9 +96,24 @@ class ChannelsLastView:
     version: int | None = None
 
     def __init__(
-        self, data: Tensor, n: int, pixels: int, channels: int, ld: int, coef: Tensor | None = None, sums: Tensor | None = None
+        self,
+        data: Tensor,
+        n: int,
+        pixels: int,
+        channels: int,
+        ld: int,
+        coef: Tensor | None = None,
+        sums: Tensor | None = None,
     ) -> None:
-        self.data, self.n, self.pixels, self.channels, self.ld, self.coef, self.sums = data, n, pixels, channels, ld, coef, sums
+        self.data, self.n, self.pixels, self.channels, self.ld, self.coef, self.sums = (
+            data,
+            n,
+            pixels,
+            channels,
+            ld,
+            coef,
+            sums,
+        )
 
     def _check(self) -> None:
         if self.version is not None and self.data._version != self.version:

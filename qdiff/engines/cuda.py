@@ -41,7 +41,9 @@ def fuse_attention(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if hasattr(type(module), "fused"):
             products = [child for child in module.children() if isinstance(child, MatMul | QuantMatMul)]
-            module.fused = not any(q.enabled for product in products if isinstance(product, QuantMatMul) for q in product.act_quantizers)
+            module.fused = not any(
+                q.enabled for product in products if isinstance(product, QuantMatMul) for q in product.act_quantizers
+            )
     return model
 
 
@@ -52,7 +54,9 @@ class PackedWeight(nn.Module):
         super().__init__()
         self.n_bits, self.shape = quantizer.n_bits, tuple(quantizer.integers.shape)
         self.dense = quantizer.n_bits in (4, 8)
-        self.register_buffer("integers", pack_integers(quantizer.integers, quantizer.n_bits) if self.dense else quantizer.integers)
+        self.register_buffer(
+            "integers", pack_integers(quantizer.integers, quantizer.n_bits) if self.dense else quantizer.integers
+        )
         self.register_buffer("scale", quantizer.scale)
         self.register_buffer("zero_point", quantizer.zero_point)
 

@@ -97,7 +97,9 @@ def _writes(func: Callable, kwargs: dict) -> bool:
     """Whether an operation writes into its first argument, or into `out`."""
     name = func.__name__.partition(".")[0]
     in_place = name.endswith("_") and not name.endswith("__")
-    return in_place or name in ("__setitem__", "__set__") or bool(kwargs.get("inplace")) or kwargs.get("out") is not None
+    return (
+        in_place or name in ("__setitem__", "__set__") or bool(kwargs.get("inplace")) or kwargs.get("out") is not None
+    )
 
 
 def _write(func: Callable, args: tuple, kwargs: dict) -> Any:
@@ -112,7 +114,9 @@ def _write(func: Callable, args: tuple, kwargs: dict) -> Any:
     result = _on_values(func, args, {name: values if item is target else item for name, item in kwargs.items()})
     stored = deferred(values)
     if stored is None or values.shape != target.shape4():
-        raise RuntimeError(f"{func.__name__}: shape and type of an activation between integer products cannot be changed in place")
+        raise RuntimeError(
+            f"{func.__name__}: shape and type of an activation between integer products cannot be changed in place"
+        )
     target.rows, target.epilogue = stored.rows, stored.epilogue
     return target if result is values else result
 
@@ -158,14 +162,18 @@ def deferred(x: Tensor) -> DeferredTensor | None:
     return DeferredTensor.of(x, ChannelsLastView(x, n, h * w, c, c), Epilogue())
 
 
-def group_norm(x: Tensor, groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+def group_norm(
+    x: Tensor, groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
     """F.group_norm whose second pass is put off."""
     source = deferred(x)
     affine = weight is not None and bias is not None and source is not None and weight.numel() == source.shape4()[1]
     if not affine or source.epilogue.a is not None or source.epilogue.silu:
         return F.group_norm(_plain(x), groups, weight, bias, eps)
     if source.rows.data is x:  # the network's own tensor, which it may change before the values are formed
-        part = x.untyped_storage().nbytes() != x.numel() * x.element_size()  # changes of the others would count as its own
+        part = (
+            x.untyped_storage().nbytes() != x.numel() * x.element_size()
+        )  # changes of the others would count as its own
         if part or x.is_inference():
             source = deferred(x.clone())
         else:
@@ -212,7 +220,9 @@ def _add(input: Any, other: Any, *, alpha: float = 1, out: None = None) -> Tenso
     if (shift := _per_channel(other, x.shape4())) is not None and not x.epilogue.silu:
         if x.epilogue.a is not None:
             return x.then(replace(x.epilogue, b=x.epilogue.b + shift))
-        return x.then(replace(x.epilogue, shift=shift.clone() if x.epilogue.shift is None else x.epilogue.shift + shift))
+        return x.then(
+            replace(x.epilogue, shift=shift.clone() if x.epilogue.shift is None else x.epilogue.shift + shift)
+        )
     other = _read(other)
     if other.shape != x.shape4() or other.dtype not in (torch.float32, torch.bfloat16):
         return None

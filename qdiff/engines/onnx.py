@@ -28,7 +28,9 @@ _FOUR_BITS = "_as_uint4"  # the end of a buffer's name that says: store as UINT4
 def _activation(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     """Quantize to the integer type of `zero_point` and back."""
     info = torch.iinfo(zero_point.dtype)
-    return (torch.clamp(torch.round(x / scale) + zero_point.to(x.dtype), info.min, info.max) - zero_point.to(x.dtype)) * scale
+    return (
+        torch.clamp(torch.round(x / scale) + zero_point.to(x.dtype), info.min, info.max) - zero_point.to(x.dtype)
+    ) * scale
 
 
 @_activation.register_fake
@@ -93,7 +95,9 @@ class _Layer(nn.Module):
                 four = ""
                 shifted = integers.double() - quantizer.zero_point.double()
                 if shifted.min() < -(2**15) or shifted.max() >= 2**15 or bool((shifted != shifted.round()).any()):
-                    raise ConfigError(f"{path}: integers less their zero points do not fit 16 bits: ONNX has no wider ones")
+                    raise ConfigError(
+                        f"{path}: integers less their zero points do not fit 16 bits: ONNX has no wider ones"
+                    )
                 dtype = torch.int8 if shifted.min() >= -128 and shifted.max() <= 127 else torch.int16
                 stored, stored_zero = shifted.to(dtype), torch.zeros(len(zero), dtype=dtype)
             names = (f"integers{index}{four}", f"scale{index}", f"zero_point{index}{four}")
@@ -135,7 +139,11 @@ def exportable(model: nn.Module) -> nn.Module:
 
 
 def export_onnx(
-    path: str | Path, model: nn.Module, inputs: Sequence[Tensor], dynamic: Sequence[Mapping[int, str]] = (), output: str = "eps"
+    path: str | Path,
+    model: nn.Module,
+    inputs: Sequence[Tensor],
+    dynamic: Sequence[Mapping[int, str]] = (),
+    output: str = "eps",
 ) -> None:
     """Write a quantized network as ONNX.
 
@@ -191,5 +199,7 @@ def _pack_four_bits(proto) -> None:
     for tensor in proto.graph.initializer:
         if tensor.name.endswith(_FOUR_BITS):
             values = numpy_helper.to_array(tensor)
-            packed = onnx.helper.make_tensor(tensor.name, onnx.TensorProto.UINT4, values.shape, values.flatten().tolist())
+            packed = onnx.helper.make_tensor(
+                tensor.name, onnx.TensorProto.UINT4, values.shape, values.flatten().tolist()
+            )
             tensor.CopyFrom(packed)

@@ -60,7 +60,9 @@ def on_gpu(model: nn.Module, int8_products: bool) -> nn.Module:
         model = to_packed(model, int8_products)
         count = sum(isinstance(module, Int8Linear) for module in model.modules())
         if int8_products and not count:
-            raise ConfigError("--engine integer: no linear layer with one 8-bit input scale and widths that are multiples of 8")
+            raise ConfigError(
+                "--engine integer: no linear layer with one 8-bit input scale and widths that are multiples of 8"
+            )
         log.info("engine: packed weights, expanded on use%s", f"; {count} linear layers on int8" if count else "")
     elif int8_products:
         raise ConfigError("--engine integer: the network is not quantized")

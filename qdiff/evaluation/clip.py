@@ -26,7 +26,11 @@ class ClipScore:
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
-        missing = [name for name in ("config.json", "model.safetensors", "vocab.json", "merges.txt") if not (folder / name).is_file()]
+        missing = [
+            name
+            for name in ("config.json", "model.safetensors", "vocab.json", "merges.txt")
+            if not (folder / name).is_file()
+        ]
         if missing:
             raise ConfigError(f"--clip {folder}: missing {', '.join(missing)} of a CLIP model")
         make_torchvision_importable()
@@ -41,10 +45,14 @@ class ClipScore:
     def add(self, images: Tensor, prompts: Sequence[str]) -> None:
         """uint8 images [N, 3, H, W] and their prompts."""
         config = self.model.config
-        x = F.interpolate(images.float() / 255, config.vision_config.image_size, mode="bicubic", antialias=True).clamp(0, 1)
+        x = F.interpolate(images.float() / 255, config.vision_config.image_size, mode="bicubic", antialias=True).clamp(
+            0, 1
+        )
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
         length = config.text_config.max_position_embeddings
-        tokens = self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        tokens = self.tokenizer(
+            list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        )
         output = self.model(pixel_values=((x - mean) / std).to(self.device), **tokens.to(self.device))
         self.total += F.cosine_similarity(output.image_embeds, output.text_embeds).sum().item()
         self.count += len(images)

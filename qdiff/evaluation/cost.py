@@ -58,6 +58,10 @@ def measure_cost(wrapped: nn.Module, inputs: tuple[Tensor, ...], weight_bits: in
         for handle in handles:
             handle.remove()
     layers = [module for module in wrapped.modules() if isinstance(module, QuantLayer)]
-    quantized = sum(weight.integers.numel() * (weight_bits or weight.n_bits) / 8 for layer in layers for weight in layer.weight_quantizers)
+    quantized = sum(
+        weight.integers.numel() * (weight_bits or weight.n_bits) / 8
+        for layer in layers
+        for weight in layer.weight_quantizers
+    )
     others = sum(parameter.numel() for parameter in wrapped.parameters()) * 4
     return Cost(macs, bops, quantized + others)

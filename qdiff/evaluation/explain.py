@@ -33,7 +33,9 @@ class Activations:
 
 
 @torch.no_grad()
-def observe(model: nn.Module, wrapped: nn.Module, family: Architecture, sample: Callable[[Callable], object], steps: int) -> Activations:
+def observe(
+    model: nn.Module, wrapped: nn.Module, family: Architecture, sample: Callable[[Callable], object], steps: int
+) -> Activations:
     """Run the full-precision sampler, of `steps` evaluations, and look at the inputs of the layers that `wrapped` quantizes."""
     found = Activations()
     splits = family.split_points(model)
@@ -71,7 +73,10 @@ def plot_ranges(found: Activations, path: Path) -> None:
     figure, axes = figure_of(14, 3 * -(-len(layers) // 3), nrows=-(-len(layers) // 3), ncols=3, squeeze=False)
     for axis, layer in zip(axes.flat, layers, strict=False):
         quantiles = [found.ranges[layer][step] for step in steps]
-        boxes = [{"whislo": q[1], "q1": q[2], "med": q[3], "q3": q[4], "whishi": q[5], "fliers": [q[0], q[6]]} for q in quantiles]
+        boxes = [
+            {"whislo": q[1], "q1": q[2], "med": q[3], "q3": q[4], "whishi": q[5], "fliers": [q[0], q[6]]}
+            for q in quantiles
+        ]
         axis.bxp(boxes, flierprops={"marker": ".", "markersize": 3})
         axis.set_xticks(range(1, len(steps) + 1), [f"{found.times[step]:.0f}" for step in steps], fontsize=7)
         axis.set_title(f"{layer} (widest / narrowest {change(layer):.1f})", fontsize=8)
@@ -98,7 +103,9 @@ def split_gains(found: Activations, n_bits: int = 8) -> list[SplitGain]:
     gains = []
     for layer, halves in found.shortcuts.items():
         count = sum(half.numel() for half in halves)
-        gains.append(SplitGain(layer, squared_error(torch.cat(halves)) / count, sum(map(squared_error, halves)) / count))
+        gains.append(
+            SplitGain(layer, squared_error(torch.cat(halves)) / count, sum(map(squared_error, halves)) / count)
+        )
     return gains
 
 
@@ -112,7 +119,9 @@ def plot_shortcuts(found: Activations, path: Path) -> None:
         for half, label in zip(found.shortcuts[gain.layer], ("decoder", "skip connection"), strict=True):
             axis.hist(half[:: max(1, half.numel() // 50_000)].tolist(), bins, alpha=0.6, label=label, density=True)
         axis.set_yscale("log")
-        axis.set_title(f"{gain.layer}\nerror at 8 bits: one quantizer {gain.whole:.2g}, split {gain.split:.2g}", fontsize=8)
+        axis.set_title(
+            f"{gain.layer}\nerror at 8 bits: one quantizer {gain.whole:.2g}, split {gain.split:.2g}", fontsize=8
+        )
         axis.legend(fontsize=7)
     for axis in axes.flat[len(shown) :]:
         axis.set_axis_off()

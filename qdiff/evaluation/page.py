@@ -44,7 +44,9 @@ class Page:
     def picture(self, file: str, caption: str) -> None:
         """A picture in the page's own folder."""
         words = html.escape(caption, quote=True)
-        self.parts.append(f'<figure><img src="{html.escape(file, quote=True)}" alt="{words}"><figcaption>{words}</figcaption></figure>')
+        self.parts.append(
+            f'<figure><img src="{html.escape(file, quote=True)}" alt="{words}"><figcaption>{words}</figcaption></figure>'
+        )
 
     def write(self, path: Path) -> None:
         title = html.escape(self.title)

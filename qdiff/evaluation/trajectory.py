@@ -80,7 +80,9 @@ def _errors(name: str, sums: list[list[float]]) -> StepErrors:
     return StepErrors([(difference / reference) ** 0.5 for difference, reference in sums])
 
 
-def trajectory_errors(run_sampler: Callable[[Callable], object], networks: Mapping[str, Denoiser]) -> dict[str, StepErrors]:
+def trajectory_errors(
+    run_sampler: Callable[[Callable], object], networks: Mapping[str, Denoiser]
+) -> dict[str, StepErrors]:
     """The trajectory error of each network; `run_sampler` samples in full precision with the callback it is given."""
     trajectories = Trajectories()
     run_sampler(trajectories.watch(networks))

@@ -46,7 +46,9 @@ def _download(url: str, partial: Path) -> None:
     start = partial.stat().st_size if partial.is_file() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     try:
-        response = urllib.request.build_opener().open(request, timeout=30)  # the proxies of now, not of the process's first request
+        response = urllib.request.build_opener().open(
+            request, timeout=30
+        )  # the proxies of now, not of the process's first request
     except urllib.error.HTTPError as error:
         if error.code == 416 and start:  # nothing left to fetch: the whole file is there
             return
@@ -63,7 +65,9 @@ def _download(url: str, partial: Path) -> None:
                 file.write(block)
                 progress.update(len(block))
         if length and partial.stat().st_size < done + length:
-            raise OSError(f"the connection broke after {partial.stat().st_size} of {done + length} bytes; the same command continues")
+            raise OSError(
+                f"the connection broke after {partial.stat().st_size} of {done + length} bytes; the same command continues"
+            )
 
 
 def _check(path: Path, expected: str, algorithm: str, source: Path | str) -> None:
@@ -71,4 +75,6 @@ def _check(path: Path, expected: str, algorithm: str, source: Path | str) -> Non
     if not found.startswith(expected):
         if path.suffix == ".partial":
             path.unlink()
-        raise CheckpointError(f"{source}: {algorithm} {found}, expected {expected}: damaged or another file; remove it and try again")
+        raise CheckpointError(
+            f"{source}: {algorithm} {found}, expected {expected}: damaged or another file; remove it and try again"
+        )

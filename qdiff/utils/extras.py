@@ -17,4 +17,6 @@ def require_extra(extra: str, *packages: str) -> None:
     """
     for package in packages:
         if importlib.util.find_spec(package) is None:
-            raise MissingExtra(f'{package} is not installed: expected the extra "{extra}" (pip install "qdiff[{extra}]")')
+            raise MissingExtra(
+                f'{package} is not installed: expected the extra "{extra}" (pip install "qdiff[{extra}]")'
+            )

@@ -42,7 +42,11 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-_TORCH_WRITES = ("PytorchStreamWriter", "unexpected pos", "file write failed")  # how torch.save says that a disk is full
+_TORCH_WRITES = (
+    "PytorchStreamWriter",
+    "unexpected pos",
+    "file write failed",
+)  # how torch.save says that a disk is full
 
 
 def _temporary(path: Path) -> Path:

@@ -18,7 +18,11 @@ T = TypeVar("T", bound=Sequence[int])
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device (CUDA, MPS), the CPU's allocator or Python ran out of memory."""
-    words = ("can't allocate memory", "not enough memory", "out of memory")  # of the CPU, on Linux and on Windows; of MPS
+    words = (
+        "can't allocate memory",
+        "not enough memory",
+        "out of memory",
+    )  # of the CPU, on Linux and on Windows; of MPS
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     )

@@ -19,11 +19,15 @@ def to_8_bit(picture: Image.Image, name: str) -> Image.Image:
     """
     if picture.mode in EIGHT_BIT:
         return picture
-    if picture.mode.startswith("I"):  # "I;16" in its byte orders; "I" where a PNG of 16 bits was opened by an older Pillow
+    if picture.mode.startswith(
+        "I"
+    ):  # "I;16" in its byte orders; "I" where a PNG of 16 bits was opened by an older Pillow
         values = np.asarray(picture).astype(np.int64)
         if values.min() >= 0 and values.max() <= 65535 and (picture.mode != "I" or picture.format == "PNG"):
             return Image.fromarray(((values + 128) // 257).astype(np.uint8))
-    raise ConfigError(f"{name}: pixels of the kind {picture.mode!r}, whose range is not known; expected 8 or 16 bits a channel")
+    raise ConfigError(
+        f"{name}: pixels of the kind {picture.mode!r}, whose range is not known; expected 8 or 16 bits a channel"
+    )
 
 
 def decode_rgb(file: str | Path | IO[bytes], name: str) -> Image.Image:

@@ -26,13 +26,27 @@ from qdiff_cli.running import log_to
 from qdiff_cli.sampling_run import SamplingRun, prepare
 
 NEAREST_STEPS, NEAREST_SAMPLES = 20, 16  # of the baseline's ranges
-HEADER = ["setting", "size MB", "GMACs", "TBOPs", "eps error", "last x_t error", "PSNR dB", "SSIM", "perceptual (lite0)", "s/image", "MB"]
+HEADER = [
+    "setting",
+    "size MB",
+    "GMACs",
+    "TBOPs",
+    "eps error",
+    "last x_t error",
+    "PSNR dB",
+    "SSIM",
+    "perceptual (lite0)",
+    "s/image",
+    "MB",
+]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     own, command = split_command(argv)
     parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument("--bundled", choices=NAMES, help="a bundled model with its checkpoints, instead of a sampling command")
+    parser.add_argument(
+        "--bundled", choices=NAMES, help="a bundled model with its checkpoints, instead of a sampling command"
+    )
     parser.add_argument("--checkpoints", nargs="+", type=Path, default=[], help="packed checkpoints of the model")
     parser.add_argument("-o", "--output", type=Path, required=True, help="the folder to write")
     parser.add_argument("--images", type=positive, default=16)
@@ -44,7 +58,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if command and not args.checkpoints:
         parser.error("expected --checkpoints")
     args.command = command or sampling_command(args.bundled, args.images)
-    args.checkpoints = args.checkpoints or [folder_of(args.bundled) / f"{kind}.safetensors" for kind in ("w8a8", "w4a8")]
+    args.checkpoints = args.checkpoints or [
+        folder_of(args.bundled) / f"{kind}.safetensors" for kind in ("w8a8", "w4a8")
+    ]
     return args
 
 
@@ -102,14 +118,25 @@ def write_report(
     with atomic_write(folder / "table.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([HEADER, *rows])
     content = {
-        name: {"eps": found.eps[name].per_step, "x": found.x[name].per_step, **asdict(found.likeness[name]), **asdict(cost[name])}
+        name: {
+            "eps": found.eps[name].per_step,
+            "x": found.x[name].per_step,
+            **asdict(found.likeness[name]),
+            **asdict(cost[name]),
+        }
         for name in found.likeness
     }
     write_text(folder / "errors.json", json.dumps(content, indent=1))
     save_rows(folder / "images.png", found.images)
     plot_errors(found.eps, found.x, folder / "errors.png")
     steps = len(next(iter(found.eps.values())).per_step)
-    looked = observe(model, wrapped, job.task.family, lambda callback: job.draw(model, range(min(4, job.batch_size)), callback), steps)
+    looked = observe(
+        model,
+        wrapped,
+        job.task.family,
+        lambda callback: job.draw(model, range(min(4, job.batch_size)), callback),
+        steps,
+    )
     plot_ranges(looked, folder / "ranges.png")
 
     page = Page(f"{job.title}: quantized against full precision")
@@ -124,14 +151,21 @@ def write_report(
     page.heading("The same noises")
     page.picture("images.png", "One row for each setting")
     page.heading("How errors grow along the trajectory")
-    page.picture("errors.png", "Left: every network on the full-precision x_t. Right: every network on its own trajectory.")
+    page.picture(
+        "errors.png", "Left: every network on the full-precision x_t. Right: every network on its own trajectory."
+    )
     page.heading("Activations change over the time steps")
-    page.picture("ranges.png", "Inputs of the layers whose ranges change most: a calibration set must hold all time steps")
+    page.picture(
+        "ranges.png", "Inputs of the layers whose ranges change most: a calibration set must hold all time steps"
+    )
     if looked.shortcuts:
         plot_shortcuts(looked, folder / "shortcuts.png")
         page.heading("Two halves of a concatenated shortcut")
         page.picture("shortcuts.png", "Their distributions differ, so each half gets its own quantizer (split)")
-        gains = [[gain.layer, f"{gain.whole:.3g}", f"{gain.split:.3g}", f"{gain.whole / gain.split:.2f}"] for gain in split_gains(looked)]
+        gains = [
+            [gain.layer, f"{gain.whole:.3g}", f"{gain.split:.3g}", f"{gain.whole / gain.split:.2f}"]
+            for gain in split_gains(looked)
+        ]
         page.table(["shortcut", "one quantizer: squared error at 8 bits", "split", "ratio"], gains)
     page.write(folder / "index.html")
     return rows
@@ -142,7 +176,9 @@ def main(argv: list[str] | None = None) -> None:
     script, *options = args.command
     job = prepare([script, "--device", args.device, "--threads", str(args.threads), *options])
     if job.args.ptq:
-        raise ConfigError("expected a sampling command in full precision (without --ptq); the quantized networks are --checkpoints")
+        raise ConfigError(
+            "expected a sampling command in full precision (without --ptq); the quantized networks are --checkpoints"
+        )
     check_writable(args.output / "index.html")
     log_to(None, verbose=False)
     model = job.task.load().to(job.device).eval()

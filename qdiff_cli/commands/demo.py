@@ -22,7 +22,11 @@ from qdiff_cli.running import log_to, setup_threads
 NEAREST = "W4A8 nearest"
 RECIPE = CalibrationConfig(steps=10, samples=8)
 ERROR_IMAGES = 4  # that the error along the trajectory is measured on
-COSTS = {"emoji64": 1, "emoji32": 2, "emoji64-text": 4}  # of an image, relative to one another; the first picture comes soonest
+COSTS = {
+    "emoji64": 1,
+    "emoji32": 2,
+    "emoji64-text": 4,
+}  # of an image, relative to one another; the first picture comes soonest
 BAR = "{desc}{percentage:3.0f}%|{bar}| {elapsed} < {remaining}"
 NETWORKS = (FULL, "W8A8", "W4A8", NEAREST)
 
@@ -32,7 +36,11 @@ def nearest_rounding(show: BundledModel, file: Path) -> nn.Module:
     quant = read_packed_info(show.folder / "w4a8.safetensors").config.linear()
     network = show.nearest(quant, RECIPE)
     task = show.job.task
-    save_packed(file, network, PackedInfo(task.family.name, task.build, quant, RECIPE.to_dict(), state_hash(show.model.state_dict())))
+    save_packed(
+        file,
+        network,
+        PackedInfo(task.family.name, task.build, quant, RECIPE.to_dict(), state_hash(show.model.state_dict())),
+    )
     return network
 
 
@@ -51,7 +59,9 @@ class Demo:
     def network(self, name: str) -> nn.Module:
         if name == FULL:
             return self.show.model
-        network = nearest_rounding(self.show, self.files[NEAREST]) if name == NEAREST else load_packed(self.files[name])[0]
+        network = (
+            nearest_rounding(self.show, self.files[NEAREST]) if name == NEAREST else load_packed(self.files[name])[0]
+        )
         return apply_engine(network.to(self.show.job.device))
 
     def counted(self, keep: bool) -> Callable[[Tensor, Tensor, Tensor], None]:
@@ -90,7 +100,9 @@ class Demo:
     def run(self) -> None:
         job = self.show.job
         self.progress.set_description(self.show.name)
-        self.progress.write(f"\n{job.title}\n{'':14} {'file MB':>8} {'PSNR dB':>8} {'SSIM':>7} {'eps error':>10} {'s/image':>8}")
+        self.progress.write(
+            f"\n{job.title}\n{'':14} {'file MB':>8} {'PSNR dB':>8} {'SSIM':>7} {'eps error':>10} {'s/image':>8}"
+        )
         for name in NETWORKS:
             self.progress.write(self.line(name))
         self.progress.write(f"{self.picture}: one row for each line of the table, the same {job.total} noises")

@@ -17,7 +17,17 @@ from qdiff.engines.onnx import export_onnx
 from qdiff.errors import ConfigError
 from qdiff.utils.extras import require_extra
 from qdiff.utils.files import check_writable
-from qdiff_cli.options import RULES, Parser, Rule, add_quant_options, check_typed, positive, project_file, quant_config, select_device
+from qdiff_cli.options import (
+    RULES,
+    Parser,
+    Rule,
+    add_quant_options,
+    check_typed,
+    positive,
+    project_file,
+    quant_config,
+    select_device,
+)
 from qdiff_cli.quantization import QuantizationTask, is_latent, load_calibrated, write_model_parts
 from qdiff_cli.running import log_to
 
@@ -25,11 +35,15 @@ from qdiff_cli.running import log_to
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("--config", type=project_file, required=True, help="YAML file of the model")
-    parser.add_argument("-o", "--output", type=Path, required=True, help=".safetensors: packed; .pth: published; .onnx: ONNX")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, help=".safetensors: packed; .pth: published; .onnx: ONNX"
+    )
     parser.add_argument("--batch_size", type=positive, help="the batch size that an ONNX network takes (default: any)")
     parser.add_argument("--H", type=positive, help="the height in pixels of images of an ONNX network (default: any)")
     parser.add_argument("--W", type=positive, help="the width in pixels of images of an ONNX network (default: any)")
-    parser.add_argument("--use_pretrained", action="store_true", help="take full-precision weights from the configuration's")
+    parser.add_argument(
+        "--use_pretrained", action="store_true", help="take full-precision weights from the configuration's"
+    )
     parser.add_argument("--ckpt", type=project_file, help="local full-precision checkpoint (.ckpt, .pth, .safetensors)")
     add_quant_options(parser)
     return parser.parse_args(argv)
@@ -38,7 +52,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 EXPORT_RULES = (
     *RULES,
     Rule("resume_w", lambda args: False, "in a sampling script: nothing is calibrated here"),
-    Rule("batch_size H W", lambda args: args.output.suffix == ".onnx", "for an .onnx file: other formats take any size"),
+    Rule(
+        "batch_size H W", lambda args: args.output.suffix == ".onnx", "for an .onnx file: other formats take any size"
+    ),
 )
 
 
@@ -50,7 +66,9 @@ def pixel_task(args: argparse.Namespace) -> QuantizationTask:
 
 def latent_task(args: argparse.Namespace) -> QuantizationTask:
     if args.use_pretrained and not args.ckpt:
-        raise ConfigError("--use_pretrained: the configuration of a latent model names no weights; give them with --ckpt")
+        raise ConfigError(
+            "--use_pretrained: the configuration of a latent model names no weights; give them with --ckpt"
+        )
     config = load_latent_config(args.config)
     checkpoint = cache(lambda: open_checkpoint(args.ckpt, config))
     sampler = LatentSampler(config, LatentSettings(), select_device("cpu"))
@@ -79,7 +97,11 @@ def example_inputs(args: argparse.Namespace, task: QuantizationTask) -> tuple[li
 
 def latent_size(args: argparse.Namespace, task: QuantizationTask, pixels: int) -> int:
     """A side of x_t for a side of the images."""
-    factor = 2 ** (len(load_latent_config(args.config).first_stage.params["ddconfig"]["ch_mult"]) - 1) if is_latent(args.config) else 1
+    factor = (
+        2 ** (len(load_latent_config(args.config).first_stage.params["ddconfig"]["ch_mult"]) - 1)
+        if is_latent(args.config)
+        else 1
+    )
     levels = len(task.build.get("channel_mult") or task.build["ch_mult"])
     unit = factor * 2 ** (levels - 1)
     if pixels % unit:
@@ -92,7 +114,9 @@ def main(argv: list[str] | None = None) -> None:
     if not args.cali_ckpt:
         raise ConfigError("--cali_ckpt: expected the checkpoint to convert")
     if args.output.suffix not in (".safetensors", ".pth", ".onnx"):
-        raise ConfigError(f"-o {args.output}: expected a name ending in .safetensors (packed), .pth (published) or .onnx")
+        raise ConfigError(
+            f"-o {args.output}: expected a name ending in .safetensors (packed), .pth (published) or .onnx"
+        )
     args.ptq = True  # a calibrated checkpoint is of a quantized network
     check_typed(args, EXPORT_RULES)
     if args.output.suffix == ".onnx":

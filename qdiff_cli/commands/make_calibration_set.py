@@ -32,15 +32,26 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("-o", "--output", type=Path, required=True, help="file to write")
     parser.add_argument("--use_pretrained", action="store_true", help="the weights that the configuration names")
     parser.add_argument(
-        "--ckpt", type=project_file, help="local full-precision checkpoint (.ckpt, .pth, .safetensors), or a bundled model's folder"
+        "--ckpt",
+        type=project_file,
+        help="local full-precision checkpoint (.ckpt, .pth, .safetensors), or a bundled model's folder",
     )
     parser.add_argument("--seed", type=seed, default=1234)
-    parser.add_argument("--sample_type", choices=PIXEL_SAMPLERS + LATENT_SAMPLERS, help="default: generalized (pixel), ddim (latent)")
-    parser.add_argument("--skip_type", default="quad", choices=["uniform", "quad"], help="spacing of the time steps (pixel models)")
+    parser.add_argument(
+        "--sample_type", choices=PIXEL_SAMPLERS + LATENT_SAMPLERS, help="default: generalized (pixel), ddim (latent)"
+    )
+    parser.add_argument(
+        "--skip_type", default="quad", choices=["uniform", "quad"], help="spacing of the time steps (pixel models)"
+    )
     parser.add_argument("--timesteps", type=positive, default=100, help="sampling steps")
     parser.add_argument("--eta", type=float, default=0.0)
     parser.add_argument("--scale", type=float, help="guidance, of models with text or classes (default: 7.5)")
-    parser.add_argument("--from-file", dest="from_file", type=Path, help="prompts, one a line (default: prompts.txt beside the YAML file)")
+    parser.add_argument(
+        "--from-file",
+        dest="from_file",
+        type=Path,
+        help="prompts, one a line (default: prompts.txt beside the YAML file)",
+    )
     parser.add_argument("--classes", help="class numbers, in turn: 25,187 (default: all)")
     parser.add_argument("--cali_st", type=positive, default=20, help="time steps to keep")
     parser.add_argument("--cali_n", type=positive, default=256, help="samples of each time step")
@@ -57,7 +68,11 @@ def choose(args: argparse.Namespace, known: list[str]) -> str:
 
 PIXEL_RULES = (
     *SAMPLER_RULES,
-    Rule("cali_batch_size", lambda args: False, "for latent models: the batch size of a pixel model is its configuration's"),
+    Rule(
+        "cali_batch_size",
+        lambda args: False,
+        "for latent models: the batch size of a pixel model is its configuration's",
+    ),
     Rule("scale classes from_file", lambda args: False, "for models with text or classes: this one is unconditional"),
 )
 
@@ -72,7 +87,11 @@ def latent_rules(kind: type | None) -> tuple[Rule, ...]:
             "with --sample_type ddim",
             lambda args, value: value == (1 if args.sample_type == "vanilla" else 0),
         ),
-        Rule("timesteps", lambda args: args.sample_type != "vanilla", "with another --sample_type: vanilla takes every time step"),
+        Rule(
+            "timesteps",
+            lambda args: args.sample_type != "vanilla",
+            "with another --sample_type: vanilla takes every time step",
+        ),
         Rule("scale", lambda args: kind is not None, "for models with text or classes: this one is unconditional"),
         Rule("classes", lambda args: kind is ClassEmbedder, "for models with classes"),
         Rule("from_file", lambda args: kind not in (None, ClassEmbedder), "for models with text"),
@@ -102,7 +121,9 @@ def draw_latent(args: argparse.Namespace, recipe: CalibrationConfig, device: tor
     model_parts = cache(lambda: checkpoint.model_parts().to(device))
     sampler = latent.LatentSampler(config, settings, device)
     if config.conditioning is not None and config.conditioning.kind is ClassEmbedder:
-        sampler.conditions = class_conditions(model_parts, parse_classes(args.classes, int(config.conditioning.params["n_classes"]) - 1))
+        sampler.conditions = class_conditions(
+            model_parts, parse_classes(args.classes, int(config.conditioning.params["n_classes"]) - 1)
+        )
     elif config.conditioning is not None:
         prompts = read_prompts(args.from_file) if args.from_file else None
         prompt_of = (lambda i: prompts[i % len(prompts)]) if prompts else calibration_prompt(config.path)

@@ -20,18 +20,38 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     own, more = split_command(argv)
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("--table", required=True, choices=NAMED)
-    parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these: full-precision, linear-w8a8, q-diffusion-w4a8, ...")
+    parser.add_argument(
+        "--rows", nargs="+", metavar="NAME", help="only these: full-precision, linear-w8a8, q-diffusion-w4a8, ..."
+    )
     parser.add_argument("--models", nargs="+", metavar="NAME", help="only these of the bundled models")
-    parser.add_argument("--images", type=positive, help="images of each row (default: as published; 64 for the bundled models)")
+    parser.add_argument(
+        "--images", type=positive, help="images of each row (default: as published; 64 for the bundled models)"
+    )
     parser.add_argument("--seeds", type=positive, default=1, help="sample every row with so many seeds")
-    parser.add_argument("--trajectory_images", type=positive, default=16, help="images that the trajectory error is measured on")
-    parser.add_argument("--checkpoints", type=Path, help="folder of calibrated checkpoints: w4a8.safetensors, w8a8.pth, ...")
-    parser.add_argument("--preset", choices=list(PRESETS), help="recipe of calibrations (default: published; fast for the bundled models)")
+    parser.add_argument(
+        "--trajectory_images", type=positive, default=16, help="images that the trajectory error is measured on"
+    )
+    parser.add_argument(
+        "--checkpoints", type=Path, help="folder of calibrated checkpoints: w4a8.safetensors, w8a8.pth, ..."
+    )
+    parser.add_argument(
+        "--preset",
+        choices=list(PRESETS),
+        help="recipe of calibrations (default: published; fast for the bundled models)",
+    )
     parser.add_argument("--reference", help="reference images or statistics, as evaluate.py takes them")
-    parser.add_argument("--extractor", choices=EXTRACTORS, help="features (default: inception; lite0 for the bundled models)")
-    parser.add_argument("--crop", type=positive, help="cut reference images to this size (default: 256 for LSUN, 512 for Stable Diffusion)")
+    parser.add_argument(
+        "--extractor", choices=EXTRACTORS, help="features (default: inception; lite0 for the bundled models)"
+    )
+    parser.add_argument(
+        "--crop",
+        type=positive,
+        help="cut reference images to this size (default: 256 for LSUN, 512 for Stable Diffusion)",
+    )
     parser.add_argument("--metrics", nargs="+", choices=METRICS, help="default: those of the table")
-    parser.add_argument("--weights", type=Path, help="the extractor's weights (default: fetched, or the installed package's)")
+    parser.add_argument(
+        "--weights", type=Path, help="the extractor's weights (default: fetched, or the installed package's)"
+    )
     parser.add_argument("--captions", type=Path, help="COCO annotation file with the captions, for Stable Diffusion")
     parser.add_argument("--clip", type=Path, help="folder of a CLIP model, for the CLIP score")
     parser.add_argument("--check", action="store_true", help="pass or fail in minutes, before the long run")

@@ -7,7 +7,17 @@ from ddim.config import PixelConfig, load_config
 from ddim.sampling import PixelSampler, SamplerSettings, pixel_task_parts
 from qdiff.errors import ConfigError
 from qdiff_cli.images import to_uint8
-from qdiff_cli.options import Parser, Rule, add_quant_options, add_run_options, check_typed, positive, project_file, seed, select_device
+from qdiff_cli.options import (
+    Parser,
+    Rule,
+    add_quant_options,
+    add_run_options,
+    check_typed,
+    positive,
+    project_file,
+    seed,
+    select_device,
+)
 from qdiff_cli.quantization import QuantizationTask, check
 from qdiff_cli.running import setup_threads
 from qdiff_cli.sampling_run import SamplingRun, run

@@ -37,14 +37,23 @@ CHECKPOINT_SUFFIXES = (".ckpt", ".safetensors", ".pth", ".pt")
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument("-r", "--resume_base", type=project_file, required=True, metavar="CKPT", help="a model's checkpoint or its folder")
+    parser.add_argument(
+        "-r",
+        "--resume_base",
+        type=project_file,
+        required=True,
+        metavar="CKPT",
+        help="a model's checkpoint or its folder",
+    )
     parser.add_argument("-n", "--n_samples", type=positive, default=50000)
     parser.add_argument("-e", "--eta", type=float, default=1.0, help="noise of DDIM: 0 none, 1 as DDPM")
     parser.add_argument("-v", "--vanilla_sample", action="store_true", help="ancestral sampling over every time step")
     parser.add_argument("--dpm", action="store_true", help="DPM-Solver++ 2M")
     parser.add_argument("--seed", type=seed, required=True)
     parser.add_argument("-l", "--logdir", default="results", help="output folder")
-    parser.add_argument("-c", "--custom_steps", type=positive, default=50, help="sampling steps (400 makes 500: the range decides)")
+    parser.add_argument(
+        "-c", "--custom_steps", type=positive, default=50, help="sampling steps (400 makes 500: the range decides)"
+    )
     parser.add_argument("--batch_size", type=positive, default=10)
     parser.add_argument("--classes", help="class numbers of a class-conditional model, in turn: 25,187 (default: all)")
     parser.add_argument("--scale", type=float, default=1.0, help="guidance of a class-conditional model; 1: none")
@@ -82,7 +91,9 @@ def check_classes(args: argparse.Namespace, config: LatentConfig) -> list[int]:
         if args.classes or args.scale != 1.0:
             raise ConfigError(f"--classes, --scale: {config.path} is an unconditional model")
         return []
-    return parse_classes(args.classes, int(config.conditioning.params.get("n_classes", 1000)) - 1)  # the last one is "no class"
+    return parse_classes(
+        args.classes, int(config.conditioning.params.get("n_classes", 1000)) - 1
+    )  # the last one is "no class"
 
 
 def model_folder(args: argparse.Namespace) -> Path:
@@ -108,7 +119,8 @@ def prepare(args: argparse.Namespace) -> SamplingRun:
     sampler = LatentSampler(config, settings, device)
     methods = ("mse", "max" if args.a_min_max else "mse")
     task = QuantizationTask(
-        **latent_task_parts(checkpoint, sampler, args.seed, methods), save_model_parts=lambda path: model_parts().save(path)
+        **latent_task_parts(checkpoint, sampler, args.seed, methods),
+        save_model_parts=lambda path: model_parts().save(path),
     )
     check(args, task)
     if classes:
@@ -117,7 +129,10 @@ def prepare(args: argparse.Namespace) -> SamplingRun:
 
     def finish(folder: Path) -> None:
         (folder / "numpy").mkdir(exist_ok=True)
-        save_npz(folder / "numpy" / f"{args.n_samples}-samples.npz", [folder / "img" / NAME.format(i) for i in range(args.n_samples)])
+        save_npz(
+            folder / "numpy" / f"{args.n_samples}-samples.npz",
+            [folder / "img" / NAME.format(i) for i in range(args.n_samples)],
+        )
 
     return SamplingRun(
         title=f"latent diffusion ({model_folder(args).name}), {settings.sampler}, {settings.steps} steps",
@@ -132,7 +147,9 @@ def prepare(args: argparse.Namespace) -> SamplingRun:
         runs=Path(args.logdir) / model_folder(args).name / "samples",
         name=NAME,
         extends="n_samples",
-        begin=lambda folder: write_text(folder / "sampling_config.yaml", yaml.safe_dump(printable(args), allow_unicode=True)),
+        begin=lambda folder: write_text(
+            folder / "sampling_config.yaml", yaml.safe_dump(printable(args), allow_unicode=True)
+        ),
         finish=finish,
     )
 

@@ -35,8 +35,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("--config", type=project_file, default="configs/emoji32.yml", help="YAML file of the model")
     parser.add_argument("--part", default="unet", choices=["unet", "first_stage"], help="of a latent model")
-    parser.add_argument("--emoji", type=Path, required=True, help="the archive that `npm pack emoji-datasource-google@16.0.0` makes")
-    parser.add_argument("-o", "--output", type=Path, help="folder to write (default: that of the model whose YAML file is given)")
+    parser.add_argument(
+        "--emoji", type=Path, required=True, help="the archive that `npm pack emoji-datasource-google@16.0.0` makes"
+    )
+    parser.add_argument(
+        "-o", "--output", type=Path, help="folder to write (default: that of the model whose YAML file is given)"
+    )
     parser.add_argument("--steps", type=positive, help="training steps (default: the configuration's)")
     add_device_options(parser)
     return parser.parse_args(argv)
@@ -90,7 +94,9 @@ def train_first_stage(args: argparse.Namespace, config: LatentConfig, folder: Pa
 def train_latent(args: argparse.Namespace, config: LatentConfig, folder: Path, device: torch.device) -> None:
     settings = schedule(args, config.training["training"])
     emoji = load_emoji(args.emoji, 64, flags=True)
-    first = LatentCheckpoint(clone() / "models/ldm/emoji64/stages.safetensors", replace(config, conditioning=None)).model_parts()
+    first = LatentCheckpoint(
+        clone() / "models/ldm/emoji64/stages.safetensors", replace(config, conditioning=None)
+    ).model_parts()
     model_parts = LatentModelParts(config).to(device)
     model_parts.first_stage_model, model_parts.scale_factor = first.first_stage_model.to(device), first.scale_factor
     latents = torch.cat([model_parts.encode(part) for part in to_float(emoji.images, device).split(64)])
@@ -108,8 +114,14 @@ def train_latent(args: argparse.Namespace, config: LatentConfig, folder: Path, d
     if draw:
         prompts = read_prompts(folder / "prompts.txt") if (folder / "prompts.txt").is_file() else ["red heart", "flag"]
         text = model_parts.cond_stage_model
-        sampler.conditions = lambda indices: (text.encode([prompts[i % len(prompts)] for i in indices]), text.encode([""] * len(indices)))
-    save_png(folder / "samples.png", make_grid(to_uint8_truncated(model_parts.decode(sampler(ema, range(64), seed=0))), columns=16))
+        sampler.conditions = lambda indices: (
+            text.encode([prompts[i % len(prompts)] for i in indices]),
+            text.encode([""] * len(indices)),
+        )
+    save_png(
+        folder / "samples.png",
+        make_grid(to_uint8_truncated(model_parts.decode(sampler(ema, range(64), seed=0))), columns=16),
+    )
 
 
 def output_folder(args: argparse.Namespace, network: nn.Module, prefix: str) -> Path:
@@ -124,11 +136,15 @@ def output_folder(args: argparse.Namespace, network: nn.Module, prefix: str) -> 
     folder = args.output or (clone() / "models/ddim/emoji32" if pixel else args.config.parent)
     config, weights = folder / "config.yaml", folder / "unet.safetensors"
     if config.is_file() and (pixel or config.read_bytes() != args.config.read_bytes()):
-        raise ConfigError(f"-o {folder}: holds the model of another configuration, {config}; expected a folder of its own")
+        raise ConfigError(
+            f"-o {folder}: holds the model of another configuration, {config}; expected a folder of its own"
+        )
     if weights.is_file():
         found = {name.removeprefix(prefix): tensor.shape for name, tensor in read_tensors(weights).items()}
         if found != {name: tensor.shape for name, tensor in network.state_dict().items()}:
-            raise ConfigError(f"-o {folder}: holds the weights of another model, {weights}; expected a folder of its own")
+            raise ConfigError(
+                f"-o {folder}: holds the weights of another model, {weights}; expected a folder of its own"
+            )
     check_writable(folder / "samples.png")
     return folder
 

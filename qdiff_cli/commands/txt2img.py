@@ -39,7 +39,9 @@ LAION400M = ("configs/latent-diffusion/txt2img-1p4B-eval.yaml", "models/ldm/text
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("--prompt", default="a painting of a virus monster playing guitar")
-    parser.add_argument("--from-file", dest="from_file", type=Path, help="a file of prompts, one a line, instead of --prompt")
+    parser.add_argument(
+        "--from-file", dest="from_file", type=Path, help="a file of prompts, one a line, instead of --prompt"
+    )
     parser.add_argument("--outdir", default="outputs/txt2img-samples", help="output folder")
     parser.add_argument("--skip_grid", action="store_true", help="no grid")
     parser.add_argument("--skip_save", action="store_true", help="remove the single images once the grid is made")
@@ -47,20 +49,31 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--plms", action="store_true", help="PLMS (default: DDIM)")
     parser.add_argument("--dpm", action="store_true", help="DPM-Solver++ 2M")
     parser.add_argument("--laion400m", action="store_true", help="LAION's 1p4B model")
-    parser.add_argument("--fixed_code", action="store_true", help="the same starting noises for every prompt and iteration")
+    parser.add_argument(
+        "--fixed_code", action="store_true", help="the same starting noises for every prompt and iteration"
+    )
     parser.add_argument("--ddim_eta", type=float, default=0.0, help="noise of DDIM")
     parser.add_argument("--n_iter", type=positive, default=2, help="rounds over all prompts")
     parser.add_argument("--H", type=positive, help="height in pixels (default: the model's; 512)")
     parser.add_argument("--W", type=positive, help="width in pixels (default: the model's; 512)")
     parser.add_argument("--C", type=positive, help="latent channels (default: the model's; 4)")
     parser.add_argument("--f", type=positive, help="pixels per latent pixel (default: the model's; 8)")
-    parser.add_argument("--n_samples", type=positive, default=3, help="images of each prompt in a round, and the batch size")
+    parser.add_argument(
+        "--n_samples", type=positive, default=3, help="images of each prompt in a round, and the batch size"
+    )
     parser.add_argument("--n_rows", type=positive, help="columns of the grid (default: n_samples)")
     parser.add_argument("--scale", type=float, default=7.5, help="guidance")
-    parser.add_argument("--config", type=project_file, default="configs/stable-diffusion/v1-inference.yaml", help="YAML file of the model")
+    parser.add_argument(
+        "--config",
+        type=project_file,
+        default="configs/stable-diffusion/v1-inference.yaml",
+        help="YAML file of the model",
+    )
     parser.add_argument("--ckpt", type=project_file, default=CHECKPOINT, help="the model's checkpoint or its folder")
     parser.add_argument("--seed", type=seed, default=42)
-    parser.add_argument("--no_grad_ckpt", action="store_true", help="accepted for the published commands; changes nothing")
+    parser.add_argument(
+        "--no_grad_ckpt", action="store_true", help="accepted for the published commands; changes nothing"
+    )
     add_run_options(parser, precision="autocast")
     add_quant_options(parser)
     return parser.parse_args(argv)
@@ -85,7 +98,9 @@ def latent_shape(args: argparse.Namespace, config: LatentConfig) -> tuple[int, i
     factor, channels = args.f or stages_factor, args.C or config.channels
     height, width = args.H or config.image_size * factor, args.W or config.image_size * factor
     if factor != stages_factor or channels != config.channels:
-        raise ConfigError(f"--f {factor} --C {channels}: this model has a factor of {stages_factor} and {config.channels} latent channels")
+        raise ConfigError(
+            f"--f {factor} --C {channels}: this model has a factor of {stages_factor} and {config.channels} latent channels"
+        )
     unit = factor * 2 ** (len(config.unet.channel_mult) - 1)
     if height % unit or width % unit:
         raise ConfigError(f"--H {height} --W {width}: expected multiples of {unit}")
@@ -97,7 +112,9 @@ def load_text_config(args: argparse.Namespace) -> LatentConfig:
         args.config, args.ckpt = map(project_file, LAION400M)
     config = load_config(args.config)
     if config.conditioning is None or config.conditioning.kind is ClassEmbedder:
-        raise ConfigError(f"--config {args.config}: a model without text; sample it with scripts/sample_diffusion_ldm.py")
+        raise ConfigError(
+            f"--config {args.config}: a model without text; sample it with scripts/sample_diffusion_ldm.py"
+        )
     return config
 
 
@@ -139,15 +156,23 @@ def prepare(args: argparse.Namespace) -> SamplingRun:
 
     shape, repeat = latent_shape(args, config), args.n_samples if args.fixed_code else None
     sampler = LatentSampler(config, settings, device, shape, text_conditions(model_parts, prompt_of), repeat)
-    drawer = LatentSampler(config, settings, device, shape, text_conditions(model_parts, calibration_prompt(config.path)))
+    drawer = LatentSampler(
+        config, settings, device, shape, text_conditions(model_parts, calibration_prompt(config.path))
+    )
     task = QuantizationTask(
-        **latent_task_parts(checkpoint, drawer, args.seed, ("mse", "mse")), save_model_parts=lambda path: model_parts().save(path)
+        **latent_task_parts(checkpoint, drawer, args.seed, ("mse", "mse")),
+        save_model_parts=lambda path: model_parts().save(path),
     )
     check(args, task)
     model_parts()
 
     def metadata(index: int) -> dict[str, str]:
-        shown = {"steps": args.ddim_steps, "sampler": name, "scale": args.scale, "weight_bit": args.weight_bit if args.ptq else 32}
+        shown = {
+            "steps": args.ddim_steps,
+            "sampler": name,
+            "scale": args.scale,
+            "weight_bit": args.weight_bit if args.ptq else 32,
+        }
         shown["act_bit"] = args.act_bit if args.quant_act else 32
         return {"prompt": prompt_of(index), "seed": str(args.seed), "index": str(index), "settings": json.dumps(shown)}
 
@@ -168,7 +193,9 @@ def prepare(args: argparse.Namespace) -> SamplingRun:
         extends="n_iter",
         metadata=metadata,
         begin=lambda folder: write_cut_prompts(folder, model_parts().cond_stage_model, prompts),
-        finish=lambda folder: None if args.skip_grid else write_grid(folder, total, args.n_rows or args.n_samples, keep=not args.skip_save),
+        finish=lambda folder: None
+        if args.skip_grid
+        else write_grid(folder, total, args.n_rows or args.n_samples, keep=not args.skip_save),
     )
 
 

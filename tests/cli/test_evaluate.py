@@ -56,11 +56,14 @@ def test_folders_npz_and_statistics_give_the_same_figures(work):
     assert set(FIGURES) <= set(found) and found["psnr"] < 30 and 0 < found["ssim"] < 1 and found["perceptual"] > 0
     with np.load(work / "a.npz") as file:
         assert np.array_equal(file["arr_0"], pictures.make(16, 0).permute(0, 2, 3, 1).numpy())
-    second = commands.run("evaluate.py", *options(work, work / "a.npz", "--reference", work / "b", "--output", work / "two.json"))
+    second = commands.run(
+        "evaluate.py", *options(work, work / "a.npz", "--reference", work / "b", "--output", work / "two.json")
+    )
     assert second.returncode == 0, second.stderr
     assert figures(work / "two.json") == figures(work / "one.json")
     third = commands.run(
-        "evaluate.py", *options(work, work / "b", "--reference", work / "a_statistics.npz", "--output", work / "three.json")
+        "evaluate.py",
+        *options(work, work / "b", "--reference", work / "a_statistics.npz", "--output", work / "three.json"),
     )
     assert third.returncode == 0, third.stderr
     assert figures(work / "three.json")["fid"] == pytest.approx(found["fid"], rel=1e-6)
@@ -68,9 +71,16 @@ def test_folders_npz_and_statistics_give_the_same_figures(work):
 
 @pytest.mark.multiprocess
 def test_the_number_of_processes_changes_nothing(work):
-    assert commands.run("evaluate.py", *options(work, work / "a", "--reference", work / "b", "--output", work / "one.json")).returncode == 0
+    assert (
+        commands.run(
+            "evaluate.py", *options(work, work / "a", "--reference", work / "b", "--output", work / "one.json")
+        ).returncode
+        == 0
+    )
     shutil.rmtree(work / "cache")
-    result = torchrun(2, "evaluate.py", *options(work, work / "a", "--reference", work / "b", "--output", work / "ranks.json"))
+    result = torchrun(
+        2, "evaluate.py", *options(work, work / "a", "--reference", work / "b", "--output", work / "ranks.json")
+    )
     assert result.returncode == 0, result.stderr
     assert figures(work / "ranks.json") == figures(work / "one.json")
     shutil.rmtree(work / "cache")
@@ -84,13 +94,31 @@ def test_the_number_of_processes_changes_nothing(work):
 
 def test_a_sampling_command_is_evaluated(work):
     config, weights = tiny.config_file(work), tiny.weights_file(work)
-    command = ["sample_diffusion_ddim.py", "--config", config, "--ckpt", weights, "--timesteps", 4, "--max_images", 6, "-l", work / "out"]
+    command = [
+        "sample_diffusion_ddim.py",
+        "--config",
+        config,
+        "--ckpt",
+        weights,
+        "--timesteps",
+        4,
+        "--max_images",
+        6,
+        "-l",
+        work / "out",
+    ]
     result = commands.run(
-        "evaluate.py", *options(work, "--reference", work / "b", "--metrics", "fid", "--output", work / "o.json"), "--", *command
+        "evaluate.py",
+        *options(work, "--reference", work / "b", "--metrics", "fid", "--output", work / "o.json"),
+        "--",
+        *command,
     )
     assert result.returncode == 0, result.stderr
     assert json.loads((work / "o.json").read_text())["count"] == 6
-    fails(commands.run("evaluate.py", *options(work), "--", "txt2img.py", "--prompt", "x", "--skip_save", *TEXT), "--skip_save")
+    fails(
+        commands.run("evaluate.py", *options(work), "--", "txt2img.py", "--prompt", "x", "--skip_save", *TEXT),
+        "--skip_save",
+    )
     result = commands.run("evaluate.py", *options(work, "--reference", work / "b"), "--", "nothing.py")
     fails(result, "nothing.py", "sample_diffusion_ddim.py")
     shutil.rmtree(work / "out")
@@ -119,7 +147,11 @@ def test_bad_evaluations_say_what_is_wrong(work, tmp_path):
     np.savez(tmp_path / "other.npz", mu=np.zeros(3), sigma=np.zeros((3, 3)))
     fails(run(work / "a", "--reference", tmp_path / "other.npz"), "mu [3] and sigma [3, 3], expected [2048]")
     np.savez(tmp_path / "c_clean_train_32.npz", mu=np.zeros(2048), sigma=np.eye(2048))
-    fails(run(work / "a", "--reference", tmp_path / "c_clean_train_32.npz"), "mode clean", "expected the Inception extractor")
+    fails(
+        run(work / "a", "--reference", tmp_path / "c_clean_train_32.npz"),
+        "mode clean",
+        "expected the Inception extractor",
+    )
     pictures.save(pictures.make(15, 1), tmp_path / "fewer")
     fails(run(work / "a", "--against", tmp_path / "fewer"), "15 images, expected 16")
     (tmp_path / "fewer/0014.png").rename(tmp_path / "fewer/0016.png")
@@ -137,7 +169,16 @@ def test_bad_evaluations_say_what_is_wrong(work, tmp_path):
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
-    words = ["--checkpoints", EMBEDDED / "w8a8.safetensors", EMBEDDED / "w4a8.safetensors", "--images", 2, "--no_nearest", "--threads", 1]
+    words = [
+        "--checkpoints",
+        EMBEDDED / "w8a8.safetensors",
+        EMBEDDED / "w4a8.safetensors",
+        "--images",
+        2,
+        "--no_nearest",
+        "--threads",
+        1,
+    ]
     command = ["sample_diffusion_ddim.py", "--config", "configs/emoji32.yml", "--use_pretrained", "--skip_type", "quad"]
     result = succeeded(commands.run("compare.py", *words, "-o", folder, "--", *command, "--timesteps", STEPS))
     return folder, result.stdout
@@ -145,9 +186,16 @@ def report(tmp_path_factory):
 
 def test_the_comparison_is_written(report):
     folder, shown = report
-    assert {"index.html", "table.md", "table.csv", "errors.json", "images.png", "errors.png", "ranges.png", "shortcuts.png"} <= {
-        path.name for path in folder.iterdir()
-    }
+    assert {
+        "index.html",
+        "table.md",
+        "table.csv",
+        "errors.json",
+        "images.png",
+        "errors.png",
+        "ranges.png",
+        "shortcuts.png",
+    } <= {path.name for path in folder.iterdir()}
     errors = json.loads((folder / "errors.json").read_text())
     assert set(errors) == {"W8A32", "W8A8", "W4A32", "W4A8"}
     means = {name: sum(values["eps"]) / STEPS for name, values in errors.items()}
@@ -175,7 +223,9 @@ def test_the_page_opens_in_a_browser(report, tmp_path):
     (page / "index.html").write_text(text.replace("</body>", counting + "</body>"))
     quiet = "--disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
     command = [browser, "--headless", "--no-sandbox", *quiet.split(), f"--user-data-dir={tmp_path / 'profile'}"]
-    result = subprocess.run([*command, "--dump-dom", f"file://{page / 'index.html'}"], capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        [*command, "--dump-dom", f"file://{page / 'index.html'}"], capture_output=True, text=True, timeout=120
+    )
     seen = re.search(r'data-seen="(\d+) (\d+)"', result.stdout)
     assert seen, result.stderr
     assert int(seen[1]) == text.count("<img") == 4
@@ -212,18 +262,22 @@ def test_a_table_is_filled_and_continued(tmp_path):
     assert "3 rows, 3 images, 1 seed(s): sampling" in result.stdout
     content = json.loads((tmp_path / "out/table.json").read_text())["emoji32"]
     assert set(content) == {"full-precision", "q-diffusion-w4a8", "q-diffusion-w4a32"}
-    assert content["q-diffusion-w4a32"][0]["trajectory_error"] < content["q-diffusion-w4a8"][0]["trajectory_error"] < 0.15
+    assert (
+        content["q-diffusion-w4a32"][0]["trajectory_error"] < content["q-diffusion-w4a8"][0]["trajectory_error"] < 0.15
+    )
     assert content["q-diffusion-w4a8"][0]["psnr"] > 10
-    assert {"table.md", "table.csv", "index.html", "emoji32.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"table.md", "table.csv", "index.html", "emoji32.png"} <= {
+        path.name for path in (tmp_path / "out").iterdir()
+    }
     images = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("img/*.png")}
     assert len(images) == 3 * 4  # each row, and full precision with another seed as reference
     next(iter(images)).unlink()
     (tmp_path / "out/emoji32/q-diffusion-w4a8/seed0-3/result.json").unlink()
     again = commands.run("reproduce.py", *words)
     assert again.returncode == 0, again.stderr
-    assert json.loads((tmp_path / "out/table.json").read_text())["emoji32"]["q-diffusion-w4a8"][0]["fid"] == pytest.approx(
-        content["q-diffusion-w4a8"][0]["fid"], rel=1e-9
-    )
+    assert json.loads((tmp_path / "out/table.json").read_text())["emoji32"]["q-diffusion-w4a8"][0][
+        "fid"
+    ] == pytest.approx(content["q-diffusion-w4a8"][0]["fid"], rel=1e-9)
     fewer = commands.run("reproduce.py", *(1 if word == 2 else word for word in words))
     assert fewer.returncode == 0, fewer.stderr
     figures = json.loads((tmp_path / "out/table.json").read_text())["emoji32"]["q-diffusion-w4a8"][0]
@@ -233,7 +287,19 @@ def test_a_table_is_filled_and_continued(tmp_path):
 
 
 def test_a_table_is_checked_before_the_long_run(tmp_path):
-    words = ["--table", "bundled", "--models", "emoji32", "--rows", "q-diffusion-w4a8", "--check", "--threads", 1, "--output", tmp_path]
+    words = [
+        "--table",
+        "bundled",
+        "--models",
+        "emoji32",
+        "--rows",
+        "q-diffusion-w4a8",
+        "--check",
+        "--threads",
+        1,
+        "--output",
+        tmp_path,
+    ]
     result = commands.run("reproduce.py", *words)
     assert result.returncode == 0, result.stderr
     assert "full precision: PASS" in result.stdout and "Q-Diffusion W4A8: PASS" in result.stdout
@@ -254,7 +320,19 @@ def test_the_check_sees_a_checkpoint_that_nothing_was_learned_for(tmp_path):
     assert result.returncode == 0, result.stderr
     (tmp_path / "given").mkdir()
     shutil.copy(next((tmp_path / "linear").rglob("ckpt.safetensors")), tmp_path / "given" / "w4a8.safetensors")
-    words = ["--table", "bundled", "--models", "emoji32", "--rows", "q-diffusion-w4a8", "--check", "--threads", 1, "--output", tmp_path]
+    words = [
+        "--table",
+        "bundled",
+        "--models",
+        "emoji32",
+        "--rows",
+        "q-diffusion-w4a8",
+        "--check",
+        "--threads",
+        1,
+        "--output",
+        tmp_path,
+    ]
     result = commands.run("reproduce.py", *words, "--checkpoints", tmp_path / "given")
     assert result.returncode == 1 and "the check failed" in result.stderr.splitlines()[-1]
     assert "Q-Diffusion W4A8: FAIL, trajectory error 0." in result.stdout
@@ -266,8 +344,27 @@ def pixel_table(work, tmp_path):
     config = tiny.config_file(tmp_path)
 
     def run(images, weights, *more, seeds=1):
-        words = ["--table", "cifar10", "--images", images, "--trajectory_images", 2, "--threads", 1, "--extractor", "lite0"]
-        words += ["--rows", "full-precision", "linear-w4a8", "q-diffusion-w4a8", "q-diffusion-w4a32", "--reference", work / "b"]
+        words = [
+            "--table",
+            "cifar10",
+            "--images",
+            images,
+            "--trajectory_images",
+            2,
+            "--threads",
+            1,
+            "--extractor",
+            "lite0",
+        ]
+        words += [
+            "--rows",
+            "full-precision",
+            "linear-w4a8",
+            "q-diffusion-w4a8",
+            "q-diffusion-w4a32",
+            "--reference",
+            work / "b",
+        ]
         words += ["--seeds", seeds]
         words += ["--output", tmp_path / "out", "--cache", work / "cache", "--", "--config", config, "--ckpt", weights]
         return commands.run("reproduce.py", *words, "--timesteps", 5, "--cali_st", 3, "--cali_n", 8, *more)
@@ -282,7 +379,9 @@ def test_the_table_of_a_paper_is_filled(pixel_table):
     short = ("--cali_iters", 2, "--cali_iters_a", 2)
     result = run(5, weights, *short)
     assert result.returncode == 0, result.stderr
-    assert "calibrations (1)" in result.stdout and "| Q-Diffusion W4A8 |" in result.stdout and "| 4.93 |" in result.stdout
+    assert (
+        "calibrations (1)" in result.stdout and "| Q-Diffusion W4A8 |" in result.stdout and "| 4.93 |" in result.stdout
+    )
     content = json.loads((folder / "out/table.json").read_text())["cifar10"]
     assert content["q-diffusion-w4a32"][0]["trajectory_error"] < content["q-diffusion-w4a8"][0]["trajectory_error"]
     assert len(list((folder / "out").rglob("ckpt.safetensors"))) == 2  # linear, and one for both rows of Q-Diffusion
@@ -311,8 +410,27 @@ def test_the_table_of_stable_diffusion_takes_captions_and_images_of_any_size(wor
     pictures.save(pictures.make(5, 3), tmp_path / "coco")
     pictures.save(pictures.make(5, 3)[:, :, :, :20], tmp_path / "narrow")
     (tmp_path / "narrow/0000.png").rename(tmp_path / "coco/0100.png")
-    words = ["--table", "stable-diffusion", "--rows", "full-precision", "linear-w8a8", "--images", 3, "--trajectory_images", 1]
-    words += ["--reference", tmp_path / "coco", "--crop", 32, "--captions", tmp_path / "captions.json", "--extractor", "lite0"]
+    words = [
+        "--table",
+        "stable-diffusion",
+        "--rows",
+        "full-precision",
+        "linear-w8a8",
+        "--images",
+        3,
+        "--trajectory_images",
+        1,
+    ]
+    words += [
+        "--reference",
+        tmp_path / "coco",
+        "--crop",
+        32,
+        "--captions",
+        tmp_path / "captions.json",
+        "--extractor",
+        "lite0",
+    ]
     words += ["--threads", 1, "--output", tmp_path / "out", "--cache", work / "cache"]
     sampling = ["--", *TEXT, "--H", 64, "--W", 64, "--f", 4, "--ddim_steps", 2, "--cali_st", 2, "--cali_n", 2]
     result = commands.run("reproduce.py", *words, *sampling)
@@ -335,4 +453,7 @@ def test_bad_tables_say_what_is_wrong(tmp_path):
     fails(run("--table cifar10 --clip ."), "--clip: the images of cifar10 have no prompts")
     fails(run("--table cifar10 --check --checkpoints nowhere"), "--checkpoints nowhere: expected a folder")
     (tmp_path / "captions.json").write_text('{"annotations": [{"id": 1}]}')
-    fails(run(f"--table stable-diffusion --reference . --captions {tmp_path / 'captions.json'}"), "not a COCO caption file")
+    fails(
+        run(f"--table stable-diffusion --reference . --captions {tmp_path / 'captions.json'}"),
+        "not a COCO caption file",
+    )

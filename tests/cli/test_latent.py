@@ -34,13 +34,17 @@ PUBLISHED_TEXT = [
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("latent")
-    made = {kind: tiny_latent.model_folder(folder / kind, kind, scale_by_std=True) for kind in ("none", "class", "text")}
+    made = {
+        kind: tiny_latent.model_folder(folder / kind, kind, scale_by_std=True) for kind in ("none", "class", "text")
+    }
     (made["text"] / "prompts.txt").write_text("red heart\nflag\nface\n")
     return made
 
 
 def ldm(model: Path, out: Path, *more: object, images: int = 5):
-    return commands.run(LDM, "-r", model, "-n", images, "--batch_size", 2, "-c", 4, "--seed", 41, "-l", out, "--threads", 1, *more)
+    return commands.run(
+        LDM, "-r", model, "-n", images, "--batch_size", 2, "-c", 4, "--seed", 41, "-l", out, "--threads", 1, *more
+    )
 
 
 def text(model: Path, out: Path, *more: object):
@@ -100,7 +104,15 @@ def test_calibration_and_both_formats(models, tmp_path, split):
         succeeded(ldm(models["none"], tmp_path / name, *options, "--cali_ckpt", run / name, images=2))
         again = pixels(only(tmp_path / name / "none/samples") / "img")
         assert all((made[key] == again[key]).all() for key in made)
-    wrong = ["--ptq", "--weight_bit", 4, "--quant_act", *([] if split else ["--split"]), "--cali_ckpt", run / "ckpt.safetensors"]
+    wrong = [
+        "--ptq",
+        "--weight_bit",
+        4,
+        "--quant_act",
+        *([] if split else ["--split"]),
+        "--cali_ckpt",
+        run / "ckpt.safetensors",
+    ]
     fails(ldm(models["none"], tmp_path / "c", *wrong), "split")
 
 
@@ -124,7 +136,9 @@ def test_packed_files_load_without_the_model(models, tmp_path):
 def test_text_images_carry_their_settings(models, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("flag\n\nred heart\n")
-    succeeded(text(models["text"], tmp_path / "out", "--from-file", prompts, "--plms", "--fixed_code", "--precision", "full"))
+    succeeded(
+        text(models["text"], tmp_path / "out", "--from-file", prompts, "--plms", "--fixed_code", "--precision", "full")
+    )
     run = only(tmp_path / "out")
     files = sorted((run / "samples").iterdir())
     assert [file.name for file in files] == [f"{i:05d}.png" for i in range(4)]
@@ -193,7 +207,23 @@ EMBEDDED = ["--ptq", "--quant_act", "--split", "--threads", 1]
 def test_the_bundled_latent_model_runs_quantized(tmp_path):
     folder = commands.REPOSITORY / "models/ldm/emoji64"
     packed = folder / "w8a8.safetensors"
-    options = ["-n", 4, "--batch_size", 4, "-c", 10, "-e", 0, "--seed", 1, "--weight_bit", 8, *EMBEDDED, "--cali_ckpt", packed]
+    options = [
+        "-n",
+        4,
+        "--batch_size",
+        4,
+        "-c",
+        10,
+        "-e",
+        0,
+        "--seed",
+        1,
+        "--weight_bit",
+        8,
+        *EMBEDDED,
+        "--cali_ckpt",
+        packed,
+    ]
     succeeded(commands.run(LDM, "-r", folder, *options, "-l", tmp_path))
     images = np.stack(list(pixels(only(tmp_path / "emoji64/samples") / "img").values())).astype(float)
     corners = images[:, [0, 0, -1, -1], [0, -1, 0, -1]]
@@ -206,8 +236,32 @@ def test_the_bundled_text_model_follows_its_prompt(tmp_path, bits):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("red heart\nblue heart\n")
     packed = folder / f"w{bits}a8.safetensors"
-    options = ["--config", folder / "config.yaml", "--ckpt", folder, "--from-file", prompts, "--plms", "--ddim_steps", 15, "--n_iter", 1]
-    options += ["--n_samples", 2, "--precision", "full", "--weight_bit", bits, "--sm_abit", 16, *EMBEDDED, "--cali_ckpt", packed]
+    options = [
+        "--config",
+        folder / "config.yaml",
+        "--ckpt",
+        folder,
+        "--from-file",
+        prompts,
+        "--plms",
+        "--ddim_steps",
+        15,
+        "--n_iter",
+        1,
+    ]
+    options += [
+        "--n_samples",
+        2,
+        "--precision",
+        "full",
+        "--weight_bit",
+        bits,
+        "--sm_abit",
+        16,
+        *EMBEDDED,
+        "--cali_ckpt",
+        packed,
+    ]
     succeeded(commands.run(TEXT, *options, "--outdir", tmp_path / "out"))
     images = np.stack(list(pixels(only(tmp_path / "out") / "samples").values())).astype(float)
     red, _, blue = images[:, 20:44, 20:44].mean(axis=(1, 2)).T

@@ -43,7 +43,9 @@ def random_calibrated(path: Path, config_file: Path, bits: int, split: bool, sm_
     """A published calibrated checkpoint: weights, alphas and step sizes that fit one another, random."""
     config = load_config(config_file)
     with torch.device("meta"):
-        model = quantize_model(UNetModel(config.unet), LATENT, QuantConfig(bits, quant_act=True, split=split, sm_abit=sm_abit))
+        model = quantize_model(
+            UNetModel(config.unet), LATENT, QuantConfig(bits, quant_act=True, split=split, sm_abit=sm_abit)
+        )
     generator = torch.Generator().manual_seed(1)
     state = {}
     levels = 2**bits - 1
@@ -106,7 +108,9 @@ def test_stable_diffusion_at_w4a8_with_16_bit_softmax(tmp_path):
     assert len(list((tmp_path / "out").glob("*/samples/*.png"))) == 1
 
 
-@pytest.mark.parametrize(("name", "options"), [("lsun_beds256", "-c 2 -e 1.0 --a_sym"), ("lsun_churches256", "-c 2 -e 0.0")])
+@pytest.mark.parametrize(
+    ("name", "options"), [("lsun_beds256", "-c 2 -e 1.0 --a_sym"), ("lsun_churches256", "-c 2 -e 0.0")]
+)
 def test_lsun_through_the_published_command(tmp_path, name, options):
     folder = tmp_path / name
     folder.mkdir()
@@ -114,7 +118,9 @@ def test_lsun_through_the_published_command(tmp_path, name, options):
     (folder / "config.yaml").write_bytes(config.read_bytes())
     random_checkpoint(folder / "model.ckpt", config)
     random_calibrated(tmp_path / "ckpt.pth", config, 4, split=False, sm_abit=8, a_sym="--a_sym" in options)
-    words = f"-r {folder}/model.ckpt -n 2 --batch_size 2 --seed 41 --ptq --weight_bit 4 --quant_act --act_bit 8 {options} "
+    words = (
+        f"-r {folder}/model.ckpt -n 2 --batch_size 2 --seed 41 --ptq --weight_bit 4 --quant_act --act_bit 8 {options} "
+    )
     words += f"-l {tmp_path} --cali_ckpt {tmp_path}/ckpt.pth"
     command = [sys.executable, "scripts/sample_diffusion_ldm.py", *words.split()]
     peak_anonymous(command, tmp_path / "log")

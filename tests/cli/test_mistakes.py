@@ -27,16 +27,40 @@ def models(tmp_path_factory):
 
 
 def ldm(model, out, *more):
-    return commands.run(LDM, "-r", model, "-n", 2, "--batch_size", 2, "-c", 3, "--seed", 1, "-l", out, "--threads", 1, *more)
+    return commands.run(
+        LDM, "-r", model, "-n", 2, "--batch_size", 2, "-c", 3, "--seed", 1, "-l", out, "--threads", 1, *more
+    )
 
 
 def text(model, out, *more, config=None, n_iter=1):
-    words = ["--config", config or model / "config.yaml", "--ckpt", model, "--ddim_steps", 2, "--n_samples", 2, "--n_iter", n_iter]
+    words = [
+        "--config",
+        config or model / "config.yaml",
+        "--ckpt",
+        model,
+        "--ddim_steps",
+        2,
+        "--n_samples",
+        2,
+        "--n_iter",
+        n_iter,
+    ]
     return commands.run(TEXT, *words, "--precision", "full", "--outdir", out, "--threads", 1, *more)
 
 
 def pixel(models, out, *more, images=2, config=None):
-    words = ["--config", config or models["config"], "--timesteps", 4, "--max_images", images, "--threads", 1, "-l", out]
+    words = [
+        "--config",
+        config or models["config"],
+        "--timesteps",
+        4,
+        "--max_images",
+        images,
+        "--threads",
+        1,
+        "-l",
+        out,
+    ]
     return commands.run(PIXEL, *words, "--ckpt", models["weights"], *more)
 
 
@@ -117,7 +141,10 @@ def test_training_keys_of_released_files_are_read_over_but_not_set(models, tmp_p
     content = merged(
         yaml.safe_load((models["none"] / "config.yaml").read_text()),
         {
-            "model": {"base_learning_rate": 1e-6, "params": {"monitor": "val/loss", "loss_type": "l1", "log_every_t": 200}},
+            "model": {
+                "base_learning_rate": 1e-6,
+                "params": {"monitor": "val/loss", "loss_type": "l1", "log_every_t": 200},
+            },
             "data": {"target": "main.DataModuleFromConfig"},
             "lightning": {"trainer": {"benchmark": True}},
         },
@@ -125,10 +152,15 @@ def test_training_keys_of_released_files_are_read_over_but_not_set(models, tmp_p
     shutil.copytree(models["none"], tmp_path / "m")
     (tmp_path / "m/config.yaml").write_text(yaml.safe_dump(content))
     succeeded(ldm(tmp_path / "m", tmp_path / "out"))
-    fails(ldm(models["none"], tmp_path / "b", "model.params.loss_type=l2"), "model.params.loss_type changes nothing here")
+    fails(
+        ldm(models["none"], tmp_path / "b", "model.params.loss_type=l2"), "model.params.loss_type changes nothing here"
+    )
 
 
-RELEASED = [*sorted((commands.REPOSITORY / "configs").glob("*/*.yaml")), commands.REPOSITORY / "models/ldm/emoji64/config.yaml"]
+RELEASED = [
+    *sorted((commands.REPOSITORY / "configs").glob("*/*.yaml")),
+    commands.REPOSITORY / "models/ldm/emoji64/config.yaml",
+]
 
 
 @pytest.mark.parametrize("file", RELEASED, ids=lambda file: file.parent.name)
@@ -182,7 +214,15 @@ def test_an_option_that_would_do_nothing_is_refused(models, tmp_path, more, word
 
 
 @pytest.mark.parametrize(
-    "more", [["-v", "-c", 5], ["-v", "-e", 0.5], ["--dpm", "-e", 0.5], ["--weight_bit", 4], ["--quant_mode", "linear"], ["--scale", 3]]
+    "more",
+    [
+        ["-v", "-c", 5],
+        ["-v", "-e", 0.5],
+        ["--dpm", "-e", 0.5],
+        ["--weight_bit", 4],
+        ["--quant_mode", "linear"],
+        ["--scale", 3],
+    ],
 )
 def test_an_option_that_would_do_nothing_is_refused_by_the_latent_script(models, tmp_path, more):
     name = {"-c": "--custom_steps", "-e": "--eta"}.get(more[-2], more[-2])
@@ -229,7 +269,9 @@ def test_prompts_with_a_mark_and_blank_lines_make_the_same_images(models, tmp_pa
     assert prompts == ["red heart", "red heart", "flag", "flag"]
 
 
-@pytest.mark.parametrize("content", ["grün".encode("latin-1"), "red heart".encode("utf-16"), b"\x89PNG\r\n\x1a\n\0\0", b"", b" \n\n"])
+@pytest.mark.parametrize(
+    "content", ["grün".encode("latin-1"), "red heart".encode("utf-16"), b"\x89PNG\r\n\x1a\n\0\0", b"", b" \n\n"]
+)
 def test_prompts_in_another_encoding_are_one_line(models, tmp_path, content):
     (tmp_path / "p.txt").write_bytes(content)
     fails(text(models["text"], tmp_path / "out", "--from-file", tmp_path / "p.txt"), "p.txt")
@@ -283,7 +325,18 @@ def test_extra_keys_of_stages_are_named_and_ignored(models, tmp_path, caplog):
 
 @pytest.mark.parametrize("environment", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": "two"}, {"WORLD_SIZE": "2", "RANK": "0"}])
 def test_leftovers_of_torchrun_are_one_line(models, tmp_path, environment):
-    words = ["--config", models["config"], "--ckpt", models["weights"], "--timesteps", 2, "--max_images", 1, "-l", tmp_path / "out"]
+    words = [
+        "--config",
+        models["config"],
+        "--ckpt",
+        models["weights"],
+        "--timesteps",
+        2,
+        "--max_images",
+        1,
+        "-l",
+        tmp_path / "out",
+    ]
     fails(commands.run(PIXEL, *words, env=environment), f"WORLD_SIZE={environment['WORLD_SIZE']}")
 
 
@@ -312,7 +365,12 @@ def test_training_does_not_write_into_the_folder_of_another_model(tmp_path):
     (tmp_path / "mine/config.yaml").unlink()
     fails(commands.run("train_bundled.py", *words, "-o", tmp_path / "mine"), "weights of another model")
     config = commands.REPOSITORY / "models/ldm/emoji64-text/config.yaml"
-    fails(commands.run("train_bundled.py", "--emoji", "no.tgz", "--config", config, "-o", config.parent.with_name("emoji64")), "another")
+    fails(
+        commands.run(
+            "train_bundled.py", "--emoji", "no.tgz", "--config", config, "-o", config.parent.with_name("emoji64")
+        ),
+        "another",
+    )
     fails(commands.run("train_bundled.py", *words, "--part", "unet"), "--part")
 
 
@@ -341,7 +399,12 @@ def test_what_cannot_be_written_is_found_before_the_work(models, tmp_path, monke
 
 def full_at(monkeypatch, place: str, number: int):
     """Let the `number`th call (from 0) of a step of writing, and all after it, find a full disk."""
-    owner, name = {"create": (tempfile, "mkstemp"), "sync": (os, "fsync"), "rename": (Path, "replace"), "folder": (Path, "mkdir")}[place]
+    owner, name = {
+        "create": (tempfile, "mkstemp"),
+        "sync": (os, "fsync"),
+        "rename": (Path, "replace"),
+        "folder": (Path, "mkdir"),
+    }[place]
     original, calls = getattr(owner, name), []
 
     def step(*args, **kwargs):
@@ -357,7 +420,20 @@ def full_at(monkeypatch, place: str, number: int):
 @pytest.mark.parametrize("place", ["create", "sync", "rename", "folder"])
 def test_a_full_disk_at_any_point_is_one_line(models, tmp_path, monkeypatch, place):
     """A calibration with its journal, reports, both formats and images; what was kept is continued once there is room."""
-    short = ["--ptq", "--weight_bit", 4, "--quant_act", "--cali_st", 2, "--cali_n", 4, "--cali_iters", 1, "--cali_iters_a", 1]
+    short = [
+        "--ptq",
+        "--weight_bit",
+        4,
+        "--quant_act",
+        "--cali_st",
+        2,
+        "--cali_n",
+        4,
+        "--cali_iters",
+        1,
+        "--cali_iters_a",
+        1,
+    ]
     with monkeypatch.context() as patch:
         calls = full_at(patch, place, 10**6)
         succeeded(pixel(models, tmp_path / "whole", *short))
@@ -425,7 +501,12 @@ def test_a_text_run_is_extended_by_rounds_and_by_prompts(models, tmp_path):
     whole, extended = pixels(tmp_path / "a"), pixels(tmp_path / "b")
     assert len(whole) == 8 and all((whole[name] == extended[name]).all() for name in whole)
     prompts.write_text("flag\nred heart\nface\n")
-    fails(text(models["text"], tmp_path / "b", "--from-file", prompts, "--continue", n_iter=2), "00004.png", "'flag'", "'face'")
+    fails(
+        text(models["text"], tmp_path / "b", "--from-file", prompts, "--continue", n_iter=2),
+        "00004.png",
+        "'flag'",
+        "'face'",
+    )
     prompts.write_text("flag\nred heart\n")
     succeeded(text(models["text"], tmp_path / "c", "--from-file", prompts))
     prompts.write_text("flag\nred heart\nface\n")

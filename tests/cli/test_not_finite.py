@@ -9,7 +9,20 @@ from safetensors.torch import load_file, save_file
 from tests.support import commands, tiny, tiny_latent
 from tests.support.commands import fails, stops
 
-TEXT_OPTIONS = ["--ddim_steps", 2, "--n_samples", 1, "--n_iter", 1, "--threads", 1, "--prompt", "red heart", "--precision", "full"]
+TEXT_OPTIONS = [
+    "--ddim_steps",
+    2,
+    "--n_samples",
+    1,
+    "--n_iter",
+    1,
+    "--threads",
+    1,
+    "--prompt",
+    "red heart",
+    "--precision",
+    "full",
+]
 
 
 def spoil(state, name, value=float("nan")):
@@ -20,24 +33,68 @@ def spoil(state, name, value=float("nan")):
 
 
 def pixel(folder, *more):
-    words = ["--config", tiny.config_file(folder), "--timesteps", 3, "--max_images", 2, "--threads", 1, "-l", folder / "out"]
+    words = [
+        "--config",
+        tiny.config_file(folder),
+        "--timesteps",
+        3,
+        "--max_images",
+        2,
+        "--threads",
+        1,
+        "-l",
+        folder / "out",
+    ]
     return commands.run("sample_diffusion_ddim.py", *words, *more)
 
 
 def test_a_pixel_checkpoint(tmp_path):
     save_file(spoil(tiny.unet().state_dict(), "mid.block_1.conv1.weight"), tmp_path / "nan.safetensors")
-    fails(pixel(tmp_path, "--ckpt", tmp_path / "nan.safetensors"), "nan.safetensors", "mid.block_1.conv1.weight", "not finite")
-    words = ["--config", tmp_path / "tiny.yml", "--ckpt", tmp_path / "nan.safetensors", "--timesteps", 4, "--cali_st", 2, "--cali_n", 2]
+    fails(
+        pixel(tmp_path, "--ckpt", tmp_path / "nan.safetensors"),
+        "nan.safetensors",
+        "mid.block_1.conv1.weight",
+        "not finite",
+    )
+    words = [
+        "--config",
+        tmp_path / "tiny.yml",
+        "--ckpt",
+        tmp_path / "nan.safetensors",
+        "--timesteps",
+        4,
+        "--cali_st",
+        2,
+        "--cali_n",
+        2,
+    ]
     fails(commands.run("make_calibration_set.py", *words, "-o", tmp_path / "set.pt"), "mid.block_1.conv1.weight")
     assert not list((tmp_path / "out").rglob("*.png")) and not (tmp_path / "set.pt").exists()
 
 
-@pytest.mark.parametrize("more", [[], ["--ptq", "--weight_bit", 8, "--quant_mode", "linear", "--cali_st", 2, "--cali_n", 2]])
+@pytest.mark.parametrize(
+    "more", [[], ["--ptq", "--weight_bit", 8, "--quant_mode", "linear", "--cali_st", 2, "--cali_n", 2]]
+)
 def test_a_pixel_network_that_overflows(tmp_path, more):
     state = tiny.unet().state_dict()
-    save_file(state | {"conv_out.weight": torch.full_like(state["conv_out.weight"], 3e38)}, tmp_path / "huge.safetensors")
-    stops(pixel(tmp_path, "--ckpt", tmp_path / "huge.safetensors", *more), "the UNet", "first at step 1 of", "not finite")
-    words = ["--config", tmp_path / "tiny.yml", "--ckpt", tmp_path / "huge.safetensors", "--timesteps", 4, "--cali_st", 2, "--cali_n", 2]
+    save_file(
+        state | {"conv_out.weight": torch.full_like(state["conv_out.weight"], 3e38)}, tmp_path / "huge.safetensors"
+    )
+    stops(
+        pixel(tmp_path, "--ckpt", tmp_path / "huge.safetensors", *more), "the UNet", "first at step 1 of", "not finite"
+    )
+    words = [
+        "--config",
+        tmp_path / "tiny.yml",
+        "--ckpt",
+        tmp_path / "huge.safetensors",
+        "--timesteps",
+        4,
+        "--cali_st",
+        2,
+        "--cali_n",
+        2,
+    ]
     fails(commands.run("make_calibration_set.py", *words, "-o", tmp_path / "set.pt"), "the UNet", "first at step 1")
     assert not list((tmp_path / "out").rglob("*.png")) and not (tmp_path / "set.pt").exists()
 
@@ -78,6 +135,24 @@ def test_a_packed_checkpoint(tmp_path):
     state = load_file(bundled)
     name = next(name for name, tensor in state.items() if tensor.is_floating_point() and tensor.numel())
     save_file(spoil(state, name), tmp_path / "q.safetensors", metadata)
-    words = ["--config", commands.REPOSITORY / "configs/emoji32.yml", "--timesteps", 2, "--max_images", 1, "-l", tmp_path / "out"]
-    words += ["--ptq", "--weight_bit", 4, "--quant_act", "--a_sym", "--split", "--cali_ckpt", tmp_path / "q.safetensors"]
+    words = [
+        "--config",
+        commands.REPOSITORY / "configs/emoji32.yml",
+        "--timesteps",
+        2,
+        "--max_images",
+        1,
+        "-l",
+        tmp_path / "out",
+    ]
+    words += [
+        "--ptq",
+        "--weight_bit",
+        4,
+        "--quant_act",
+        "--a_sym",
+        "--split",
+        "--cali_ckpt",
+        tmp_path / "q.safetensors",
+    ]
     fails(commands.run("sample_diffusion_ddim.py", *words), "q.safetensors", name)

@@ -23,10 +23,18 @@ DYNAMIC = ({0: "batch", 2: "height", 3: "width"}, {0: "batch"})
 @pytest.fixture(scope="module", params=[(4, True, "max", True), (8, False, "mse", False), (8, True, "mse", False)])
 def case(request):
     bits, symmetric, method, split = request.param
-    network = tiny.unet(config=replace(tiny.MODEL, ch_mult=(1,), attn_resolutions=()))  # exports take a second for ten layers
+    network = tiny.unet(
+        config=replace(tiny.MODEL, ch_mult=(1,), attn_resolutions=())
+    )  # exports take a second for ten layers
     rows = tiny.rows(network)
     quant = QuantConfig(
-        bits, quant_act=True, a_sym=symmetric, split=split, quant_mode="linear", weight_scale_method=method, act_scale_method=method
+        bits,
+        quant_act=True,
+        a_sym=symmetric,
+        split=split,
+        quant_mode="linear",
+        weight_scale_method=method,
+        act_scale_method=method,
     )
     model = calibrate(network, PIXEL, quant, CalibrationConfig(), rows)
     return model, tuple(part[::8][:8] for part in rows.inputs), bits
@@ -39,7 +47,12 @@ def inputs64(inputs):
 @torch.no_grad()
 def test_what_is_exported_computes_the_same(case):
     model, inputs, _ = case
-    assert golden.relative_error(exportable(model).double()(*inputs64(inputs)), copy.deepcopy(model).double()(*inputs64(inputs))) < 1e-6
+    assert (
+        golden.relative_error(
+            exportable(model).double()(*inputs64(inputs)), copy.deepcopy(model).double()(*inputs64(inputs))
+        )
+        < 1e-6
+    )
 
 
 def test_runtime_and_file_agree_with_the_simulation(case, tmp_path):
@@ -55,7 +68,9 @@ def test_runtime_and_file_agree_with_the_simulation(case, tmp_path):
         assert {t.data_type for t in graph.initializer if ".integers" in t.name} == {onnx.TensorProto.UINT4}
     for name, values in integers.items():
         quantizer = quant_layers(model)[name.split(".integers")[0]].weight_quantizer
-        stored = quantizer.integers if values.min() >= 0 else quantizer.integers.double() - quantizer.zero_point.double()
+        stored = (
+            quantizer.integers if values.min() >= 0 else quantizer.integers.double() - quantizer.zero_point.double()
+        )
         assert torch.equal(torch.from_numpy(values.astype("float64")), stored.double())
     options = runtime.SessionOptions()
     options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL  # node by node, as the file says
@@ -72,7 +87,10 @@ def test_runtime_and_file_agree_with_the_simulation(case, tmp_path):
 def errors_of(session, model, inputs):
     """The relative error of each row of the runtime's outputs."""
     (found,) = session.run(None, dict(zip(("x", "t"), (part.numpy() for part in inputs), strict=True)))
-    return [golden.relative_error(row, other) for row, other in zip(torch.from_numpy(found), exportable(model)(*inputs), strict=True)]
+    return [
+        golden.relative_error(row, other)
+        for row, other in zip(torch.from_numpy(found), exportable(model)(*inputs), strict=True)
+    ]
 
 
 def test_weights_alone_agree_at_every_size(case, tmp_path):
@@ -105,14 +123,18 @@ def test_the_command_fixes_the_sizes_that_are_given(tmp_path):
     assert shapes == [[3, 3, "height", 32], [3]]
     fails(commands.run(*words, "-o", tmp_path / "b.onnx", "--H", 33), "--H, --W: 33, expected a multiple of 2")
     fails(commands.run(*words, "-o", tmp_path / "b.pth", "--H", 32), "--H 32: acts only for an .onnx file")
-    fails(commands.run(*words, "-o", tmp_path / "b.pth", "--cali_iters", 3), "--cali_iters 3: acts only in a calibration")
+    fails(
+        commands.run(*words, "-o", tmp_path / "b.pth", "--cali_iters", 3), "--cali_iters 3: acts only in a calibration"
+    )
     fails(commands.run(*words, "-o", tmp_path, "--resume_w"), "expected a name ending in")
     assert not list(tmp_path.glob("b.*"))
 
 
 def test_what_onnx_cannot_hold_is_named(network, rows):
     for change, words in (({"act_bit": 6}, "6-bit"), ({"time_bounds": (500.0,)}, "time-step sets")):
-        model = calibrate(network, PIXEL, QuantConfig(quant_act=True, quant_mode="linear", **change), CalibrationConfig(), rows)
+        model = calibrate(
+            network, PIXEL, QuantConfig(quant_act=True, quant_mode="linear", **change), CalibrationConfig(), rows
+        )
         with pytest.raises(ConfigError, match=words):
             exportable(model)
     model = calibrate(network, PIXEL, QuantConfig(8, quant_act=True, quant_mode="linear"), CalibrationConfig(), rows)

@@ -266,7 +266,9 @@ def test_any_network_is_quantized(tmp_path):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     x, t = torch.randn(96, 3, 8, 8), torch.arange(96.0)
     recipe = {"iters": 60, "iters_a": 20, "iters_tune": 10, "batch_size": 16}
-    quantized = qdiff.quantize(model, (x, t), weight_bit=4, blocks=[Residual], timestep_groups=2, folder=tmp_path, **recipe)
+    quantized = qdiff.quantize(
+        model, (x, t), weight_bit=4, blocks=[Residual], timestep_groups=2, folder=tmp_path, **recipe
+    )
     assert all(isinstance(m, QuantConv2d | QuantLinear) for m in quantized.modules() if hasattr(m, "weight"))
     names = [entry["step"].split()[-1] for entry in read_entries(tmp_path / MANIFEST)]
     assert names[:4] == ["stem", "blocks.0", "blocks.1", "head"]
@@ -344,7 +346,9 @@ def nested():
 
 def test_other_blocks_do_not_continue_a_calibration(tmp_path):
     qdiff.quantize(Denoiser(), INPUTS, folder=tmp_path, **QUICK)
-    with pytest.raises(ConfigError, match=r"units is blocks\.0 now, but was blocks\.0\.first when this calibration began"):
+    with pytest.raises(
+        ConfigError, match=r"units is blocks\.0 now, but was blocks\.0\.first when this calibration began"
+    ):
         torch.manual_seed(1)
         qdiff.quantize(Denoiser(), INPUTS, blocks=[Residual], folder=tmp_path, **QUICK)
 
@@ -402,7 +406,13 @@ def test_a_network_may_hold_what_it_does_not_use(tmp_path):
         block.register_buffer("table", table)
     model.train()
     quantized = qdiff.quantize(
-        model, (torch.randn(8, 3, 8, 8), torch.arange(8.0)), blocks=[Residual], folder=tmp_path, iters=1, iters_a=1, iters_tune=2
+        model,
+        (torch.randn(8, 3, 8, 8), torch.arange(8.0)),
+        blocks=[Residual],
+        folder=tmp_path,
+        iters=1,
+        iters_a=1,
+        iters_tune=2,
     )
     assert torch.equal(quantized.blocks[1].table, table)
     assert model.training and all(p.requires_grad for p in model.parameters()), "the caller's network is as it was"

@@ -118,7 +118,9 @@ def test_calibration_then_both_formats_then_weights_reused(files, tmp_path):
     assert len(torch.load(data, weights_only=True)["xs"]) == 4
     quant = ("--ptq", "--weight_bit", 4, "--quant_act", "--a_sym", "--split")
     short = ("--cali_st", 2, "--cali_n", 8, "--cali_iters", 3, "--cali_iters_a", 3, "--cali_batch_size", 4)
-    first = commands.run(SAMPLE, *base(files, tmp_path / "a", "--ckpt", files["ckpt"], *quant, *short, "--cali_data_path", data))
+    first = commands.run(
+        SAMPLE, *base(files, tmp_path / "a", "--ckpt", files["ckpt"], *quant, *short, "--cali_data_path", data)
+    )
     assert first.returncode == 0, first.stderr
     folder = run_folder(tmp_path / "a")
     for i, name in enumerate(("ckpt.pth", "ckpt.safetensors")):
@@ -146,14 +148,20 @@ def test_ptq_alone_generates_the_set_and_calibrates(files, tmp_path):
     short = ("--cali_n", 4, "--cali_iters", 1, "--cali_iters_a", 1)
     result = commands.run(SAMPLE, *base(files, tmp_path, "--ckpt", files["ckpt"], "--ptq", "--quant_act", *short))
     assert result.returncode == 0, result.stderr
-    assert {"ckpt.pth", "ckpt.safetensors", "calibration_set.pt", "run.log"} <= {p.name for p in run_folder(tmp_path).iterdir()}
-    assert len(torch.load(run_folder(tmp_path) / "calibration_set.pt", weights_only=True)["xs"]) == 5  # as many as the sampler makes
+    assert {"ckpt.pth", "ckpt.safetensors", "calibration_set.pt", "run.log"} <= {
+        p.name for p in run_folder(tmp_path).iterdir()
+    }
+    assert (
+        len(torch.load(run_folder(tmp_path) / "calibration_set.pt", weights_only=True)["xs"]) == 5
+    )  # as many as the sampler makes
     assert re.search(r"weights 1/\d+ temb.dense.0: held-out error", (run_folder(tmp_path) / "run.log").read_text())
 
 
 @pytest.mark.parametrize("command", PUBLISHED)
 def test_published_commands_parse_and_stop_at_the_missing_files(tmp_path, command):
-    words = command.format(config="configs/cifar10.yml", out=tmp_path / "out", ckpt=tmp_path / "no.pth", data=tmp_path / "no.pt")
+    words = command.format(
+        config="configs/cifar10.yml", out=tmp_path / "out", ckpt=tmp_path / "no.pth", data=tmp_path / "no.pt"
+    )
     fails(commands.run(SAMPLE, *shlex.split(words), env={"XDG_CACHE_HOME": str(tmp_path / "cache")}), "no such file")
 
 
@@ -184,7 +192,10 @@ def _truncated(files, folder: Path) -> Path:
 QUANT = ("--ptq", "--weight_bit", 4, "--quant_act", "--a_sym", "--split")
 BAD = {
     "unknown config": (lambda f, d: ["--config", d / "no.yml"], "no such file"),
-    "config of another family": (lambda f, d: ["--config", commands.REPOSITORY / "environment.yml"], "expected the sections"),
+    "config of another family": (
+        lambda f, d: ["--config", commands.REPOSITORY / "environment.yml"],
+        "expected the sections",
+    ),
     "width 1": (lambda f, d: ["--ptq", "--weight_bit", 1, "--cali_ckpt", f["q"]], "--weight_bit 1"),
     "width 17": (lambda f, d: ["--ptq", "--weight_bit", 17, "--cali_ckpt", f["q"]], "--weight_bit 17"),
     "no steps": (lambda f, d: ["--ckpt", f["ckpt"], "--timesteps", 0], "--timesteps"),
@@ -193,13 +204,25 @@ BAD = {
     "no weights": (lambda f, d: [], "no weights"),
     "wrong width": (lambda f, d: ["--ptq", "--weight_bit", 8, "--split", "--cali_ckpt", f["q"]], "--weight_bit 8"),
     "not split": (lambda f, d: ["--ptq", "--weight_bit", 4, "--cali_ckpt", f["q"]], "--split"),
-    "other channels": (lambda f, d: ["--config", tiny.config_file(d, ch=32), *QUANT, "--cali_ckpt", f["q"]], "expected"),
+    "other channels": (
+        lambda f, d: ["--config", tiny.config_file(d, ch=32), *QUANT, "--cali_ckpt", f["q"]],
+        "expected",
+    ),
     "truncated": (lambda f, d: [*QUANT, "--cali_ckpt", _truncated(f, d)], "damaged"),
     "web page": (lambda f, d: [*QUANT, "--cali_ckpt", _html(d)], "HTML"),
     "code": (lambda f, d: [*QUANT, "--cali_ckpt", _evil(d)], "refused"),
-    "time steps that are not there": (lambda f, d: ["--ckpt", f["ckpt"], "--ptq", "--cali_st", 6], "--cali_st 6: the sampler makes only 5"),
-    "linear with a learned one": (lambda f, d: [*QUANT, "--quant_mode", "linear", "--cali_ckpt", f["packed"]], "--quant_mode linear"),
-    "text for a checkpoint": (lambda f, d: [*QUANT, "--cali_ckpt", commands.REPOSITORY / "README.md"], "no pickle of tensors"),
+    "time steps that are not there": (
+        lambda f, d: ["--ckpt", f["ckpt"], "--ptq", "--cali_st", 6],
+        "--cali_st 6: the sampler makes only 5",
+    ),
+    "linear with a learned one": (
+        lambda f, d: [*QUANT, "--quant_mode", "linear", "--cali_ckpt", f["packed"]],
+        "--quant_mode linear",
+    ),
+    "text for a checkpoint": (
+        lambda f, d: [*QUANT, "--cali_ckpt", commands.REPOSITORY / "README.md"],
+        "no pickle of tensors",
+    ),
     "unknown option": (lambda f, d: ["--bits", 4], "unrecognized"),
     "quantization without --ptq": (lambda f, d: ["--cali_ckpt", f["q"]], "--ptq"),
     "no such device": (lambda f, d: ["--ckpt", f["ckpt"], "--device", "mps"], "not present"),
@@ -218,7 +241,16 @@ EMBEDDED = commands.REPOSITORY / "models/ddim/emoji32"
 
 def test_the_bundled_model_runs_quantized(tmp_path):
     words = "--config configs/emoji32.yml --use_pretrained --timesteps 10 --skip_type quad --max_images 2"
-    quant = ["--ptq", "--weight_bit", 4, "--quant_act", "--a_sym", "--split", "--cali_ckpt", EMBEDDED / "w4a8.safetensors"]
+    quant = [
+        "--ptq",
+        "--weight_bit",
+        4,
+        "--quant_act",
+        "--a_sym",
+        "--split",
+        "--cali_ckpt",
+        EMBEDDED / "w4a8.safetensors",
+    ]
     for i, more in enumerate(([], quant)):
         result = commands.run(SAMPLE, *shlex.split(words), *more, "-l", tmp_path / str(i))
         assert result.returncode == 0, result.stderr
@@ -229,14 +261,46 @@ def test_one_flipped_byte_of_the_bundled_checkpoint_is_named(tmp_path):
     damaged = bytearray((EMBEDDED / "w4a8.safetensors").read_bytes())
     damaged[len(damaged) // 2] ^= 4
     (tmp_path / "w4a8.safetensors").write_bytes(damaged)
-    words = ["--config", "configs/emoji32.yml", *QUANT, "--cali_ckpt", tmp_path / "w4a8.safetensors", "-l", tmp_path / "out"]
+    words = [
+        "--config",
+        "configs/emoji32.yml",
+        *QUANT,
+        "--cali_ckpt",
+        tmp_path / "w4a8.safetensors",
+        "-l",
+        tmp_path / "out",
+    ]
     fails(commands.run(SAMPLE, *words), "sha256")
 
 
 def test_a_killed_calibration_continues(files, tmp_path):
     """Killed half-way, continued by the same command: the same checkpoint, bit for bit; other settings are refused."""
-    recipe = ["--preset", "fast", "--cali_st", 2, "--cali_n", 4, "--cali_iters", 10, "--cali_iters_a", 3, "--cali_iters_tune", 2]
-    arguments = base(files, tmp_path / "a", "--ckpt", files["ckpt"], "--ptq", "--quant_act", "--timestep_groups", 2, *recipe, images=1)
+    recipe = [
+        "--preset",
+        "fast",
+        "--cali_st",
+        2,
+        "--cali_n",
+        4,
+        "--cali_iters",
+        10,
+        "--cali_iters_a",
+        3,
+        "--cali_iters_tune",
+        2,
+    ]
+    arguments = base(
+        files,
+        tmp_path / "a",
+        "--ckpt",
+        files["ckpt"],
+        "--ptq",
+        "--quant_act",
+        "--timestep_groups",
+        2,
+        *recipe,
+        images=1,
+    )
     process = commands.start(SAMPLE, *arguments)
     deadline = time.monotonic() + 120
     while not list((tmp_path / "a").glob("samples/*/calibration/0009.safetensors")) and time.monotonic() < deadline:
@@ -250,5 +314,7 @@ def test_a_killed_calibration_continues(files, tmp_path):
     assert commands.run(SAMPLE, *other).returncode == 0
     first, second = run_folder(tmp_path / "a"), run_folder(tmp_path / "b")
     assert (first / "ckpt.safetensors").read_bytes() == (second / "ckpt.safetensors").read_bytes()
-    assert {"layers.csv", "layers.png", "units.png", "manifest.jsonl"} <= {path.name for path in (first / "calibration").iterdir()}
+    assert {"layers.csv", "layers.png", "units.png", "manifest.jsonl"} <= {
+        path.name for path in (first / "calibration").iterdir()
+    }
     assert not (first / "ckpt.pth").exists()  # the published format has no time-step sets

@@ -122,7 +122,9 @@ def children(pid: int) -> list[int]:
 def test_a_process_that_dies_loses_only_unfinished_images(files, tmp_path):
     """Two processes, then three, make the images that one makes."""
     images = 200
-    process = subprocess.Popen(command(files, tmp_path / "a", 2, images), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(files, tmp_path / "a", 2, images), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 120
     while len(content(tmp_path / "a")) < 20 and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -130,7 +132,9 @@ def test_a_process_that_dies_loses_only_unfinished_images(files, tmp_path):
     process.wait(timeout=120)
     early = content(tmp_path / "a")
     assert 20 <= len(early) < images
-    result = subprocess.run(command(files, tmp_path / "a", 3, images, "--continue"), capture_output=True, text=True, timeout=300)
+    result = subprocess.run(
+        command(files, tmp_path / "a", 3, images, "--continue"), capture_output=True, text=True, timeout=300
+    )
     assert result.returncode == 0, result.stderr
     late = content(tmp_path / "a")
     assert len(late) == images and all(late[name] == bytes_ for name, bytes_ in early.items())

@@ -43,11 +43,15 @@ class Case:
         self.rows = settings["outputs_are_for_first"]
 
     def inputs(self, dtype: torch.dtype) -> list[torch.Tensor]:
-        given = [self.io["x"].to(dtype), self.io["t"]] + ([self.io["context"].to(dtype)] if "context" in self.io else [])
+        given = [self.io["x"].to(dtype), self.io["t"]] + (
+            [self.io["context"].to(dtype)] if "context" in self.io else []
+        )
         return [tensor[: self.rows] for tensor in given]
 
     def unet(self) -> UNetModel:
-        return load_into(UNetModel(self.config), read_tensors(self.folder / "unet_fp32.safetensors"), self.folder).eval()
+        return load_into(
+            UNetModel(self.config), read_tensors(self.folder / "unet_fp32.safetensors"), self.folder
+        ).eval()
 
     def quantized(self) -> torch.nn.Module:
         return load_published(self.folder / "ckpt.pth", describe(self.config), LATENT, self.quant)
@@ -58,7 +62,9 @@ def case(request) -> Case:
     return Case(request.param)
 
 
-def agrees_in_double(network: torch.nn.Module, case: Case, expected: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> bool:
+def agrees_in_double(
+    network: torch.nn.Module, case: Case, expected: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> bool:
     """Within 1e-9, allowing the frequencies of the time embedding their last bit.
 
     float32 exp differs by one unit in the last place between processors, so the frequencies are the
@@ -131,7 +137,10 @@ def test_autoencoders(name, kind):
     assert golden.relative_error(model.decode(io["z"]), io["decoded"]) < 1e-9
     if kind is AutoencoderKL:
         mean, std = model.posterior(io["image"])
-        assert golden.relative_error(mean, io["encoded_mean"]) < 1e-9 and golden.relative_error(std, io["encoded_std"]) < 1e-9
+        assert (
+            golden.relative_error(mean, io["encoded_mean"]) < 1e-9
+            and golden.relative_error(std, io["encoded_std"]) < 1e-9
+        )
     else:
         assert golden.relative_error(model.encode(io["image"]), io["encoded"]) < 1e-9
 
@@ -195,7 +204,16 @@ def test_configs_have_the_published_values():
     }
     for theirs, ours in names.items():
         published, own = load_config(golden.path(f"configs/{theirs}")), load_config(REPOSITORY / ours)
-        for field in ("unet", "linear_start", "linear_end", "timesteps", "image_size", "channels", "scale_factor", "use_ema"):
+        for field in (
+            "unet",
+            "linear_start",
+            "linear_end",
+            "timesteps",
+            "image_size",
+            "channels",
+            "scale_factor",
+            "use_ema",
+        ):
             assert getattr(published, field) == getattr(own, field), (ours, field)
         for params in (published.first_stage.params, own.first_stage.params):
             params.pop("lossconfig", None)

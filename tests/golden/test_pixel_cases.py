@@ -37,7 +37,9 @@ class Case:
         self.x, self.t = self.io["x"][:rows], self.io["t"][:rows]
 
     def unet(self) -> UNet:
-        return load_into(UNet(self.model_config), read_tensors(self.folder / "unet_fp32.safetensors"), self.folder).eval()
+        return load_into(
+            UNet(self.model_config), read_tensors(self.folder / "unet_fp32.safetensors"), self.folder
+        ).eval()
 
     def quantized(self) -> torch.nn.Module:
         return load_published(self.folder / "ckpt.pth", describe(self.model_config), PIXEL, self.quant)

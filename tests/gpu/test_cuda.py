@@ -38,7 +38,9 @@ def test_images_are_those_of_the_cpu(network):
 @pytest.mark.parametrize("engine", ["auto", "integer"])
 def test_the_packed_engine_is_the_simulation(rows, engine):
     network = tiny.unet()
-    simulated = calibrate(network, PIXEL, QuantConfig(**W4A8.to_dict() | {"quant_mode": "linear"}), CalibrationConfig(), rows).to(CUDA)
+    simulated = calibrate(
+        network, PIXEL, QuantConfig(**W4A8.to_dict() | {"quant_mode": "linear"}), CalibrationConfig(), rows
+    ).to(CUDA)
     inputs = tuple(part[::8].to(CUDA) for part in rows.inputs)
     expected = simulated(*inputs)
     found = apply_engine(simulated, engine)(*inputs)

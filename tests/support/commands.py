@@ -45,7 +45,9 @@ def run(name: str, *arguments: object, env: Mapping[str, str] | None = None) -> 
 def script(name: str, *arguments: object, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess:
     """Run a script as a process of its own."""
     command = [sys.executable, str(REPOSITORY / "scripts" / name), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env={**os.environ, **(env or {})}, timeout=300)
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=REPOSITORY, env={**os.environ, **(env or {})}, timeout=300
+    )
 
 
 def start(name: str, *arguments: object) -> subprocess.Popen:
@@ -56,7 +58,15 @@ def start(name: str, *arguments: object) -> subprocess.Popen:
 
 def torchrun(processes: int, file: str | Path, *arguments: object) -> list[str]:
     """The command that starts a file in several processes, on a port that is free."""
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", str(file), *map(str, arguments)]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={processes}",
+        str(file),
+        *map(str, arguments),
+    ]
 
 
 def fails(result: subprocess.CompletedProcess, *words: str) -> None:

@@ -32,7 +32,9 @@ def _int_mm_saturates() -> str | None:
 INT_MM_SATURATES = _int_mm_saturates()
 
 
-def quantized_layer(layer: nn.Module, kind: type, bits: int, symmetric: bool, method: str, x: torch.Tensor, split: int = 0):
+def quantized_layer(
+    layer: nn.Module, kind: type, bits: int, symmetric: bool, method: str, x: torch.Tensor, split: int = 0
+):
     quantized = kind(layer, bits, 8, symmetric, split).requires_grad_(False)
     quantized.init_weight_scales(method)
     for quantizer, part in zip(quantized.act_quantizers, quantized._parts(x), strict=True):
@@ -68,7 +70,9 @@ def right(model: nn.Module) -> bool:
     """Whether integer products of these layers are right here: sums of two products of 8-bit weights overflow 16 bits without VNNI."""
     layers = list(model.modules())
     wide = any(q.n_bits > 4 for layer in layers if isinstance(layer, QuantLayer) for q in layer.weight_quantizers)
-    attends = any(isinstance(layer, QuantMatMul) and all(q.n_bits <= 8 for q in layer.act_quantizers) for layer in layers)
+    attends = any(
+        isinstance(layer, QuantMatMul) and all(q.n_bits <= 8 for q in layer.act_quantizers) for layer in layers
+    )
     return not (wide and SATURATES) and not (attends and INT_MM_SATURATES)
 
 

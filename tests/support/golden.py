@@ -35,7 +35,9 @@ def read_json(name: str):
 
 def cases(family: str) -> list[str]:
     """Names of the whole-network cases of one family, discovered."""
-    return sorted(p.parent.name for p in ROOT.glob("cases/*/case.json") if json.loads(p.read_text())["family"] == family)
+    return sorted(
+        p.parent.name for p in ROOT.glob("cases/*/case.json") if json.loads(p.read_text())["family"] == family
+    )
 
 
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:

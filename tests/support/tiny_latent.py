@@ -37,7 +37,13 @@ CONDITIONED = {"use_spatial_transformer": True, "transformer_depth": 1, "context
 ENCODERS = {
     "text": {
         "target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder",
-        "params": {"width": 16, "layers": 1, "heads": 2, "max_length": 8, "vocabulary": "models/ldm/emoji64-text/merges.txt"},
+        "params": {
+            "width": 16,
+            "layers": 1,
+            "heads": 2,
+            "max_length": 8,
+            "vocabulary": "models/ldm/emoji64-text/merges.txt",
+        },
     },
     "class": {"target": "ldm.modules.encoders.modules.ClassEmbedder", "params": {"embed_dim": 16, "n_classes": 6}},
     "none": "__is_unconditional__",
@@ -56,7 +62,10 @@ def config(kind: str = "none", **params) -> dict:
             "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
             "params": UNET | (CONDITIONED if kind != "none" else {}),
         },
-        "first_stage_config": {"target": "ldm.models.autoencoder.AutoencoderKL", "params": {"embed_dim": 4, "ddconfig": AUTOENCODER}},
+        "first_stage_config": {
+            "target": "ldm.models.autoencoder.AutoencoderKL",
+            "params": {"embed_dim": 4, "ddconfig": AUTOENCODER},
+        },
         "cond_stage_config": ENCODERS[kind],
     }
     return {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": values | params}}
@@ -96,7 +105,9 @@ def save_as_lightning(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     kind = type("ModelCheckpoint", (), {"__module__": names[-1]})
     sys.modules[names[-1]].ModelCheckpoint = kind
     try:
-        torch.save({"state_dict": tensors, "global_step": 7, "callbacks": {kind: {"best": 1.0}, "object": kind()}}, path)
+        torch.save(
+            {"state_dict": tensors, "global_step": 7, "callbacks": {kind: {"best": 1.0}, "object": kind()}}, path
+        )
     finally:
         for name, module in kept.items():
             if module is None:

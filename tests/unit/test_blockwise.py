@@ -31,7 +31,9 @@ def test_every_unit_sees_what_it_sees_in_a_whole_pass(network, rows, budget, tmp
     plan = plan_of(network, rows)
     seen = {}
     handles = [
-        network.get_submodule(unit).register_forward_hook(lambda _, args, out, unit=unit: seen.update({unit: (args, out)}))
+        network.get_submodule(unit).register_forward_hook(
+            lambda _, args, out, unit=unit: seen.update({unit: (args, out)})
+        )
         for unit in plan.order
     ]
     final = network(*rows.inputs)
@@ -159,7 +161,9 @@ class InPlace(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([nn.Sequential(nn.SiLU(inplace=True), nn.Conv2d(4, 4, 3, padding=1)) for _ in range(6)])
+        self.layers = nn.ModuleList(
+            [nn.Sequential(nn.SiLU(inplace=True), nn.Conv2d(4, 4, 3, padding=1)) for _ in range(6)]
+        )
 
     def forward(self, x, shift):
         x /= 2

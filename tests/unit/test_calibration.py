@@ -97,7 +97,9 @@ def test_time_projections_are_units_of_their_own(network, rows):
     order = trace_execution(model, units(model, PIXEL), rows, CPU).order
     assert order[0] == "temb.dense.0" and order[-1] == "conv_out"
     assert order.index("mid.block_1.temb_proj") < order.index("mid.block_1") < order.index("mid.attn_1")
-    covered = [name for name in quant_layers(model) if name in order or any(name.startswith(unit + ".") for unit in order)]
+    covered = [
+        name for name in quant_layers(model) if name in order or any(name.startswith(unit + ".") for unit in order)
+    ]
     assert set(covered) == set(quant_layers(model))
 
 
@@ -136,7 +138,9 @@ def test_ranges_do_not_depend_on_the_slices_of_an_attention(monkeypatch, method,
     bounds = timestep_group_bounds(rows, change["timestep_groups"]) if "timestep_groups" in change else ()
     quant = QuantConfig(quant_act=True, act_scale_method=method, time_bounds=bounds)
     family = Architecture("attending", lambda _: None, {}, products=LATENT.products)
-    monkeypatch.setattr("qdiff.calibration.ranges.SEARCH_ELEMENTS", 2**13)  # fewer than there are, so that samples stand for all
+    monkeypatch.setattr(
+        "qdiff.calibration.ranges.SEARCH_ELEMENTS", 2**13
+    )  # fewer than there are, so that samples stand for all
     found = []
     for size in (2**28, 1):
         monkeypatch.setattr("ldm.attention.SLICE_BYTES", size)
@@ -145,7 +149,14 @@ def test_ranges_do_not_depend_on_the_slices_of_an_attention(monkeypatch, method,
         with torch.no_grad():
             output = golden.relative_error(model(*rows.inputs), network(*rows.inputs))
         found.append(
-            (output, {name.rpartition("_")[2]: q.scale for name, q in act_quantizers(model.attention).items() if name[:2] in ("qk", "av")})
+            (
+                output,
+                {
+                    name.rpartition("_")[2]: q.scale
+                    for name, q in act_quantizers(model.attention).items()
+                    if name[:2] in ("qk", "av")
+                },
+            )
         )
     (whole, deltas), (sliced, others) = found
     assert set(deltas) == {"q", "k", "v", "w"} and sliced < 1.1 * whole
@@ -165,7 +176,12 @@ def test_ranges_take_fewer_rows_where_memory_does_not_suffice(network, rows, cap
 
     with model.register_forward_pre_hook(small):
         init_activation_ranges(model, rows, W4A8, CalibrationConfig(running_stat=True), CPU)
-    assert sizes[:3] == [64, 32, 16] and max(sizes[2:]) == 16 and sum(sizes[3:]) == len(rows) and "taking 16" in caplog.text
+    assert (
+        sizes[:3] == [64, 32, 16]
+        and max(sizes[2:]) == 16
+        and sum(sizes[3:]) == len(rows)
+        and "taking 16" in caplog.text
+    )
 
 
 def test_weights_of_one_network_serve_other_activations(network, rows, tmp_path):
@@ -177,7 +193,9 @@ def test_weights_of_one_network_serve_other_activations(network, rows, tmp_path)
     model = calibrate(network, PIXEL, quant, replace(SHORT, iters_a=2), rows, target)
     assert all(q.n_bits == 4 and not q.symmetric for q in model.conv_in.act_quantizers)
     integers = {name: layer.weight_quantizer.integers for name, layer in quant_layers(first).items()}
-    assert all(torch.equal(layer.weight_quantizer.integers, integers[name]) for name, layer in quant_layers(model).items())
+    assert all(
+        torch.equal(layer.weight_quantizer.integers, integers[name]) for name, layer in quant_layers(model).items()
+    )
     save_packed(tmp_path / "packed.safetensors", model, PackedInfo(PIXEL.name, describe(tiny.MODEL), quant, {}, ""))
     with torch.no_grad():
         assert torch.equal(load_packed(tmp_path / "packed.safetensors")[0](*rows.inputs), model(*rows.inputs))
@@ -195,7 +213,9 @@ def test_what_cannot_be_quantized_is_named():
     net = nn.Sequential(nn.Conv2d(4, 4, 3, padding_mode="circular"))
     with pytest.raises(NotImplementedError, match="0: padding_mode 'circular'"):
         quantize_model(net, Architecture("odd", lambda _: None, {}), QuantConfig())
-    family = Architecture("odd", lambda _: None, {}, products={nn.Sequential: {"qk": AttentionMatMulSpec({"q": "q", "k": "k"})}})
+    family = Architecture(
+        "odd", lambda _: None, {}, products={nn.Sequential: {"qk": AttentionMatMulSpec({"q": "q", "k": "k"})}}
+    )
     with pytest.raises(TypeError, match="Sequential has no product qk"):
         quantize_model(nn.Sequential(nn.Linear(4, 4)), family, QuantConfig())
 
@@ -355,7 +375,10 @@ def test_conditional_and_unconditional_rows_are_both_used(tmp_path):
         ({"xs": [torch.zeros(2, 3, 4, 4)], "ts": [torch.zeros(2)]}, "expected"),
         ({"xs": [torch.zeros(2, 3, 8, 8)], "ts": []}, "different lengths"),
         ({"xs": [torch.full((2, 3, 8, 8), float("nan"))], "ts": [torch.zeros(2)]}, "finite"),
-        ({"xs": [torch.zeros(2, 3, 8, 8)], "ts": [torch.zeros(2)], "cs": [torch.zeros(2, 7, 4)]}, "expected ts, xs for an unconditional"),
+        (
+            {"xs": [torch.zeros(2, 3, 8, 8)], "ts": [torch.zeros(2)], "cs": [torch.zeros(2, 7, 4)]},
+            "expected ts, xs for an unconditional",
+        ),
     ],
 )
 def test_bad_sets_are_refused(tmp_path, content, words):

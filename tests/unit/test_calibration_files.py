@@ -147,7 +147,10 @@ def spoiled(name):
         (lambda content: content | {"xs": [torch.zeros(4)] * 3}, "4 dimensions"),
         (lambda content: content | {"xs": [x[:, :1] for x in content["xs"]]}, r"rows of shape \(1, 5, 5\)"),
         (lambda content: content | {"xs": [(x * 9).to(torch.uint8) for x in content["xs"]]}, "uint8"),
-        (lambda content: content | {"cs": [c[..., :5] for c in content["cs"]]}, "contexts of width 5 in cs: expected 6"),
+        (
+            lambda content: content | {"cs": [c[..., :5] for c in content["cs"]]},
+            "contexts of width 5 in cs: expected 6",
+        ),
         (lambda content: content | {"ucs": [c[:, :5] for c in content["ucs"]]}, "different lengths"),
         (lambda content: content | {"cs": [c[:, 0] for c in content["cs"]]}, "cs holds"),
         (lambda content: content | {"xs": [np.array(["a", "b"])] * 3}, "expected numbers"),

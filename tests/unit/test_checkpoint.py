@@ -32,7 +32,11 @@ from tests.support.quantized import BUILD, Payload, T, X, quantized
 def files(tmp_path):
     unet, model, quant = quantized()
     save_published(tmp_path / "q.pth", model, PIXEL, unet.state_dict(), activations=True)
-    save_packed(tmp_path / "q.safetensors", model, PackedInfo("pixel", BUILD, quant, {"iters": 1}, state_hash(unet.state_dict())))
+    save_packed(
+        tmp_path / "q.safetensors",
+        model,
+        PackedInfo("pixel", BUILD, quant, {"iters": 1}, state_hash(unet.state_dict())),
+    )
     return tmp_path, model, quant
 
 
@@ -103,7 +107,9 @@ def test_truncation_is_noticed(files, name):
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_damaged_legacy_files_are_named(tmp_path):
     """Pickles beside raw storages, as PyTorch before 1.6 wrote them: every damage is one error or goes unnoticed."""
-    torch.save({"a": torch.ones(20, 3), "b": torch.arange(5)}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    torch.save(
+        {"a": torch.ones(20, 3), "b": torch.arange(5)}, tmp_path / "old.pth", _use_new_zipfile_serialization=False
+    )
     content = (tmp_path / "old.pth").read_bytes()
     generator = torch.Generator().manual_seed(0)
     refused = 0
@@ -212,7 +218,8 @@ def test_other_widths_of_asymmetric_activations_are_named(tmp_path):
     load_published(tmp_path / "q.pth", BUILD, PIXEL, quant)
     for bits in (4, 6, 7, 9, 16):
         with pytest.raises(
-            CheckpointError, match=rf"--act_bit {bits} was given, but the activation zero points of the file are those of 8"
+            CheckpointError,
+            match=rf"--act_bit {bits} was given, but the activation zero points of the file are those of 8",
         ):
             load_published(tmp_path / "q.pth", BUILD, PIXEL, replace(quant, act_bit=bits))
 

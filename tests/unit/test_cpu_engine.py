@@ -104,7 +104,9 @@ def test_every_attention_product_is_exact(operators):
         assert isinstance(attention, QuantMatMul)
         operands = [torch.softmax(torch.randn(4, 19, 13) * 4, 2), torch.randn(4, 13, 8)]
         for quantizer, x in zip(attention.act_quantizers, operands, strict=True):
-            quantizer.set_qparams(*Q.choose_qparams(x, quantizer.n_bits, symmetric=quantizer.symmetric, always_zero=quantizer.always_zero))
+            quantizer.set_qparams(
+                *Q.choose_qparams(x, quantizer.n_bits, symmetric=quantizer.symmetric, always_zero=quantizer.always_zero)
+            )
             quantizer.enabled = True
             x.copy_(quantizer(x))  # so that no value lies on the edge between two integers
         compared.append(check(attention, *operands))
@@ -120,7 +122,9 @@ def test_whole_networks_are_as_near_to_float64_as_float32_is(tmp_path):
     compared = []
     for kind, bits, symmetric in product(KINDS, [4, 8], [True, False]):
         network, family, rows = network_of(kind, tmp_path)
-        simulated = calibrate(network, family, replace(LINEAR, weight_bit=bits, a_sym=symmetric), CalibrationConfig(), rows)
+        simulated = calibrate(
+            network, family, replace(LINEAR, weight_bit=bits, a_sym=symmetric), CalibrationConfig(), rows
+        )
         integer, exact = to_integer(simulated), copy.deepcopy(simulated).double()
         errors = {"integer": [], "simulated": []}
         for i in range(8):
@@ -171,7 +175,9 @@ def test_bfloat16_keeps_what_weight_zero_points_leave(operators):
     linear = nn.Linear(64, 32)
     linear.weight.data[:, 0] = 3 * linear.weight.abs().amax(1).data
     x = nn.functional.silu(torch.randn(2, 64, 8, 8))
-    cases = [(conv, QuantConv2d, x) for conv in convolutions] + [(linear, QuantLinear, x.permute(0, 2, 3, 1).flatten(1, 2))]
+    cases = [(conv, QuantConv2d, x) for conv in convolutions] + [
+        (linear, QuantLinear, x.permute(0, 2, 3, 1).flatten(1, 2))
+    ]
     compared = []
     for layer, kind, inputs in cases:
         quantized = quantized_layer(layer, kind, 8, False, "max", inputs)
@@ -194,7 +200,11 @@ def test_autocast_keeps_integer_products(tmp_path):
     with torch.autocast("cpu", torch.bfloat16):
         found = integer(*rows.inputs)
     assert golden.relative_error(found.float(), simulated(*rows.inputs)) < 0.1
-    formed = [path for path, layer in integer.named_modules() if isinstance(layer, QuantLinear | QuantConv2d) and layer._weight is not None]
+    formed = [
+        path
+        for path, layer in integer.named_modules()
+        if isinstance(layer, QuantLinear | QuantConv2d) and layer._weight is not None
+    ]
     assert not formed  # no product fell back to its dequantized weight
 
 
@@ -202,11 +212,16 @@ def test_autocast_keeps_integer_products(tmp_path):
 def test_time_step_sets_and_mixed_rows():
     network = tiny.unet()
     rows = tiny.rows(network)
-    simulated = calibrate(network, PIXEL, replace(LINEAR, time_bounds=timestep_group_bounds(rows, 3)), CalibrationConfig(), rows)
+    simulated = calibrate(
+        network, PIXEL, replace(LINEAR, time_bounds=timestep_group_bounds(rows, 3)), CalibrationConfig(), rows
+    )
     integer, exact = to_integer(simulated), copy.deepcopy(simulated).double()
     times = rows.inputs[1][::16].contiguous()
     assert set(torch.bucketize(times, simulated.timestep_groups.bounds, right=True).tolist()) == {0, 1, 2}
-    for chosen in (*(slice(start, start + 2) for start in range(0, len(rows), 16)), slice(0, None, 9)):  # one time step, several
+    for chosen in (
+        *(slice(start, start + 2) for start in range(0, len(rows), 16)),
+        slice(0, None, 9),
+    ):  # one time step, several
         inputs = tuple(part[chosen] for part in rows.inputs)
         assert golden.relative_error(integer(*inputs).double(), exact(*(part.double() for part in inputs))) < 0.05
 
@@ -285,7 +300,11 @@ def test_a_prepared_network_is_on_its_own(monkeypatch):
     rows = tiny.rows(network)
     inputs = tuple(part[:2] for part in rows.inputs)
     simulated = calibrate(
-        network, PIXEL, replace(LINEAR, sm_abit=16, time_bounds=timestep_group_bounds(rows, 2)), CalibrationConfig(), rows
+        network,
+        PIXEL,
+        replace(LINEAR, sm_abit=16, time_bounds=timestep_group_bounds(rows, 2)),
+        CalibrationConfig(),
+        rows,
     )
     integer = apply_engine(simulated)
     expected = integer(*inputs)
@@ -300,8 +319,14 @@ def test_a_prepared_network_is_on_its_own(monkeypatch):
 def test_inputs_that_the_operators_cannot_take_are_simulated():
     cases = [
         (quantized_layer(nn.Linear(8, 6), QuantLinear, 4, False, "max", torch.randn(4, 8)), [torch.randn(4, 8)]),
-        (quantized_layer(nn.Conv1d(8, 6, 1), QuantConv1d, 4, False, "max", torch.randn(4, 8, 5)), [torch.randn(4, 8, 5)]),
-        (quantized_layer(nn.Conv2d(8, 6, 3), QuantConv2d, 4, False, "max", torch.randn(4, 8, 5, 5)), [torch.randn(4, 8, 5, 5)]),
+        (
+            quantized_layer(nn.Conv1d(8, 6, 1), QuantConv1d, 4, False, "max", torch.randn(4, 8, 5)),
+            [torch.randn(4, 8, 5)],
+        ),
+        (
+            quantized_layer(nn.Conv2d(8, 6, 3), QuantConv2d, 4, False, "max", torch.randn(4, 8, 5, 5)),
+            [torch.randn(4, 8, 5, 5)],
+        ),
         (attention_product(True, 8), [torch.rand(4, 7, 8), torch.randn(4, 8, 5)]),
     ]
     for layer, inputs in cases:
@@ -353,16 +378,16 @@ from tests.support import tiny
 from ddim.family import PIXEL
 from qdiff.calibration.run import calibrate
 from qdiff.config import CalibrationConfig, QuantConfig
-from qdiff.engines import probe
-from qdiff.engines.cpu import prepare
-engine.NARROW = 0
+from qdiff.engines import select
+from qdiff.engines.select import apply_engine
+select.NARROW = 0
 network = tiny.unet()
 rows = tiny.rows(network)
 quant = QuantConfig(weight_bit=8, quant_act=True, split=True, quant_mode="linear")
 simulated = calibrate(network, PIXEL, quant, CalibrationConfig(), rows)
 with torch.no_grad():
     x = tuple(part[:4] for part in rows.inputs)
-    found, expected = prepare(simulated, "auto")(*x), simulated(*x)
+    found, expected = apply_engine(simulated, "auto")(*x), simulated(*x)
 print(json.dumps(((found - expected).norm() / expected.norm()).item()))
 """
 
@@ -396,7 +421,9 @@ def test_group_statistics_are_those_of_float64(operators, mean, shifted):
     shift = torch.randn(2, 12) + mean / 2 if shifted else None
     rows = cpu_kernels.ChannelsLastView(data, 2, 150, 12, 13, coef, sums)
     found = rows.stats(shift, 3, 1e-5)
-    values = data[..., :12].double() - coef.double() * sums[..., None].double() + (shift.double()[:, None] if shifted else 0)
+    values = (
+        data[..., :12].double() - coef.double() * sums[..., None].double() + (shift.double()[:, None] if shifted else 0)
+    )
     variance, expected = torch.var_mean(values.unflatten(2, (3, 4)), dim=(1, 3), unbiased=False)
     scale = variance.sqrt()
     # float32 itself holds values of this size to mean * 6e-8

@@ -69,7 +69,9 @@ def test_wide_int8_linear_layers_are_exact():
 
 def test_what_does_not_fit_int8_is_told_apart():
     x = torch.randn(20, 16)
-    fits = lambda layer, **changes: Int8Linear.fits(quantized_layer(layer, QuantLinear, changes.get("bits", 8), True, "max", x))  # noqa: E731
+    fits = lambda layer, **changes: Int8Linear.fits(
+        quantized_layer(layer, QuantLinear, changes.get("bits", 8), True, "max", x)
+    )  # noqa: E731
     assert fits(nn.Linear(16, 8)) and not fits(nn.Linear(16, 9)) and not fits(nn.Linear(16, 8), bits=12)
     far = quantized_layer(nn.Linear(16, 8), QuantLinear, 8, False, "mse", x.clamp(0, 1) + 1e4)
     assert far.act_quantizer.zero_point.abs() > 1e6 and not Int8Linear.fits(far)  # its sums would leave int32
@@ -89,7 +91,9 @@ def test_few_rows_run_as_the_packed_layer():
 def simulated(kind, folder):
     """A tiny quantized network of a family and inputs of it."""
     model, family, rows = network_of(kind, folder)
-    return calibrate(model, family, replace(LINEAR, a_sym=False), CalibrationConfig(), rows), tuple(part[:4] for part in rows.inputs)
+    return calibrate(model, family, replace(LINEAR, a_sym=False), CalibrationConfig(), rows), tuple(
+        part[:4] for part in rows.inputs
+    )
 
 
 @torch.no_grad()
@@ -101,7 +105,9 @@ def test_whole_networks_are_the_simulation(kind, tmp_path):
     packed = to_packed(network, int8_products=False)
     assert torch.equal(packed(*inputs), expected)
     assert apply_engine(packed) is packed and torch.equal(copy.deepcopy(packed)(*inputs), expected)
-    assert all(torch.equal(before[path], tensor) for path, tensor in network.state_dict().items())  # the original is untouched
+    assert all(
+        torch.equal(before[path], tensor) for path, tensor in network.state_dict().items()
+    )  # the original is untouched
     with torch.autocast("cpu", torch.bfloat16):
         half = packed(*inputs)
     assert (half.float() - expected).norm() / expected.norm() < 0.2
@@ -125,7 +131,11 @@ def test_attention_is_fused_where_nothing_is_quantized(tmp_path):
     network, x, t = tiny.unet(), torch.randn(2, 3, 8, 8), torch.full((2,), 500.0)
     expected = network.double()(x.double(), t.double())
     calls = []
-    handles = [module.register_forward_hook(lambda *_: calls.append(1)) for module in network.modules() if isinstance(module, MatMul)]
+    handles = [
+        module.register_forward_hook(lambda *_: calls.append(1))
+        for module in network.modules()
+        if isinstance(module, MatMul)
+    ]
     fused = fuse_attention(network)(x.double(), t.double())
     assert not calls and handles
     assert (fused - expected).norm() / expected.norm() < 1e-12

@@ -114,7 +114,9 @@ def test_inception_figures_are_those_of_torch_fidelity(folders, tmp_path, monkey
     from torch_fidelity import feature_extractor_inceptionv3 as module
 
     monkeypatch.setattr(
-        module.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: nn.Module.load_state_dict(self, state, False)
+        module.FeatureExtractorInceptionV3,
+        "load_state_dict",
+        lambda self, state: nn.Module.load_state_dict(self, state, False),
     )
     torch.manual_seed(0)
     torch.save({}, tmp_path / "empty.pth")
@@ -174,8 +176,14 @@ def test_fid_grows_with_noise(folders, both, quick, tmp_path):
     clean = pictures.make(COUNT, 0)
     distances = []
     for sd in (10, 40):
-        noisy = (clean + sd * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 255).to(torch.uint8)
-        found = extract(Selected(open_images(pictures.save(noisy, tmp_path / str(sd)))), quick, tmp_path / "cache", BATCH)
+        noisy = (
+            (clean + sd * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0)))
+            .clamp(0, 255)
+            .to(torch.uint8)
+        )
+        found = extract(
+            Selected(open_images(pictures.save(noisy, tmp_path / str(sd)))), quick, tmp_path / "cache", BATCH
+        )
         distances.append(metrics.compute(found, both[0], ("fid",))["fid"])
     assert 1 < distances[0] < distances[1]
 
@@ -209,7 +217,9 @@ def test_crop_is_that_of_the_latent_diffusion_loader(tmp_path):
 
 def test_features_are_made_once_and_belong_to_their_images(folders, quick, tmp_path):
     calls = []
-    counted = Extractor(quick.name, quick.weights_sha256, "", lambda images: calls.append(len(images)) or quick.run(images))
+    counted = Extractor(
+        quick.name, quick.weights_sha256, "", lambda images: calls.append(len(images)) or quick.run(images)
+    )
     first = extract(Selected(open_images(folders[0])), counted, tmp_path, BATCH)
     again = extract(Selected(open_images(folders[0])), counted, tmp_path, BATCH)
     assert torch.equal(first.features, again.features) and calls == [16, 16, 8]
@@ -233,7 +243,9 @@ def test_an_interrupted_extraction_continues(folders, quick, tmp_path):
         extract(Selected(open_images(folders[0])), interrupted, tmp_path, BATCH)
     found = extract(Selected(open_images(folders[0])), interrupted, tmp_path, BATCH)
     assert calls == [16, 16, 16, 8] and len(found) == COUNT
-    assert torch.equal(found.features, extract(Selected(open_images(folders[0])), quick, tmp_path / "other", BATCH).features)
+    assert torch.equal(
+        found.features, extract(Selected(open_images(folders[0])), quick, tmp_path / "other", BATCH).features
+    )
 
 
 def test_two_extractions_of_the_same_images_at_once(folders, quick, tmp_path):
@@ -272,7 +284,10 @@ def test_a_cache_with_too_few_features_is_named(folders, quick, tmp_path):
     extract(Selected(open_images(folders[0])), quick, tmp_path, BATCH)
     (path,) = tmp_path.glob("*.safetensors")
     with safe_open(path, "pt") as file:
-        metadata, shorter = file.metadata(), {name: file.get_tensor(name)[:-1].clone() for name in ("features", "logits")}
+        metadata, shorter = (
+            file.metadata(),
+            {name: file.get_tensor(name)[:-1].clone() for name in ("features", "logits")},
+        )
     save_file(shorter, path, metadata=metadata)
     with pytest.raises(ConfigError, match=f"{path.name}: features of 39 images, expected 40"):
         extract(Selected(open_images(folders[0])), quick, tmp_path, BATCH)
@@ -365,7 +380,10 @@ def test_perceptual_distance_is_a_distance():
     network, images = load_lite0(), pictures.make(4, 0)
     assert torch.equal(perceptual_distance(network, images, images), torch.zeros(4))
     near = (images.int() + 3).clamp(0, 255).to(torch.uint8)
-    first, second = perceptual_distance(network, images, near), perceptual_distance(network, images, pictures.make(4, 1))
+    first, second = (
+        perceptual_distance(network, images, near),
+        perceptual_distance(network, images, pictures.make(4, 1)),
+    )
     assert (first > 0).all() and (second > first).all()
     assert to_input(images).shape == (4, 3, 224, 224)
 
@@ -421,9 +439,13 @@ def test_clip_score_of_a_small_model(tmp_path):
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=tokenizer.bos_token_id,
     )
-    vision = CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8)
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8
+    )
     torch.manual_seed(0)
-    CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=8)).save_pretrained(tmp_path)
+    CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=8)).save_pretrained(
+        tmp_path
+    )
     with pytest.raises(ConfigError, match="missing"):
         ClipScore(tmp_path, CPU)
     (tmp_path / "vocab.json").write_text(json.dumps(tokenizer.get_vocab()))

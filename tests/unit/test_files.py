@@ -35,7 +35,9 @@ def test_noise_depends_on_seed_and_index_alone():
     first, second = whole(), whole()
     part = NoiseSource(5, [7, 2], (3, 4))
     assert torch.equal(part(), first[[7, 2]]) and torch.equal(part(), second[[7, 2]])
-    draws = [NoiseSource(seed, [0], (64,), stream=s)() for seed, s in ((5, 0), (6, 0), (5, CALIBRATION), (2**40 + 5, 0))]
+    draws = [
+        NoiseSource(seed, [0], (64,), stream=s)() for seed, s in ((5, 0), (6, 0), (5, CALIBRATION), (2**40 + 5, 0))
+    ]
     assert all(not torch.equal(a, b) for i, a in enumerate(draws) for b in draws[:i])
     many = NoiseSource(0, range(2000), (8,))()
     assert abs(many.mean().item()) < 0.03 and abs(many.std().item() - 1) < 0.03
@@ -95,7 +97,9 @@ def test_two_that_want_the_same_file_download_it_once(server, tmp_path, monkeypa
 
     monkeypatch.setattr(Server, "do_GET", slow)
     with ThreadPoolExecutor(2) as pool:
-        futures = [pool.submit(fetch, url, tmp_path / "cache" / "model", hashlib.md5(content).hexdigest()) for _ in range(2)]
+        futures = [
+            pool.submit(fetch, url, tmp_path / "cache" / "model", hashlib.md5(content).hexdigest()) for _ in range(2)
+        ]
         assert all(future.result().read_bytes() == content for future in futures)
     assert len(asked) == 1
 

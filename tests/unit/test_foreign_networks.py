@@ -88,7 +88,9 @@ def test_attention_products_of_every_shape_are_exact(operators):
         product = attention_product(False, 8)
         a, b = torch.rand(first), torch.randn(second)
         for quantizer, x in zip(product.act_quantizers, (a, b), strict=True):
-            quantizer.set_qparams(*Q.choose_qparams(x, 8, symmetric=quantizer.symmetric, always_zero=quantizer.always_zero))
+            quantizer.set_qparams(
+                *Q.choose_qparams(x, 8, symmetric=quantizer.symmetric, always_zero=quantizer.always_zero)
+            )
             quantizer.enabled = True
             x.copy_(quantizer(x))  # so that no value lies on the edge between two integers
         form = cpu.integer_form(product)
@@ -284,7 +286,9 @@ def test_any_number_of_threads_gives_the_same_bits():
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append([*rows.stats(None, 4, 1e-5), rows.values(a, b, True), *rows.quantize(a, b, True, 0.05, -128, 127, 128)])
+            found.append(
+                [*rows.stats(None, 4, 1e-5), rows.values(a, b, True), *rows.quantize(a, b, True, 0.05, -128, 127, 128)]
+            )
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:

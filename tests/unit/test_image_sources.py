@@ -91,7 +91,9 @@ def test_class_folders_zips_and_arrays_hold_the_same_images(tmp_path):
 def test_images_of_a_folder_and_below_it_are_ambiguous(tmp_path):
     save_tree(tmp_path, pictures.make(4, 0))
     Image.new("RGB", (4, 4)).save(tmp_path / "grid.png")
-    with pytest.raises(ConfigError, match=r"images in this folder \(grid\.png\) and in folders below it \(.*/.*\.png\)"):
+    with pytest.raises(
+        ConfigError, match=r"images in this folder \(grid\.png\) and in folders below it \(.*/.*\.png\)"
+    ):
         open_images(tmp_path)
 
 
@@ -110,7 +112,12 @@ def test_bad_archives_and_arrays_are_one_line(tmp_path):
     (tmp_path / "damaged.zip").write_bytes(whole.replace(content[40:60], bytes(20)))
     with pytest.raises(ConfigError, match=r"damaged\.zip, 0\.png: cannot be read"):
         open_images(tmp_path / "damaged.zip").picture(0)
-    for array in (np.zeros((2, 3, 8, 8), np.uint8), np.zeros((2, 8, 8, 3), np.float32), np.zeros((0, 8, 8, 3), np.uint8), np.array([{}])):
+    for array in (
+        np.zeros((2, 3, 8, 8), np.uint8),
+        np.zeros((2, 8, 8, 3), np.float32),
+        np.zeros((0, 8, 8, 3), np.uint8),
+        np.array([{}]),
+    ):
         np.save(tmp_path / "a.npy", array)
         with pytest.raises(ConfigError, match=r"a\.npy"):
             open_images(tmp_path / "a.npy")
@@ -140,6 +147,8 @@ def test_statistics_and_features_that_are_not_finite_are_refused(tmp_path):
     with pytest.raises(NonFiniteError, match=r"s\.npz: statistics that are not finite"):
         metrics.load_statistics(tmp_path / "s.npz")
     np.save(tmp_path / "a.npy", pictures.make(4, 0).permute(0, 2, 3, 1).numpy())
-    broken = Extractor("broken", "0" * 64, "", lambda images: (torch.full((len(images), 2), torch.nan), torch.zeros(len(images), 2)))
+    broken = Extractor(
+        "broken", "0" * 64, "", lambda images: (torch.full((len(images), 2), torch.nan), torch.zeros(len(images), 2))
+    )
     with pytest.raises(ConfigError, match="broken: features that are not finite numbers, in images 0 to 3"):
         extract(Selected(open_images(tmp_path / "a.npy")), broken, tmp_path / "cache")

@@ -72,7 +72,9 @@ def test_what_is_kept_keeps_everything_inside(keep, kept, caplog):
     with caplog.at_level(logging.WARNING):
         network = quantize(keep=["position", *keep])
     assert quantized_layers(network) == ALL - kept
-    assert f"{len(kept)} layers stay in full precision (keep): " in caplog.text and all(path in caplog.text for path in kept)
+    assert f"{len(kept)} layers stay in full precision (keep): " in caplog.text and all(
+        path in caplog.text for path in kept
+    )
 
 
 def test_products_and_shortcuts_in_full_precision_are_told(caplog):
@@ -83,7 +85,9 @@ def test_products_and_shortcuts_in_full_precision_are_told(caplog):
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         quantize(splits={"join": 8}, act_bit=None)
-    assert "concatenation" not in caplog.text and "attention products" not in caplog.text  # of weights alone there are none
+    assert (
+        "concatenation" not in caplog.text and "attention products" not in caplog.text
+    )  # of weights alone there are none
 
 
 @pytest.mark.parametrize(
@@ -105,7 +109,9 @@ def test_names_of_what_is_not_there_are_refused(options, words):
 
 
 def test_a_block_that_is_the_network_itself_counts_once():
-    network = qdiff.quantize(nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 3, 1)), INPUTS[:1], blocks=[nn.Sequential], **QUICK)
+    network = qdiff.quantize(
+        nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 3, 1)), INPUTS[:1], blocks=[nn.Sequential], **QUICK
+    )
     assert quantized_layers(network) == {"0", "2"}
 
 

@@ -47,14 +47,24 @@ def test_ema_weights_are_used_where_the_configuration_says_so(tmp_path, caplog):
     unet = LatentCheckpoint(saved(tmp_path, pruned), config).unet()
     assert torch.equal(unet.state_dict()[name], tensors[f"{UNET_PREFIX}{name}"]) and "no EMA weights" in caplog.text
     only_ema = {key: tensor for key, tensor in tensors.items() if not key.startswith(UNET_PREFIX)}
-    assert torch.equal(LatentCheckpoint(saved(tmp_path, only_ema), config).unet().state_dict()[name], tensors[f"{EMA_PREFIX}out2weight"])
+    assert torch.equal(
+        LatentCheckpoint(saved(tmp_path, only_ema), config).unet().state_dict()[name],
+        tensors[f"{EMA_PREFIX}out2weight"],
+    )
     del tensors[f"{EMA_PREFIX}out2weight"]
     with pytest.raises(CheckpointError, match="EMA weights are not complete"):
         LatentCheckpoint(saved(tmp_path, tensors), config).unet()
 
 
 def test_an_export_without_the_full_precision_file_says_so(text_model, tmp_path):
-    options = ["--config", str(text_model / "config.yaml"), "--cali_ckpt", "q.safetensors", "-o", str(tmp_path / "q.pth")]
+    options = [
+        "--config",
+        str(text_model / "config.yaml"),
+        "--cali_ckpt",
+        "q.safetensors",
+        "-o",
+        str(tmp_path / "q.pth"),
+    ]
     fails(commands.run("export.py", *options, "--use_pretrained"), "--ckpt")
 
 
@@ -62,12 +72,18 @@ def test_an_export_without_the_full_precision_file_says_so(text_model, tmp_path)
 def test_both_spellings_of_the_text_tower(text_model, tmp_path, name):
     config, tensors = load_config(text_model / "config.yaml"), tiny_latent.state(text_model / "config.yaml")
     expected = LatentCheckpoint(text_model, config).model_parts().cond_stage_model.encode(["red heart"])
-    newer = {key.replace(f"{TEXT}text_model.", TEXT): tensor for key, tensor in tensors.items() if not key.endswith("position_ids")}
+    newer = {
+        key.replace(f"{TEXT}text_model.", TEXT): tensor
+        for key, tensor in tensors.items()
+        if not key.endswith("position_ids")
+    }
     found = LatentCheckpoint(saved(tmp_path, newer, name), config).model_parts().cond_stage_model.encode(["red heart"])
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize(("part", "words"), [(STAGE, "first_stage_model is missing"), (CONDITIONING, "cond_stage_model is missing")])
+@pytest.mark.parametrize(
+    ("part", "words"), [(STAGE, "first_stage_model is missing"), (CONDITIONING, "cond_stage_model is missing")]
+)
 def test_a_missing_part_is_an_error(text_model, tmp_path, part, words):
     config, tensors = load_config(text_model / "config.yaml"), tiny_latent.state(text_model / "config.yaml")
     lacking = {key: tensor for key, tensor in tensors.items() if not key.startswith(part)}
@@ -95,7 +111,10 @@ def test_one_missing_tensor_and_foreign_files_are_named(text_model, tmp_path, ca
         ({"unet_config": None}, "unet_config"),
         ({"linear_start": None}, "missing linear_start"),
         ({"cond_stage_config": "__is_first_stage__"}, "not supported"),
-        ({"unet_config": tiny_latent.config()["model"]["params"]["unet_config"] | {"params": {"in_channels": 4}}}, "missing out_channels"),
+        (
+            {"unet_config": tiny_latent.config()["model"]["params"]["unet_config"] | {"params": {"in_channels": 4}}},
+            "missing out_channels",
+        ),
     ],
 )
 def test_bad_configurations_are_one_clear_line(tmp_path, change, words):
@@ -140,7 +159,12 @@ def test_text_tower_equals_the_library():
 
     torch.manual_seed(0)
     config = CLIPTextConfig(
-        hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, hidden_act="quick_gelu", layer_norm_eps=1e-5
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        hidden_act="quick_gelu",
+        layer_norm_eps=1e-5,
     )
     library = CLIPTextModel(config).eval()
     ours = FrozenCLIPEmbedder(width=64, layers=3, heads=4).eval()

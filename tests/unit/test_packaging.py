@@ -53,7 +53,11 @@ def imports(node: ast.AST) -> set[str]:
 
 
 def test_every_folder_with_code_is_a_package_of_the_wheel():
-    folders = {".".join(f.parent.relative_to(REPOSITORY).parts) for name in PACKAGES for f in (REPOSITORY / name).rglob("__init__.py")}
+    folders = {
+        ".".join(f.parent.relative_to(REPOSITORY).parts)
+        for name in PACKAGES
+        for f in (REPOSITORY / name).rglob("__init__.py")
+    }
     data = set(PROJECT["tool"]["setuptools"]["package-dir"])
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == folders | data
 
@@ -65,7 +69,9 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
     used = set().union(*map(imports, modules().values())) - set(sys.stdlib_module_names) - set(PACKAGES)
     assert used <= known
     text = "\n".join(
-        (REPOSITORY / package).joinpath(file).read_text() for package in PACKAGES for file in (REPOSITORY / package).rglob("*.py")
+        (REPOSITORY / package).joinpath(file).read_text()
+        for package in PACKAGES
+        for file in (REPOSITORY / package).rglob("*.py")
     )
     by_name = {name for name in known if f'"{name}"' in text}  # found by importlib, for the files that they carry
     assert known - used - by_name == NEVER_IMPORTED
@@ -87,7 +93,9 @@ def test_extras_are_imported_only_where_they_are_used():
 
 
 def test_a_missing_extra_is_named():
-    with pytest.raises(ImportError, match=r'nothing_of_that_name is not installed: .*"eval".*pip install "qdiff\[eval\]"'):
+    with pytest.raises(
+        ImportError, match=r'nothing_of_that_name is not installed: .*"eval".*pip install "qdiff\[eval\]"'
+    ):
         require_extra("eval", "torch", "nothing_of_that_name")
     assert issubclass(MissingExtra, ConfigError)  # which the commands show as one line
 
@@ -108,7 +116,12 @@ for name in {sorted(modules())!r}:
 
 def test_configurations_are_found_whatever_the_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("configs/cifar10.yml", "cifar10.yml", "stable-diffusion/v1-inference.yaml", "models/ldm/lsun_beds256/config.yaml"):
+    for name in (
+        "configs/cifar10.yml",
+        "cifar10.yml",
+        "stable-diffusion/v1-inference.yaml",
+        "models/ldm/lsun_beds256/config.yaml",
+    ):
         assert resources.find(name).is_file()
     (tmp_path / "cifar10.yml").touch()
     assert resources.find("cifar10.yml").resolve() == tmp_path / "cifar10.yml"  # one's own comes first

@@ -10,10 +10,15 @@ from qdiff.errors import CheckpointError
 
 
 def state(value: float, prefix: str = "") -> OrderedDict:
-    return OrderedDict((f"{prefix}{name}", torch.full((2, 3), value)) for name in ("conv_in.weight", "temb.dense.0.bias"))
+    return OrderedDict(
+        (f"{prefix}{name}", torch.full((2, 3), value)) for name in ("conv_in.weight", "temb.dense.0.bias")
+    )
 
 
-OPTIMIZER = {"state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 1e-4, "params": [0]}]}
+OPTIMIZER = {
+    "state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.zeros(2)}},
+    "param_groups": [{"lr": 1e-4, "params": [0]}],
+}
 
 
 @pytest.mark.parametrize(
@@ -29,7 +34,11 @@ OPTIMIZER = {"state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.zeros(2)}
             "the weights, 'model' of model, ema; its 'ema' has another form",
         ),
         ({"model": state(1), "ema": state(2, "ema_model.") | state(3, "online_model.")}, 2, "'ema'"),
-        ({"model_state_dict": state(1), "optimizer_state_dict": OPTIMIZER, "epoch": 3}, 1, "the weights, 'model_state_dict'"),
+        (
+            {"model_state_dict": state(1), "optimizer_state_dict": OPTIMIZER, "epoch": 3},
+            1,
+            "the weights, 'model_state_dict'",
+        ),
         ({"ema_state_dict": state(2, "module."), "model_state_dict": state(1, "module.")}, 2, "'ema_state_dict'"),
         (state(1, "_orig_mod.module."), 1, ""),
         ({"state_dict": state(1), "global_step": 10}, 1, ""),
@@ -43,7 +52,9 @@ def test_the_weights_inside_are_found(tmp_path, caplog, content, value, words):
     assert words in caplog.text and bool(words) == bool(caplog.text)
 
 
-@pytest.mark.parametrize("content", [[], [5], {"optimizer": OPTIMIZER}, {"model": OPTIMIZER}, {"model": {}}, torch.zeros(2), "text"])
+@pytest.mark.parametrize(
+    "content", [[], [5], {"optimizer": OPTIMIZER}, {"model": OPTIMIZER}, {"model": {}}, torch.zeros(2), "text"]
+)
 def test_other_contents_are_one_clear_line(tmp_path, content):
     torch.save(content, tmp_path / "model.ckpt")
     with pytest.raises(CheckpointError, match="expected a state dict of tensors"):
