@@ -14,7 +14,7 @@ import ldm
 import qdiff
 import qdiff_cli
 from ddim.config import load_config
-from ddim.sampling import PixelSampler, SamplerSettings
+from ddim.sampling import PixelSampler, PixelSamplerConfig
 from ddim.unet import UNet
 from ldm.config import load_config as load_latent_config
 from qdiff.errors import MissingExtra
@@ -69,7 +69,7 @@ def main() -> None:
     config = load_config("configs/cifar10.yml")
     load_latent_config("configs/stable-diffusion/v1-inference.yaml")
     load_latent_config("models/ldm/lsun_beds256/config.yaml")
-    sampler = PixelSampler(config, SamplerSettings(timesteps=2), torch.device("cpu"))
+    sampler = PixelSampler(config, PixelSamplerConfig(timesteps=2), torch.device("cpu"))
     with torch.no_grad():
         images = sampler(UNet(config.model).eval(), range(1), seed=0)
     assert images.shape == (1, 3, 32, 32) and torch.isfinite(images).all()

@@ -18,13 +18,13 @@ from torch import Tensor
 from qdiff.calibration.data import CalibrationData
 from qdiff.calibration.finetune import finetune
 from qdiff.calibration.ranges import timestep_group_bounds
-from qdiff.calibration.run import calibrate
+from qdiff.calibration.run import Calibration
 from qdiff.checkpoint import load_packed
 from qdiff.config import CalibrationConfig, QuantConfig
 from qdiff_cli.bundled import load_bundled
 
 CPU = torch.device("cpu")
-RECIPE = CalibrationConfig(steps=20, samples=32)
+RECIPE = CalibrationConfig(num_timesteps=20, samples=32)
 FIT = CalibrationConfig(iters_tune=300, held_out=0.02)
 
 
@@ -65,9 +65,9 @@ def main() -> None:
         }
         print("symmetric" if symmetric else "asymmetric")
         for name, quant in settings.items():
-            network = calibrate(model.model, model.job.task.family, quant, RECIPE, rows)
+            network = Calibration(model.model, model.job.task.family, quant, RECIPE, rows).run()
             print(f"  {name}: {trajectory_error(network, trajectory):.4f}", flush=True)
-        network = calibrate(model.model, model.job.task.family, settings["least error"], RECIPE, rows)
+        network = Calibration(model.model, model.job.task.family, settings["least error"], RECIPE, rows).run()
         held_out_from = len(seen) - int(FIT.held_out * len(seen))
         finetune(model.model, network, seen, held_out_from, FIT, CPU, lambda _: None)
         print(

@@ -32,9 +32,9 @@ from ldm.unet import UNetModel
 from qdiff.calibration.blockwise import BlockwiseRunner, trace_execution
 from qdiff.calibration.cache import Cache
 from qdiff.calibration.data import CalibrationData
-from qdiff.calibration.directory import MANIFEST, read_entries
+from qdiff.calibration.directory import MANIFEST, CalibrationDir, read_records
 from qdiff.calibration.reconstruct import HELD_OUT_CHECKS
-from qdiff.calibration.run import CalibrationDir, calibrate
+from qdiff.calibration.run import Calibration
 from qdiff.config import PRESETS, CalibrationConfig, QuantConfig
 from qdiff.model import quantize_model, units
 from qdiff.utils.memory import peak_memory
@@ -77,9 +77,9 @@ def seconds_of(
     config = CalibrationConfig(batch_size=batch, iters=iterations, iters_a=iterations, held_out=1 / len(rows))
     with tempfile.TemporaryDirectory() as folder:
         began = time.process_time()
-        calibrate(model, family, QUANT, config, rows, workplace=CalibrationDir(Path(folder)))
+        Calibration(model, family, QUANT, config, rows, directory=CalibrationDir(Path(folder))).run()
         total = time.process_time() - began
-        entries = read_entries(Path(folder) / MANIFEST)
+        entries = read_records(Path(folder) / MANIFEST)
     steps = {entry["step"]: entry["cpu_seconds"] for entry in entries}
     return steps, total - sum(steps.values())
 

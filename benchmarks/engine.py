@@ -33,7 +33,7 @@ from ldm.config import load_config as load_latent
 from ldm.family import LATENT
 from ldm.unet import UNetModel
 from qdiff.calibration.data import CalibrationData
-from qdiff.calibration.run import calibrate
+from qdiff.calibration.run import Calibration
 from qdiff.config import CalibrationConfig, QuantConfig
 from qdiff.engines.cpu import to_integer
 from qdiff.engines.onnx import export_onnx
@@ -113,7 +113,7 @@ def main() -> None:
     exact: dict[int, torch.Tensor] = {}
     for bits in (4, 8):
         quant = QuantConfig(bits, quant_act=True, a_sym=True, sm_abit=args.sm_abit, split=True, quant_mode="linear")
-        simulated = calibrate(model, family, quant, CalibrationConfig(), CalibrationData(inputs))
+        simulated = Calibration(model, family, quant, CalibrationConfig(), CalibrationData(inputs)).run()
         integer = to_integer(simulated)
         runs[f"W{bits}A8 integer"] = lambda integer=integer: integer(*inputs)
         runs[f"W{bits}A8 integer, rest bfloat16"] = lambda integer=integer: in_bfloat16(integer, inputs)

@@ -16,7 +16,7 @@ from ddim.config import load_config
 from ddim.family import PIXEL
 from ddim.unet import UNet
 from qdiff.calibration.data import CalibrationData
-from qdiff.calibration.run import calibrate
+from qdiff.calibration.run import Calibration
 from qdiff.config import CalibrationConfig, QuantConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,7 +50,7 @@ def main() -> None:
         f"float32 and quantized in turn, {args.pairs} pairs after a warm-up, batch {args.batch}, 1 thread, CPU seconds"
     )
     for name, setting in settings.items():
-        network = calibrate(unet, PIXEL, setting, CalibrationConfig(), CalibrationData((x, t)))
+        network = Calibration(unet, PIXEL, setting, CalibrationConfig(), CalibrationData((x, t))).run()
         cpu_time(unet, x, t), cpu_time(network, x, t)
         pairs = [(cpu_time(unet, x, t), cpu_time(network, x, t)) for _ in range(args.pairs)]
         ratio = statistics.median(b / a for a, b in pairs)

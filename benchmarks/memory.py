@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import save_file
 
 from ddim.config import load_config
-from ddim.family import PIXEL, describe
+from ddim.family import PIXEL, unet_config_dict
 from ddim.unet import UNet
 from qdiff.calibration.data import CalibrationData
-from qdiff.calibration.run import calibrate
+from qdiff.calibration.run import Calibration
 from qdiff.checkpoint import PackedInfo, save_packed
 from qdiff.config import CalibrationConfig, QuantConfig
 
@@ -90,8 +90,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         full, packed = Path(folder) / "full.safetensors", Path(folder) / "w4a8.safetensors"
         save_file(network.state_dict(), full)
-        quantized = calibrate(network, PIXEL, quant, CalibrationConfig(), rows)
-        save_packed(packed, quantized, PackedInfo(PIXEL.name, describe(config), quant, {}, ""))
+        quantized = Calibration(network, PIXEL, quant, CalibrationConfig(), rows).run()
+        save_packed(packed, quantized, PackedInfo(PIXEL.name, unet_config_dict(config), quant, {}, ""))
         for engine, file in (("float32", full), ("simulated", packed), ("integer", packed)):
             seconds, anonymous, resident = measure(engine, file, args.batch)
             size = file.stat().st_size / 1e6

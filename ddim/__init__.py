@@ -1,1 +1,1 @@
-"""The pixel family: DDPM UNets, their schedule, samplers and public weights."""
+"""The pixel family: the UNets of DDPM, their schedule, samplers and public weights."""

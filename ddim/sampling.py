@@ -1,64 +1,50 @@
-"""From noise and settings to images: the pixel family's samplers behind one call."""
+"""Sampling of the pixel family: from noise, settings and a network to images."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ddim.config import DiffusionConfig, PixelConfig
-from ddim.family import PIXEL, describe
-from ddim.samplers import Callback, Denoiser, ddim_steps, sample_ddim, sample_ddpm, sample_dpm_solver
+from ddim.config import PixelConfig
+from ddim.family import PIXEL, unet_config_dict
+from ddim.samplers import PIXEL_SAMPLERS, PixelSamplerConfig
 from ddim.schedule import make_prediction
 from ddim.weights import load_unet
 from qdiff.calibration.data import CalibrationSet, generate
 from qdiff.config import CalibrationConfig
-from qdiff.errors import ConfigError
 from qdiff.prediction import EpsNetwork, name_of
+from qdiff.samplers import Callback, Denoiser
+from qdiff.task import QuantizationTask
 from qdiff.utils.noise import CALIBRATION, SAMPLING, NoiseSource
 
 
-@dataclass(frozen=True)
-class SamplerSettings:
-    """sample_type: generalized (DDIM) | dpm_solver | ddpm_noisy; skip_type: uniform | quad; eta: DDIM's noise."""
-
-    sample_type: str = "generalized"
-    skip_type: str = "uniform"
-    timesteps: int = 1000
-    eta: float = 0.0
-
-    def validate(self, diffusion: DiffusionConfig) -> "SamplerSettings":
-        """Return self, or raise ConfigError naming the option."""
-        if not 1 <= self.timesteps <= diffusion.num_diffusion_timesteps:
-            raise ConfigError(f"--timesteps {self.timesteps}: expected 1 to {diffusion.num_diffusion_timesteps}")
-        if not 0 <= self.eta <= 1:
-            raise ConfigError(f"--eta {self.eta:g}: expected 0 to 1")
-        if self.sample_type == "dpm_solver" and self.eta:
-            raise ConfigError(f"dpm_solver is deterministic: expected eta 0, found {self.eta:g}")
-        return self
-
-
 class PixelSampler:
-    """Call it with a network and the indices of images: [N, C, H, W], about [-1, 1]; NonFiniteError where a value is not finite.
+    """A sampler for the images of one model; call it with a network and the indices of images.
 
     Args:
-        config: the model's configuration. settings: the sampler. device: where the network is.
+        config: the configuration of the model.
+        settings: the sampling algorithm and its settings.
+        device: the device of the network.
+
+    Raises:
+        ConfigError: a setting names an unknown algorithm or spacing.
     """
 
-    def __init__(self, config: PixelConfig, settings: SamplerSettings, device: torch.device) -> None:
+    def __init__(self, config: PixelConfig, settings: PixelSamplerConfig, device: torch.device) -> None:
         self.config, self.settings, self.device = config, settings, device
         self.prediction = make_prediction(config.diffusion)
         self.shape = (config.model.in_channels, config.model.image_size, config.model.image_size)
-        self.steps = ddim_steps(settings.skip_type, settings.timesteps, config.diffusion.num_diffusion_timesteps)
+        self.sampler = PIXEL_SAMPLERS.get(settings.sample_type)
+        self.timesteps = self.sampler.timesteps(settings, config.diffusion.num_diffusion_timesteps)
 
     @property
     def evaluations(self) -> int:
-        """How often the network is evaluated for one image."""
-        return self.settings.timesteps if self.settings.sample_type == "dpm_solver" else len(self.steps)
+        """The number of network evaluations of one image."""
+        return self.sampler.num_evaluations(self.timesteps)
 
     def denoiser(self, network: Denoiser, indices: Sequence[int]) -> EpsNetwork:
-        """eps(x_t, t) for these images."""
+        """Return eps(x_t, t) for these images."""
         return EpsNetwork(network, self.prediction, name_of(network))
 
     @torch.no_grad()
@@ -70,40 +56,64 @@ class PixelSampler:
         callback: Callback | None = None,
         stream: int = SAMPLING,
     ) -> Tensor:
+        """Sample a batch.
+
+        Args:
+            network: the UNet, called with (x_t [N, C, H, W], t [N]).
+            indices: the N images of the batch; the noise of an image depends on its index and the seed alone.
+            seed: 0 to 2^63 - 1.
+            callback: called with (x_t, t, eps) after every evaluation of the network.
+            stream: SAMPLING or CALIBRATION, which give the same seed different images.
+
+        Returns:
+            Images [N, C, H, W], about [-1, 1].
+
+        Raises:
+            NonFiniteError: a value is not finite.
+        """
         noise = NoiseSource(seed, indices, self.shape, self.device, stream)
         denoiser = self.denoiser(network, indices)
-        return denoiser.check(self._sample(denoiser, noise(), noise, callback))
-
-    def _sample(self, denoiser: Denoiser, x: Tensor, noise: NoiseSource, callback: Callback | None) -> Tensor:
-        a = self.prediction.alphas_cumprod
-        if self.settings.sample_type == "dpm_solver":
-            return sample_dpm_solver(denoiser, x, a, self.settings.timesteps, noise, callback)
-        if self.settings.sample_type == "ddpm_noisy":
-            return sample_ddpm(denoiser, x, a, self.steps, noise, callback)
-        return sample_ddim(denoiser, x, a, self.steps, noise, callback, self.settings.eta)
+        alphas_cumprod, eta = self.prediction.alphas_cumprod, self.settings.eta
+        return denoiser.check(
+            self.sampler.sample(denoiser, noise(), alphas_cumprod, self.timesteps, noise, callback, eta)
+        )
 
 
 def make_calibration_set(
     network: Denoiser, sampler: PixelSampler, seed: int, config: CalibrationConfig
 ) -> CalibrationSet:
-    """Run the full-precision sampler on noise of its own stream and keep `config.steps` of its steps."""
+    """Record the network's inputs while the full-precision model samples, with noise of a stream of its own.
+
+    Args:
+        network: the full-precision UNet.
+        sampler: the sampler whose trajectories are recorded.
+        seed: seed of the noise.
+        config: how many time steps to keep, and how many samples of each.
+    """
 
     def run(indices: list[int], callback: Callable) -> None:
         sampler(network, indices, seed, callback, stream=CALIBRATION)
 
-    return generate(run, config.steps, sampler.evaluations, config.samples, sampler.config.batch_size)
+    return generate(run, config.num_timesteps, sampler.evaluations, config.samples, sampler.config.batch_size)
 
 
-def pixel_task_parts(config: PixelConfig, checkpoint: str | None, sampler: PixelSampler, seed: int) -> dict[str, Any]:
-    """What the shared steps of the scripts need to know of this family."""
-    return {
-        "family": PIXEL,
-        "build": describe(config.model),
-        "input_shape": sampler.shape,
-        "evaluations": sampler.evaluations,
-        "prediction": sampler.prediction,
-        "load": lambda: load_unet(config, checkpoint),
-        "generate": lambda network, calibration: make_calibration_set(network, sampler, seed, calibration),
-        "weight_method": "max",
-        "act_method": "max",
-    }
+def pixel_task(
+    config: PixelConfig, checkpoint: str | Path | None, sampler: PixelSampler, seed: int
+) -> QuantizationTask:
+    """A pixel model, ready to be quantized.
+
+    Args:
+        config: the configuration of the model.
+        checkpoint: a local file with full-precision weights; None: the weights that the configuration names.
+        sampler: the sampler that draws calibration samples.
+        seed: seed of the calibration samples.
+    """
+    return QuantizationTask(
+        architecture=PIXEL,
+        unet_config=unet_config_dict(config.model),
+        input_shape=sampler.shape,
+        evaluations=sampler.evaluations,
+        load_unet=lambda: load_unet(config, checkpoint),
+        make_calibration_set=lambda network, recipe: make_calibration_set(network, sampler, seed, recipe),
+        prediction=sampler.prediction,
+    )

@@ -1,10 +1,11 @@
-"""Training of the bundled models: one loop with EMA and exact resume, and the losses of both families."""
+"""Training of the bundled models: one loop with EMA and exact resume, and the diffusion loss of both families."""
 
 import copy
 import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +18,11 @@ from qdiff.utils.files import atomic_write
 log = logging.getLogger(__name__)
 
 Loss = Callable[[nn.Module, torch.Generator], Tensor]
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def learning_rate(step: int, config: TrainingConfig) -> float:
-    """Linear warm-up, a plateau, and a linear decay over the last `decay_fraction` of the steps."""
+    """Return the learning rate: a linear warm-up, a plateau, and a linear decay over the last `decay_fraction`."""
     left = (config.steps - step) / (config.decay_fraction * config.steps)
     return config.lr * min(1.0, (step + 1) / config.warmup_steps, max(left, 0.0))
 
@@ -31,14 +33,14 @@ def diffusion_loss(
     config: TrainingConfig,
     conditions: Callable[[Tensor, torch.Generator], tuple] | None = None,
 ) -> Loss:
-    """The error of eps with min-SNR weights (arXiv 2303.09556, eq. 5).
+    """Make the squared error of eps with min-SNR weights (Hang et al. 2023, arXiv 2303.09556, eq. 5).
 
     Args:
-        prediction: what the network predicts.
-        data: what is learned, float [N, C, H, W]: images in [-1, 1] or scaled latents.
-        conditions: from the drawn indices to further arguments of the model.
+        data: the training data, float [N, C, H, W]: images in [-1, 1], or scaled latents.
+        prediction: what the network predicts, and its schedule.
+        config: batch size, gamma, and whether to mirror images.
+        conditions: from the indices of a batch to further arguments of the model.
     """
-
     alphas_cumprod = prediction.alphas_cumprod
 
     def loss(model: nn.Module, generator: torch.Generator) -> Tensor:
@@ -62,13 +64,24 @@ def diffusion_loss(
     return loss
 
 
-def train(model: nn.Module, loss: Loss, config: TrainingConfig, state_file: Path, save_every: int = 250) -> nn.Module:
-    """Minimize `loss(model, generator)` and return the model's EMA copy.
+def train(model: Model, loss: Loss, config: TrainingConfig, state_file: Path, save_every: int = 250) -> Model:
+    """Minimize `loss(model, generator)`.
 
-    Step i draws from a generator seeded by (seed, i), so a run continued from `state_file` repeats
-    exactly what an uninterrupted one does.
+    Iteration i uses a random generator seeded by (seed, i). A run that continues from `state_file` therefore repeats
+    exactly what an uninterrupted run does.
+
+    Args:
+        model: the network; its parameters are changed.
+        loss: the loss of one batch.
+        config: the training settings.
+        state_file: the file with the state of the training. It is read if it exists.
+        save_every: iterations between two writes of `state_file`.
+
+    Returns:
+        A copy of the network with the exponential moving averages of the parameters.
     """
-    model = model.to(memory_format=torch.channels_last).train()
+    channels_last = torch.channels_last
+    model = model.to(memory_format=channels_last).train()  # type: ignore[call-overload]  # the stubs lack this overload
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=1e-3, betas=(0.9, 0.99))
     start = _load_state(state_file, model, ema, optimizer)
@@ -92,16 +105,19 @@ def train(model: nn.Module, loss: Loss, config: TrainingConfig, state_file: Path
 
 @torch.no_grad()
 def _update_ema(ema: nn.Module, model: nn.Module, rate: float) -> None:
+    """Move the averages towards the parameters by 1 - rate, in place."""
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1.0 - rate)
 
 
 def _save_state(path: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Write the state after `step` iterations atomically."""
     state = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
     with atomic_write(path) as temporary:
         torch.save(state, temporary)
 
 
 def _load_state(path: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Restore a state in place; return the number of finished iterations, or 0 if the file does not exist."""
     if not path.is_file():
         return 0
     state = torch.load(path, map_location="cpu", weights_only=True)

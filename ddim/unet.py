@@ -1,11 +1,12 @@
 """The UNet of the pixel family (Ho et al. 2020, arXiv 2006.11239), with the released parameter names.
 
-Every name and shape here is fixed by the public checkpoints. The two products of the attention are
-modules of their own (`qk`, `av`; no parameters), so that quantization can replace them by type. The
-blocks serve the autoencoders of the latent family too.
+The public checkpoints fix every name and shape here. The two attention matmuls are modules of their own (`qk` and `av`,
+without parameters), so that quantization can replace them by type. The autoencoders of the latent family use the same
+blocks.
 """
 
 import math
+from typing import cast
 
 import torch
 from einops import rearrange
@@ -17,7 +18,17 @@ from qdiff.layers import MatMul, fused_attention
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """Sinusoidal embedding [sin, cos] of `t` [N] -> [N, dim], always formed in float32, in this order."""
+    """Embed time steps as [sin, cos] of `dim // 2` frequencies (Vaswani et al. 2017, arXiv 1706.03762, section 3.5).
+
+    The order of the operations, all in float32, is that of the published code; it decides the last bits.
+
+    Args:
+        t: time steps, [N].
+        dim: width of the embedding.
+
+    Returns:
+        The embedding, float32 [N, dim].
+    """
     half = dim // 2
     rate = -(math.log(10000) / (half - 1))
     frequencies = torch.exp(torch.arange(half, dtype=torch.float32, device=t.device) * rate)
@@ -27,11 +38,17 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
 
 
 def group_norm(channels: int, groups: int) -> nn.GroupNorm:
+    """Make a group normalization with the epsilon of the published networks."""
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 class Downsample(nn.Module):
-    """Halve the resolution: pad right and bottom by one, 3x3 convolution of stride 2."""
+    """Halve the resolution by a 3x3 convolution of stride 2, after padding right and bottom by one pixel.
+
+    Args:
+        channels: channels of the input and output.
+        with_conv: False averages 2x2 pixels instead.
+    """
 
     def __init__(self, channels: int, with_conv: bool) -> None:
         super().__init__()
@@ -44,7 +61,12 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double the resolution: nearest neighbour, then a 3x3 convolution."""
+    """Double the resolution by the nearest neighbor and a 3x3 convolution.
+
+    Args:
+        channels: channels of the input and output.
+        with_conv: False leaves the convolution out.
+    """
 
     def __init__(self, channels: int, with_conv: bool) -> None:
         super().__init__()
@@ -56,13 +78,22 @@ class Upsample(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """Residual block: norm, swish, conv, + time projection, norm, swish, dropout, conv, + shortcut.
+    """A residual block: norm, SiLU, conv, plus time projection, norm, SiLU, dropout, conv, plus shortcut.
 
-    With `temb_channels` 0 there is no time projection (the blocks of an autoencoder).
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output. If they differ from the input's, a 1x1 convolution is the shortcut.
+        temb_channels: width of the time embedding. The blocks of an autoencoder have none (0).
+        dropout: probability of dropout, 0 to 1.
+        groups: groups of the normalizations.
     """
+
+    temb_proj: nn.Module
+    nin_shortcut: nn.Module
 
     def __init__(self, in_channels: int, out_channels: int, temb_channels: int, dropout: float, groups: int) -> None:
         super().__init__()
+        self.out_channels = out_channels
         self.norm1 = group_norm(in_channels, groups)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         if temb_channels:
@@ -74,6 +105,7 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
+        """Map `x` [N, in_channels, H, W] and `temb` [N, temb_channels] to [N, out_channels, H, W]."""
         h = self.conv1(F.silu(self.norm1(x)))
         if temb is not None:
             h = h + self.temb_proj(F.silu(temb))[:, :, None, None]
@@ -83,9 +115,14 @@ class ResnetBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """Single-head self-attention over the pixels, q, k, v and proj_out being 1x1 convolutions."""
+    """Residual self-attention over the pixels, with one head. q, k, v and proj_out are 1x1 convolutions.
 
-    fused = False
+    Args:
+        channels: channels of the input and output.
+        groups: groups of the normalization.
+    """
+
+    fused = False  # engines set it: whether PyTorch's fused operator computes the attention
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
@@ -98,11 +135,13 @@ class AttnBlock(nn.Module):
         self.av = MatMul()
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map `x` [N, C, H, W] to the same shape."""
         scale, width = x.shape[1] ** -0.5, x.shape[3]
         h = self.norm(x)
         q, k, v = (rearrange(layer(h), "n c h w -> n c (h w)") for layer in (self.q, self.k, self.v))
         if self.fused:
-            h = fused_attention(*(rearrange(part, "n c t -> n t c") for part in (q, k, v)), scale)
+            q, k, v = (rearrange(part, "n c t -> n t c") for part in (q, k, v))
+            h = fused_attention(q, k, v, scale)
             return x + self.proj_out(rearrange(h, "n (h w) c -> n c h w", w=width))
         logits = self.qk(rearrange(q, "n c t -> n t c"), k) * scale  # [N, HW (query), HW (key)]
         probabilities = torch.softmax(logits, dim=2)
@@ -110,8 +149,52 @@ class AttnBlock(nn.Module):
         return x + self.proj_out(rearrange(h, "n c (h w) -> n c h w", w=width))
 
 
+class TimeEmbedding(nn.Module):
+    """The two linear layers of the time embedding, under their released names."""
+
+    def __init__(self, channels: int, temb_channels: int) -> None:
+        super().__init__()
+        self.dense = nn.ModuleList([nn.Linear(channels, temb_channels), nn.Linear(temb_channels, temb_channels)])
+
+
+class Level(nn.Module):
+    """One resolution of a network: its residual blocks and the attention after each, or no attention."""
+
+    block: nn.ModuleList
+    attn: nn.ModuleList
+    downsample: nn.Module  # the last resolution has none
+    upsample: nn.Module  # the first resolution has none
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.ModuleList()
+        self.attn = nn.ModuleList()
+
+
+def levels_of(levels: nn.ModuleList) -> list[Level]:
+    """Return the resolutions of a network as what they are: `nn.ModuleList` does not know the type of its elements."""
+    return cast(list[Level], list(levels))
+
+
+class Middle(nn.Module):
+    """The blocks at the lowest resolution, under their released names.
+
+    Args:
+        channels: channels of the input and output.
+        temb_channels: width of the time embedding, or 0 in an autoencoder.
+        dropout: probability of dropout, 0 to 1.
+        groups: groups of the normalizations.
+    """
+
+    def __init__(self, channels: int, temb_channels: int, dropout: float, groups: int) -> None:
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels, temb_channels, dropout, groups)
+        self.attn_1 = AttnBlock(channels, groups)
+        self.block_2 = ResnetBlock(channels, channels, temb_channels, dropout, groups)
+
+
 class UNet(nn.Module):
-    """Noise-prediction network eps(x_t, t) of the pixel family.
+    """The network of the pixel family, which predicts the noise eps(x_t, t).
 
     Args:
         config: the `model` section of a YAML file with the image size.
@@ -128,14 +211,13 @@ class UNet(nn.Module):
         def block(c_in: int, c_out: int) -> ResnetBlock:
             return ResnetBlock(c_in, c_out, temb_channels, config.dropout, groups)
 
-        self.temb = nn.Module()
-        self.temb.dense = nn.ModuleList([nn.Linear(ch, temb_channels), nn.Linear(temb_channels, temb_channels)])
+        self.temb = TimeEmbedding(ch, temb_channels)
         self.conv_in = nn.Conv2d(config.in_channels, ch, 3, padding=1)
 
         skips, current = [ch], ch
         self.down = nn.ModuleList()
         for index, width in enumerate(widths):
-            level = make_level()
+            level = Level()
             for _ in range(config.num_res_blocks):
                 level.block.append(block(current, width))
                 current = width
@@ -147,14 +229,11 @@ class UNet(nn.Module):
                 skips.append(current)
             self.down.append(level)
 
-        self.mid = nn.Module()
-        self.mid.block_1 = block(current, current)
-        self.mid.attn_1 = AttnBlock(current, groups)
-        self.mid.block_2 = block(current, current)
+        self.mid = Middle(current, temb_channels, config.dropout, groups)
 
-        up = []
+        up: list[Level] = []
         for index in reversed(range(len(widths))):
-            level = make_level()
+            level = Level()
             for _ in range(config.num_res_blocks + 1):
                 level.block.append(block(current + skips.pop(), widths[index]))
                 current = widths[index]
@@ -168,13 +247,21 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(current, config.out_ch, 3, padding=1)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Predict the noise in `x` [N, C, H, W] at time steps `t` [N] (0 to 999); the shape of `x`."""
+        """Predict the noise in a batch.
+
+        Args:
+            x: noisy images, [N, C, H, W].
+            t: time steps, [N], from 0 to the last time step of the model. Fractions are allowed.
+
+        Returns:
+            The noise (or what else the model predicts, see `qdiff.prediction`), of the shape of `x`.
+        """
         temb = timestep_embedding(t, self.config.ch).to(x.dtype)
         temb = self.temb.dense[1](F.silu(self.temb.dense[0](temb)))
 
         h = self.conv_in(x)
         skips = [h]
-        for level in self.down:
+        for level in levels_of(self.down):
             for index, block in enumerate(level.block):
                 h = block(h, temb)
                 h = level.attn[index](h) if level.attn else h
@@ -185,18 +272,10 @@ class UNet(nn.Module):
 
         h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h, temb)), temb)
 
-        for level in reversed(self.up):
+        for level in reversed(levels_of(self.up)):
             for index, block in enumerate(level.block):
                 h = block(torch.cat([h, skips.pop()], dim=1), temb)
                 h = level.attn[index](h) if level.attn else h
             if hasattr(level, "upsample"):
                 h = level.upsample(h)
         return self.conv_out(F.silu(self.norm_out(h)))
-
-
-def make_level() -> nn.Module:
-    """One resolution of the UNet: its residual blocks and the attention after each (or none)."""
-    level = nn.Module()
-    level.block = nn.ModuleList()
-    level.attn = nn.ModuleList()
-    return level

@@ -1,4 +1,4 @@
-"""Full-precision weights of the pixel family: public checkpoints, fetched once and checked, or bundled ones."""
+"""Full-precision weights of the pixel family: public checkpoints, downloaded once and checked, or bundled files."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from qdiff.utils.download import cache_root, fetch
 from qdiff.utils.resources import find, is_clone
 
 HOST = "https://heibox.uni-heidelberg.de/f"
-# name: (address, path in the cache, md5); EMA weights of the "pytorch_diffusion" release
+# EMA weights of the "pytorch_diffusion" release: from the name to (address, path in the cache, md5).
 PUBLIC = {
     "ema_cifar10": (
         "2e4f01e2d9ee49bab1d5",
@@ -37,30 +37,38 @@ PUBLIC = {
 }
 
 
-def load_unet(config: PixelConfig, checkpoint: str | None) -> nn.Module:
-    """The full-precision UNet from a local file, or from the configuration's pretrained weights.
+def load_unet(config: PixelConfig, checkpoint: str | Path | None) -> nn.Module:
+    """Load the full-precision UNet.
+
+    Args:
+        config: the configuration of the model.
+        checkpoint: a local file. None stands for the pretrained weights that the configuration names.
 
     Raises:
-        CheckpointError: the file does not hold this network. ConfigError: no weights to be had.
+        CheckpointError: the file does not hold this network.
+        ConfigError: the configuration names no pretrained weights, or they do not exist.
     """
     path = Path(checkpoint) if checkpoint else pretrained_file(config)
     return load_into(UNet(config.model), read_tensors(path), path).eval()
 
 
 def pretrained_file(config: PixelConfig) -> Path:
-    """The file of `--use_pretrained`: bundled, cached, or fetched now."""
+    """Return the file with the weights that the configuration names, and download a public checkpoint if necessary.
+
+    Raises:
+        ConfigError: the configuration names no pretrained weights, or they do not exist.
+    """
     name = config.pretrained
     if name is None:
-        raise ConfigError(f"--use_pretrained: {config.path} names no pretrained weights; give a file with --ckpt")
+        raise ConfigError(
+            f": {config.path} names no pretrained weights; expected a checkpoint file", field="use_pretrained"
+        )
     if name in PUBLIC:
         address, place, md5 = PUBLIC[name]
         return fetch(f"{HOST}/{address}/?dl=1", cache_root() / "diffusion_models_converted" / place, md5)
     path = find(name)
     if not path.is_file():
-        where = (
-            ""
-            if is_clone()
-            else "; the bundled models are part of a clone of the repository, not of the installed package"
-        )
-        raise ConfigError(f"--use_pretrained: {path}: no such file (named by {config.path}){where}")
+        hint = "; the bundled models are part of a clone of the repository, not of the installed package"
+        message = f": {path}: no such file (named by {config.path})"
+        raise ConfigError(message if is_clone() else message + hint, field="use_pretrained")
     return path

@@ -1,1 +1,1 @@
-"""Latent diffusion and Stable Diffusion."""
+"""The latent family: latent diffusion and Stable Diffusion."""

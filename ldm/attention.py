@@ -1,4 +1,4 @@
-"""The two attentions of the latent family: the one on `qkv` convolutions, and the spatial transformer."""
+"""The two kinds of attention of the latent family: attention blocks with `qkv` convolutions, and transformer blocks."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,31 +9,43 @@ from torch.nn import functional as F
 
 from qdiff.layers import MatMul, fused_attention
 
-SLICE_BYTES = 2**28  # of one matrix of attention probabilities that is held at a time
+SLICE_BYTES = 2**28  # the largest matrix of attention probabilities that is in memory at a time
 
 
 def sliced(
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor], products: Sequence[nn.Module], q: Tensor, k: Tensor, v: Tensor
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor], matmuls: Sequence[nn.Module], q: Tensor, k: Tensor, v: Tensor
 ) -> Tensor:
-    """`attend(q, k, v)` over batch x heads (dimension 0), in slices whose probabilities fit SLICE_BYTES.
+    """Compute `attend(q, k, v)` in slices of the batch whose attention probabilities fit into SLICE_BYTES.
 
-    The tokens of q and k are in dimension 1. The result does not depend on the slices; where one of the `products` of `attend` needs
-    the rows of the whole batch, there are none.
+    The result does not depend on the slices. If one of the matmuls needs the whole batch, the batch is not sliced.
+
+    Args:
+        attend: the attention of some batch entries.
+        matmuls: the attention matmuls that `attend` calls.
+        q: queries, [N x heads, T, d].
+        k: keys, [N x heads, S, d].
+        v: values, [N x heads, S, d].
+
+    Returns:
+        [N x heads, T, d].
     """
-    one = q.shape[1] * k.shape[1] * q.element_size()
-    step = max(1, SLICE_BYTES // one)
-    if step >= len(q) or any(product.whole_batch for product in products):
+    bytes_per_entry = q.shape[1] * k.shape[1] * q.element_size()
+    size = max(1, SLICE_BYTES // bytes_per_entry)
+    if size >= len(q) or any(matmul.whole_batch for matmul in matmuls):
         return attend(q, k, v)
-    return torch.cat([attend(q[i : i + step], k[i : i + step], v[i : i + step]) for i in range(0, len(q), step)])
+    return torch.cat([attend(q[i : i + size], k[i : i + size], v[i : i + size]) for i in range(0, len(q), size)])
 
 
 class QKVAttention(nn.Module):
-    """Attention on [N, heads * 3 * d, T], the heads split before q, k and v ("legacy" order); [N, heads * d, T].
+    """Attention whose queries, keys and values come in one tensor, in the "legacy" order: first heads, then q, k and v.
 
-    q and k are each scaled by d^-1/4, and quantized after that.
+    q and k are each scaled by d^-1/4 before they are quantized.
+
+    Args:
+        heads: number of heads.
     """
 
-    fused = False
+    fused = False  # engines set it: whether PyTorch's fused operator computes the attention
 
     def __init__(self, heads: int) -> None:
         super().__init__()
@@ -42,6 +54,7 @@ class QKVAttention(nn.Module):
         self.smv_matmul = MatMul()
 
     def forward(self, qkv: Tensor) -> Tensor:
+        """Map `qkv` [N, heads * 3 * d, T] to [N, heads * d, T]."""
         q, k, v = rearrange(qkv, "n (heads parts d) t -> parts (n heads) t d", heads=self.heads, parts=3)
         scale = q.shape[2] ** -0.25
         h = sliced(self._attend, (self.qkv_matmul, self.smv_matmul), q * scale, k * scale, v)
@@ -55,7 +68,13 @@ class QKVAttention(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Residual self-attention over the pixels, `qkv` and `proj_out` being 1-D convolutions."""
+    """Residual self-attention over the pixels. `qkv` and `proj_out` are 1-D convolutions.
+
+    Args:
+        channels: channels of the input and output.
+        heads: number of heads.
+        groups: groups of the normalization.
+    """
 
     def __init__(self, channels: int, heads: int, groups: int) -> None:
         super().__init__()
@@ -65,14 +84,21 @@ class AttentionBlock(nn.Module):
         self.proj_out = nn.Conv1d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map `x` [N, C, H, W] to the same shape."""
         h = self.attention(self.qkv(self.norm(rearrange(x, "n c h w -> n c (h w)"))))
         return x + rearrange(self.proj_out(h), "n c (h w) -> n c h w", w=x.shape[3])
 
 
 class CrossAttention(nn.Module):
-    """Attention of `x` [N, T, C] to `context` [N, L, D], or to itself; q and k are quantized before the scaling."""
+    """Attention to a context, or self-attention. q and k are quantized before their product is scaled.
 
-    fused = False
+    Args:
+        channels: width C of the input and output.
+        heads: number of heads.
+        context_dim: width D of the context. None means self-attention.
+    """
+
+    fused = False  # engines set it: whether PyTorch's fused operator computes the attention
 
     def __init__(self, channels: int, heads: int, context_dim: int | None = None) -> None:
         super().__init__()
@@ -85,6 +111,7 @@ class CrossAttention(nn.Module):
         self.av = MatMul()
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Map `x` [N, T, C] and `context` [N, L, D] (None: `x` itself) to [N, T, C]."""
         context = x if context is None else context
         parts = (self.to_q(x), self.to_k(context), self.to_v(context))
         q, k, v = (rearrange(part, "n t (heads d) -> (n heads) t d", heads=self.heads) for part in parts)
@@ -99,28 +126,43 @@ class CrossAttention(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """value * gelu(gate), both from one projection (Shazeer 2020, arXiv 2002.05202); exact erf."""
+    """value * gelu(gate), both from one projection, with the exact GELU (Shazeer 2020, arXiv 2002.05202).
+
+    Args:
+        channels: width C of the input.
+        inner: width of the output.
+    """
 
     def __init__(self, channels: int, inner: int) -> None:
         super().__init__()
         self.proj = nn.Linear(channels, 2 * inner)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map `x` [N, T, C] to [N, T, inner]."""
         value, gate = self.proj(x).chunk(2, dim=-1)
         return value * F.gelu(gate)
 
 
 class FeedForward(nn.Module):
+    """The feed-forward network of a transformer block, four times as wide inside as its input."""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Dropout(0.0), nn.Linear(4 * channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map `x` [N, T, C] to the same shape."""
         return self.net(x)
 
 
 class BasicTransformerBlock(nn.Module):
-    """Self-attention, attention to the context, feed-forward; each after its norm and added to `x` [N, T, C]."""
+    """Self-attention, attention to the context, and feed-forward, each after a normalization and added to the input.
+
+    Args:
+        channels: width C of the input and output.
+        heads: number of heads.
+        context_dim: width D of the context. None means that the second attention is self-attention too.
+    """
 
     def __init__(self, channels: int, heads: int, context_dim: int | None) -> None:
         super().__init__()
@@ -132,13 +174,22 @@ class BasicTransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(channels, eps=1e-5)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Map `x` [N, T, C] and `context` [N, L, D] to [N, T, C]."""
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 
 
 class SpatialTransformer(nn.Module):
-    """Transformer blocks over the pixels of [N, C, H, W], between two 1x1 convolutions, with a residual."""
+    """Transformer blocks over the pixels, between two 1x1 convolutions, as one residual block.
+
+    Args:
+        channels: channels of the input and output.
+        heads: number of heads.
+        depth: number of transformer blocks.
+        context_dim: width D of the context.
+        groups: groups of the normalization.
+    """
 
     def __init__(self, channels: int, heads: int, depth: int, context_dim: int | None, groups: int) -> None:
         super().__init__()
@@ -150,6 +201,7 @@ class SpatialTransformer(nn.Module):
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Map `x` [N, C, H, W] and `context` [N, L, D] to [N, C, H, W]."""
         h = rearrange(self.proj_in(self.norm(x)), "n c h w -> n (h w) c")
         for block in self.transformer_blocks:
             h = block(h, context)

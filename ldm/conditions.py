@@ -1,4 +1,4 @@
-"""What latents are conditioned on: prompts or classes, as contexts for the images of a batch."""
+"""Contexts for the images of a batch, from prompts or classes."""
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
@@ -8,22 +8,32 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoint import LatentModelParts
-from ldm.encoders import FrozenCLIPEmbedder
+from ldm.encoders import ClassEmbedder, FrozenCLIPEmbedder
 from qdiff.errors import ConfigError, NonFiniteError
 
 log = logging.getLogger(__name__)
 
-Conditions = Callable[[Sequence[int]], tuple[Tensor, Tensor | None]]
+# From the indices of N images to their contexts: conditional and unconditional, each [N, L, D].
+Conditions = Callable[[Sequence[int]], tuple[Tensor, Tensor]]
 
 
 def text_conditions(model_parts: Callable[[], LatentModelParts], prompt_of: Callable[[int], str]) -> Conditions:
-    """Contexts [N, L, D] of the prompts of the given images, and of the empty prompt. What is cut of a long prompt is logged."""
-    told: set[str] = set()
+    """Condition images on prompts, and without guidance on the empty prompt.
+
+    The end that is cut off a long prompt is logged once.
+
+    Args:
+        model_parts: returns the parts of a model with a text tower. It is called for each batch.
+        prompt_of: from the index of an image to its prompt.
+    """
+    reported: set[str] = set()
 
     def conditions(indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         text = model_parts().cond_stage_model
-        new = {prompt_of(i) for i in indices} - told
-        told.update(new)
+        if not isinstance(text, FrozenCLIPEmbedder):
+            raise ConfigError(f"prompts: expected a model with a text tower, found {type(text).__name__}")
+        new = {prompt_of(i) for i in indices} - reported
+        reported.update(new)
         for prompt, rest in cut_prompts(text, sorted(new)).items():
             log.warning("a prompt of more than %d tokens: %r is cut off the end of %r", text.max_length, rest, prompt)
         return _finite(text.encode([prompt_of(i) for i in indices])), _finite(text.encode([""] * len(indices)))
@@ -32,11 +42,16 @@ def text_conditions(model_parts: Callable[[], LatentModelParts], prompt_of: Call
 
 
 def cut_prompts(text: FrozenCLIPEmbedder, prompts: Iterable[str]) -> dict[str, str]:
-    """The prompts that are longer than the text tower takes, each with the end that it does not see."""
+    """Find the prompts that are too long for the text tower.
+
+    Returns:
+        From each such prompt to the end that the text tower does not see.
+    """
     return {prompt: rest for prompt in prompts if (rest := text.cut_off(prompt))}
 
 
 def _finite(contexts: Tensor) -> Tensor:
+    """Return the contexts, or raise NonFiniteError."""
     if not torch.isfinite(contexts).all():
         raise NonFiniteError(
             "the conditioning: contexts that are not finite numbers; nothing of this batch was written"
@@ -45,23 +60,29 @@ def _finite(contexts: Tensor) -> Tensor:
 
 
 def class_conditions(model_parts: Callable[[], LatentModelParts], classes: Sequence[int]) -> Conditions:
-    """Contexts [N, 1, D] where image i is of class `classes[i % len(classes)]`, and of "no class" (the last one)."""
+    """Condition images on classes, and without guidance on "no class", the last class of the embedder.
+
+    Args:
+        model_parts: returns the parts of a model with a class embedder. It is called for each batch.
+        classes: class numbers. Image i has the class `classes[i % len(classes)]`.
+    """
 
     def conditions(indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         embedder = model_parts().cond_stage_model
-        none = embedder.embedding.num_embeddings - 1
-        return _finite(embedder.encode([classes[i % len(classes)] for i in indices])), _finite(
-            embedder.encode([none] * len(indices))
-        )
+        if not isinstance(embedder, ClassEmbedder):
+            raise ConfigError(f"classes: expected a model with a class embedder, found {type(embedder).__name__}")
+        no_class = embedder.embedding.num_embeddings - 1
+        contexts = embedder.encode([classes[i % len(classes)] for i in indices])
+        return _finite(contexts), _finite(embedder.encode([no_class] * len(indices)))
 
     return conditions
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a text file in UTF-8, one a line; blank lines are none. All scripts read prompts by this function.
+    """Read prompts from a text file in UTF-8, one a line; blank lines are skipped.
 
     Raises:
-        ConfigError: no such file, another encoding, or no prompt in it.
+        ConfigError: the file does not exist, has another encoding, or holds no prompt.
     """
     if not path.is_file():
         raise ConfigError(f"prompts: {path}: no such file")
@@ -81,7 +102,13 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def calibration_prompt(config_path: Path) -> Callable[[int], str]:
-    """The prompt of calibration sample i: from `prompts.txt` beside the YAML file, read when the first one is asked for."""
+    """Return a function from the index of a calibration sample to its prompt.
+
+    The prompts come from `prompts.txt` beside the YAML file, in turn. The file is read at the first call.
+
+    Args:
+        config_path: the YAML file.
+    """
     prompts: list[str] = []
 
     def prompt_of(index: int) -> str:
@@ -93,10 +120,19 @@ def calibration_prompt(config_path: Path) -> Callable[[int], str]:
 
 
 def parse_classes(text: str | None, count: int) -> list[int]:
-    """The classes of `--classes 25,187`, or all `count` of them; ConfigError for one that does not exist."""
+    """Parse class numbers separated by commas, such as `25,187`.
+
+    Args:
+        text: the class numbers. None stands for all classes.
+        count: number of classes.
+
+    Raises:
+        ConfigError: a class does not exist.
+    """
     if text is None:
         return list(range(count))
-    for word in text.split(","):
-        if not word.strip().isdigit() or int(word) >= count:
-            raise ConfigError(f"--classes {word}: expected numbers of 0 to {count - 1}")
-    return [int(word) for word in text.split(",")]
+    numbers = text.split(",")
+    for number in numbers:
+        if not number.strip().isdigit() or int(number) >= count:
+            raise ConfigError(f" {number}: expected numbers of 0 to {count - 1}", field="classes")
+    return [int(number) for number in numbers]

@@ -1,10 +1,10 @@
-"""The YAML configuration of a latent diffusion model: read, resolved through a closed table of targets, checked."""
+"""The YAML configuration of the latent family, validated when it is read. Only targets of a closed table are made."""
 
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, Generic, TypeVar, get_origin
 
 import torch
 from omegaconf import Container, OmegaConf
@@ -13,30 +13,30 @@ from torch import Tensor, nn
 from yaml import YAMLError
 
 from ddim.config import TrainingConfig
-from ldm.autoencoder import AutoencoderKL, IdentityFirstStage, VQModel
-from ldm.encoders import BERTEmbedder, ClassEmbedder, FrozenCLIPEmbedder
+from ldm.autoencoder import AutoencoderKL, FirstStage, IdentityFirstStage, VQModel
+from ldm.encoders import BERTEmbedder, ClassEmbedder, Conditioner, FrozenCLIPEmbedder
 from ldm.unet import IGNORED as UNET_IGNORED
 from ldm.unet import UNetConfig, unet_config
-from qdiff.config import check_names, fill, typed
 from qdiff.errors import ConfigError
 from qdiff.prediction import PREDICTIONS, Prediction
 from qdiff.utils.resources import find
+from qdiff.utils.settings import check_names, fill, typed
 
 DIFFUSION = "ldm.models.diffusion.ddpm.LatentDiffusion"
 UNET = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
-FIRST_STAGES = {
+FIRST_STAGES: dict[str, type[FirstStage]] = {
     "ldm.models.autoencoder.AutoencoderKL": AutoencoderKL,
     "ldm.models.autoencoder.VQModel": VQModel,
     "ldm.models.autoencoder.VQModelInterface": VQModel,
     "ldm.models.autoencoder.IdentityFirstStage": IdentityFirstStage,
 }
-ENCODERS = {
+CONDITIONERS: dict[str, type[Conditioner]] = {
     "ldm.modules.encoders.modules.FrozenCLIPEmbedder": FrozenCLIPEmbedder,
     "ldm.modules.encoders.modules.ClassEmbedder": ClassEmbedder,
     "ldm.modules.encoders.modules.BERTEmbedder": BERTEmbedder,
 }
 IGNORED_TARGETS = {"ldm.lr_scheduler.LambdaLinearScheduler", "torch.nn.Identity"}
-# keys of the released YAML files that only training reads
+# Keys of the released YAML files that only training reads.
 TRAINING_SECTIONS = {"data", "lightning"}
 TRAINING_PARAMS = {
     "cond_stage_key",
@@ -49,7 +49,7 @@ TRAINING_PARAMS = {
     "num_timesteps_cond",
     "scheduler_config",
 }
-# `model.params`: those read, and those of which only some values are supported
+# Keys of `model.params` that are read, and keys of which only some values are supported.
 PARAMS = {
     "linear_start",
     "linear_end",
@@ -65,7 +65,16 @@ PARAMS = {
     "cond_stage_config",
 }
 EXPECTED = {"beta_schedule": ("linear",), "conditioning_key": ("crossattn", None), "rescale_betas_zero_snr": (False,)}
-OWN_TRAINING = ("first_stage_training", "training")  # of the bundled models
+OWN_TRAINING = ("first_stage_training", "training")  # sections of the bundled models
+SCALARS = {
+    "linear_start": float,
+    "linear_end": float,
+    "timesteps": int,
+    "image_size": int,
+    "channels": int,
+    "use_ema": bool,
+    "parameterization": str,
+}
 IGNORED_OVERRIDES = (
     *("model.base_learning_rate", *sorted(TRAINING_SECTIONS), *OWN_TRAINING),
     *(f"model.params.{name}" for name in sorted(TRAINING_PARAMS)),
@@ -76,22 +85,36 @@ IGNORED_OVERRIDES = (
 UNCONDITIONAL, IS_FIRST_STAGE = "__is_unconditional__", "__is_first_stage__"
 
 
-@dataclass(frozen=True)
-class Part:
-    """A module named by a target of the YAML file, not yet built."""
+Module = TypeVar("Module", bound=nn.Module)
 
-    kind: type[nn.Module]
+
+@dataclass(frozen=True)
+class ModuleSpec(Generic[Module]):
+    """A module that a target of the YAML file names, before it is made.
+
+    Attributes:
+        kind: the class of the module.
+        params: the arguments of the class.
+        where: the section of the YAML file, for messages.
+    """
+
+    kind: type[Module]
     params: dict[str, Any]
     where: str
 
-    def build(self) -> nn.Module:
-        """The module, with fresh weights; ConfigError if the parameters do not fit it."""
+    def make(self) -> Module:
+        """Make the module, with fresh weights.
+
+        Raises:
+            ConfigError: the parameters do not fit the class.
+        """
         known = inspect.signature(self.kind).parameters
         check_names(self.params, known, f"{self.where}.params")
         for name, value in self.params.items():
             if get_origin(known[name].annotation) is not dict and known[name].annotation is not object:
                 typed(value, known[name].annotation, f"{self.where}.params.{name}")
-        if missing := [name for name, one in known.items() if one.default is one.empty and name not in self.params]:
+        required = [name for name, parameter in known.items() if parameter.default is parameter.empty]
+        if missing := [name for name in required if name not in self.params]:
             raise ConfigError(f"{self.where}.params: missing {', '.join(missing)}")
         try:
             return self.kind(**self.params)
@@ -103,15 +126,26 @@ class Part:
 class LatentConfig:
     """A whole configuration file.
 
-    image_size, channels: of the latents. conditioning: None for an unconditional model. scale_factor:
-    latents are multiplied by it (None: it is stored in the checkpoint, `scale_by_std`). parameterization: what the network
-    predicts, eps | x0 | v.
+    Attributes:
+        path: the YAML file.
+        unet: the UNet.
+        first_stage: the map between images and latents.
+        conditioning: the map from prompts or classes to contexts. None for an unconditional model.
+        linear_start: beta of the first time step.
+        linear_end: beta of the last time step.
+        image_size: width and height of the latents.
+        channels: channels of the latents.
+        scale_factor: the factor that latents are multiplied by. None: the checkpoint holds it (`scale_by_std`).
+        timesteps: number of time steps T.
+        use_ema: whether the checkpoint's moving averages are used instead of its plain weights.
+        parameterization: what the network predicts: eps, x0 or v (`qdiff.prediction`).
+        training: the sections with the training settings of a bundled model.
     """
 
     path: Path
     unet: UNetConfig
-    first_stage: Part
-    conditioning: Part | None
+    first_stage: ModuleSpec[FirstStage]
+    conditioning: ModuleSpec[Conditioner] | None
     linear_start: float
     linear_end: float
     image_size: int
@@ -124,40 +158,46 @@ class LatentConfig:
 
     @property
     def alphas_cumprod(self) -> Tensor:
-        """alpha-bar_t in float64, [timesteps]; sqrt(beta) is linear."""
+        """alpha-bar_t, float64 [timesteps]; the square root of beta is linear in the time step."""
         betas = torch.linspace(self.linear_start**0.5, self.linear_end**0.5, self.timesteps, dtype=torch.float64) ** 2
         return torch.cumprod(1.0 - betas, dim=0)
 
     @property
     def prediction(self) -> Prediction:
-        """What the network predicts under this schedule."""
+        """The conversion from the network's output to eps under this schedule."""
         return Prediction(self.parameterization, self.alphas_cumprod)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LatentConfig:
-    """Read a latent-family YAML file; `overrides` are words of the form `model.params.key=value`.
+    """Read a YAML file of the latent family.
+
+    Args:
+        path: the file.
+        overrides: settings of the form `model.params.key=value`, which replace those of the file.
 
     Raises:
-        ConfigError: no such file, not YAML, an unknown target, or a setting that is missing, unknown or cannot work.
+        ConfigError: the file does not exist or is not YAML, a target is unknown, or a setting is missing, unknown or
+            cannot work.
     """
     path = find(path)
     if not path.is_file():
-        raise ConfigError(f"--config {path}: no such file")
-    for word in overrides:
-        name, equals, _ = word.partition("=")
+        raise ConfigError(f" {path}: no such file", field="config")
+    for override in overrides:
+        name, equals, _ = override.partition("=")
         if not equals:
-            raise ConfigError(f"{word!r}: expected an option or key=value")
+            raise ConfigError(f"{override!r}: expected an option or key=value")
         if any(name == ignored or name.startswith(f"{ignored}.") for ignored in IGNORED_OVERRIDES):
-            raise ConfigError(f"{word!r}: {name} changes nothing here (training reads it)")
+            raise ConfigError(f"{override!r}: {name} changes nothing here (training reads it)")
     try:
         tree = OmegaConf.merge(_read_yaml(path), OmegaConf.from_dotlist(list(overrides)))
         values = OmegaConf.to_container(tree, resolve=True)
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError, ValueError) as error:
-        raise ConfigError(f"--config {path}: not a YAML file that can be read ({str(error).splitlines()[0]})") from None
+        message = f" {path}: not a YAML file that can be read ({str(error).splitlines()[0]})"
+        raise ConfigError(message, field="config") from None
     try:
         return _parse(path, values)
     except ConfigError as error:
-        raise ConfigError(f"--config {path}: {error}") from None
+        raise ConfigError(f" {path}: {error}", field="config") from None
 
 
 def _read_yaml(path: Path) -> Container:
@@ -166,10 +206,11 @@ def _read_yaml(path: Path) -> Container:
 
 
 def _parse(path: Path, values: Any) -> LatentConfig:
+    """Make and validate the configuration from the content of a file."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"the file: expected a section model, found {type(values).__name__}")
     check_names(values, ["model", *OWN_TRAINING, *TRAINING_SECTIONS], "of the file")
-    _check_targets(values, ("model",))
+    _validate_targets(values.get("model"))
     model = _section(values, "model", "the file")
     check_names(model, ["target", "params", "base_learning_rate"], "model")
     if model.get("target") != DIFFUSION:
@@ -189,27 +230,20 @@ def _parse(path: Path, values: Any) -> LatentConfig:
     config = LatentConfig(
         path=path,
         unet=unet_config(_section(unet, "params", "unet_config")),
-        first_stage=_part(_section(params, "first_stage_config", "model.params"), FIRST_STAGES, "first_stage_config"),
+        first_stage=_module_spec(
+            _section(params, "first_stage_config", "model.params"), FIRST_STAGES, "first_stage_config"
+        ),
         conditioning=_conditioning(params),
         scale_factor=_scale_factor(params),
         training={key: values[key] for key in OWN_TRAINING if key in values},
-        **{name: typed(params[name], kind, f"model.params.{name}") for name, kind in NUMBERS.items() if name in params},
+        **{name: typed(params[name], kind, f"model.params.{name}") for name, kind in SCALARS.items() if name in params},
     )
-    return _checked(config)
-
-
-NUMBERS = {
-    "linear_start": float,
-    "linear_end": float,
-    "timesteps": int,
-    "image_size": int,
-    "channels": int,
-    "use_ema": bool,
-    "parameterization": str,
-}
+    _validate(config)
+    return config
 
 
 def _scale_factor(params: Mapping[str, Any]) -> float | None:
+    """Return the scale factor, or None if the checkpoint holds it."""
     if typed(params.get("scale_by_std", False), bool, "model.params.scale_by_std"):
         if "scale_factor" in params:
             raise ConfigError(
@@ -222,8 +256,8 @@ def _scale_factor(params: Mapping[str, Any]) -> float | None:
     return factor
 
 
-def _checked(config: LatentConfig) -> LatentConfig:
-    """Return the configuration, or raise ConfigError, by name, for values that cannot work together."""
+def _validate(config: LatentConfig) -> None:
+    """Raise a ConfigError, by name, for values that cannot work."""
     start, end = config.linear_start, config.linear_end
     if not 0 < start <= end < 1:
         raise ConfigError(f"model.params.linear_start {start:g}, linear_end {end:g}: expected 0 < start <= end < 1")
@@ -242,17 +276,15 @@ def _checked(config: LatentConfig) -> LatentConfig:
             )
     for name in config.training:
         fill(TrainingConfig, config.training[name], name)
-    with torch.device("meta"):  # a parameter that a part does not know is an error now, not when it is needed
-        for part in (config.first_stage, config.conditioning):
-            if part is not None:
-                part.build()
-    return config
+    with torch.device("meta"):  # an unknown parameter is an error now, not when the module is needed
+        config.first_stage.make()
+        if config.conditioning is not None:
+            config.conditioning.make()
 
 
-def _check_targets(values: Any, where: tuple[str, ...]) -> None:
-    """Every `target` below `model` must be one that is known: nothing is imported by name."""
-    known = {DIFFUSION, UNET, *FIRST_STAGES, *ENCODERS, *IGNORED_TARGETS}
-    tree = values.get("model") if isinstance(values, Mapping) else None
+def _validate_targets(model: Any) -> None:
+    """Raise a ConfigError if a `target` below `model` is unknown: no class is imported by its name."""
+    known = {DIFFUSION, UNET, *FIRST_STAGES, *CONDITIONERS, *IGNORED_TARGETS}
 
     def walk(node: Any, place: str) -> None:
         if isinstance(node, Mapping):
@@ -263,27 +295,29 @@ def _check_targets(values: Any, where: tuple[str, ...]) -> None:
             for key, child in node.items():
                 walk(child, f"{place}.{key}")
 
-    walk(tree, where[0])
+    walk(model, "model")
 
 
 def _section(values: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
+    """Return a section that must exist."""
     section = values.get(key)
     if not isinstance(section, Mapping):
         raise ConfigError(f"{where}: expected a section {key}, found {type(section).__name__}")
     return dict(section)
 
 
-def _part(section: Mapping[str, Any], kinds: Mapping[str, type[nn.Module]], where: str) -> Part:
+def _module_spec(section: Mapping[str, Any], kinds: Mapping[str, type[Module]], where: str) -> ModuleSpec[Module]:
+    """Resolve a section with a target and its parameters."""
     check_names(section, ["target", "params"], where)
     if section.get("target") not in kinds:
         raise ConfigError(f"{where}.target {section.get('target')!r}: expected one of {', '.join(kinds)}")
     params = section.get("params") or {}
     if not isinstance(params, Mapping):
         raise ConfigError(f"{where}.params: expected settings, found {params!r}")
-    return Part(kinds[section["target"]], dict(params), where)
+    return ModuleSpec(kinds[section["target"]], dict(params), where)
 
 
-def _conditioning(params: Mapping[str, Any]) -> Part | None:
+def _conditioning(params: Mapping[str, Any]) -> ModuleSpec[Conditioner] | None:
     section = params.get("cond_stage_config")
     if section in (UNCONDITIONAL, None):
         return None
@@ -291,4 +325,4 @@ def _conditioning(params: Mapping[str, Any]) -> Part | None:
         raise ConfigError(f"cond_stage_config {IS_FIRST_STAGE}: conditioning on images is not supported")
     if not isinstance(section, Mapping):
         raise ConfigError(f"cond_stage_config {section!r}: expected a section or {UNCONDITIONAL}")
-    return _part(section, ENCODERS, "cond_stage_config")
+    return _module_spec(section, CONDITIONERS, "cond_stage_config")

@@ -1,10 +1,11 @@
-"""Conditioning: CLIP's text tower and tokenizer (built offline), and the class embedder."""
+"""Conditioners: CLIP's text tower with its tokenizer, made offline, and the class embedder."""
 
 import gzip
 import importlib.util
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
@@ -15,20 +16,28 @@ from qdiff.errors import ConfigError
 from qdiff.utils.compat import make_torchvision_importable
 from qdiff.utils.resources import find
 
-CLIP_MERGES = 48894
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+CLIP_MERGES = 48894  # the number of merges in CLIP's BPE table
+BERT_NOT_SUPPORTED = "BERTEmbedder (the text tower of the 1p4B model): not supported; its UNet and autoencoder are"
 
 
-class QuickGELU(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
+def quick_gelu(x: Tensor) -> Tensor:
+    """CLIP's approximation of GELU."""
+    return x * torch.sigmoid(1.702 * x)
 
 
 class _SelfAttention(nn.Module):
+    """Causal self-attention over tokens."""
+
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        for name in ("k_proj", "v_proj", "q_proj", "out_proj"):
-            setattr(self, name, nn.Linear(width, width))
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.q_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         parts = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
@@ -37,45 +46,104 @@ class _SelfAttention(nn.Module):
         return self.out_proj(rearrange(h, "n heads t d -> n t (heads d)"))
 
 
+class _MLP(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(quick_gelu(self.fc1(x)))
+
+
 class _Layer(nn.Module):
+    """One transformer layer: attention and feed-forward network, each after a normalization and added to its input."""
+
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.self_attn = _SelfAttention(width, heads)
         self.layer_norm1 = nn.LayerNorm(width, eps=1e-5)
-        self.mlp = nn.Module()
-        self.mlp.fc1, self.mlp.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.mlp = _MLP(width)
         self.layer_norm2 = nn.LayerNorm(width, eps=1e-5)
-        self.activation = QuickGELU()
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp.fc2(self.activation(self.mlp.fc1(self.layer_norm2(x))))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class _Embeddings(nn.Module):
+    """The sum of the embeddings of tokens and of positions."""
+
+    def __init__(self, vocabulary: int, width: int, length: int) -> None:
+        super().__init__()
+        self.token_embedding = nn.Embedding(vocabulary, width)
+        self.position_embedding = nn.Embedding(length, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.token_embedding(tokens) + self.position_embedding.weight[: tokens.shape[1]]
+
+
+class _Layers(nn.Module):
+    """The transformer layers, under their released names."""
+
+    def __init__(self, width: int, layers: int, heads: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([_Layer(width, heads) for _ in range(layers)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
 
 
 class TextTransformer(nn.Module):
-    """CLIP's text tower (Radford et al. 2021, arXiv 2103.00020): tokens [N, L] to the states after the final norm [N, L, width]."""
+    """CLIP's text tower (Radford et al. 2021, arXiv 2103.00020).
+
+    Args:
+        vocabulary: number of tokens.
+        width: width of the states.
+        layers: number of transformer layers.
+        heads: attention heads of each layer.
+        length: largest number of tokens of a text.
+    """
 
     def __init__(self, vocabulary: int, width: int, layers: int, heads: int, length: int) -> None:
         super().__init__()
-        self.embeddings = nn.Module()
-        self.embeddings.token_embedding = nn.Embedding(vocabulary, width)
-        self.embeddings.position_embedding = nn.Embedding(length, width)
-        self.encoder = nn.Module()
-        self.encoder.layers = nn.ModuleList([_Layer(width, heads) for _ in range(layers)])
+        self.embeddings = _Embeddings(vocabulary, width, length)
+        self.encoder = _Layers(width, layers, heads)
         self.final_layer_norm = nn.LayerNorm(width, eps=1e-5)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embeddings.token_embedding(tokens) + self.embeddings.position_embedding.weight[: tokens.shape[1]]
-        for layer in self.encoder.layers:
-            x = layer(x)
-        return self.final_layer_norm(x)
+        """Map tokens [N, L] to the states after the final normalization, [N, L, width]."""
+        return self.final_layer_norm(self.encoder(self.embeddings(tokens)))
 
 
-class FrozenCLIPEmbedder(nn.Module):
-    """Prompts to context [N, max_length, width]. The defaults are CLIP ViT-L/14, the text tower of Stable Diffusion v1.
+class Conditioner(nn.Module):
+    """A map from prompts or classes to contexts."""
+
+    def encode(self, inputs: Sequence[Any]) -> Tensor:
+        """Return the contexts of N prompts or classes, [N, L, D]."""
+        raise NotImplementedError
+
+
+class _ReleasedTextModel(nn.Module):
+    """The level `transformer` in the released names of the text tower's parameters."""
+
+    def __init__(self, text_model: TextTransformer) -> None:
+        super().__init__()
+        self.text_model = text_model
+
+
+class FrozenCLIPEmbedder(Conditioner):
+    """From prompts to contexts [N, max_length, width]. The defaults are CLIP ViT-L/14, as in Stable Diffusion v1.
 
     Args:
-        vocabulary: a file of BPE merges, one a line, below the repository (default: CLIP's own table).
+        width: width of the states.
+        layers: number of transformer layers.
+        heads: attention heads of each layer.
+        max_length: number of tokens of a context; longer prompts are cut.
+        vocabulary: a file with BPE merges, one a line, below the repository. The default is CLIP's own table.
+        version: ignored; accepted for the published files.
     """
 
     def __init__(
@@ -90,59 +158,71 @@ class FrozenCLIPEmbedder(nn.Module):
         super().__init__()
         self.max_length, self.vocabulary = max_length, vocabulary
         merges = CLIP_MERGES if vocabulary is None else len(read_merges(vocabulary))
-        self.transformer = nn.Module()
-        self.transformer.text_model = TextTransformer(512 + merges + 2, width, layers, heads, max_length)
-        self._tokenizer = None
+        self.transformer = _ReleasedTextModel(TextTransformer(512 + merges + 2, width, layers, heads, max_length))
+        self._tokenizer: CLIPTokenizer | None = None
 
     @property
-    def tokenizer(self):
+    def tokenizer(self) -> "CLIPTokenizer":
+        """The tokenizer, made on first use."""
         if self._tokenizer is None:
             self._tokenizer = make_tokenizer(clip_merges() if self.vocabulary is None else read_merges(self.vocabulary))
         return self._tokenizer
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Token numbers [N, max_length]: start, the prompt (cut if it is longer), and end up to the full length."""
+        """Return token numbers [N, max_length]: the start token, the prompt, and end tokens up to the full length."""
         encoded = self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=self.max_length)
         return torch.tensor(encoded["input_ids"])
 
     def cut_off(self, prompt: str) -> str:
-        """The end of a prompt that `tokenize` cuts because it is too long; nothing where it fits."""
+        """Return the end of a prompt that `tokenize` cuts off, or an empty string if the prompt is short enough."""
         tokens = self.tokenizer([prompt])["input_ids"][0]
         return self.tokenizer.decode(tokens[self.max_length - 1 : -1]) if len(tokens) > self.max_length else ""
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Tensor:
+    def encode(self, inputs: Sequence[str]) -> Tensor:
+        """Return the contexts of N prompts, [N, max_length, width]."""
         text = self.transformer.text_model
-        return text(self.tokenize(prompts).to(text.final_layer_norm.weight.device))
+        return text(self.tokenize(inputs).to(text.final_layer_norm.weight.device))
 
 
-class ClassEmbedder(nn.Module):
-    """Class numbers to context [N, 1, embed_dim]; the last class means "no class" (for guidance)."""
+class ClassEmbedder(Conditioner):
+    """From class numbers to contexts [N, 1, embed_dim].
+
+    Args:
+        embed_dim: width of the contexts.
+        n_classes: number of classes. The last class means "no class" and serves guidance.
+        key: ignored; accepted for the published files.
+    """
 
     def __init__(self, embed_dim: int, n_classes: int = 1000, key: str = "class") -> None:
         super().__init__()
         self.embedding = nn.Embedding(n_classes, embed_dim)
 
     @torch.no_grad()
-    def encode(self, classes: Sequence[int]) -> Tensor:
-        index = torch.tensor(list(classes), device=self.embedding.weight.device)
+    def encode(self, inputs: Sequence[int]) -> Tensor:
+        """Return the contexts of N class numbers, [N, 1, embed_dim]."""
+        index = torch.tensor(list(inputs), device=self.embedding.weight.device)
         return self.embedding(index)[:, None]
 
 
-class BERTEmbedder(nn.Module):
-    """The text tower of LAION's 1p4B model: its place in the YAML is known, the tower is not supported."""
+class BERTEmbedder(Conditioner):
+    """The text tower of LAION's 1p4B model. Its settings in the YAML file are known, but the tower is not supported.
+
+    Args:
+        n_embed: ignored.
+        n_layer: ignored.
+    """
 
     def __init__(self, n_embed: int, n_layer: int) -> None:
         super().__init__()
 
-    def encode(self, prompts: Sequence[str]) -> Tensor:
-        raise ConfigError(
-            "BERTEmbedder (the text tower of the 1p4B model): not supported; its UNet and autoencoder are"
-        )
+    def encode(self, inputs: Sequence[str]) -> Tensor:
+        """Raise a ConfigError."""
+        raise ConfigError(BERT_NOT_SUPPORTED)
 
 
 def clip_merges() -> list[str]:
-    """The merges of CLIP's BPE table, which the open_clip_torch package carries (found without importing it).
+    """Read the merges of CLIP's BPE table from the open_clip_torch package, without importing it.
 
     Raises:
         ConfigError: the package is not installed.
@@ -158,35 +238,47 @@ def clip_merges() -> list[str]:
 
 
 def read_merges(name: str) -> list[str]:
-    """The merges of a bundled vocabulary: one a line, in a file below the repository."""
+    """Read the merges of a bundled vocabulary, one a line, from a file below the repository.
+
+    Raises:
+        ConfigError: the file does not exist.
+    """
     path = find(name)
     if not path.is_file():
-        raise ConfigError(f"vocabulary {path}: no such file")
+        raise ConfigError(f" {path}: no such file", field="vocabulary")
     return path.read_text(encoding="utf-8").splitlines()
 
 
-def make_tokenizer(merges: list[str]):
-    """CLIP's tokenizer over the given merges, from nothing but them (Sennrich et al. 2016; Radford et al. 2021)."""
+def make_tokenizer(merges: list[str]) -> "CLIPTokenizer":
+    """Make CLIP's tokenizer from the merges alone (Sennrich et al. 2016, arXiv 1508.07909; arXiv 2103.00020).
+
+    Args:
+        merges: pairs of symbols separated by a blank, the most frequent pair first.
+    """
     make_torchvision_importable()
     from transformers import CLIPTokenizer
 
     symbols = list(_byte_symbols().values())
-    words = symbols + [symbol + "</w>" for symbol in symbols] + [merge.replace(" ", "") for merge in merges]
-    words += ["<|startoftext|>", "<|endoftext|>"]
+    tokens = symbols + [symbol + "</w>" for symbol in symbols] + [merge.replace(" ", "") for merge in merges]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(
-        vocab={word: i for i, word in enumerate(words)}, merges=[tuple(merge.split()) for merge in merges]
+        vocab={token: i for i, token in enumerate(tokens)}, merges=[tuple(merge.split()) for merge in merges]
     )
 
 
 def _byte_symbols() -> dict[int, str]:
-    """A printable character for every byte, the printable bytes first (the order of CLIP's vocabulary)."""
+    """Return a printable character for every byte, in the order of CLIP's vocabulary: the printable bytes first."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     rest = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(rest)}
 
 
 def merges_for(captions: Sequence[str]) -> list[str]:
-    """The merges of CLIP's table that tokenize these captions (and every text of the same words) as CLIP does."""
+    """Select the merges that tokenize these captions, and every other text of their words, as CLIP does.
+
+    Returns:
+        The merges in the order of CLIP's table.
+    """
     words = {word for caption in captions for word in caption.lower().split()}
     ranks = {tuple(merge.split()): i for i, merge in enumerate(clip_merges())}
     used: set[int] = set()
@@ -202,6 +294,7 @@ def merges_for(captions: Sequence[str]) -> list[str]:
 
 
 def _merge(parts: list[str], pair: tuple[str, str]) -> list[str]:
+    """Join every occurrence of the pair."""
     merged, i = [], 0
     while i < len(parts):
         if tuple(parts[i : i + 2]) == pair:

@@ -1,50 +1,121 @@
-"""Samplers of the latent family, with the signature of the pixel family's (`ddim.samplers`)."""
+"""Samplers of the latent family, all with the signature of `qdiff.samplers.SampleFunction`.
+
+A new sampler is one function with one `register_sampler(LATENT_SAMPLERS, ...)`.
+"""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ddim.samplers import Callback, Denoiser, Noise, VPSchedule, evaluate
+from ddim.samplers import VPSchedule, dpm_solver_timesteps, evaluate, num_intervals
+from ldm.config import LatentConfig
+from qdiff.errors import ConfigError
+from qdiff.samplers import Callback, Denoiser, Noise, Sampler, register_sampler
+from qdiff.utils.registry import Registry
+
+LATENT_SAMPLERS: "Registry[Sampler[LatentSamplerConfig]]" = Registry("sampler")
 
 
-def latent_steps(steps: int, total: int = 1000) -> list[int]:
-    """The time steps of DDIM and PLMS, ascending: every (total // steps)-th, plus one.
+@dataclass(frozen=True)
+class LatentSamplerConfig:
+    """Settings of a latent sampler.
 
-    Their number is that of the range, not `steps` (400 gives 500). An entry beyond the schedule
-    becomes its last one.
+    Attributes:
+        sampler: a name of `LATENT_SAMPLERS`: ddim, plms, dpm or vanilla.
+        timesteps: number of sampling steps, 1 to the number of time steps of the model. `vanilla` ignores it.
+        eta: the amount of noise that DDIM adds, 0 (none) to 1 (as much as DDPM).
+        scale: strength of classifier-free guidance; 1 is none.
     """
-    return sorted({min(t + 1, total - 1) for t in range(0, total, total // steps)})
+
+    sampler: str = "ddim"
+    timesteps: int = 50
+    eta: float = 0.0
+    scale: float = 1.0
+
+    def validate(self, config: LatentConfig) -> "LatentSamplerConfig":
+        """Return self.
+
+        Raises:
+            ConfigError: a setting cannot work with this model.
+        """
+        sampler = LATENT_SAMPLERS.get(self.sampler)
+        if not 1 <= self.timesteps <= config.timesteps:
+            raise ConfigError(f" {self.timesteps}: expected 1 to {config.timesteps} sampling steps", field="timesteps")
+        if not 0 <= self.eta <= 1:
+            raise ConfigError(f" {self.eta:g}: expected 0 to 1", field="eta")
+        if self.eta and not sampler.stochastic:
+            raise ConfigError(f"{self.sampler} is deterministic: expected eta 0, found {self.eta:g}")
+        return self
 
 
-def _alphas(alphas_cumprod: Tensor, steps: list[int]) -> tuple[Tensor, Tensor]:
-    """alpha-bar at the steps and at those before them, float32; that of the first step's predecessor is alpha-bar_0."""
-    a = alphas_cumprod.float()[steps]
+def latent_timesteps(num_timesteps: int, total: int = 1000) -> Tensor:
+    """Return the time steps of DDIM and PLMS: every (total // num_timesteps)-th time step, plus one.
+
+    Args:
+        num_timesteps: number of sampling steps. The published spacing can give more (400 of 1000 gives 500).
+        total: number of time steps of the model. A time step beyond the last one becomes the last one.
+
+    Returns:
+        Time steps, int64, ascending, all different.
+    """
+    return torch.tensor(sorted({min(t + 1, total - 1) for t in range(0, total, total // num_timesteps)}))
+
+
+def _spaced_timesteps(config: LatentSamplerConfig, total: int) -> Tensor:
+    return latent_timesteps(config.timesteps, total)
+
+
+def _continuous_timesteps(config: LatentSamplerConfig, total: int) -> Tensor:
+    return dpm_solver_timesteps(config.timesteps, total)
+
+
+def _all_timesteps(config: LatentSamplerConfig, total: int) -> Tensor:
+    return torch.arange(total)
+
+
+def _one_more(timesteps: Tensor) -> int:
+    """Return the number of evaluations of PLMS: its first step, an improved Euler step, evaluates the network twice."""
+    return len(timesteps) + 1
+
+
+def _alphas(alphas_cumprod: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    """Return alpha-bar at the time steps and at their predecessors, float32; the first predecessor is time step 0."""
+    a = alphas_cumprod.float()[timesteps]
     return a, torch.cat([alphas_cumprod[:1].float(), a[:-1]])
 
 
 def ddim_sigmas(a: Tensor, a_prev: Tensor, eta: float) -> Tensor:
-    """Standard deviations of DDIM's noise (arXiv 2010.02502, eq. 16)."""
+    """Return the standard deviations of DDIM's noise (Song et al. 2021, arXiv 2010.02502, eq. 16).
+
+    Args:
+        a: alpha-bar at the time steps, [S].
+        a_prev: alpha-bar at their predecessors, [S].
+        eta: the amount of noise, 0 to 1.
+    """
     return eta * ((1 - a_prev) / (1 - a) * (1 - a / a_prev)).sqrt()
 
 
 def _ddim_update(x: Tensor, eps: Tensor, a: Tensor, a_prev: Tensor, sigma: Tensor) -> Tensor:
+    """Step from alpha-bar `a` to `a_prev` (arXiv 2010.02502, eq. 12 without its random term)."""
     x0 = (x - (1 - a).sqrt() * eps) / a.sqrt()
     return a_prev.sqrt() * x0 + (1 - a_prev - sigma**2).sqrt() * eps
 
 
+@register_sampler(LATENT_SAMPLERS, "ddim", _spaced_timesteps, stochastic=True)
 def sample_ddim(
     denoiser: Denoiser,
     x: Tensor,
     alphas_cumprod: Tensor,
-    steps: list[int],
+    timesteps: Tensor,
     noise: Noise,
     callback: Callback | None = None,
     eta: float = 0.0,
 ) -> Tensor:
-    """DDIM (Song et al. 2021, arXiv 2010.02502, eq. 12); eta 0 is deterministic."""
-    a, a_prev = _alphas(alphas_cumprod, steps)
+    """DDIM (Song et al. 2021, arXiv 2010.02502, eq. 12). It is deterministic at eta 0."""
+    steps, (a, a_prev) = timesteps.tolist(), _alphas(alphas_cumprod, timesteps)
     sigmas = ddim_sigmas(a, a_prev, eta)
     for i in reversed(range(len(steps))):
         eps = evaluate(denoiser, x, steps[i], callback)
@@ -54,16 +125,21 @@ def sample_ddim(
     return x
 
 
+@register_sampler(LATENT_SAMPLERS, "plms", _spaced_timesteps, stochastic=False, num_evaluations=_one_more)
 def sample_plms(
     denoiser: Denoiser,
     x: Tensor,
     alphas_cumprod: Tensor,
-    steps: list[int],
-    noise: Noise | None = None,
+    timesteps: Tensor,
+    noise: Noise,
     callback: Callback | None = None,
+    eta: float = 0.0,
 ) -> Tensor:
-    """Pseudo linear multistep (Liu et al. 2022, arXiv 2202.09778): an improved Euler step, then Adams-Bashforth 2, 3, 4 on eps."""
-    a, a_prev = _alphas(alphas_cumprod, steps)
+    """Pseudo linear multistep sampling (Liu et al. 2022, arXiv 2202.09778).
+
+    The first step is an improved Euler step. Adams-Bashforth steps of order 2, 3 and 4 on eps follow.
+    """
+    steps, (a, a_prev) = timesteps.tolist(), _alphas(alphas_cumprod, timesteps)
     zero = torch.zeros(())
     history: list[Tensor] = []
     for i in reversed(range(len(steps))):
@@ -82,20 +158,22 @@ def sample_plms(
     return x
 
 
+@register_sampler(LATENT_SAMPLERS, "dpm", _continuous_timesteps, stochastic=False, num_evaluations=num_intervals)
 def sample_dpm_solver_2m(
     denoiser: Denoiser,
     x: Tensor,
     alphas_cumprod: Tensor,
-    steps: int,
-    noise: Noise | None = None,
+    timesteps: Tensor,
+    noise: Noise,
     callback: Callback | None = None,
+    eta: float = 0.0,
 ) -> Tensor:
     """DPM-Solver++ 2M, uniform in time (Lu et al. 2022, arXiv 2211.01095, algorithm 2).
 
-    The first step is of order 1; for fewer than 15 steps the last one is too.
+    The first step has order 1. With fewer than 15 steps the last step has order 1 as well.
     """
     schedule = VPSchedule(alphas_cumprod)
-    grid = np.linspace(1.0, 1.0 / schedule.total, steps + 1)
+    grid, steps = timesteps.numpy(), num_intervals(timesteps)
     before: Tensor | None = None
     h_before = 0.0
     for i in range(steps):
@@ -111,22 +189,27 @@ def sample_dpm_solver_2m(
     return x
 
 
+@register_sampler(LATENT_SAMPLERS, "vanilla", _all_timesteps, stochastic=True)
 def sample_ancestral(
     denoiser: Denoiser,
     x: Tensor,
     alphas_cumprod: Tensor,
-    steps: list[int],
+    timesteps: Tensor,
     noise: Noise,
     callback: Callback | None = None,
+    eta: float = 0.0,
 ) -> Tensor:
-    """Ancestral DDPM sampling over every time step, x_0 clipped, posterior variance (Ho et al. 2020, eq. 7)."""
+    """Ancestral DDPM sampling over every time step (Ho et al. 2020, arXiv 2006.11239, eq. 7).
+
+    x_0 is clipped, and the variance is that of the posterior.
+    """
     a = alphas_cumprod
     a_prev = torch.cat([torch.ones(1, dtype=a.dtype), a[:-1]])
     betas = 1 - a / a_prev
     variance = betas * (1 - a_prev) / (1 - a)
     sigma = torch.cat([variance[1:2], variance[1:]]).sqrt().float()
     first, second = (betas * a_prev.sqrt() / (1 - a)).float(), ((1 - a_prev) * (1 - betas).sqrt() / (1 - a)).float()
-    for t in reversed(steps):
+    for t in reversed(timesteps.tolist()):
         eps = evaluate(denoiser, x, t, callback)
         x0 = ((1 / a[t]).sqrt().float() * x - (1 / a[t] - 1).sqrt().float() * eps).clamp(-1, 1)
         x = first[t] * x0 + second[t] * x
@@ -136,11 +219,16 @@ def sample_ancestral(
 
 
 class Guided:
-    """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598, eq. 6): e = e_u + scale (e_c - e_u), one batch of both.
+    """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598, eq. 6): eps = eps_u + scale (eps_c - eps_u).
+
+    The network evaluates both contexts in one batch, the unconditional one first. Without guidance it evaluates the
+    conditional context alone.
 
     Args:
-        network: eps(x_t, t, context), called with both contexts in one batch, or with `context` alone without guidance.
-        context, unconditional: [N, L, D] each, for the batch that will be sampled.
+        network: eps(x_t, t, context).
+        context: conditional contexts of the batch, [N, L, D].
+        unconditional: unconditional contexts of the batch, [N, L, D]. None switches guidance off.
+        scale: strength of the guidance. 1 switches it off.
     """
 
     def __init__(
@@ -151,7 +239,8 @@ class Guided:
         self.context = context if unconditional is None or not self.guided else torch.cat([unconditional, context])
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        """Predict the noise in `x` [N, C, h, w] at times `t` [N]."""
         if not self.guided:
             return self.network(x, t, self.context)
-        without, given = self.network(torch.cat([x, x]), torch.cat([t, t]), self.context).chunk(2)
-        return without + self.scale * (given - without)
+        eps_u, eps_c = self.network(torch.cat([x, x]), torch.cat([t, t]), self.context).chunk(2)
+        return eps_u + self.scale * (eps_c - eps_u)

@@ -1,57 +1,44 @@
-"""From noise, settings and conditions to latents: the latent family's samplers behind one call."""
+"""Sampling of the latent family: from noise, settings, conditions and a network to latents."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ddim.samplers import Callback, Denoiser
 from ldm.checkpoint import LatentCheckpoint
 from ldm.conditions import Conditions
 from ldm.config import LatentConfig
-from ldm.family import LATENT, describe
-from ldm.samplers import Guided, latent_steps, sample_ancestral, sample_ddim, sample_dpm_solver_2m, sample_plms
+from ldm.family import LATENT, unet_config_dict
+from ldm.samplers import LATENT_SAMPLERS, Guided, LatentSamplerConfig
 from qdiff.calibration.data import CalibrationSet, generate
 from qdiff.config import CalibrationConfig
-from qdiff.errors import ConfigError
 from qdiff.prediction import EpsNetwork, name_of
+from qdiff.samplers import Callback, Denoiser
+from qdiff.task import QuantizationTask
 from qdiff.utils.noise import CALIBRATION, SAMPLING, NoiseSource
 
 
-@dataclass(frozen=True)
-class LatentSettings:
-    """sampler: ddim | plms | dpm | vanilla; steps as `-c` and `--ddim_steps` give them; eta: DDIM's noise; scale: guidance."""
-
-    sampler: str = "ddim"
-    steps: int = 50
-    eta: float = 0.0
-    scale: float = 1.0
-
-    def validate(self, config: LatentConfig) -> "LatentSettings":
-        """Return self, or raise ConfigError naming the setting."""
-        if not 1 <= self.steps <= config.timesteps:
-            raise ConfigError(f"{self.steps} sampling steps: expected 1 to {config.timesteps}")
-        if not 0 <= self.eta <= 1:
-            raise ConfigError(f"eta {self.eta:g}: expected 0 to 1")
-        if self.sampler in ("plms", "dpm") and self.eta:
-            raise ConfigError(f"{self.sampler} is deterministic: expected eta 0, found {self.eta:g}")
-        return self
-
-
 class LatentSampler:
-    """Call it with a UNet and the indices of images: scaled latents [N, C, h, w]; NonFiniteError where a value is not finite.
+    """A sampler for the latents of one model; call it with a network and the indices of images.
 
     Args:
-        shape: (C, h, w) of the latents. conditions: from indices to the contexts (given, without), each
-            [N, L, D]; None for an unconditional model. repeat_noise: the noises repeat after so many images.
+        config: the configuration of the model.
+        settings: the sampling algorithm and its settings.
+        device: the device of the network.
+        shape: (C, h, w) of the latents (default: the model's).
+        conditions: the contexts of the images. None for an unconditional model.
+        repeat_noise: the noise of image i is that of image i modulo this number. None: every image has its own noise.
+
+    Raises:
+        ConfigError: a setting names an unknown algorithm.
     """
 
     def __init__(
         self,
         config: LatentConfig,
-        settings: LatentSettings,
+        settings: LatentSamplerConfig,
         device: torch.device,
         shape: tuple[int, int, int] | None = None,
         conditions: Conditions | None = None,
@@ -61,76 +48,112 @@ class LatentSampler:
         self.repeat_noise = repeat_noise
         self.shape = shape or (config.channels, config.image_size, config.image_size)
         self.prediction = config.prediction
-        every = settings.sampler == "vanilla"
-        self.steps = list(range(config.timesteps)) if every else latent_steps(settings.steps, config.timesteps)
+        self.sampler = LATENT_SAMPLERS.get(settings.sampler)
+        self.timesteps = self.sampler.timesteps(settings, config.timesteps)
 
     @property
     def evaluations(self) -> int:
-        """How often the network is evaluated for one image (once for both contexts of a guided model)."""
-        if self.settings.sampler == "dpm":
-            return self.settings.steps
-        return len(self.steps) + (self.settings.sampler == "plms")
+        """The number of network evaluations of one image; guidance evaluates both contexts at once."""
+        return self.sampler.num_evaluations(self.timesteps)
 
-    def denoiser(self, network: Denoiser, indices: Sequence[int]) -> EpsNetwork:
-        """eps(z_t, t) for these images: `network` under its conditions, with guidance."""
-        conditioned = network
+    def denoiser(self, network: Callable[..., Tensor], indices: Sequence[int]) -> EpsNetwork:
+        """Return eps(z_t, t) for these images, with their contexts and guidance.
+
+        Args:
+            network: the UNet, called with (z_t [N, C, h, w], t [N]), and with contexts [N, L, D] if the model is
+                conditional.
+            indices: the N images of a batch.
+        """
+        conditioned: Denoiser = network
         if self.conditions is not None:
-            context, without = self.conditions(indices)
-            conditioned = Guided(network, context, without, self.settings.scale)
+            context, unconditional = self.conditions(indices)
+            conditioned = Guided(network, context, unconditional, self.settings.scale)
         return EpsNetwork(conditioned, self.prediction, name_of(network))
 
     @torch.no_grad()
     def __call__(
         self,
-        network: Denoiser,
+        network: Callable[..., Tensor],
         indices: Sequence[int],
         seed: int,
         callback: Callback | None = None,
         stream: int = SAMPLING,
     ) -> Tensor:
-        numbers = [i % self.repeat_noise for i in indices] if self.repeat_noise else indices
-        noise = NoiseSource(seed, numbers, self.shape, self.device, stream)
-        denoiser = self.denoiser(network, indices)
-        return denoiser.check(self._sample(denoiser, noise(), noise, callback))
+        """Sample a batch.
 
-    def _sample(self, denoiser: Denoiser, x: Tensor, noise: NoiseSource, callback: Callback | None) -> Tensor:
-        a = self.prediction.alphas_cumprod
-        if self.settings.sampler == "dpm":
-            return sample_dpm_solver_2m(denoiser, x, a, self.settings.steps, noise, callback)
-        if self.settings.sampler == "plms":
-            return sample_plms(denoiser, x, a, self.steps, noise, callback)
-        if self.settings.sampler == "vanilla":
-            return sample_ancestral(denoiser, x, a, self.steps, noise, callback)
-        return sample_ddim(denoiser, x, a, self.steps, noise, callback, self.settings.eta)
+        Args:
+            network: the UNet; see `denoiser`.
+            indices: the N images of the batch; the noise of an image depends on its index and the seed alone.
+            seed: 0 to 2^63 - 1.
+            callback: called with (z_t, t, eps) after every evaluation of the network.
+            stream: SAMPLING or CALIBRATION, which give the same seed different images.
+
+        Returns:
+            Scaled latents [N, C, h, w].
+
+        Raises:
+            NonFiniteError: a value is not finite.
+        """
+        noise_indices = [i % self.repeat_noise for i in indices] if self.repeat_noise else indices
+        noise = NoiseSource(seed, noise_indices, self.shape, self.device, stream)
+        denoiser = self.denoiser(network, indices)
+        alphas_cumprod, eta = self.prediction.alphas_cumprod, self.settings.eta
+        return denoiser.check(
+            self.sampler.sample(denoiser, noise(), alphas_cumprod, self.timesteps, noise, callback, eta)
+        )
 
 
 def make_calibration_set(
-    network: Denoiser, sampler: LatentSampler, seed: int, config: CalibrationConfig
+    network: Callable[..., Tensor], sampler: LatentSampler, seed: int, config: CalibrationConfig
 ) -> CalibrationSet:
-    """Run the full-precision sampler on noise of its own stream and keep `config.steps` of its steps, with the contexts."""
+    """Record the network's inputs while the full-precision model samples, with noise of a stream of its own.
+
+    Args:
+        network: the full-precision UNet.
+        sampler: the sampler whose trajectories are recorded.
+        seed: seed of the noise.
+        config: how many time steps to keep, how many samples of each, and the batch size.
+
+    Returns:
+        The calibration set; that of a conditional model has the contexts too.
+    """
 
     def run(indices: list[int], callback: Callable) -> None:
         sampler(network, indices, seed, callback, stream=CALIBRATION)
 
-    data = generate(run, config.steps, sampler.evaluations, config.samples, config.batch_size)
+    data = generate(run, config.num_timesteps, sampler.evaluations, config.samples, config.batch_size)
     if sampler.conditions is None:
         return data
-    context, without = (part.float().cpu() for part in sampler.conditions(range(config.samples)))
-    return replace(data, cs=[context] * len(data.xs), ucs=[without] * len(data.xs))
+    context, unconditional = (contexts.float().cpu() for contexts in sampler.conditions(range(config.samples)))
+    return replace(data, cs=[context] * len(data.xs), ucs=[unconditional] * len(data.xs))
 
 
-def latent_task_parts(
-    checkpoint: Callable[[], LatentCheckpoint], sampler: LatentSampler, seed: int, methods: tuple[str, str]
-) -> dict[str, Any]:
-    """What the shared steps of the scripts need to know of this family; `methods`: the scale rules of weights and activations."""
-    return {
-        "family": LATENT,
-        "build": describe(sampler.config.unet),
-        "input_shape": sampler.shape,
-        "evaluations": sampler.evaluations,
-        "prediction": sampler.prediction,
-        "load": lambda: checkpoint().unet(),
-        "generate": lambda network, calibration: make_calibration_set(network, sampler, seed, calibration),
-        "weight_method": methods[0],
-        "act_method": methods[1],
-    }
+def latent_task(
+    checkpoint: Callable[[], LatentCheckpoint],
+    sampler: LatentSampler,
+    seed: int,
+    act_scale_method: str = "mse",
+    save_model_parts: Callable[[Path], None] | None = None,
+) -> QuantizationTask:
+    """A latent model, ready to be quantized.
+
+    Args:
+        checkpoint: opens the model's checkpoint.
+        sampler: the sampler that draws calibration samples.
+        seed: seed of the calibration samples.
+        act_scale_method: the scale rule of activations.
+        save_model_parts: writes the first stage and the conditioner to a file; None: those of the checkpoint.
+    """
+    return QuantizationTask(
+        architecture=LATENT,
+        unet_config=unet_config_dict(sampler.config.unet),
+        input_shape=sampler.shape,
+        evaluations=sampler.evaluations,
+        load_unet=lambda: checkpoint().unet(),
+        make_calibration_set=lambda network, recipe: make_calibration_set(network, sampler, seed, recipe),
+        prediction=sampler.prediction,
+        weight_scale_method="mse",
+        act_scale_method=act_scale_method,
+        context_dim=sampler.config.unet.context_dim,
+        save_model_parts=save_model_parts or (lambda path: checkpoint().model_parts().save(path)),
+    )

@@ -2,23 +2,37 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.attention import AttentionBlock, SpatialTransformer
-from qdiff.config import fill
 from qdiff.errors import ConfigError
+from qdiff.utils.settings import fill
 
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """`unet_config.params` of a YAML file.
+    """The UNet: `unet_config.params` of a YAML file.
 
-    attention_resolutions are downsampling factors. num_head_channels -1: num_heads heads, else
-    channels // num_head_channels of them. norm_groups is ours (the published models have 32).
+    Attributes:
+        in_channels: channels of the latents.
+        out_channels: channels of the output.
+        model_channels: width of the first layer, a multiple of `norm_groups`.
+        attention_resolutions: the downsampling factors at which attention follows each residual block.
+        num_res_blocks: residual blocks of each resolution; the upward path has one more.
+        channel_mult: width of each resolution, as a multiple of `model_channels`.
+        dropout: probability of dropout in training, 0 to 1.
+        num_heads: number of attention heads, or -1 if `num_head_channels` decides.
+        num_head_channels: channels of a head, or -1 if `num_heads` decides.
+        use_scale_shift_norm: whether the time embedding scales and shifts the features instead of being added to them.
+        resblock_updown: whether residual blocks change the resolution instead of convolutions.
+        use_spatial_transformer: whether attention is a transformer with a context.
+        transformer_depth: transformer blocks of each spatial transformer.
+        context_dim: width D of the contexts. None without a spatial transformer.
+        norm_groups: groups of the normalizations, a setting of ours. The published models have 32.
     """
 
     in_channels: int
@@ -38,6 +52,7 @@ class UNetConfig:
     norm_groups: int = 32
 
     def heads(self, channels: int) -> int:
+        """Return the number of attention heads of a layer with this number of channels."""
         return self.num_heads if self.num_head_channels == -1 else channels // self.num_head_channels
 
 
@@ -45,7 +60,14 @@ IGNORED = ("image_size", "use_checkpoint", "legacy")  # published settings that 
 
 
 def unet_config(values: dict[str, Any]) -> UNetConfig:
-    """Build and check a UNetConfig; ConfigError names what is missing, unknown or cannot work."""
+    """Make and validate a UNetConfig.
+
+    Args:
+        values: the settings; lists become tuples.
+
+    Raises:
+        ConfigError: a setting is missing, unknown or cannot work.
+    """
     config = fill(UNetConfig, values, "unet_config.params", IGNORED)
     for name in ("in_channels", "out_channels", "model_channels", "num_res_blocks", "norm_groups", "transformer_depth"):
         if getattr(config, name) < 1:
@@ -56,39 +78,57 @@ def unet_config(values: dict[str, Any]) -> UNetConfig:
         )
     if (config.context_dim is not None) != config.use_spatial_transformer:
         raise ConfigError("unet_config.params: expected use_spatial_transformer and context_dim together, or neither")
-    if 0 in (config.num_heads, config.num_head_channels) or min(config.num_heads, config.num_head_channels) < -1:
-        raise ConfigError(
-            f"unet_config.params: num_heads {config.num_heads}, num_head_channels {config.num_head_channels}: expected 1 or more"
-        )
-    if config.num_heads == -1 and config.num_head_channels == -1:
-        raise ConfigError("unet_config.params: expected num_heads or num_head_channels")
+    _validate_heads(config)
     if config.model_channels % config.norm_groups:
         raise ConfigError(
-            f"model_channels {config.model_channels}: expected a multiple of the {config.norm_groups} groups of the norms"
+            f"model_channels {config.model_channels}: "
+            f"expected a multiple of the {config.norm_groups} groups of the norms"
         )
     for mult in config.channel_mult:
-        heads = config.heads(config.model_channels * mult)
-        if heads < 1 or config.model_channels * mult % heads:
-            raise ConfigError(
-                f"unet_config.params: {config.model_channels * mult} channels cannot be split into {heads} heads"
-            )
+        channels = config.model_channels * mult
+        heads = config.heads(channels)
+        if heads < 1 or channels % heads:
+            raise ConfigError(f"unet_config.params: {channels} channels cannot be split into {heads} heads")
     return config
 
 
+def _validate_heads(config: UNetConfig) -> None:
+    """Check that one of the two settings decides the number of attention heads."""
+    settings = (config.num_heads, config.num_head_channels)
+    if 0 in settings or min(settings) < -1:
+        raise ConfigError(
+            f"unet_config.params: num_heads {config.num_heads}, num_head_channels {config.num_head_channels}: "
+            "expected 1 or more"
+        )
+    if settings == (-1, -1):
+        raise ConfigError("unet_config.params: expected num_heads or num_head_channels")
+
+
 def frequencies(half: int) -> Tensor:
-    """exp(-ln(10000) i / half), i = 0 to half - 1, in float32 in this order, on the CPU."""
+    """Return exp(-ln(10000) i / half) for i = 0 to half - 1, float32 [half], on the CPU.
+
+    The order of the operations is that of the published code; it decides the last bits.
+    """
     return torch.exp((-math.log(10000) * torch.arange(half, dtype=torch.float32, device="cpu")) / half)
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """Sinusoidal embedding [cos, sin] of `t` [N] -> [N, dim], always formed in float32."""
+    """Embed time steps as [cos, sin] of `dim // 2` frequencies (Vaswani et al. 2017, arXiv 1706.03762, section 3.5).
+
+    Args:
+        t: time steps, [N].
+        dim: width of the embedding.
+
+    Returns:
+        The embedding, float32 [N, dim].
+    """
     angles = t.float()[:, None] * frequencies(dim // 2).to(t.device)[None]
     embedding = torch.cat([torch.cos(angles), torch.sin(angles)], dim=1)
     return F.pad(embedding, (0, 1)) if dim % 2 else embedding
 
 
 class Downsample(nn.Module):
-    """Halve the resolution: 3x3 convolution of stride 2 with symmetric padding."""
+    """Halve the resolution by a 3x3 convolution of stride 2 with symmetric padding."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -99,7 +139,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double the resolution: nearest neighbor, then a 3x3 convolution."""
+    """Double the resolution by the nearest neighbor and a 3x3 convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -110,10 +150,18 @@ class Upsample(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Residual block with a time embedding, added or as scale and shift; `resample` "up" or "down" changes the size."""
+    """A residual block with a time embedding, which is added to the features or scales and shifts them.
+
+    Args:
+        config: the configuration of the UNet.
+        in_channels: channels of the input.
+        out_channels: channels of the output. If they differ from the input's, a 1x1 convolution is the shortcut.
+        resample: "up" doubles the resolution, "down" halves it.
+    """
 
     def __init__(self, config: UNetConfig, in_channels: int, out_channels: int, resample: str = "") -> None:
         super().__init__()
+        self.out_channels = out_channels
         groups, embedding = config.norm_groups, 4 * config.model_channels
         self.scale_shift, self.resample = config.use_scale_shift_norm, resample
         self.in_layers = nn.Sequential(
@@ -135,6 +183,7 @@ class ResBlock(nn.Module):
         return F.interpolate(x, scale_factor=2.0, mode="nearest") if self.resample == "up" else x
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """Map `x` [N, in_channels, H, W] and the time embedding `emb` [N, 4 model_channels] to the output."""
         h = self.in_layers[2](self._resize(self.in_layers[1](self.in_layers[0](x))))
         emb = self.emb_layers(emb)[:, :, None, None]
         if self.scale_shift:
@@ -147,7 +196,11 @@ class ResBlock(nn.Module):
 
 
 class UNetModel(nn.Module):
-    """Noise-prediction network eps(z_t, t[, context]) of the latent family."""
+    """The network of the latent family, which predicts the noise eps(z_t, t) or eps(z_t, t, context).
+
+    Args:
+        config: the settings of a YAML file.
+    """
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -177,7 +230,10 @@ class UNetModel(nn.Module):
         self.output_blocks = nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):
             for index in range(config.num_res_blocks + 1):
-                layers = [ResBlock(config, current + skips.pop(), width), *self._attention(width, 2**level)]
+                layers: list[nn.Module] = [
+                    ResBlock(config, current + skips.pop(), width),
+                    *self._attention(width, 2**level),
+                ]
                 current = width
                 if level and index == config.num_res_blocks:
                     layers.append(
@@ -200,7 +256,16 @@ class UNetModel(nn.Module):
         return AttentionBlock(channels, c.heads(channels), c.norm_groups)
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
-        """Predict the noise in `x` [N, C, H, W] at times `t` [N] given `context` [N, L, context_dim]; the shape of `x`."""
+        """Predict the noise in a batch.
+
+        Args:
+            x: noisy latents, [N, C, h, w].
+            t: time steps, [N], from 0 to the last time step of the model. Fractions are allowed.
+            context: contexts, [N, L, context_dim], of a conditional model.
+
+        Returns:
+            The noise (or what else the model predicts, see `qdiff.prediction`), of the shape of `x`.
+        """
         emb = self.time_embed(timestep_embedding(t, self.config.model_channels).to(x.dtype))
         h, skips = x, []
         for layers in self.input_blocks:
@@ -212,8 +277,9 @@ class UNetModel(nn.Module):
         return self.out(h)
 
 
-def _run(layers: nn.ModuleList, h: Tensor, emb: Tensor, context: Tensor | None) -> Tensor:
-    for layer in layers:
+def _run(layers: nn.Module, h: Tensor, emb: Tensor, context: Tensor | None) -> Tensor:
+    """Run the layers of one `nn.ModuleList`, each with the inputs that it takes."""
+    for layer in cast(nn.ModuleList, layers):
         if isinstance(layer, ResBlock):
             h = layer(h, emb)
         elif isinstance(layer, SpatialTransformer):

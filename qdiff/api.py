@@ -1,7 +1,7 @@
-"""Quantizing any network from Python: `qdiff.quantize`."""
+"""From Python: quantize any network, save the result, load a quantized network."""
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -9,18 +9,66 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qdiff.architecture import Architecture, AttentionMatMulSpec
+from qdiff.architecture import CUSTOM, Architecture, AttentionMatMulSpec
 from qdiff.calibration.data import CalibrationData
+from qdiff.calibration.directory import CalibrationDir
 from qdiff.calibration.ranges import timestep_group_bounds
-from qdiff.calibration.report import try_report
-from qdiff.calibration.run import CalibrationDir, calibrate
+from qdiff.calibration.run import Calibration
+from qdiff.checkpoint.hashes import state_hash
+from qdiff.checkpoint.packed import PackedFile, PackedInfo, remember_info, remembered_info, save_packed
 from qdiff.config import PRESETS, QuantConfig
+from qdiff.engines.proxy import has_engine
+from qdiff.engines.select import apply_engine
 from qdiff.errors import ConfigError, NonFiniteError
 from qdiff.layers import LAYER_TYPES
-from qdiff.model import quant_layers, quantize_model, validate_layers
+from qdiff.model import QuantPlan, quant_layers, quantize_model
 from qdiff.unquantized import find_unquantized, log_unquantized
 from qdiff.utils import distributed
+from qdiff.utils.devices import select_device
 from qdiff.utils.finite import first_not_finite
+
+
+def load(
+    path: str | Path, model: nn.Module | None = None, *, device: str | torch.device = "auto", engine: str = "auto"
+) -> nn.Module:
+    """Load a quantized network from a packed checkpoint.
+
+    Args:
+        path: the packed checkpoint (`.safetensors`). Every tensor is checked against its sha256.
+        model: only for files that `save` wrote of a network of `quantize`: the full-precision network, whose
+            structure is used. Its parameters are neither used nor changed.
+        device: `auto` (the best one present), `cpu`, `cuda`, `mps`, or a torch.device.
+        engine: `simulated` (fake quantization), `integer` (products on integers), or `auto`, which chooses by device,
+            number formats and processor and says so in the log.
+
+    Returns:
+        The network, in eval mode: called with (x_t [N, C, H, W], t [N]) and, for text models, contexts [N, L, D].
+
+    Raises:
+        CheckpointError: no such file, damaged, of another format, or not of this `model`.
+        ConfigError: a device or an engine that cannot be used; `model` is missing or not needed.
+    """
+    network = PackedFile.open(path).network(model=model)
+    return apply_engine(network.to(select_device(device)), engine)
+
+
+def save(path: str | Path, network: nn.Module) -> None:
+    """Write a quantized network as a packed checkpoint, which `load` reads.
+
+    Args:
+        path: the file to write, atomically.
+        network: what `quantize` returned, or what `load` returned with `engine="simulated"`.
+
+    Raises:
+        ConfigError: another network, or one that runs on an engine.
+        WriteError: the file cannot be written.
+    """
+    info = remembered_info(network)
+    if info is None:
+        raise ConfigError(": expected what qdiff.quantize or qdiff.load returned", field="network")
+    if has_engine(network):
+        raise ConfigError(": runs on an engine; expected one loaded with engine='simulated'", field="network")
+    save_packed(path, network, info)
 
 
 def quantize(
@@ -33,55 +81,72 @@ def quantize(
     blocks: Sequence[type[nn.Module]] | Mapping[type[nn.Module], str | None] = (),
     separate: Sequence[str] = (),
     keep: Sequence[type[nn.Module] | str] = (),
-    products: Mapping[type[nn.Module], dict[str, AttentionMatMulSpec]] | None = None,
+    attention_matmuls: Mapping[type[nn.Module], Mapping[str, AttentionMatMulSpec]] | None = None,
     splits: Mapping[str, int] | None = None,
     timestep_groups: int = 1,
     preset: str = "fast",
     folder: str | Path | None = None,
     **recipe: object,
 ) -> nn.Module:
-    """A quantized and calibrated copy of a denoiser that knows nothing of this package.
+    """Quantize and calibrate a copy of a denoiser that knows nothing of this package.
 
-    Every `nn.Conv1d`, `nn.Conv2d` and `nn.Linear` is replaced; normalizations and embeddings stay as
-    they are; products made by functions (`F.scaled_dot_product_attention`) are not quantized unless they
-    are modules named in `products`. The log lists products, concatenated shortcuts and layers that stay in full precision.
+    Every `nn.Conv1d`, `nn.Conv2d` and `nn.Linear` is replaced. Normalizations and embeddings stay as they are.
+    Matmuls of functions (`F.scaled_dot_product_attention`) are not quantized; attention matmuls that are modules can
+    be named in `attention_matmuls`. The log lists attention matmuls, concatenated shortcuts and layers that stay in
+    full precision.
 
     Args:
-        model: any network in float32 that returns one tensor; not changed. Its device is where the work is done.
-        inputs: its positional inputs, all with the rows first: x_t [N, ...], t [N], contexts. They should be
-            inputs that it meets while sampling, from all time steps; 500 rows and more.
-        weight_bit, act_bit: 2 to 16; `act_bit` None leaves activations as they are.
+        model: any network in float32 that returns one tensor. It is not changed. Its device is where the work is done.
+        inputs: its positional inputs, all with the samples first: x_t [N, ...], t [N], contexts. They should be
+            inputs that it meets while sampling, from all time steps; 500 samples or more.
+        weight_bit: the width of weights, 2 to 16 bits.
+        act_bit: the width of activations, 2 to 16 bits; None leaves activations in full precision.
         symmetric: signed activations without zero point.
-        blocks: module types that are reconstructed as a whole (residual blocks, attention blocks). Each must return
-            one tensor with the rows first and run once in a forward pass. Layers outside them are reconstructed alone.
-            As a dict, with the path of the layer inside whose bias is added to the block's output: its mean error is then corrected.
-        separate: how the paths of those layers inside blocks end that are reconstructed apart (projections of the time embedding).
-        keep: what stays in full precision. The path of a module, or a pattern (`head.*`), keeps all inside it; that of a parameter
-            keeps the parameter. A type keeps the modules' own parameters (position embeddings), or all inside where there are none.
-        products: module types with attention products as attributes (`qdiff.layers.MatMul`), see `qdiff.model.AttentionMatMulSpec`.
-        splits: for layers whose input is a concatenation, by path: the channels of its first half (Q-Diffusion, section 4.3).
-        timestep_groups: sets of time steps with activation step sizes of their own.
-        preset: the recipe: `fast` or `published`; `recipe` overrides its settings (`qdiff.config.CalibrationConfig`).
-        folder: keeps every finished unit there; the same call continues after an interruption. At the end it has a report too:
-            `layers.csv`, `layers.png`, `units.png`.
+        blocks: module types that are reconstructed as a whole (residual blocks, attention blocks). Each must return one
+            tensor with the samples first and run once in a forward pass. Layers outside them are reconstructed alone.
+            A dict names for each type the layer inside whose bias is added to the block's output: its mean error is
+            then corrected.
+        separate: how the paths of layers inside blocks end that are reconstructed on their own (projections of the time
+            embedding).
+        keep: what stays in full precision. The path of a module, or a pattern (`head.*`), keeps everything inside it;
+            the path of a parameter keeps the parameter. A type keeps the parameters of its modules (position
+            embeddings), or everything inside them if they have no parameters of their own.
+        attention_matmuls: module types with attention matmuls as attributes (`qdiff.layers.MatMul`), see
+            `qdiff.architecture.AttentionMatMulSpec`.
+        splits: for layers whose input is a concatenation, by path: the channels of its first half (Q-Diffusion,
+            section 4.3).
+        timestep_groups: the number of groups of time steps with activation scales of their own (TFMQ-DM, arXiv
+            2311.16503).
+        preset: the recipe: `fast` or `published`.
+        folder: keeps every finished unit there; the same call then continues after an interruption. At the end it
+            also has
+            a report: `layers.csv`, `layers.png`, `units.png`.
+        recipe: settings that replace those of the preset (`qdiff.config.CalibrationConfig`).
+
+    Returns:
+        The quantized network, in eval mode; `save` writes it.
 
     Raises:
         ConfigError: settings that cannot work, by name; names of what is not in the network.
-        NonFiniteError: a weight, or a value inside the network, that is not a finite number, by name.
-        TypeError: a module with parameters that has no quantized form and is not kept, by path and type; a layer with hooks; a block
-            without a product that `products` names.
+        NonFiniteError: a weight, or a value inside the network, that is not finite, by name.
+        TypeError: a module with parameters that has no quantized form and is not kept, by path and type; a layer with
+            hooks; a block without an attention matmul that `attention_matmuls` names.
         NotImplementedError: a convolution whose padding is not zeros, by path.
         RuntimeError: a block or layer that cannot be a unit, by path.
     """
-    _check(model, inputs, blocks, separate, keep, products or {}, splits or {}, timestep_groups, preset, recipe)
-    rows = CalibrationData(tuple(inputs))
-    family = Architecture(
-        "custom",
-        build=lambda _: model,
+    _validate_model(model)
+    _validate_inputs(inputs, timestep_groups)
+    _validate_recipe(preset, recipe, timestep_groups)
+    _validate_names(model, blocks, separate, keep, attention_matmuls or {})
+    _validate_splits(model, splits or {})
+    data = CalibrationData(tuple(inputs))
+    architecture = Architecture(
+        CUSTOM,
+        make_unet=lambda _: model,
         blocks=dict(blocks) if isinstance(blocks, Mapping) else dict.fromkeys(blocks),
         separate=tuple(separate),
         keep=tuple(keep),
-        products=dict(products or {}),
+        attention_matmuls=dict(attention_matmuls or {}),
         split_points=lambda _: dict(splits or {}),
     )
     quant = QuantConfig(
@@ -93,99 +158,106 @@ def quantize(
         split=bool(splits),
         weight_scale_method="mse",
         act_scale_method="mse",
-        time_bounds=timestep_group_bounds(rows, timestep_groups) if timestep_groups > 1 else (),
+        time_bounds=timestep_group_bounds(data, timestep_groups) if timestep_groups > 1 else (),
     )
-    config = replace(PRESETS[preset], **recipe)
-    validate_layers(model, family)
-    model = copy.deepcopy(model)
-    _tell(model, family, quant, rows)
-    quantized = calibrate(
-        model, family, quant, config, rows, workplace=CalibrationDir(None if folder is None else Path(folder))
-    )
-    if folder is not None and distributed.rank() == 0:
-        try_report(Path(folder), model, family, quantized, quant, config, rows)
+    plan = QuantPlan.of(model, architecture, quant.split)
+    config, model = replace(PRESETS[preset], **recipe), deepcopy(model)  # type: ignore[arg-type]  # validated above
+    _log_unquantized(model, architecture, quant, data)
+    directory = CalibrationDir(None if folder is None else Path(folder))
+    calibration = Calibration(model, architecture, quant, config, data, directory=directory)
+    quantized = calibration.run()
+    if directory.folder is not None and distributed.rank() == 0:
+        calibration.report(directory.folder, quantized)
+    header = config.to_dict() | {"rows_sha256": data.hash()}
+    info = PackedInfo(CUSTOM, plan.to_dict(), quant, header, state_hash(model.state_dict()))
+    remember_info(quantized, info)
     return quantized
 
 
-def _tell(model: nn.Module, family: Architecture, quant: QuantConfig, rows: CalibrationData) -> None:
-    """Say in the log what stays in full precision; ConfigError where nothing would be quantized."""
-    wrapped = quantize_model(model, family, quant)
+def _log_unquantized(model: nn.Module, architecture: Architecture, quant: QuantConfig, data: CalibrationData) -> None:
+    """Say in the log what stays in full precision; ConfigError if nothing would be quantized."""
+    wrapped = quantize_model(model, architecture, quant)
     if not quant_layers(wrapped):
         raise ConfigError("the network has no layer inside that can be quantized and is not kept")
     split = {path for path, layer in quant_layers(wrapped).items() if layer.split}
-    if lost := sorted(set(family.split_points(model)) - split):
-        raise ConfigError(f"splits: {lost[0]} is kept in full precision")
+    if lost := sorted(set(architecture.split_points(model)) - split):
+        raise ConfigError(f": {lost[0]} is kept in full precision", field="splits")
     device = next(model.parameters()).device
-    log_unquantized(find_unquantized(wrapped, [part.to(device) for part in rows[:2]]), quant.quant_act)
+    log_unquantized(find_unquantized(wrapped, [part.to(device) for part in data[:2]]), quant.quant_act)
 
 
-def _check(
-    model: nn.Module,
-    inputs: Sequence[Tensor],
-    blocks: Iterable[type[nn.Module]] | Mapping[type[nn.Module], str | None],
-    separate: Sequence[str],
-    keep: Iterable[type[nn.Module] | str],
-    products: Iterable[type[nn.Module]],
-    splits: Mapping[str, int],
-    timestep_groups: int,
-    preset: str,
-    recipe: Mapping[str, object],
-) -> None:
-    """ConfigError for arguments of `quantize` that cannot be meant, by name."""
+def _validate_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"model: expected an nn.Module, found {type(model).__name__}")
-    if isinstance(inputs, Tensor) or not all(isinstance(tensor, Tensor) for tensor in inputs):
-        raise ConfigError("inputs: expected a tuple of tensors, (x_t, t) and contexts")
-    if any(torch.isnan(tensor).any() for tensor in inputs) or any(torch.isinf(tensor).any() for tensor in inputs[:2]):
-        raise ConfigError("inputs: values that are not finite numbers")  # masks among the contexts may hold -inf
+        raise ConfigError(f": expected an nn.Module, found {type(model).__name__}", field="model")
     if torch.is_inference_mode_enabled():
         raise ConfigError("inside torch.inference_mode(): expected to be called outside, gradients are needed")
-    if preset not in PRESETS:
-        raise ConfigError(f"preset {preset!r}: expected one of {', '.join(PRESETS)}")
-    if unknown := set(recipe) - set(PRESETS[preset].to_dict()) | {"steps", "samples"} & set(
-        recipe
-    ):  # all rows given are taken
-        raise ConfigError(f"unknown settings of the recipe: {', '.join(sorted(unknown))}")
+    if not any(isinstance(module, tuple(LAYER_TYPES)) for module in model.modules()):
+        raise ConfigError("the network has no layer that can be quantized")
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+            found = str(parameter.dtype).removeprefix("torch.")
+            raise ConfigError(f": {name} is {found}: expected float32 (model.float())", field="model")
+    if (name_of_bad := first_not_finite(model.state_dict())) is not None:
+        raise NonFiniteError(f": {name_of_bad} holds values that are not finite numbers", field="model")
+
+
+def _validate_inputs(inputs: Sequence[Tensor], timestep_groups: int) -> None:
+    if isinstance(inputs, Tensor) or not all(isinstance(tensor, Tensor) for tensor in inputs):
+        raise ConfigError(": expected a tuple of tensors, (x_t, t) and contexts", field="inputs")
+    # masks among the contexts may hold -inf
+    if any(torch.isnan(tensor).any() for tensor in inputs) or any(torch.isinf(part).any() for part in inputs[:2]):
+        raise ConfigError(": values that are not finite numbers", field="inputs")
     lengths = {len(tensor) for tensor in inputs}
     if len(lengths) != 1:
-        raise ConfigError(f"inputs of {sorted(lengths)} rows: expected the same number in each")
+        raise ConfigError(f" of {sorted(lengths)} samples: expected the same number in each", field="inputs")
     if timestep_groups > 1 and len(inputs) < 2:
-        raise ConfigError(f"timestep_groups {timestep_groups}: expected the time steps as the second input")
+        message = f" {timestep_groups}: expected the time steps as the second input"
+        raise ConfigError(message, field="timestep_groups")
+
+
+def _validate_recipe(preset: str, recipe: Mapping[str, object], timestep_groups: int) -> None:
+    if preset not in PRESETS:
+        raise ConfigError(f" {preset!r}: expected one of {', '.join(PRESETS)}", field="preset")
+    known = {field.name for field in PRESETS[preset].__dataclass_fields__.values()} - {"num_timesteps", "samples"}
+    if unknown := sorted(set(recipe) - known):  # all samples given are taken
+        raise ConfigError(f"unknown settings of the recipe: {', '.join(unknown)}")
+    if recipe.get("running_stat") and timestep_groups > 1:
+        raise ConfigError(" and running_stat: expected one of them", field="timestep_groups")
+
+
+def _validate_names(
+    model: nn.Module,
+    blocks: Iterable[type[nn.Module]] | Mapping[type[nn.Module], str | None],
+    separate: Iterable[str],
+    keep: Iterable[type[nn.Module] | str],
+    attention_matmuls: Iterable[type[nn.Module]],
+) -> None:
     modules = dict(model.named_modules())
-    for path, channels in splits.items():
-        if type(modules.get(path)) not in LAYER_TYPES:
-            raise ConfigError(f"splits: no layer {path}")
-        if not 0 < channels < modules[path].weight.shape[1]:
-            raise ConfigError(
-                f"splits: {path} has {modules[path].weight.shape[1]} input channels: expected 1 or more in each half, found {channels}"
-            )
     types = {type(module) for module in modules.values()}
-    for name, wanted in (("blocks", blocks), ("keep", keep), ("products", products)):
-        for kind in wanted:
-            if isinstance(kind, str) and name == "keep":
-                there = any(
-                    fnmatchcase(path, kind) for path in [*filter(None, modules), *dict(model.named_parameters())]
-                )
-            else:
-                there = kind in types
-            if not there:
-                raise ConfigError(f"{name}: no {getattr(kind, '__name__', kind)} in the network")
+    paths = [*filter(None, modules), *dict(model.named_parameters())]
+    for kept in keep:
+        if not (any(fnmatchcase(path, kept) for path in paths) if isinstance(kept, str) else kept in types):
+            raise ConfigError(f": no {getattr(kept, '__name__', kept)} in the network", field="keep")
+    for name, kinds in (("blocks", blocks), ("attention_matmuls", attention_matmuls)):
+        for kind in kinds:
+            if kind not in types:
+                raise ConfigError(f": no {kind.__name__} in the network", field=name)
     if isinstance(blocks, Mapping):
         for path, module in modules.items():
             if (inside := blocks.get(type(module))) is not None and inside not in dict(module.named_modules()):
-                raise ConfigError(f"blocks: {path} ({type(module).__name__}) has no layer {inside}")
-    if not any(issubclass(kind, tuple(LAYER_TYPES)) for kind in types):
-        raise ConfigError("the network has no layer that can be quantized")
+                raise ConfigError(f": {path} ({type(module).__name__}) has no layer {inside}", field="blocks")
     for name in separate:
         if not any(f".{path}".endswith(f".{name}") for path in modules):
-            raise ConfigError(f"separate: no layer whose path ends with {name}")
-    if other := [
-        (name, p.dtype) for name, p in model.named_parameters() if p.is_floating_point() and p.dtype != torch.float32
-    ]:
-        raise ConfigError(
-            f"{other[0][0]} is {str(other[0][1]).removeprefix('torch.')}: expected float32 (model.float())"
-        )
-    if (name := first_not_finite(model.state_dict())) is not None:
-        raise NonFiniteError(f"model: {name} holds values that are not finite numbers")
-    if recipe.get("running_stat") and timestep_groups > 1:
-        raise ConfigError("timestep_groups and running_stat: expected one of them")
+            raise ConfigError(f": no layer whose path ends with {name}", field="separate")
+
+
+def _validate_splits(model: nn.Module, splits: Mapping[str, int]) -> None:
+    modules = dict(model.named_modules())
+    for path, channels in splits.items():
+        layer = modules.get(path)
+        if layer is None or type(layer) not in LAYER_TYPES:
+            raise ConfigError(f": no layer {path}", field="splits")
+        total = layer.weight.shape[1]  # type: ignore[index,union-attr]  # convolutions and linear layers have a weight
+        if not 0 < channels < total:
+            message = f": {path} has {total} input channels: expected 1 or more in each half, found {channels}"
+            raise ConfigError(message, field="splits")

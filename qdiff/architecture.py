@@ -1,23 +1,38 @@
-"""What quantization must know of a family of networks: its `Architecture`, and how one is found by the family's name."""
+"""What quantization must know of a family of networks: its `Architecture`, and how one is found by the family's name.
 
-from collections.abc import Callable
+A family is registered by a line that names a module-level `Architecture`: here for those of this project, under the
+entry point group `qdiff.families` for those of other packages. Its module is imported when the family is first asked
+for.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
 
 from torch import nn
 
 from qdiff.config import QuantConfig
+from qdiff.errors import ConfigError
 from qdiff.layers import ActQuantizer, QuantMatMul, TimestepGroups
+
+ENTRY_POINTS = "qdiff.families"
+CUSTOM = "custom"  # the family of networks that `qdiff.quantize` was given
 
 
 @dataclass(frozen=True)
 class AttentionMatMulSpec:
-    """One attention product of a block.
+    """One attention matmul of a block.
 
-    operands: names of the two factors in order (they name the quantizers). softmax: which of them, if
-    any, holds attention probabilities (width `sm_abit`). always_zero: their zero point is forced to 0.
-    follows_a_sym: they are signed when activations are. on_block: published files name the quantizers
-    on the block, not on the product.
+    Attributes:
+        operands: the names of both factors, in order. They name the quantizers (`act_quantizer_q`).
+        softmax: the name of the factor that holds attention probabilities, quantized to `sm_abit` bits; None: neither
+            does.
+        always_zero: the zero point of the probabilities is forced to 0.
+        follows_a_sym: the probabilities are signed when activations are symmetric.
+        on_block: published files name the quantizers on the block, not on the matmul inside it.
     """
 
     operands: tuple[str, str]
@@ -26,7 +41,8 @@ class AttentionMatMulSpec:
     follows_a_sym: bool = True
     on_block: bool = False
 
-    def build(self, config: QuantConfig, groups: TimestepGroups | None) -> QuantMatMul:
+    def make(self, config: QuantConfig, groups: TimestepGroups | None) -> QuantMatMul:
+        """The quantized matmul in the number formats of `config`."""
         return QuantMatMul({name: self._quantizer(name, config, groups) for name in self.operands})
 
     def _quantizer(self, name: str, config: QuantConfig, groups: TimestepGroups | None) -> ActQuantizer:
@@ -36,37 +52,46 @@ class AttentionMatMulSpec:
         return ActQuantizer(config.sm_abit, symmetric, self.always_zero, is_softmax=True, groups=groups)
 
 
+def _no_splits(_: nn.Module) -> dict[str, int]:
+    return {}
+
+
 @dataclass(frozen=True)
 class Architecture:
     """What quantization must know of a family of networks.
 
-    build: from the configuration stored in a packed file to the network. blocks: module types that are
-    reconstructed as a whole, each with the layer inside whose bias is added to its output (None: no bias
-    correction of this block). separate:
-    how the paths of those layers inside blocks end that are reconstructed on their own, before the
-    block (time embeddings: TFMQ-DM, arXiv 2311.16503). products: for each block type, its attention
-    products by attribute name. split_points: from a network to {layer: channels of the first half}.
-    keep: what stays in full precision. A path of a module, or a pattern of paths (`head.*`), keeps everything inside it; that of a
-    parameter keeps the parameter. A type keeps the modules' own parameters, or everything inside where they have none of their own.
-    signature: a key by which a state dict of this family is recognized. input_layer: the path of the layer that x_t goes into.
+    Attributes:
+        name: the family's name, as packed checkpoints store it.
+        make_unet: makes the network from the configuration that a packed checkpoint stores.
+        blocks: the module types that are reconstructed as a whole. Each names the layer inside whose bias is added to
+            the block's output; None switches the bias correction of this block off.
+        separate: how the paths of layers inside blocks end that are reconstructed on their own, before their block
+            (projections of the time embedding: TFMQ-DM, arXiv 2311.16503).
+        attention_matmuls: for each block type its attention matmuls by attribute name.
+        split_points: from a network to {path of a layer: input channels of the first half of its concatenated input}.
+        keep: what stays in full precision. The path of a module, or a pattern (`head.*`), keeps everything inside it;
+            the path of a parameter keeps the parameter. A type keeps the parameters of its modules, or everything
+            inside them if they have no parameters of their own.
+        signatures: parts of tensor names by which a state dict of this family is recognized in messages.
+        input_layer: the path of the layer that x_t goes into.
     """
 
     name: str
-    build: Callable[[dict], nn.Module]
-    blocks: dict[type[nn.Module], str | None]
+    make_unet: Callable[[dict[str, Any]], nn.Module]
+    blocks: Mapping[type[nn.Module], str | None]
     separate: tuple[str, ...] = ()
-    products: dict[type[nn.Module], dict[str, AttentionMatMulSpec]] = field(default_factory=dict)
-    split_points: Callable[[nn.Module], dict[str, int]] = lambda _: {}
+    attention_matmuls: Mapping[type[nn.Module], Mapping[str, AttentionMatMulSpec]] = field(default_factory=dict)
+    split_points: Callable[[nn.Module], Mapping[str, int]] = _no_splits
     keep: tuple[type[nn.Module] | str, ...] = ()
-    signature: str = ""
+    signatures: tuple[str, ...] = ()
     input_layer: str = ""
 
-    def names(self, path: str) -> bool:
+    def keeps(self, path: str) -> bool:
         """Whether a name or pattern of `keep` matches the path of a module or parameter."""
         return any(isinstance(kept, str) and fnmatchcase(path, kept) for kept in self.keep)
 
     def output_layer(self, unit: nn.Module) -> nn.Module | None:
-        """The layer whose bias is added to the output of `unit`: the unit itself where it is a layer."""
+        """The layer whose bias is added to the output of `unit`: the unit itself if it is a layer."""
         if type(unit) not in self.blocks:
             return unit
         path = self.blocks[type(unit)]
@@ -77,9 +102,43 @@ class Architecture:
         return any(f".{path}".endswith(f".{name}") for name in self.separate)
 
 
-FAMILIES: dict[str, Architecture] = {}
+# The one list of this project's families: name, and where its `Architecture` is.
+_FAMILIES: dict[str, str | Architecture] = {"pixel": "ddim.family:PIXEL", "latent": "ldm.family:LATENT"}
 
 
-def register_family(family: Architecture) -> Architecture:
-    FAMILIES[family.name] = family
-    return family
+def register_family(name: str, place: str | Architecture) -> None:
+    """Make a family known to this process; packages use the entry point group `qdiff.families` instead.
+
+    Args:
+        name: the family's name, as packed checkpoints store it.
+        place: its `Architecture`, or where that is found on first use: `module:attribute`.
+    """
+    _FAMILIES[name] = place
+
+
+def family_names() -> list[str]:
+    """The names of all families, those of installed packages included."""
+    return sorted({*_FAMILIES, *(point.name for point in entry_points(group=ENTRY_POINTS))})
+
+
+def find_architecture(name: str) -> Architecture:
+    """The architecture of a family; its module is imported now if it was not before.
+
+    Raises:
+        ConfigError: no family has this name.
+    """
+    place = _FAMILIES.get(name)
+    if place is None:
+        points = list(entry_points(group=ENTRY_POINTS, name=name))
+        if not points:
+            raise ConfigError(f" {name!r}: expected one of {', '.join(family_names())}", field="family")
+        place = points[0].value
+    if isinstance(place, str):
+        module, _, attribute = place.partition(":")
+        place = _FAMILIES[name] = getattr(import_module(module), attribute)
+    return place
+
+
+def architectures() -> Iterator[Architecture]:
+    """The architectures of all families."""
+    return map(find_architecture, family_names())

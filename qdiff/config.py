@@ -1,79 +1,36 @@
 """What is quantized and how it is calibrated: checked, immutable, and stored in every packed checkpoint."""
 
-import contextlib
-import difflib
-import math
-from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields, replace
-from types import NoneType, UnionType
-from typing import Any, get_args, get_origin
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 from qdiff.errors import ConfigError
+from qdiff.scale_rules import SCALE_RULES
+
+MODES = ("qdiff", "linear")
 
 
-def _require(condition: bool, message: str) -> None:
+def _require(condition: bool, field: str, message: str) -> None:
     if not condition:
-        raise ConfigError(message)
-
-
-def check_names(found: Iterable[str], known: Iterable[str], section: str) -> None:
-    """ConfigError, by name, for a key of a YAML file that nothing reads; the nearest known one is offered."""
-    known = list(known)
-    for name in map(str, found):
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            raise ConfigError(f"section {section}: unknown {name}" + (f" (did you mean {near[0]}?)" if near else ""))
-
-
-def typed(value: Any, kind: Any, name: str) -> Any:
-    """`value` as a setting of type `kind`: int, float, bool, str, None, tuples and unions of them; a list becomes a tuple.
-
-    Raises:
-        ConfigError: a value of another type, by name.
-    """
-    if get_origin(kind) is UnionType:
-        if value is None and NoneType in get_args(kind):
-            return None
-        kind = next(part for part in get_args(kind) if part is not NoneType)
-    if get_origin(kind) is tuple and isinstance(value, list | tuple):
-        return tuple(typed(item, get_args(kind)[0], name) for item in value)
-    if kind is float and isinstance(value, int | str) and not isinstance(value, bool):  # YAML reads 1e-4 as text
-        with contextlib.suppress(ValueError):
-            value = float(value)
-    plain = isinstance(kind, type) and isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
-    if not plain or (kind is float and not math.isfinite(value)):
-        raise ConfigError(f"{name} {value!r}: expected {getattr(kind, '__name__', kind)}")
-    return value
-
-
-def fill(kind: type, values: dict[str, Any], section: str, ignored: Iterable[str] = ()) -> Any:
-    """A dataclass from a section of a YAML file; lists become tuples.
-
-    Args:
-        ignored: further keys that the section may have.
-
-    Raises:
-        ConfigError: a setting is missing, unknown or of another type, by name.
-    """
-    _require(isinstance(values, Mapping), f"section {section}: expected settings, found {values!r}")
-    known = {field.name: field for field in fields(kind)}
-    required = [name for name, field in known.items() if field.default is MISSING and field.default_factory is MISSING]
-    missing = [name for name in required if values.get(name) is None]
-    check_names(values, [*known, *ignored], section)
-    _require(not missing, f"section {section}: missing {', '.join(missing)}")
-    given = {name: value for name, value in values.items() if name in known}
-    return kind(**{name: typed(value, known[name].type, f"{section}.{name}") for name, value in given.items()})
+        raise ConfigError(message, field=field)
 
 
 @dataclass(frozen=True)
 class QuantConfig:
     """The simulated number formats.
 
-    weight_bit, act_bit: 2 to 16; sm_abit: the width of attention probabilities. quant_act: quantize
-    activations as well as weights. a_sym: symmetric activations. split: two quantizers for a
-    concatenated shortcut. *_scale_method: how the range becomes a step size (`qdiff.quantizers`).
-    quant_mode: `qdiff` reconstructs, `linear` rounds to nearest. time_bounds: where each time-step set but the first
-    begins (ascending); every set has its own activation step sizes. Empty: one for all time steps.
+    Attributes:
+        weight_bit: the width of weights, 2 to 16 bits.
+        act_bit: the width of activations, 2 to 16 bits.
+        quant_act: quantize activations as well as weights.
+        sm_abit: the width of attention probabilities, 2 to 16 bits.
+        a_sym: symmetric activations: signed integers without zero point.
+        split: two quantizers for a concatenated shortcut (Q-Diffusion, section 4.3).
+        weight_scale_method: the scale rule of weights (`qdiff.scale_rules`).
+        act_scale_method: the scale rule of activations.
+        quant_mode: `qdiff` reconstructs, `linear` rounds to nearest.
+        time_bounds: the time steps at which each timestep group but the first begins, ascending. Every group has its
+            own activation scales. Empty: one group for all time steps.
     """
 
     weight_bit: int = 8
@@ -88,49 +45,72 @@ class QuantConfig:
     time_bounds: tuple[float, ...] = ()
 
     def validate(self) -> "QuantConfig":
-        """Return self, or raise ConfigError naming the option."""
+        """Return self.
+
+        Raises:
+            ConfigError: a setting that cannot work, by name.
+        """
         for name in ("weight_bit", "act_bit", "sm_abit"):
             value = getattr(self, name)
-            _require(isinstance(value, int) and 2 <= value <= 16, f"--{name} {value}: expected a width of 2 to 16 bits")
-        for name in ("weight_scale_method", "act_scale_method"):
-            value = getattr(self, name)
-            _require(value in ("max", "max_scale", "mse"), f"{name} {value!r}: expected max, max_scale or mse")
-        _require(self.quant_mode in ("qdiff", "linear"), f"--quant_mode {self.quant_mode}: expected qdiff or linear")
+            _require(isinstance(value, int) and 2 <= value <= 16, name, f" {value}: expected a width of 2 to 16 bits")
+        SCALE_RULES.get(self.weight_scale_method, field="weight_scale_method")
+        SCALE_RULES.get(self.act_scale_method, field="act_scale_method")
+        _require(self.quant_mode in MODES, "quant_mode", f" {self.quant_mode}: expected {' or '.join(MODES)}")
         bounds = list(self.time_bounds)
-        _require(bounds == sorted(set(bounds)), f"time_bounds {bounds}: expected ascending time steps")
+        _require(bounds == sorted(set(bounds)), "time_bounds", f" {bounds}: expected ascending time steps")
         return self
 
     def linear(self) -> "QuantConfig":
         """The same widths by nearest rounding and min-max ranges."""
         return replace(self, quant_mode="linear", weight_scale_method="max", act_scale_method="max")
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as files hold them."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict) -> "QuantConfig":
-        """Rebuild from `to_dict`; unknown or missing settings are an error (older files have no `time_bounds`)."""
-        values = {"time_bounds": ()} | values
+    def from_dict(cls, values: Mapping[str, Any]) -> "QuantConfig":
+        """Rebuild from `to_dict`; older files have no `time_bounds`.
+
+        Raises:
+            ConfigError: a setting is unknown, missing or cannot work.
+        """
+        values = {"time_bounds": ()} | dict(values)
         names = {field.name for field in fields(cls)}
-        _require(set(values) == names, f"quantization settings {sorted(values)}: expected {sorted(names)}")
+        if set(values) != names:
+            raise ConfigError(f"quantization settings {sorted(values)}: expected {sorted(names)}")
         return cls(**values | {"time_bounds": tuple(values["time_bounds"])}).validate()
 
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """The recipe of reconstruction (Q-Diffusion section 4; BRECQ; AdaRound). Defaults: the published ones (`PRESETS`).
+    """The recipe of a calibration (Q-Diffusion, section 4; BRECQ; AdaRound). The defaults are the published values.
 
-    steps, samples: `--cali_st`, `--cali_n`: time steps used of the calibration set, samples of each.
-    iters, lr, iters_a, lr_a, p: iterations and learning rates of rounding and of the activation step
-    sizes, the norm of the latter's loss. running_stat: moving averages for the activation ranges
-    (rs_sm_only: of attention probabilities only). held_out: fraction of the rows that choose the best
-    step sizes and take no part in fitting them. patience: step sizes of a unit are done after so many of the checks
-    on those rows (20 in `iters_a`) without a better one; 0: never. iters_tune, lr_tune, batch_tune: of the fit of all step
-    sizes, biases and normalizations together to the network's output, after the units. bfloat16: units run in it while they are fitted,
-    and activations are kept in it.
+    Attributes:
+        num_timesteps: time steps used of the calibration set (`steps` in files).
+        samples: samples of each time step.
+        batch_size: samples of one batch.
+        iters: iterations of AdaRound for each unit.
+        lr: learning rate of AdaRound.
+        iters_a: iterations of the activation scales for each unit (LSQ).
+        lr_a: learning rate of the activation scales.
+        p: norm of the reconstruction loss of the activation scales.
+        running_stat: activation ranges are moving averages over all samples.
+        rs_sm_only: with `running_stat`, moving averages for attention probabilities only.
+        rounding_weight: weight of AdaRound's regularizer in the loss.
+        warmup: fraction of `iters` before the regularizer acts.
+        held_out: fraction of the samples in the validation split, which chooses the best result and is never trained
+            on.
+        patience: activation scales of a unit are done after this number of validations in a row without a better one
+            (20 validations fit in `iters_a`); 0: never before the end.
+        iters_tune: iterations of the end-to-end fine-tuning of scales, biases and norm affines; 0: none.
+        lr_tune: its learning rate, of the logarithms of the scales; the other parameters take a tenth of it.
+        batch_tune: its batch size.
+        bfloat16: units run in bfloat16 while they are fitted, and activations are cached in it.
+        seed: seed of the random order of samples and of the batches.
     """
 
-    steps: int = 1
+    num_timesteps: int = 1
     samples: int = 1024
     batch_size: int = 32
     iters: int = 20000
@@ -151,23 +131,35 @@ class CalibrationConfig:
     seed: int = 0
 
     def validate(self) -> "CalibrationConfig":
-        """Return self, or raise ConfigError naming the option."""
-        for name, option in (("steps", "cali_st"), ("samples", "cali_n"), ("batch_size", "cali_batch_size")):
-            _require(getattr(self, name) >= 1, f"--{option} {getattr(self, name)}: expected at least 1")
-        for name, option in (("iters", "cali_iters"), ("iters_a", "cali_iters_a"), ("iters_tune", "cali_iters_tune")):
-            _require(getattr(self, name) >= 0, f"--{option} {getattr(self, name)}: expected 0 or more")
-        _require(self.patience >= 0, f"patience {self.patience}: expected 0 or more")
-        for name, option in (("lr", "cali_lr_w"), ("lr_a", "cali_lr"), ("p", "cali_p")):
-            _require(getattr(self, name) > 0, f"--{option} {getattr(self, name)}: expected a positive number")
+        """Return self.
+
+        Raises:
+            ConfigError: a setting that cannot work, by name.
+        """
+        for name in ("num_timesteps", "samples", "batch_size", "batch_tune"):
+            _require(getattr(self, name) >= 1, name, f" {getattr(self, name)}: expected at least 1")
+        for name in ("iters", "iters_a", "iters_tune", "patience"):
+            _require(getattr(self, name) >= 0, name, f" {getattr(self, name)}: expected 0 or more")
+        for name in ("lr", "lr_a", "p", "lr_tune"):
+            _require(getattr(self, name) > 0, name, f" {getattr(self, name)}: expected a positive number")
         return self
 
-    def to_dict(self) -> dict:
-        return asdict(self)
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as files hold them."""
+        values = asdict(self)
+        return {"steps": values.pop("num_timesteps")} | values
 
 
 PRESETS = {
     "published": CalibrationConfig(),
     "fast": CalibrationConfig(
-        samples=64, iters=400, lr=3e-2, iters_a=60, lr_a=1e-3, patience=5, iters_tune=150, bfloat16=True
+        samples=64,
+        iters=400,
+        lr=3e-2,
+        iters_a=60,
+        lr_a=1e-3,
+        patience=5,
+        iters_tune=150,
+        bfloat16=True,
     ),
 }

@@ -1,6 +1,7 @@
 """The errors that this package raises on purpose. Each message is one line: what was found, and what was expected."""
 
 from collections.abc import Mapping
+from typing import Self
 
 
 class _UserError(ValueError):
@@ -19,7 +20,11 @@ class _UserError(ValueError):
 
     def with_options(self, options: Mapping[str, str]) -> str:
         """The whole message with the name of an option (`--weight_bit`) in the place of its field (`weight_bit`)."""
-        return f"{self.where}{options.get(self.field, self.field)}{self.message}"
+        return str(self.renamed(options))
+
+    def renamed(self, options: Mapping[str, str]) -> Self:
+        """The same error about another name: that of `options` for its field, or its own if there is none."""
+        return type(self)(self.message, options.get(self.field, self.field), self.where)
 
 
 class ConfigError(_UserError):

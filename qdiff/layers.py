@@ -1,64 +1,85 @@
-"""Quantized layers: what replaces a convolution, a linear layer or an attention product.
+"""Quantized layers: the modules that replace convolutions, linear layers and attention matmuls.
 
-A layer's `weight` is what the product really uses: full precision until `set_integers`, then the
-dequantized integers, formed once, when they are first asked for. So a quantized weight costs nothing in a forward
-pass, and no memory where the products run on integers.
+A layer's `weight` is what its forward pass uses: the full-precision weight until `set_integers`, then the dequantized
+integers. These are computed once, on first use. So a quantized weight costs nothing in a forward pass, and its
+dequantized form takes no memory if an engine computes on the integers themselves.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qdiff import quantizers as Q
+from qdiff.scale_rules import choose_qparams
 
 
 class TimestepGroups:
-    """Finite time-step sets (TFMQ-DM, arXiv 2311.16503): which of the step sizes a row takes, by its time step.
+    """Timestep groups (TFMQ-DM, arXiv 2311.16503): each group of time steps has activation scales of its own.
 
-    bounds: ascending; a row of time t belongs to set number (how many bounds are <= t).
+    Args:
+        bounds: ascending time steps between the groups. The number of bounds <= t is the group of a sample at time t.
+
+    Attributes:
+        bounds: float32 [G - 1].
+        current: the group of the samples that come next: one number if all share it, else a tensor [N].
     """
 
     def __init__(self, bounds: Sequence[float]) -> None:
-        self.bounds = torch.tensor(
-            bounds, dtype=torch.float32, device="cpu"
-        )  # also where networks are built on the meta device
+        # the device is named because networks are also built on the meta device
+        self.bounds = torch.tensor(bounds, dtype=torch.float32, device="cpu")
         self.current: int | Tensor = 0
 
     def __len__(self) -> int:
         return len(self.bounds) + 1
 
     def set(self, t: Tensor) -> None:
-        """Take the time steps [rows] of the rows that come next."""
+        """Choose the groups of the samples that come next by their time steps `t` [N]."""
         index = torch.bucketize(t.detach().float().contiguous(), self.bounds.to(t.device), right=True)
         same = bool((index == index[0]).all())
         self.current = int(index[0]) if same else index
 
     def of_rows(self, count: int, device: torch.device) -> Tensor:
-        """The set of each of `count` rows; a row may have become several, one after the other (heads)."""
+        """The group of each of `count` rows, [count].
+
+        Attention heads turn one sample into several rows, one after the other: then `count` is a multiple of N.
+        """
         if isinstance(self.current, int):
             return torch.full((count,), self.current, device=device)
         return self.current.to(device).repeat_interleave(count // len(self.current))
 
     def pick(self, values: Tensor, x: Tensor) -> Tensor:
-        """From one value a set to a value for each row of `x`, or for all."""
+        """Select from `values` [G] the value of each row of `x`: a scalar, or [rows, 1, ...] if the groups differ."""
         if isinstance(self.current, int):
             return values[self.current]
         return values[self.of_rows(len(x), x.device)].reshape(-1, *[1] * (x.dim() - 1))
 
 
+def dequantize(integers: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """(integers - zero_point) * scale, in the precision of `scale`; shapes that broadcast."""
+    return (integers.to(scale.dtype) - zero_point) * scale
+
+
 class Quantizer(nn.Module):
-    """What quantizers of activations and of weights have in common: `n_bits`, a scale and a zero point."""
+    """The common base of activation and weight quantizers.
+
+    Attributes:
+        n_bits: the width of the integers.
+        delta: the scale, under the name that state dicts and files use.
+        zero_point: of the shape of the scale.
+        name: the quantizer's path in the network, for messages.
+    """
 
     n_bits: int
     delta: Tensor
     zero_point: Tensor
-    name = ""  # its path in the network, for messages
+    name = ""
 
     @property
     def scale(self) -> Tensor:
-        """The step size; `delta` in state dicts and files."""
+        """The scale; state dicts and files call it `delta`."""
         return self.delta
 
     @scale.setter
@@ -67,9 +88,19 @@ class Quantizer(nn.Module):
 
 
 class ActQuantizer(Quantizer):
-    """Per-tensor activation quantizer: one step size, one zero point; of each time-step set, where there are `steps`.
+    """Per-tensor activation quantizer with one scale and one zero point, or with one of each for every timestep group.
 
-    `enabled` switches it; `observer`, while set, sees every input before it is quantized.
+    Args:
+        n_bits: the width of the integers, 2 to 16.
+        symmetric: signed integers without zero point.
+        always_zero: unsigned integers whose zero point is 0 (attention probabilities).
+        is_softmax: the input holds attention probabilities.
+        groups: the timestep groups, shared by the whole network; None: one scale for all time steps.
+
+    Attributes:
+        enabled: whether inputs are quantized.
+        learning: whether the forward pass is differentiable in the scale.
+        observer: if set, it is called with every input before quantization.
     """
 
     def __init__(
@@ -90,12 +121,18 @@ class ActQuantizer(Quantizer):
         self.register_buffer("delta", torch.full(shape, float("nan")))
         self.register_buffer("zero_point", torch.zeros(shape))
 
+    @property
+    def zero_is_fixed(self) -> bool:
+        """Whether the number format fixes the zero point to 0; then `zero_point` is not read."""
+        return self.symmetric or self.always_zero
+
     def set_qparams(self, scale: Tensor, zero_point: Tensor) -> None:
+        """Store copies of a scale and a zero point: scalars, or [G] with timestep groups."""
         self.scale = scale.detach().to(self.scale).clone()
         self.zero_point = zero_point.detach().to(self.zero_point).clone()
 
     def qparams(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(delta, zero_point) for the rows of `x`: scalars, or one for each row."""
+        """(scale, zero_point) for the rows of `x`: scalars, or one value for each row."""
         if self.groups is None:
             return self.scale, self.zero_point
         return self.groups.pick(self.scale, x), self.groups.pick(self.zero_point, x)
@@ -108,9 +145,10 @@ class ActQuantizer(Quantizer):
         scale, zero_point = self.qparams(x)
         if self.learning:
             return Q.fake_quantize(x, scale, zero_point, self.n_bits, self.symmetric)
-        # clamp(round(x / delta) + z, low, high) - z, with the zero point folded into the bounds
+        # clamp(round(x / scale) + z, low, high) - z with z folded into the bounds: one new tensor, and two passes less
+        # over it. `Q.fake_quantize` adds z and subtracts it again, which rounds differently in low precision.
         low, high = Q.integer_range(self.n_bits, self.symmetric)
-        if self.symmetric or self.always_zero:
+        if self.zero_is_fixed:
             return torch.div(x, scale).round_().clamp_(low, high).mul_(scale)
         return torch.div(x, scale).round_().clamp_(low - zero_point, high - zero_point).mul_(scale)
 
@@ -119,7 +157,13 @@ class ActQuantizer(Quantizer):
 
 
 class WeightQuantizer(Quantizer):
-    """Per-channel integers of one weight (or of one half of a split one): (integers - zero_point) * delta."""
+    """The integers of one weight, or of one half of a split weight, with a scale and a zero point per output channel.
+
+    Args:
+        shape: the shape of the weight (half), [N, K] or [N, C, ...].
+        n_bits: the width of the integers, 2 to 16.
+        device: where the buffers are.
+    """
 
     integers: Tensor
 
@@ -133,21 +177,37 @@ class WeightQuantizer(Quantizer):
         self.register_buffer("integers", torch.zeros(shape, dtype=dtype, device=device))
 
     def dequantize(self) -> Tensor:
-        return (self.integers.to(self.scale.dtype) - self.zero_point) * self.scale
+        """The weight that the integers stand for."""
+        return dequantize(self.integers, self.scale, self.zero_point)
 
 
 class QuantLayer(nn.Module):
-    """A convolution or linear layer with quantized weight and input; subclasses give the product.
-
-    `channels` is the dimension of the input channels, in the input and in the weight.
+    """A convolution or linear layer with quantized weight and input; subclasses define `apply_weight`.
 
     Args:
         layer: the full-precision layer; its parameters are shared, not copied.
-        split: input channels that belong to the first half of a concatenated input; 0: no split.
-        steps: the time-step sets, where each has its own activation step size.
+        weight_bit: the width of the weight's integers.
+        act_bit: the width of the input's integers.
+        a_sym: the input's integers are signed and have no zero point.
+        split: the number of input channels in the first half of a concatenated input; 0 means one quantizer for all.
+        groups: the timestep groups of the activation scales; None: one scale for all time steps.
+
+    Attributes:
+        channels: the dimension of the input channels, in the input and in the weight.
+        quantized: whether the weight is that of the integers.
+        rounding: AdaRound's alpha of each half while it is learned, else None.
+        shape: the shape of the whole weight, valid after `drop_weight` too.
+        weight_quantizer_0: the quantizer of the second half, in split layers only (`act_quantizer_0` likewise).
     """
 
     channels = 1
+    bias: Tensor | None
+    shape: torch.Size
+    weight_quantizer: WeightQuantizer
+    weight_quantizer_0: WeightQuantizer
+    act_quantizer: ActQuantizer
+    act_quantizer_0: ActQuantizer
+    _weight: Tensor | None
 
     def __init__(
         self,
@@ -159,61 +219,72 @@ class QuantLayer(nn.Module):
         groups: TimestepGroups | None = None,
     ) -> None:
         super().__init__()
+        weight, bias = layer.weight, layer.bias
+        assert isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))
         self.split = split
         self.quantized = False
-        self.rounding: list[Tensor] | None = None  # alpha of each half, while they are learned
-        self.shape = layer.weight.shape
-        self.register_buffer("_weight", layer.weight.detach(), persistent=False)
-        self.bias = layer.bias
+        self.rounding: list[Tensor] | None = None
+        self.shape = weight.shape
+        self.register_buffer("_weight", weight.detach(), persistent=False)
+        self.bias = bias
         for suffix, part in zip(("", "_0"), self._parts(self.weight), strict=False):
             setattr(self, f"weight_quantizer{suffix}", WeightQuantizer(tuple(part.shape), weight_bit, part.device))
             setattr(self, f"act_quantizer{suffix}", ActQuantizer(act_bit, a_sym, groups=groups))
-        for name in getattr(layer, "__constants__", ()):  # in_channels, stride, ...: networks read them
+        for name in getattr(layer, "__constants__", ()):  # networks read them: in_channels, stride, ...
             if hasattr(layer, name):
                 setattr(self, name, getattr(layer, name))
         self.copy_geometry(layer)
 
     def copy_geometry(self, layer: nn.Module) -> None:
-        """Keep what the product needs besides weight and bias."""
+        """Copy from `layer` what `apply_weight` needs besides weight and bias."""
 
-    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+    def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The convolution or linear map of an input with `weight`, plus the bias."""
         raise NotImplementedError
 
     @property
     def weight_quantizers(self) -> list[WeightQuantizer]:
+        """The weight quantizer of the layer, or of both halves of a split layer."""
         return [self.weight_quantizer] + ([self.weight_quantizer_0] if self.split else [])
+
+    def named_weight_quantizers(self) -> Iterator[tuple[str, WeightQuantizer]]:
+        """Yield ("weight_quantizer", quantizer) and, in split layers, ("weight_quantizer_0", quantizer)."""
+        return zip(("weight_quantizer", "weight_quantizer_0"), self.weight_quantizers, strict=False)
 
     @property
     def act_quantizers(self) -> list[ActQuantizer]:
+        """The input quantizer of the layer, or of both halves of a split layer."""
         return [self.act_quantizer] + ([self.act_quantizer_0] if self.split else [])
 
     def _parts(self, tensor: Tensor) -> list[Tensor]:
-        """The halves of a weight or of an input along the input channels, or the whole."""
+        """Split a weight or an input along the input channels into its halves; [tensor] in layers without split."""
         return list(tensor.tensor_split([self.split], dim=self.channels)) if self.split else [tensor]
 
     def _join(self, parts: list[Tensor]) -> Tensor:
+        """Concatenate the halves along the input channels: the inverse of `_parts`."""
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=self.channels)
 
     def set_integers(self, integers: list[Tensor]) -> None:
-        """Fix the weight to `integers` (one tensor a half); from now on `weight` is their dequantized value."""
+        """Fix the weight to `integers`, one tensor for each half; from now on `weight` is their dequantized value."""
         for quantizer, values in zip(self.weight_quantizers, integers, strict=True):
             quantizer.integers = values.detach().to(quantizer.integers.dtype)
         self.freeze()
 
     def freeze(self) -> None:
-        """From now on the weight is that of the integers, in the precision of the scales."""
+        """Let the integers define the weight from now on, in the precision of the scales."""
         self._weight = None
         self.quantized = True
         self.rounding = None
 
     def drop_weight(self) -> None:
-        """Forget integers and weight: another module holds the only copy from now on, and only `product` can be used."""
+        """Free integers and weight, because another module holds them; only `apply_weight` can be used afterwards."""
         for quantizer in self.weight_quantizers:
             quantizer.integers = quantizer.integers.new_zeros(0)
         self._weight = None
 
     @property
     def weight(self) -> Tensor:
+        """The weight in full precision, or the dequantized integers once they are set."""
         if self._weight is None:
             with torch.no_grad():
                 self._weight = self._join([quantizer.dequantize() for quantizer in self.weight_quantizers])
@@ -225,37 +296,40 @@ class QuantLayer(nn.Module):
 
     @torch.no_grad()
     def init_weight_scales(self, method: str) -> None:
-        """Step sizes from the full-precision weight, and nearest rounding."""
+        """Choose weight scales from the full-precision weight and round to nearest.
+
+        Args:
+            method: the name of a scale rule (`qdiff.scale_rules`).
+        """
         integers = []
         for quantizer, part in zip(self.weight_quantizers, self._parts(self.weight), strict=True):
-            quantizer.scale, quantizer.zero_point = Q.choose_qparams(
+            quantizer.scale, quantizer.zero_point = choose_qparams(
                 part, quantizer.n_bits, channel_wise=True, method=method, name=quantizer.name
             )
             integers.append(Q.quantize_nearest(part, quantizer.scale, quantizer.zero_point, quantizer.n_bits))
         self.set_integers(integers)
 
     def effective_weight(self) -> Tensor:
-        """The weight of the product: soft-rounded while alphas are learned, else `weight`."""
+        """The weight of the forward pass: soft-rounded while AdaRound learns, else `weight`."""
         if self.rounding is None:
             return self.weight
         parts = zip(self.weight_quantizers, self._parts(self.weight), self.rounding, strict=True)
         return self._join([Q.soft_round(w, alpha, q.scale, q.zero_point, q.n_bits) for q, w, alpha in parts])
 
     def quantize_input(self, x: Tensor) -> Tensor:
-        """The input as the product sees it."""
+        """The input of the forward pass: quantized if the quantizers are enabled."""
         if not self.split:
             return self.act_quantizer(x)
+        if not any(quantizer.enabled or quantizer.observer is not None for quantizer in self.act_quantizers):
+            return x  # saves the copy that joining the halves makes
         halves = zip(self.act_quantizers, self._parts(x), strict=True)
-        return self._join([quantizer(half) for quantizer, half in halves]) if self._acts_matter() else x
+        return self._join([quantizer(half) for quantizer, half in halves])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.product(self.quantize_input(x), self.effective_weight())
-
-    def _acts_matter(self) -> bool:
-        return any(q.enabled or q.observer is not None for q in self.act_quantizers)
+        return self.apply_weight(self.quantize_input(x), self.effective_weight())
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "QuantLayer":
-        """After a change of precision or device the dequantized weight is formed anew from the integers."""
+        """After a change of precision or device, dequantize the integers again on next use."""
         super()._apply(fn, recurse)
         if self.quantized:
             self.freeze()
@@ -269,7 +343,7 @@ LAYER_TYPES: dict[type[nn.Module], type[QuantLayer]] = {}
 
 
 def register_layer(float_type: type[nn.Module]) -> Callable[[type[QuantLayer]], type[QuantLayer]]:
-    """Class decorator: the quantized layer that replaces `float_type`."""
+    """Class decorator that registers the quantized layer which replaces modules of type `float_type`."""
 
     def register(quantized_type: type[QuantLayer]) -> type[QuantLayer]:
         LAYER_TYPES[float_type] = quantized_type
@@ -280,13 +354,23 @@ def register_layer(float_type: type[nn.Module]) -> Callable[[type[QuantLayer]], 
 
 @register_layer(nn.Linear)
 class QuantLinear(QuantLayer):
+    """A quantized linear layer."""
+
     channels = -1
 
-    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+    def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight, self.bias)
 
 
-class _QuantConv(QuantLayer):
+class QuantConv(QuantLayer):
+    """The common base of quantized convolutions.
+
+    Attributes:
+        geometry: stride, padding, dilation and groups, as the functional convolutions take them.
+    """
+
+    geometry: dict[str, Any]
+
     def copy_geometry(self, layer: nn.Module) -> None:
         if layer.padding_mode != "zeros":
             raise NotImplementedError(f"padding_mode {layer.padding_mode!r}: only zeros can be quantized")
@@ -294,21 +378,26 @@ class _QuantConv(QuantLayer):
 
 
 @register_layer(nn.Conv1d)
-class QuantConv1d(_QuantConv):
-    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+class QuantConv1d(QuantConv):
+    """A quantized 1-D convolution."""
+
+    def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.conv1d(x, weight, self.bias, **self.geometry)
 
 
 @register_layer(nn.Conv2d)
-class QuantConv2d(_QuantConv):
-    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+class QuantConv2d(QuantConv):
+    """A quantized 2-D convolution."""
+
+    def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.conv2d(x, weight, self.bias, **self.geometry)
 
 
 class MatMul(nn.Module):
-    """`torch.matmul` as a module: the handle by which an attention product is quantized.
+    """`torch.matmul` as a module: wrapping replaces it by a `QuantMatMul` to quantize an attention matmul.
 
-    whole_batch: the rows of the operands must be all those of the batch, not a slice of them.
+    Attributes:
+        whole_batch: the operands must hold the whole batch, not a slice of it.
     """
 
     whole_batch = False
@@ -318,15 +407,28 @@ class MatMul(nn.Module):
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """softmax(q k^T scale) v of [B, T, d] by PyTorch's fused operator, for attentions whose products are not quantized.
+    """softmax(q k^T scale) v by PyTorch's fused operator, for attentions whose matmuls are not quantized.
 
     An attention module that can use it has a class attribute `fused`, which engines set.
+
+    Args:
+        q: [B, T, d].
+        k: [B, S, d].
+        v: [B, S, d].
+        scale: the factor of the logits, usually d^-0.5.
+
+    Returns:
+        [B, T, d].
     """
     return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], scale=scale)[:, 0]
 
 
 class QuantMatMul(nn.Module):
-    """A matrix product with both operands quantized; `operands` names them (`act_quantizer_q`, ...)."""
+    """An attention matmul whose two operands are quantized.
+
+    Args:
+        operands: {operand: its quantizer} in the order of the factors; the modules are named `act_quantizer_{operand}`.
+    """
 
     def __init__(self, operands: dict[str, ActQuantizer]) -> None:
         super().__init__()
@@ -335,11 +437,15 @@ class QuantMatMul(nn.Module):
 
     @property
     def act_quantizers(self) -> list[ActQuantizer]:
+        """The quantizers of the first and the second operand."""
         return [module for module in self.children() if isinstance(module, ActQuantizer)]
 
     @property
     def whole_batch(self) -> bool:
-        """With time-step sets each row has its own step size, found by its place in the batch."""
+        """Whether the operands must hold the whole batch, because a row's scale is found by its place in the batch.
+
+        This is so with timestep groups while samples of several groups are in the batch, or while an observer looks on.
+        """
         return any(
             q.groups is not None and (q.observer is not None or not isinstance(q.groups.current, int))
             for q in self.act_quantizers

@@ -1,24 +1,20 @@
 """Uniform affine quantization and AdaRound as pure functions on tensors.
 
-    q = clamp(round(x / delta) + zero_point, 0, 2^b - 1),   x^ = (q - zero_point) * delta
+    q = clamp(round(x / scale) + zero_point, 0, 2^b - 1),   x^ = (q - zero_point) * scale
 
-and, symmetric, zero_point = 0 with q clamped to [-L - 1, L], L = 2^(b-1) - 1. The rules for delta and
-zero_point are those of the published method (Q-Diffusion, arXiv 2302.04304, and BRECQ, 2102.05426).
+A symmetric grid has zero_point = 0 and q is clamped to [-L - 1, L] with L = 2^(b-1) - 1. The formulas are those of the
+published method (Q-Diffusion, arXiv 2302.04304, and BRECQ, arXiv 2102.05426); `qdiff.scale_rules` chooses the scales.
 """
 
 import logging
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-ScaleMethod = Literal["max", "max_scale", "mse"]
 MIN_SCALE = 1e-8
-MSE_STEPS = 80  # ranges shrunk by 1.00, 0.99, ... 0.21
-MSE_NORM = 2.4
 
 
 def integer_range(n_bits: int, symmetric: bool) -> tuple[int, int]:
@@ -44,43 +40,6 @@ def quantize_nearest(x: Tensor, scale: Tensor, zero_point: Tensor, n_bits: int, 
     return torch.clamp((x / scale).round() + zero_point, low, high)
 
 
-# --- ranges ------------------------------------------------------------------------------------
-
-
-def choose_qparams(
-    x: Tensor,
-    n_bits: int,
-    *,
-    symmetric: bool = False,
-    channel_wise: bool = False,
-    method: ScaleMethod = "max",
-    always_zero: bool = False,
-    name: str = "",
-) -> tuple[Tensor, Tensor]:
-    """Step size and zero point for `x` by one of the published rules.
-
-    Args:
-        x: the data; with `channel_wise`, one scale for each index of the first dimension.
-        method: `max`: the full range; `max_scale`: the range grown by (b + 2) / 8 for the zero point;
-            `mse`: of 80 shrunk ranges the one with least mean |x - x^|^2.4.
-        always_zero: force zero_point 0 (softmax outputs).
-        name: what a warning calls the quantizer.
-
-    Returns:
-        (delta, zero_point), float32: scalars, or [C, 1, ...] with `channel_wise`. Zero points are signed
-        (`mse` gives negative ones for all-positive data).
-    """
-    rows = x.detach().float().reshape(len(x), -1) if channel_wise else x.detach().float().reshape(1, -1)
-    low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
-    if method == "mse":
-        scale, zero_point = _search_mse(rows, low, high, n_bits, symmetric, always_zero)
-    else:
-        growth = (n_bits + 2) / 8 if method == "max_scale" else 1.0
-        scale, zero_point = qparams_from_range(low, high, n_bits, symmetric, always_zero, growth, name)
-    shape = (len(x),) + (1,) * (x.dim() - 1) if channel_wise else ()
-    return scale.reshape(shape), zero_point.reshape(shape)
-
-
 def qparams_from_range(
     low: Tensor,
     high: Tensor,
@@ -90,7 +49,19 @@ def qparams_from_range(
     growth: float = 1.0,
     name: str = "",
 ) -> tuple[Tensor, Tensor]:
-    """(delta, zero_point) of the range [low, high] by the `max` rules; formed in float64 on the CPU (MPS has none), returned in float32."""
+    """The scale and zero point of the range [low, high]; formed in float64 on the CPU, because MPS has none.
+
+    Args:
+        low, high: the ends of the range, of one shape.
+        n_bits: the width of the integers, 2 to 16.
+        symmetric: the integers are signed and the zero point is 0.
+        always_zero: the zero point is 0 and the integers are unsigned.
+        growth: a factor on symmetric ranges and on the low end that the zero point comes from.
+        name: what a warning calls the quantizer.
+
+    Returns:
+        scale and zero_point, float32, of the shape of `low`; scales are at least MIN_SCALE.
+    """
     device = low.device
     low, high = low.cpu().double(), high.cpu().double()
     if symmetric:
@@ -101,7 +72,7 @@ def qparams_from_range(
     if bool((scale < MIN_SCALE).any()):
         count = int((scale < MIN_SCALE).sum())
         log.warning(
-            "%sdegenerate range: %d of %d step sizes set to %g",
+            "%sdegenerate range: %d of %d scales set to %g",
             f"{name}: " if name else "",
             count,
             scale.numel(),
@@ -111,31 +82,6 @@ def qparams_from_range(
     if symmetric or always_zero:
         return scale.float().to(device), torch.zeros_like(scale, dtype=torch.float32).to(device)
     return scale.float().to(device), torch.round(-(low.clamp(max=0.0) * growth) / scale).float().to(device)
-
-
-def _search_mse(
-    rows: Tensor, low: Tensor, high: Tensor, n_bits: int, symmetric: bool, always_zero: bool
-) -> tuple[Tensor, Tensor]:
-    """For each row the shrunk range of least error; every candidate is one operation over all rows."""
-    limit = torch.maximum(high, -low)
-    best = torch.full_like(low, math.inf)
-    best_delta, best_zero = torch.full_like(low, MIN_SCALE), torch.zeros_like(low)
-    for step in range(MSE_STEPS):
-        shrink = 1.0 - step * 0.01
-        if symmetric:
-            scale, zero = limit * shrink / (2 ** (n_bits - 1) - 1), torch.zeros_like(low)
-        elif always_zero:
-            scale, zero = high * shrink / (2**n_bits - 1), torch.zeros_like(low)
-        else:
-            scale = (high * shrink - low * shrink) / (2**n_bits - 1)
-            zero = torch.round(-(low * shrink) / scale.clamp(min=MIN_SCALE))
-        scale = scale.clamp(min=MIN_SCALE)
-        q = quantize_nearest(rows, scale, zero, n_bits, symmetric)
-        error = (rows - (q - zero) * scale).abs().pow(MSE_NORM).mean(1, keepdim=True)
-        better = error < best
-        best = torch.where(better, error, best)
-        best_delta, best_zero = torch.where(better, scale, best_delta), torch.where(better, zero, best_zero)
-    return best_delta, best_zero
 
 
 def running_range(low: Tensor | None, high: Tensor | None, x: Tensor, momentum: float = 0.95) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,8 @@
-"""What of a foreign network stays in full precision without anybody having said so: found in one forward pass, told in the log."""
+"""Find what silently stays in full precision in a network that `qdiff.quantize` wrapped, and warn about it.
+
+One forward pass is watched for matmuls of two activations, for layers whose input is a concatenation, and for layers
+that were not replaced.
+"""
 
 import logging
 from collections import Counter
@@ -15,7 +19,7 @@ from qdiff.layers import LAYER_TYPES, QuantLayer, QuantMatMul
 
 log = logging.getLogger(__name__)
 
-PRODUCTS = {
+MATMULS = {
     torch.matmul,
     torch.bmm,
     torch.baddbmm,
@@ -32,22 +36,34 @@ CONCATENATIONS = {torch.cat, torch.concat, torch.concatenate}
 
 @dataclass
 class Unquantized:
-    """products: how many products of two activations each module makes. shortcuts: layers whose input is a concatenation that is not
-    split, with the channels of its first part. layers: convolutions and linear layers that were kept."""
+    """What a forward pass does in full precision, although it could be quantized.
 
-    products: Counter[str] = field(default_factory=Counter)
+    Attributes:
+        matmuls: {path of a module: number of its matmuls of two activations}.
+        shortcuts: {path of a quantized layer: channels of the first part of its concatenated input}, for layers without
+            split.
+        layers: the paths of convolutions and linear layers that were not replaced.
+    """
+
+    matmuls: Counter[str] = field(default_factory=Counter)
     shortcuts: dict[str, int] = field(default_factory=dict)
     layers: list[str] = field(default_factory=list)
 
 
 class _Watch(TorchFunctionMode):
-    """Sees products and concatenations, and in which module they are made."""
+    """Records matmuls and concatenations, and the module that computes them.
+
+    Args:
+        parameters: the ids of the network's parameters; a matmul with a parameter is not one of two activations.
+    """
 
     def __init__(self, parameters: set[int]) -> None:
         super().__init__()
         self.parameters = parameters
-        self.modules: list[tuple[str, nn.Module]] = []
-        self.joined: list[tuple[Tensor, int, int]] = []  # held, so that they can be told apart by identity
+        self.modules: list[tuple[str, nn.Module]] = []  # the modules whose forward pass is running, innermost last
+        # (output, dimension, size of the first part) of every concatenation. The outputs are compared by identity, so
+        # they must stay alive: a new tensor could get the id of a freed one.
+        self.joined: list[tuple[Tensor, int, int]] = []
         self.found = Unquantized()
 
     def __torch_function__(
@@ -56,10 +72,10 @@ class _Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
         path, module = self.modules[-1] if self.modules else ("", None)
-        if func in PRODUCTS and not isinstance(module, QuantLayer | QuantMatMul):
+        if func in MATMULS and not isinstance(module, QuantLayer | QuantMatMul):
             tensors = [part for part in _flat([*args, *kwargs.values()]) if isinstance(part, Tensor)]
             if not any(id(tensor) in self.parameters for tensor in tensors):
-                self.found.products[path or "the network"] += 1
+                self.found.matmuls[path or "the network"] += 1
         if func in CONCATENATIONS:
             parts = args[0] if args else kwargs["tensors"]
             dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % output.dim()
@@ -67,6 +83,7 @@ class _Watch(TorchFunctionMode):
         return output
 
     def enter(self, path: str, module: nn.Module, inputs: Sequence[Any]) -> None:
+        """Note that the forward pass of `module` begins."""
         self.modules.append((path, module))
         if isinstance(module, QuantLayer) and not module.split and inputs:
             for joined, dim, first in self.joined:
@@ -75,12 +92,18 @@ class _Watch(TorchFunctionMode):
 
 
 def _flat(values: Sequence[Any]) -> list[Any]:
+    """The items of nested lists and tuples."""
     return [item for value in values for item in (_flat(value) if isinstance(value, list | tuple) else [value])]
 
 
 @torch.no_grad()
 def find_unquantized(quantized: nn.Module, inputs: Sequence[Tensor]) -> Unquantized:
-    """What one forward pass of a network that was wrapped (`qdiff.model.quantize_model`) does in full precision."""
+    """Watch one forward pass of a wrapped network.
+
+    Args:
+        quantized: the network, wrapped by `qdiff.model`.
+        inputs: its inputs, for a batch of any size.
+    """
     watch = _Watch({id(parameter) for parameter in quantized.parameters()})
     watch.found.layers = [path for path, module in quantized.named_modules() if type(module) in LAYER_TYPES]
     handles = []
@@ -99,10 +122,15 @@ def find_unquantized(quantized: nn.Module, inputs: Sequence[Tensor]) -> Unquanti
 
 
 def log_unquantized(found: Unquantized, activations: bool) -> None:
-    """One line in the log for each kind of thing that stays in full precision; products count where activations are quantized."""
-    if activations and found.products:
-        places = ", ".join(f"{path} ({count})" if count > 1 else path for path, count in found.products.items())
-        total = sum(found.products.values())
+    """Log one warning for each kind of operation that stays in full precision.
+
+    Args:
+        found: what the forward pass did.
+        activations: whether activations are quantized; if not, matmuls of activations are not mentioned.
+    """
+    if activations and found.matmuls:
+        places = ", ".join(f"{path} ({count})" if count > 1 else path for path, count in found.matmuls.items())
+        total = sum(found.matmuls.values())
         log.warning(
             "%d attention products stay in full precision (as MatMul modules they can be named in products): %s",
             total,

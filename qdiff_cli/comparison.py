@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from qdiff.evaluation.cost import Cost, measure_cost
-from qdiff.evaluation.likeness import Likeness, likeness
 from qdiff.evaluation.lite0 import load_lite0
+from qdiff.evaluation.similarity import ImageSimilarity, image_similarity
 from qdiff.evaluation.trajectory import StepErrors, Trajectories
 from qdiff.utils.extras import require_extra
 from qdiff.utils.files import atomic_write
@@ -30,7 +30,7 @@ class Comparison:
 
     eps: dict[str, StepErrors]
     x: dict[str, StepErrors]
-    likeness: dict[str, Likeness]
+    similarity: dict[str, ImageSimilarity]
     images: dict[str, Tensor]
     seconds: dict[str, float]
     memory: dict[str, int | None]
@@ -57,11 +57,12 @@ def compare(job: SamplingRun, model: nn.Module, networks: Mapping[str, nn.Module
                 seconds[name] += (perf_counter() - started) / count
                 progress.update(len(chunk))
     joined = {name: torch.cat(parts) for name, parts in images.items()}
-    near = {
-        name: likeness(zip(joined[name].split(16), joined[FULL].split(16), strict=True), lite0) for name in networks
+    similarity = {
+        name: image_similarity(zip(joined[name].split(16), joined[FULL].split(16), strict=True), lite0)
+        for name in networks
     }
     memory = {name: max(found, default=None) for name, found in peaks.items()}
-    return Comparison(trajectories.eps_errors(), trajectories.x_errors(), near, joined, seconds, memory)
+    return Comparison(trajectories.eps_errors(), trajectories.x_errors(), similarity, joined, seconds, memory)
 
 
 def costs(job: SamplingRun, networks: Mapping[str, nn.Module]) -> dict[str, Cost]:

@@ -13,7 +13,6 @@ from qdiff.errors import ConfigError
 from qdiff.evaluation.clip import ClipScore
 from qdiff.evaluation.features import EXTRACTORS, Features, default_cache, extract, load_extractor
 from qdiff.evaluation.images import Selected, open_images
-from qdiff.evaluation.likeness import likeness
 from qdiff.evaluation.lite0 import load_lite0
 from qdiff.evaluation.metrics import (
     METRICS,
@@ -26,6 +25,7 @@ from qdiff.evaluation.metrics import (
     save_statistics,
     statistics_of,
 )
+from qdiff.evaluation.similarity import image_similarity
 from qdiff.utils.extras import require_extra
 from qdiff.utils.files import check_writable
 from qdiff_cli.images import load_metadata
@@ -195,7 +195,7 @@ def evaluate(args: argparse.Namespace, source: str | Path) -> dict:
     def rest() -> dict[str, float]:
         more = compute(found, reference, tuple(args.metrics or METRICS))
         if others is not None:
-            more |= asdict(likeness(pairs(images, others, args.batch_size), load_lite0().to(device)))
+            more |= asdict(image_similarity(pairs(images, others, args.batch_size), load_lite0().to(device)))
         if clip is not None:
             words = iter(prompts)
             for batch in images.batches(args.batch_size):

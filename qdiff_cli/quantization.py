@@ -1,205 +1,164 @@
-"""From options to a network: full precision, loaded from a calibrated checkpoint, or calibrated now."""
+"""The network that samples: in full precision, loaded from a calibrated checkpoint, or calibrated now."""
 
-import argparse
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-import yaml
 from torch import nn
 
-from qdiff.architecture import Architecture
 from qdiff.calibration.data import CalibrationData, CalibrationSet, load_set, save_set
+from qdiff.calibration.directory import CalibrationDir
 from qdiff.calibration.ranges import timestep_group_bounds
-from qdiff.calibration.report import try_report
-from qdiff.calibration.run import CalibrationDir, calibrate
-from qdiff.checkpoint import (
-    PackedInfo,
-    check_packed,
-    is_packed,
-    load_packed,
-    load_published,
-    read_packed_info,
-    save_packed,
-    save_published,
-    state_hash,
-)
+from qdiff.calibration.run import Calibration
+from qdiff.checkpoint import PackedFile, PackedInfo, load_published, save_packed, save_published, state_hash
+from qdiff.checkpoint.packed import remember_info, remembered_info
 from qdiff.config import CalibrationConfig, QuantConfig
 from qdiff.engines.select import apply_engine
-from qdiff.errors import CheckpointError, ConfigError
+from qdiff.errors import CheckpointError
 from qdiff.model import copy_weights, quantize_model
-from qdiff.prediction import Prediction
+from qdiff.task import QuantizationTask
+from qdiff.utils import distributed
 from qdiff.utils.files import file_hash
-from qdiff_cli.options import RULES, calibration_config, check_typed, quant_config
-from qdiff_cli.running import Ranks
+from qdiff_cli.quantization_options import QuantizationConfig
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class QuantizationTask:
-    """What a family's script knows and the shared steps need.
-
-    build: the network's configuration for `family.build`. input_shape: (C, H, W) of x_t. evaluations: calls
-    of the network for one image. load: the full-precision network on the CPU. generate: draws a calibration set from it (network,
-    steps, samples). prediction: what the network predicts.
-    weight_method, act_method: the family's published scale rules. save_stages: writes the rest of a
-    latent model (autoencoder, text tower) to the file it is given.
-    """
-
-    family: Architecture
-    build: dict
-    input_shape: tuple[int, ...]
-    evaluations: int
-    load: Callable[[], nn.Module]
-    generate: Callable[[nn.Module, CalibrationConfig], CalibrationSet]
-    prediction: Prediction
-    weight_method: str = "max"
-    act_method: str = "max"
-    save_model_parts: Callable[[Path], None] | None = None
-
-
-def check(args: argparse.Namespace, task: QuantizationTask) -> None:
-    """Everything about the quantization options that can be checked before work starts."""
-    check_typed(args, RULES)
-    if args.ptq:
-        quant_config(args, task.weight_method, task.act_method)
-        config = calibration_config(args, task.evaluations)
-        if args.timestep_groups > config.steps:
-            raise ConfigError(
-                f"--timestep_groups {args.timestep_groups}: the calibration set has {config.steps} time steps (--cali_st)"
-            )
+PACKED, PUBLISHED, DRAWN_SET = "ckpt.safetensors", "ckpt.pth", "calibration_set.pt"
 
 
 def prepare_network(
-    args: argparse.Namespace, task: QuantizationTask, device: torch.device, folder: Path, ranks: Ranks
-) -> nn.Module:
-    """The network that is to sample, in eval mode on `device`, on the engine chosen; a calibration's results go to `folder`.
-
-    Several processes calibrate together: each takes its share of every batch, the first one writes.
-    """
-    network = _prepare(args, task, device, folder, ranks)
-    return apply_engine(network, args.engine)
-
-
-def _prepare(
-    args: argparse.Namespace, task: QuantizationTask, device: torch.device, folder: Path, ranks: Ranks
-) -> nn.Module:
-    if not args.ptq:
-        return task.load().to(device).eval()
-    quant = quant_config(args, task.weight_method, task.act_method)
-    calibrated = folder / "ckpt.safetensors"
-    if args.continue_run and ranks.from_first(calibrated.is_file):
-        return load_packed(calibrated)[0].to(device)
-    if args.cali_ckpt and not args.resume_w:
-        return load_calibrated(args.cali_ckpt, task, quant)[0].to(device)
-    return _calibrate(args, task, quant, device, folder, ranks)
-
-
-def load_calibrated(path: str, task: QuantizationTask, quant: QuantConfig) -> tuple[nn.Module, PackedInfo]:
-    """A calibrated checkpoint of either format, compared with the options given; CheckpointError if they differ."""
-    if not is_packed(path):
-        network = load_published(path, task.build, task.family, quant)
-        return network, PackedInfo(task.family.name, task.build, quant, {"published": Path(path).name}, "")
-    check_packed(path, read_packed_info(path), task.family.name, task.build, quant)
-    return load_packed(path, activations=quant.quant_act)
-
-
-def _calibrate(
-    args: argparse.Namespace,
+    config: QuantizationConfig | None,
     task: QuantizationTask,
-    quant: QuantConfig,
     device: torch.device,
     folder: Path,
-    ranks: Ranks,
+    engine: str,
+    continue_run: bool,
 ) -> nn.Module:
-    config = calibration_config(args, task.evaluations)
-    finished, info = (
-        load_calibrated(args.cali_ckpt, task, replace(quant, quant_act=False)) if args.resume_w else (None, None)
-    )
-    context_dim = task.build.get("context_dim")
-    data = load_set(args.cali_data_path, task.input_shape, context_dim) if args.cali_data_path else None
-    model = task.load().to(device).eval()
-    if info is not None and info.source_sha256 not in ("", state_hash(model.state_dict())):
-        raise CheckpointError(
-            f"{args.cali_ckpt}: its weights were made from another full-precision checkpoint than the one given"
-        )
+    """The network that samples, in eval mode on `device` and on the engine asked for.
+
+    Several processes calibrate together: each takes its share of every batch, and the first one writes.
+
+    Args:
+        config: how it is quantized; None: full precision.
+        task: the model.
+        device: where it works.
+        folder: the run's folder; a calibration's results go there.
+        engine: auto | integer | simulated.
+        continue_run: a calibration that the folder holds is loaded.
+    """
+    return apply_engine(_network(config, task, device, folder, continue_run), engine)
+
+
+def _network(
+    config: QuantizationConfig | None, task: QuantizationTask, device: torch.device, folder: Path, continue_run: bool
+) -> nn.Module:
+    if config is None:
+        return task.load_unet().to(device).eval()
+    calibrated = folder / PACKED
+    if continue_run and distributed.run_on_first(calibrated.is_file):
+        return PackedFile.open(calibrated).network().to(device)
+    if config.checkpoint is not None and not config.weights_only:
+        return load_calibrated(config.checkpoint, task, config.formats).to(device)
+    return _calibrate(config, task, device, folder)
+
+
+def load_calibrated(path: Path, task: QuantizationTask, formats: QuantConfig) -> nn.Module:
+    """A calibrated checkpoint of either format, compared with the number formats given.
+
+    Raises:
+        CheckpointError: they differ, or the file cannot be used.
+    """
+    packed = PackedFile.find(path)
+    if packed is not None:
+        packed.check(task.architecture.name, task.unet_config, formats)
+        return packed.network(activations=formats.quant_act)
+    network = load_published(path, task.unet_config, task.architecture, formats)
+    remember_info(network, PackedInfo(task.architecture.name, task.unet_config, formats, {"published": path.name}, ""))
+    return network
+
+
+def _calibrate(config: QuantizationConfig, task: QuantizationTask, device: torch.device, folder: Path) -> nn.Module:
+    finished = None
+    if config.weights_only and config.checkpoint is not None:
+        finished = load_calibrated(config.checkpoint, task, replace(config.formats, quant_act=False))
+    data = None if config.data_file is None else load_set(config.data_file, task.input_shape, task.context_dim)
+    model = task.load_unet().to(device).eval()
+    _validate_source(finished, model, config)
     if data is None:
-        drawn = folder / "calibration_set.pt"
-        if ranks.rank == 0 and not drawn.is_file():
-            save_set(drawn, task.generate(model, config))
-        ranks.barrier()
-        data = load_set(drawn, task.input_shape, context_dim)
-    if config.samples > len(data.xs[0]):
-        if args.cali_n:
-            log.warning(
-                "--cali_n %d: the calibration set holds %d samples of each time step, all are used",
-                args.cali_n,
-                len(data.xs[0]),
-            )
-        config = replace(config, samples=len(data.xs[0]))
-    rows = data.select(config.steps, config.samples)
-    if args.timestep_groups > 1:
-        quant = replace(quant, time_bounds=timestep_group_bounds(rows, args.timestep_groups)).validate()
+        data = _drawn_set(model, config.recipe, task, folder)
+    recipe, formats = _fitting_recipe(config, data), config.formats
+    samples = data.select(recipe.num_timesteps, recipe.samples)
+    if config.timestep_groups > 1:
+        formats = replace(formats, time_bounds=timestep_group_bounds(samples, config.timestep_groups)).validate()
     weights_from = None
     if finished is not None:
-        weights_from = quantize_model(model, task.family, quant).requires_grad_(False)
+        weights_from = quantize_model(model, task.architecture, formats).requires_grad_(False)
         copy_weights(finished.to(device), weights_from)
-    cache_bytes = None if args.cali_cache_gb is None else int(args.cali_cache_gb * 1e9)
-    workplace = CalibrationDir(folder / "calibration", cache_bytes)
-    wrapped = calibrate(model, task.family, quant, config, rows, weights_from, workplace, task.prediction)
-    if ranks.rank == 0:
-        _write_results(task, quant, config, rows, model, wrapped, folder)
-    ranks.barrier()
-    return wrapped
+    directory = CalibrationDir(folder / "calibration", config.cache_bytes)
+    calibration = Calibration(
+        model, task.architecture, formats, recipe, samples, weights_from, directory, task.prediction
+    )
+    quantized = calibration.run()
+    if distributed.rank() == 0:
+        _write_results(calibration, quantized, samples, task, folder)
+    distributed.barrier()
+    return quantized
+
+
+def _validate_source(finished: nn.Module | None, model: nn.Module, config: QuantizationConfig) -> None:
+    """Raise CheckpointError if quantized weights were made from other full-precision weights."""
+    info = None if finished is None else remembered_info(finished)
+    if info is not None and info.source_sha256 not in ("", state_hash(model.state_dict())):
+        raise CheckpointError(
+            f"{config.checkpoint}: its weights were made from another full-precision checkpoint than the one given"
+        )
+
+
+def _drawn_set(model: nn.Module, recipe: CalibrationConfig, task: QuantizationTask, folder: Path) -> CalibrationSet:
+    """The calibration set from the model's own trajectory, kept in the run's folder."""
+    file = folder / DRAWN_SET
+    if distributed.rank() == 0 and not file.is_file():
+        save_set(file, task.make_calibration_set(model, recipe))
+    distributed.barrier()
+    return load_set(file, task.input_shape, task.context_dim)
+
+
+def _fitting_recipe(config: QuantizationConfig, data: CalibrationSet) -> CalibrationConfig:
+    """The recipe with no more samples than the set holds."""
+    held = len(data.xs[0])
+    if config.recipe.samples <= held:
+        return config.recipe
+    if config.samples_given:
+        message = "--cali_n %d: the calibration set holds %d samples of each time step, all are used"
+        log.warning(message, config.recipe.samples, held)
+    return replace(config.recipe, samples=held)
 
 
 def _write_results(
-    task: QuantizationTask,
-    quant: QuantConfig,
-    config: CalibrationConfig,
-    rows: CalibrationData,
-    model: nn.Module,
-    wrapped: nn.Module,
-    folder: Path,
+    calibration: Calibration, quantized: nn.Module, samples: CalibrationData, task: QuantizationTask, folder: Path
 ) -> None:
-    """Both checkpoints, and the report with its pictures."""
-    state = model.state_dict()
-    model_parts = write_model_parts(task, folder)
-    info = PackedInfo(
-        task.family.name,
-        task.build,
-        quant,
-        config.to_dict() | {"rows_sha256": rows.hash()},
-        state_hash(state),
-        model_parts,
-    )
-    if not quant.time_bounds:
-        save_published(folder / "ckpt.pth", wrapped, task.family, state, activations=quant.quant_act)
-    try_report(folder / "calibration", model, task.family, wrapped, quant, config, rows)
-    save_packed(folder / "ckpt.safetensors", wrapped, info)
-    log.info(
-        "calibrated checkpoints in %s: ckpt.safetensors (packed)%s",
-        folder,
-        "" if quant.time_bounds else ", ckpt.pth (published)",
-    )
+    """Write both checkpoints and the report with its pictures."""
+    state, formats = calibration.model.state_dict(), calibration.quant
+    header = calibration.config.to_dict() | {"rows_sha256": samples.hash()}
+    parts = write_model_parts(task, folder)
+    info = PackedInfo(task.architecture.name, task.unet_config, formats, header, state_hash(state), parts)
+    if not formats.time_bounds:
+        save_published(folder / PUBLISHED, quantized, task.architecture, state, activations=formats.quant_act)
+    calibration.report(folder / "calibration", quantized)
+    save_packed(folder / PACKED, quantized, info)
+    published = "" if formats.time_bounds else f", {PUBLISHED} (published)"
+    log.info("calibrated checkpoints in %s: %s (packed)%s", folder, PACKED, published)
 
 
-def write_model_parts(task: QuantizationTask, folder: Path) -> dict | None:
-    """The rest of a latent model beside its packed checkpoint; what the checkpoint's header says of it."""
+def write_model_parts(task: QuantizationTask, folder: Path) -> dict[str, str] | None:
+    """Write the rest of a latent model beside its packed checkpoint.
+
+    Returns:
+        What the checkpoint's header says of the file; None for models of one part.
+    """
     if task.save_model_parts is None:
         return None
     file = folder / "stages.safetensors"
     task.save_model_parts(file)
     return {"file": file.name, "sha256": file_hash(file)}
-
-
-def is_latent(path: str) -> bool:
-    """Whether a YAML file describes a latent model (its sections have targets)."""
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path}: cannot be read ({str(error).splitlines()[0]})") from None
-    return isinstance(content, dict) and isinstance(content.get("model"), dict) and "target" in content["model"]

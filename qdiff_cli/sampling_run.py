@@ -1,44 +1,69 @@
-"""A sampling command made ready: what the three sampling scripts, the comparison and the tables run alike."""
+"""A sampling command with its options, the run that it describes, and running it: alike for all three sampling scripts."""
 
 import argparse
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from importlib import import_module
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from types import ModuleType
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from qdiff.errors import ConfigError
+from qdiff.errors import CheckpointError, ConfigError
+from qdiff.samplers import Callback, Denoiser
+from qdiff.task import QuantizationTask
+from qdiff.utils import distributed
 from qdiff.utils.memory import Fitting, halving
 from qdiff_cli.images import load_metadata
-from qdiff_cli.options import JOB_NAMES, autocast_dtype, printable
-from qdiff_cli.quantization import QuantizationTask, prepare_network
-from qdiff_cli.running import Ranks, discard_on_error, log_to, open_run, sample_missing
+from qdiff_cli.options import Parser, Rule, RunOptions, autocast_dtype, from_args, to_settings, validate_typed
+from qdiff_cli.quantization import prepare_network
+from qdiff_cli.quantization_options import RULES, QuantizationConfig, QuantizationOptions
+from qdiff_cli.runs import discard_on_error, log_to, open_run, sample_missing
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class SamplingRun:
-    """Checked options with the sampler that they describe.
+def _nothing(folder: Path) -> None:
+    pass
 
-    title: what is sampled, in words. draw: from (network, indices, callback on the sampler) to x_0 or latents. decode: from these to uint8
-    images [N, 3, H, W]. denoiser: eps(x_t, t) of a network for the images of these indices. total,
-    batch_size: images to make, in fixed chunks. runs: the folder of run folders; images: the folder of images inside a run; name:
-    their pattern. metadata: the text inside image i. extends: the option that says how many images there are. fitting: the batch that is
-    known to fit into memory. begin, finish: called with the run's folder, before and after sampling, by the first process.
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingRun:
+    """A sampling command made ready: checked options with the model and the sampler that they describe.
+
+    Attributes:
+        title: what is sampled, in words.
+        settings: all options, as `run.json` keeps them.
+        options: how the command runs.
+        device: where.
+        task: the model.
+        quantization: how its network is quantized; None: it is not.
+        sample_latents: from (network, indices, callback of the sampler) to x_0 or latents.
+        decode: from these to uint8 images [N, 3, H, W].
+        denoiser: from (network, indices) to eps(x_t, t) for the images of these indices.
+        total: the number of images.
+        batch_size: images of one batch.
+        runs: the folder of run folders.
+        images: the folder of images inside a run.
+        name: the pattern of the images' names.
+        metadata: the text inside image i.
+        extends: the option that says how many images there are.
+        fitting: the largest batch that is known to fit into memory.
+        begin: called with the run's folder before sampling, by the first process.
+        finish: called with it after sampling.
     """
 
     title: str
-    args: argparse.Namespace
+    settings: Mapping[str, object]
+    options: RunOptions
     device: torch.device
     task: QuantizationTask
-    draw: Callable[..., Tensor]
+    quantization: QuantizationConfig | None
+    sample_latents: Callable[[nn.Module, Sequence[int], Callback | None], Tensor]
     decode: Callable[[Tensor], Tensor]
-    denoiser: Callable[[nn.Module, Sequence[int]], Callable]
+    denoiser: Callable[[nn.Module, Sequence[int]], Denoiser]
     total: int
     batch_size: int
     runs: Path
@@ -47,90 +72,196 @@ class SamplingRun:
     metadata: Callable[[int], dict[str, str]] | None = None
     extends: str = "max_images"
     fitting: Fitting = field(default_factory=Fitting)
-    begin: Callable[[Path], None] = lambda folder: None
-    finish: Callable[[Path], None] = lambda folder: None
+    begin: Callable[[Path], None] = _nothing
+    finish: Callable[[Path], None] = _nothing
 
-    def sample(self, network: nn.Module, indices: Sequence[int], callback: Callable | None = None) -> Tensor:
-        """uint8 images [N, 3, H, W] of these indices; halves of them, one after the other, where memory does not suffice.
+    def sample(self, network: nn.Module, indices: Sequence[int], callback: Callback | None = None) -> Tensor:
+        """Sample images.
+
+        Args:
+            network: the UNet.
+            indices: the N images. On out-of-memory the batch is split in half and retried.
+            callback: called with (x_t, t, eps) after every evaluation; such a batch is not split.
+
+        Returns:
+            uint8 images [N, 3, H, W].
 
         Raises:
-            NonFiniteError: a value that is not a finite number, before or after decoding.
+            NonFiniteError: a value is not finite, before or after decoding.
         """
-        half = autocast_dtype(self.device, self.args.precision)
-        made: list[Tensor] = []
+        half = autocast_dtype(self.device, self.options.precision)
+        parts: list[Tensor] = []
 
         def work(part: Sequence[int]) -> None:
             with torch.autocast(self.device.type, half or torch.float32, enabled=half is not None):
-                made.append(self.decode(self.draw(network, part, callback)))
+                parts.append(self.decode(self.sample_latents(network, part, callback)))
 
         if callback is None:
             halving(work, indices, self.fitting)
-        else:  # which sees the whole batch at each step
+        else:
             work(indices)
-        return torch.cat(made) if len(made) > 1 else made[0]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def chunks(self, count: int) -> list[range]:
-        """The first `count` images in chunks of the batch size."""
+    def batches(self, count: int) -> list[range]:
+        """The first `count` images in batches."""
         return [range(start, min(start + self.batch_size, count)) for start in range(0, count, self.batch_size)]
 
+    def load_full_precision(self) -> nn.Module:
+        """The full-precision network on the device, in eval mode."""
+        return self.task.load_unet().to(self.device).eval()
 
-def run(job: SamplingRun) -> Path:
-    """Load or calibrate, sample what is missing; the folder of the images."""
-    args, ranks = job.args, Ranks.from_environment(job.device)
-    folder = ranks.from_first(lambda: open_run(job.runs, printable(args), args.continue_run, job.extends))
-    log_to(folder if ranks.rank == 0 else None, args.verbose)
-    images = folder / job.images
-    ranks.from_first(lambda: check_metadata(job, images))
-    if ranks.rank == 0:
-        job.begin(folder)
-    with discard_on_error(folder):
-        network = prepare_network(args, job.task, job.device, folder, ranks)
-    sample_missing(
-        images, job.total, job.batch_size, lambda indices: job.sample(network, indices), ranks, job.name, job.metadata
-    )
-    ranks.barrier()
-    if missing := sum(not (images / job.name.format(i)).exists() for i in range(job.total)):
-        raise ConfigError(
-            f"{images}: {missing} of {job.total} images are missing; expected a folder that all processes share"
+    def execute(self) -> Path:
+        """Load or calibrate the network, sample the images that are missing; the folder of the images.
+
+        Raises:
+            ConfigError: a run that cannot be continued; images are missing at the end.
+        """
+        distributed.connect(self.device)
+        options, first = self.options, distributed.rank
+        folder = distributed.run_on_first(
+            lambda: open_run(self.runs, self.settings, options.continue_run, self.extends)
         )
-    if ranks.rank == 0:
-        log.info(
-            "precision: %s", str(autocast_dtype(job.device, args.precision) or torch.float32).removeprefix("torch.")
+        log_to(folder if first() == 0 else None, options.verbose)
+        images = folder / self.images
+        distributed.run_on_first(lambda: self._validate_metadata(images))
+        if first() == 0:
+            self.begin(folder)
+        with discard_on_error(folder):
+            network = prepare_network(
+                self.quantization, self.task, self.device, folder, options.engine, options.continue_run
+            )
+        sample_missing(
+            images, self.total, self.batch_size, lambda indices: self.sample(network, indices), self.name, self.metadata
         )
-        job.finish(folder)
-        print(f"{job.total} images in {images}")
-    return images
+        distributed.barrier()
+        if missing := sum(not (images / self.name.format(i)).exists() for i in range(self.total)):
+            raise ConfigError(
+                f"{images}: {missing} of {self.total} images are missing; expected a folder that all processes share"
+            )
+        if first() == 0:
+            dtype = autocast_dtype(self.device, options.precision) or torch.float32
+            log.info("precision: %s", str(dtype).removeprefix("torch."))
+            self.finish(folder)
+            print(f"{self.total} images in {images}")
+        return images
+
+    def _validate_metadata(self, images: Path) -> None:
+        """Raise ConfigError if an image of a continued run was sampled from another prompt than it has now."""
+        if self.metadata is None or not self.options.continue_run:
+            return
+        for i in range(self.total):
+            if (file := images / self.name.format(i)).exists():
+                before, now = load_metadata(file).get("prompt"), self.metadata(i)["prompt"]
+                if before != now:
+                    raise ConfigError(
+                        f"--continue: {file} was made from the prompt {before!r}, which is {now!r} now; "
+                        "expected prompts to be added"
+                    )
 
 
-def check_metadata(job: SamplingRun, images: Path) -> None:
-    """Raise ConfigError where an image of a continued run was made from another prompt than the one that it has now."""
-    if job.metadata is None or not job.args.continue_run:
-        return
-    for i in range(job.total):
-        if (file := images / job.name.format(i)).exists():
-            made, now = load_metadata(file).get("prompt"), job.metadata(i)["prompt"]
-            if made != now:
-                raise ConfigError(
-                    f"--continue: {file} was made from the prompt {made!r}, which is {now!r} now; expected prompts to be added"
-                )
+@dataclass(frozen=True, kw_only=True)
+class SamplingCommand(ABC):
+    """A sampling command with the values of all its options. Subclasses have a field for each option of their own.
 
-
-def prepare(command: Sequence[str]) -> SamplingRun:
-    """The job of a sampling command: the name of its script, then its options.
-
-    Raises:
-        ConfigError: no such sampling script.
+    Attributes:
+        seed: seed of the noise, 0 to 2^63 - 1.
+        run: how the command runs.
+        quantization: the quantization options.
     """
-    module, args = parse(command)
-    return module.prepare(args)
 
+    sampler_rules: ClassVar[tuple[Rule, ...]] = ()  # when the options of the sampler act
+    option_of_field: ClassVar[Mapping[str, str]] = {}  # of settings whose option has a name of its own here
 
-def parse(command: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
-    """The sampling script of a command, and its options."""
-    name = Path(command[0]).name if command else ""
-    if name not in JOB_NAMES:
-        raise ConfigError(
-            f"{name or 'no command'}: expected a sampling command, one of {', '.join(JOB_NAMES)} and its options"
-        )
-    module = import_module(f"qdiff_cli.commands.{JOB_NAMES[name]}")
-    return module, module.parse(list(command[1:]))
+    seed: int
+    run: RunOptions = field(default_factory=RunOptions)
+    quantization: QuantizationOptions = field(default_factory=QuantizationOptions)
+
+    @classmethod
+    @abstractmethod
+    def make_parser(cls) -> Parser:
+        """The parser of the command's options."""
+
+    @classmethod
+    def validate_args(cls, args: argparse.Namespace) -> None:
+        """Check options that contradict each other; ConfigError names them."""
+
+    @abstractmethod
+    def _make_run(self) -> SamplingRun:
+        """The run that the options describe, checked."""
+
+    @abstractmethod
+    def to_folder(self, folder: Path) -> Self:
+        """The same command with another output folder."""
+
+    @abstractmethod
+    def with_images(self, count: int) -> Self:
+        """The same command for this number of images or the next larger one that it can make."""
+
+    @abstractmethod
+    def with_num_steps(self, num_steps: int) -> Self:
+        """The same command with another number of sampling steps."""
+
+    def make_run(self) -> SamplingRun:
+        """The run that the options describe, checked.
+
+        Raises:
+            ConfigError: options that cannot work together or with this model.
+            CheckpointError: a file that cannot be used.
+        """
+        try:
+            return self._make_run()
+        except (ConfigError, CheckpointError) as error:
+            raise error.renamed(self.option_of_field) from None
+
+    @classmethod
+    def parse(cls, argv: Sequence[str] | None) -> Self:
+        """The command of these words.
+
+        Raises:
+            ConfigError: an option that would have no effect, or options that contradict each other.
+        """
+        args = cls.make_parser().parse_args(argv)
+        cls.validate_args(args)
+        validate_typed(args, (*cls.sampler_rules, *RULES))
+        return cls._from_args(args)
+
+    def changed(self, words: Sequence[str]) -> tuple[Self, frozenset[str]]:
+        """The same command with options replaced by those of `words`, and the names of these options.
+
+        Quantization options are not checked for an effect: that depends on what they are combined with.
+
+        Raises:
+            ConfigError: an option of the sampler that would have no effect.
+        """
+        parser = self.make_parser()
+        for action in parser._actions:
+            action.required = False
+        parser.set_defaults(**self._options())
+        args = parser.parse_args(words)
+        self.validate_args(args)
+        validate_typed(args, self.sampler_rules)
+        return self._from_args(args), args.typed
+
+    @classmethod
+    def _from_args(cls, args: argparse.Namespace) -> Self:
+        run, quantization = from_args(RunOptions, args), from_args(QuantizationOptions, args)
+        return from_args(cls, args, run=run, quantization=quantization)
+
+    def _options(self) -> dict[str, Any]:
+        """The values of all options by name."""
+        groups = {"run", "quantization"}
+        own = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in groups}
+        return own | vars(self.run) | vars(self.quantization)
+
+    def settings(self) -> dict[str, object]:
+        """All options, as `run.json` keeps them."""
+        return to_settings(self._options())
+
+    def input_files(self) -> list[Path]:
+        """The files among the values of the options."""
+        values = [Path(value) for value in self._options().values() if isinstance(value, Path | str)]
+        return [path for path in values if path.is_file()]
+
+    def on(self, device: str, threads: int) -> Self:
+        """The same command on another device."""
+        return replace(self, run=replace(self.run, device=device, threads=threads))

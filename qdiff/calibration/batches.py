@@ -1,4 +1,4 @@
-"""Work over batches of rows: halved where memory does not suffice, shared by the processes."""
+"""Work over batches of samples: halved if memory does not suffice, shared by the processes."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,28 +9,39 @@ from qdiff.utils import distributed
 from qdiff.utils.memory import halving
 
 
-def in_batches(work: Callable[[slice], None], rows: range, size: int) -> None:
-    """Call `work` on all `rows`, at most `size` consecutive ones at a time; it must leave nothing behind where it fails."""
-    for start in range(0, len(rows), size):
-        halving(lambda part: work(slice(part.start, part.stop)), rows[start : start + size])
+def in_batches(work: Callable[[slice], None], indices: range, size: int) -> None:
+    """Call `work` on all `indices`, in slices of at most `size`.
+
+    On out-of-memory a slice is split in half and retried; `work` must have no side effects when it raises.
+    """
+    for start in range(0, len(indices), size):
+        halving(lambda part: work(slice(part.start, part.stop)), indices[start : start + size])
 
 
-def mean_loss(loss: Callable[[slice], Tensor], rows: range, size: int) -> float:
-    """The mean of `loss`, which is a mean over the rows it gets, over all `rows`; the same on every process."""
+def mean_loss(loss: Callable[[slice], Tensor], indices: range, size: int) -> float:
+    """The mean of `loss`, itself a mean over the samples it gets, over all `indices`; the same on every process."""
     total = 0.0
 
     def add(part: slice) -> None:
         nonlocal total
         total += loss(part).item() * (part.stop - part.start)
 
-    in_batches(add, rows, size)
-    return distributed.agree(total / len(rows))
+    in_batches(add, indices, size)
+    return distributed.agree(total / len(indices))
 
 
 def add_gradients(loss: Callable[[Tensor], Tensor], batch: Tensor, parameters: Sequence[Tensor]) -> float:
-    """Add the gradients of `loss`, a mean over the row numbers it gets, to those of the parameters; return its value over `batch`.
+    """Add the gradients of a loss over one batch to those of the parameters.
 
     Each process takes its share of the batch; a share that does not fit into memory is halved.
+
+    Args:
+        loss: from sample indices to the mean loss of these samples.
+        batch: sample indices, [B].
+        parameters: leaf tensors.
+
+    Returns:
+        The loss over the whole batch.
     """
     sums = [torch.zeros_like(parameter) for parameter in parameters]
     value = torch.zeros(1, dtype=torch.float64)

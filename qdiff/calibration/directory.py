@@ -1,9 +1,9 @@
-"""A calibration that survives being killed: a folder with one file for each finished step and a manifest.
+"""The folder of a calibration that survives being killed: one file for each finished step, and a manifest.
 
-The manifest has one JSON line for the settings and one for each finished step, in order, each with a
-checksum over it and the line before, so that a lost line is noticed. It is replaced atomically and synced after every
-step, after the step's own file. A step that is not in it has not happened. Nothing else carries over from
-step to step: the random numbers of a step follow from the seed and its number alone, which the settings hold.
+The manifest has one JSON line for the settings and one for each finished step, in order. Each line has a checksum over
+itself and the line before, so that a lost line is noticed. The manifest is replaced atomically and synced after every
+step, after the step's own file. A step that is not in it has not happened. Nothing else carries over from step to
+step: the random numbers of a step follow from its number and the seed, which the settings hold.
 """
 
 import hashlib
@@ -28,60 +28,81 @@ MANIFEST = "manifest.jsonl"
 FORMAT = 2
 
 
+@dataclass(frozen=True)
+class CalibrationDir:
+    """Where a calibration keeps its state, and the memory it may use. Nothing here changes its result.
+
+    Attributes:
+        folder: for the resume log and for activations that do not fit into memory; None: nothing is kept.
+        cache_bytes: bytes of memory for activations; None: half of what is free.
+    """
+
+    folder: Path | None = None
+    cache_bytes: int | None = None
+
+
 @dataclass
 class CalibrationCheckpoint:
-    """The finished steps of one calibration. `folder` None: they are not kept; not `writes`: only read."""
+    """The resume log: the finished steps of one calibration.
+
+    Attributes:
+        folder: where they are; None: they are not kept.
+        settings: everything that the result depends on.
+        writes: whether this process writes; the others only read.
+        records: what the manifest holds of each finished step.
+    """
 
     folder: Path | None
     settings: dict[str, Any]
     writes: bool = True
-    entries: list[dict[str, Any]] = field(default_factory=list)
+    records: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def open(cls, folder: Path | None, settings: dict[str, Any], writes: bool = True) -> "CalibrationCheckpoint":
         """Start in an empty folder, or continue.
 
-        A damaged line or file is named in the log; the steps before it are used, the others done again.
+        A damaged line or file is named in the log; the steps before it are used, the others are done again.
 
         Raises:
-            ConfigError: the folder holds a calibration with other settings (both values are named), or its
-                settings cannot be read.
+            ConfigError: the folder holds a calibration with other settings (both values are named), or its settings
+                cannot be read.
         """
         settings = json.loads(json.dumps({"format": FORMAT} | settings))
-        journal = cls(folder, settings, writes)
+        checkpoint = cls(folder, settings, writes)
         if folder is None:
-            return journal
+            return checkpoint
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / MANIFEST).is_file():
-            journal._read()
-        journal._write()
-        return journal
+            checkpoint._read(folder)
+        checkpoint._write()
+        return checkpoint
 
     def __len__(self) -> int:
-        return len(self.entries)
+        return len(self.records)
 
     def load(self, number: int) -> dict[str, Tensor]:
         """The tensors of a finished step."""
-        return read_tensors(self.folder / self.entries[number]["file"])
+        assert self.folder is not None  # without a folder no step is finished when a calibration begins
+        return read_tensors(self.folder / self.records[number]["file"])
 
     def commit(self, name: str, tensors: Mapping[str, Tensor], record: dict[str, Any]) -> None:
         """Keep a finished step, for good once this returns."""
         entry = {"step": name} | record
         if self.folder is not None and self.writes:
-            path = self.folder / f"{len(self.entries):04d}.safetensors"
+            path = self.folder / f"{len(self.records):04d}.safetensors"
             with atomic_write(path) as temporary:
                 save_file(_apart(tensors), temporary)
             entry |= {"file": path.name, "sha256": file_hash(path)}
-        self.entries.append(entry)
+        self.records.append(entry)
         self._write()
 
     def _write(self) -> None:
         if self.folder is None or not self.writes:
             return
-        write_text(self.folder / MANIFEST, _lines([self.settings, *self.entries]))
+        write_text(self.folder / MANIFEST, _lines([self.settings, *self.records]))
 
-    def _read(self) -> None:
-        path = self.folder / MANIFEST
+    def _read(self, folder: Path) -> None:
+        path = folder / MANIFEST
         contents = list(_parse(path.read_bytes().decode("utf-8", "replace").splitlines()))
         settings = contents[0] if contents else None
         if settings is None:
@@ -96,14 +117,15 @@ class CalibrationCheckpoint:
             if entry is None:
                 log.warning("%s: line %d is damaged: continuing after step %d", path, number + 2, number)
                 return
+            found: str | None
             try:
-                found = file_hash(self.folder / entry["file"])
+                found = file_hash(folder / entry["file"])
             except OSError as error:
                 found = error.strerror
             if found != entry["sha256"]:
-                log.warning("%s: damaged or missing: continuing after step %d", self.folder / entry["file"], number)
+                log.warning("%s: damaged or missing: continuing after step %d", folder / entry["file"], number)
                 return
-            self.entries.append(entry)
+            self.records.append(entry)
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -117,7 +139,7 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return own
 
 
-def read_entries(path: Path) -> list[dict[str, Any]]:
+def read_records(path: Path) -> list[dict[str, Any]]:
     """What the manifest at `path` records of each finished step."""
     return [entry for entry in list(_parse(path.read_text(encoding="utf-8").splitlines()))[1:] if entry is not None]
 

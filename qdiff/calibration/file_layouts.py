@@ -1,4 +1,4 @@
-"""Calibration files as people have them: whatever is unambiguous becomes the published layout, the rest is refused in one line."""
+"""Calibration files as people have them: unambiguous layouts become the published one, others are refused."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,7 +30,8 @@ class Layout:
         """The parts of a file, each as a list over time steps.
 
         Raises:
-            CheckpointError: a layout that could mean several things, or none; rows of another shape; values that are no numbers.
+            CheckpointError: a layout that could mean several things, or none; rows of another shape; values that are
+                no numbers.
         """
         xs = self.tensors("xs", content["xs"], rows=1 + len(self.shape))
         if isinstance(xs, Tensor):

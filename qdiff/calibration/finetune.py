@@ -1,12 +1,12 @@
-"""After the units: the numbers that are few, together, against the output of the whole network.
+"""End-to-end fine-tuning of the few floating-point parameters against the network's output.
 
-A unit's own error says little about what it does to eps. So at the end the activation step sizes, the biases and
-the affine parameters of the normalizations, some thousand numbers that every checkpoint format holds in
-full precision, are fitted to the relative error of eps over all time steps, which is what the images
-depend on. The integers of the weights stay as they are.
+The loss of a unit says little about what the unit does to eps. So after all units the activation scales, the biases
+and the affine parameters of the normalizations (some thousand numbers, which every checkpoint format holds in full
+precision) are trained on the relative error of eps over all time steps, which is what the images depend on. The
+integers of the weights stay as they are.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,94 +20,121 @@ from qdiff.model import act_quantizers
 from qdiff.prediction import Prediction
 from qdiff.utils import distributed
 
-HELD_OUT_CHECKS = 6  # each costs a pass of both networks over the held-out rows
+VALIDATIONS = 6  # each costs a pass of both networks over the validation split
 
 
 def relative_error(output: Tensor, target: Tensor) -> Tensor:
-    """||output - target|| / ||target|| of each row, averaged."""
+    """||output - target|| / ||target|| of each sample, averaged."""
     return ((output - target).flatten(1).norm(dim=1) / target.flatten(1).norm(dim=1)).mean()
 
 
-def finetune(
-    model: nn.Module,
-    wrapped: nn.Module,
-    rows: CalibrationData,
-    held_out_from: int,
-    config: CalibrationConfig,
-    device: torch.device,
-    tick: Callable[[float], None],
-    prediction: Prediction | None = None,
-) -> UnitResult:
-    """Fit by Adam; what is best on the held-out rows, the start included, is kept.
+class FineTuner:
+    """Fine-tunes a quantized network against its full-precision one.
 
-    The error is that of eps, which `prediction` makes of the network's output (None: the output is what is compared).
+    Scales are trained by their logarithms with the learning rate `lr_tune`, the other parameters with a tenth of it.
 
-    Step sizes are fitted by their logarithms with the rate `lr_tune`, the others with a tenth of it.
+    Args:
+        model: the full-precision network.
+        quantized: the quantized network; changed in place.
+        data: the samples, with their splits.
+        config: the recipe.
+        prediction: turns the output of both networks into eps; None: the outputs are compared as they are.
     """
-    quantizers = [q for q in act_quantizers(wrapped).values() if q.enabled]
-    learned = [q for q in quantizers if q.n_bits < 16]
-    starts = [q.scale.clone() for q in learned]
-    logs = [torch.zeros_like(q.scale).requires_grad_() for q in learned]
-    others = _own_parameters(wrapped)
-    parameters = [*logs, *others]
 
-    def place(learning: bool) -> None:
-        for quantizer in quantizers:
-            quantizer.learning = learning
-        for quantizer, start, value in zip(learned, starts, logs, strict=True):
-            quantizer.scale = start * value.exp() if learning else (start * value.exp()).detach()
+    def __init__(
+        self,
+        model: nn.Module,
+        quantized: nn.Module,
+        data: CalibrationData,
+        config: CalibrationConfig,
+        prediction: Prediction | None = None,
+    ) -> None:
+        self.model, self.quantized, self.data, self.config, self.prediction = model, quantized, data, config, prediction
+        self.device = next(model.parameters()).device
+        self.enabled = [q for q in act_quantizers(quantized).values() if q.enabled]
+        self.learned = [q for q in self.enabled if q.n_bits < 16]
+        self.first_scales = [q.scale.clone() for q in self.learned]
+        self.log_factors = [torch.zeros_like(q.scale).requires_grad_() for q in self.learned]
+        self.others = _own_parameters(quantized)
+        self.parameters: list[Tensor] = [*self.log_factors, *self.others]
 
-    def eps(inputs: list[Tensor], output: Tensor) -> Tensor:
-        return output if prediction is None else prediction.eps(inputs[0], inputs[1], output)
+    def run(self, on_iteration: Callable[[float], None]) -> UnitResult:
+        """Train by Adam; the parameters with the least validation loss stay, the first ones included.
 
-    def error_of(part: Tensor | slice) -> Tensor:
-        inputs = [tensor.to(device) for tensor in rows[part]]
+        Args:
+            on_iteration: called with the loss after every iteration.
+        """
+        config = self.config
+        before = best = self.validation_loss()
+        best_values = [parameter.detach().clone() for parameter in self.parameters]
+        generator = torch.Generator().manual_seed(config.seed)
+        groups = [
+            {"params": self.log_factors, "lr": config.lr_tune},
+            {"params": self.others, "lr": config.lr_tune / 10},
+        ]
+        optimizer = torch.optim.Adam([group for group in groups if group["params"]])
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.iters_tune)
+        for iteration in range(config.iters_tune):
+            batch = torch.randint(0, len(self.data.train), (config.batch_tune,), generator=generator)
+            optimizer.zero_grad()
+            loss = add_gradients(self.training_loss, batch, self.parameters)
+            optimizer.step()
+            schedule.step()
+            done = iteration + 1
+            if done % max(1, config.iters_tune // VALIDATIONS) == 0 or done == config.iters_tune:
+                error = self.validation_loss()
+                if error < best:
+                    best, best_values = error, [value.detach().clone() for value in self.parameters]
+            on_iteration(loss)
+        self._finish(best_values)
+        return UnitResult(before, best)
+
+    def loss(self, part: Tensor | slice) -> Tensor:
+        """The mean relative error of eps over some samples."""
+        inputs = [tensor.to(self.device) for tensor in self.data[part]]
         with torch.no_grad():
-            target = eps(inputs, model(*inputs))
-        return relative_error(eps(inputs, wrapped(*inputs)), target)
+            target = self.eps(inputs, self.model(*inputs))
+        return relative_error(self.eps(inputs, self.quantized(*inputs)), target)
 
-    def learning_error(part: Tensor) -> Tensor:
-        place(learning=True)  # each part has a graph of its own
-        return error_of(part)
+    def training_loss(self, part: Tensor) -> Tensor:
+        """The same with a graph of its own, so that a batch can be split."""
+        self._set_scales(learning=True)
+        return self.loss(part)
 
     @torch.no_grad()
-    def held_out_error() -> float:
-        place(learning=False)
-        return mean_loss(error_of, range(held_out_from, len(rows)), config.batch_size)
+    def validation_loss(self) -> float:
+        """The loss over the validation split."""
+        self._set_scales(learning=False)
+        return mean_loss(self.loss, self.data.validation, self.config.batch_size)
 
-    before = best = held_out_error()
-    kept = [parameter.detach().clone() for parameter in parameters]
-    generator = torch.Generator().manual_seed(config.seed)
-    groups = [{"params": logs, "lr": config.lr_tune}, {"params": others, "lr": config.lr_tune / 10}]
-    optimizer = torch.optim.Adam([group for group in groups if group["params"]])
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.iters_tune)
-    for step in range(config.iters_tune):
-        batch = torch.randint(0, held_out_from, (config.batch_tune,), generator=generator)
-        optimizer.zero_grad()
-        loss = add_gradients(learning_error, batch, parameters)
-        optimizer.step()
-        schedule.step()
-        if (step + 1) % max(1, config.iters_tune // HELD_OUT_CHECKS) == 0 or step + 1 == config.iters_tune:
-            error = held_out_error()
-            if error < best:
-                best, kept = error, [value.detach().clone() for value in parameters]
-        tick(loss)
-    distributed.from_first(kept)
-    with torch.no_grad():
-        for parameter, value in zip(parameters, kept, strict=True):
-            parameter.copy_(value)
-            parameter.grad = None
-    place(learning=False)
-    wrapped.requires_grad_(False)
-    return UnitResult(before, best)
+    def eps(self, inputs: Sequence[Tensor], output: Tensor) -> Tensor:
+        """What a network's output says of the noise."""
+        return output if self.prediction is None else self.prediction.eps(inputs[0], inputs[1], output)
+
+    def _set_scales(self, learning: bool) -> None:
+        for quantizer in self.enabled:
+            quantizer.learning = learning
+        for quantizer, first, factor in zip(self.learned, self.first_scales, self.log_factors, strict=True):
+            scale = first * factor.exp()
+            quantizer.scale = scale if learning else scale.detach()
+
+    def _finish(self, values: Sequence[Tensor]) -> None:
+        distributed.from_first(values)
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, values, strict=True):
+                parameter.copy_(value)
+                parameter.grad = None
+        self._set_scales(learning=False)
+        self.quantized.requires_grad_(False)
 
 
-def _own_parameters(wrapped: nn.Module) -> list[nn.Parameter]:
-    """Biases and the parameters of normalizations, no longer shared with the full-precision network, ready to be fitted."""
+def _own_parameters(quantized: nn.Module) -> list[nn.Parameter]:
+    """Biases and norm affines as parameters that can be trained and are not shared with the full-precision network."""
     found = []
-    for module in wrapped.modules():
+    for module in quantized.modules():
         if isinstance(module, QuantLayer | nn.GroupNorm | nn.LayerNorm):
             for name, parameter in list(module.named_parameters(recurse=False)):
-                setattr(module, name, nn.Parameter(parameter.detach().clone()))
-                found.append(getattr(module, name))
+                own = nn.Parameter(parameter.detach().clone())
+                setattr(module, name, own)
+                found.append(own)
     return found

@@ -1,7 +1,7 @@
-"""Reconstruction of one unit: AdaRound for its weights and a shift of its bias, then LSQ for its activation step sizes.
+"""Reconstruction of one unit: AdaRound for its weights and a shift of its bias, then LSQ for its activation scales.
 
-BRECQ (arXiv 2102.05426, algorithm 1) with the losses of Q-Diffusion. Inputs come from the quantized
-prefix, targets from the full-precision network.
+BRECQ (arXiv 2102.05426, algorithm 1) with the losses of Q-Diffusion. Inputs come from the quantized prefix of the
+network, targets from the full-precision network.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,33 +15,37 @@ from qdiff import quantizers as Q
 from qdiff.calibration.batches import add_gradients, in_batches, mean_loss
 from qdiff.config import CalibrationConfig
 from qdiff.layers import ActQuantizer, QuantLayer, QuantLinear
-from qdiff.quantizers import ScaleMethod
 from qdiff.utils import distributed
 
-Tick = Callable[[float], None]  # called with the loss after every iteration
-HELD_OUT_CHECKS = 20
+OnIteration = Callable[[float], None]  # called with the loss after every iteration
+VALIDATIONS = 20  # of the activation scales of a unit, spread evenly over the iterations
 
 
 @dataclass(frozen=True)
 class UnitData:
-    """Inputs and targets of a unit over all rows; the rows from `held_out_from` on only judge.
+    """Inputs and targets of a unit over all samples.
 
-    read: from row numbers to (inputs, target) on the device. call: runs the unit on inputs. rows: their number.
-    autocast: run the unit in bfloat16 while it is fitted.
+    Attributes:
+        read: from sample indices to (inputs, target) on the device.
+        train: the indices of the training split.
+        validation: the indices of the validation split, which are never trained on.
+        batch_size: samples of one batch.
+        call: runs the unit on inputs.
+        autocast: a context in which the unit runs while it is fitted.
     """
 
     read: Callable[[Tensor | slice], tuple[Sequence[Tensor], Tensor]]
-    rows: int
-    held_out_from: int
+    train: range
+    validation: range
     batch_size: int
     call: Callable[[nn.Module, Sequence[Tensor]], Tensor] = lambda unit, inputs: unit(*inputs)
-    autocast: Callable[[], AbstractContextManager] = nullcontext
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext
 
-    def draw(self, generator: torch.Generator) -> Tensor:
-        """The numbers of a random batch of the rows that are fitted."""
-        return torch.randint(0, self.held_out_from, (self.batch_size,), generator=generator)
+    def random_batch(self, generator: torch.Generator) -> Tensor:
+        """The indices of a random batch of the training split, [batch_size]."""
+        return torch.randint(self.train.start, self.train.stop, (self.batch_size,), generator=generator)
 
-    def gradients(self, unit: nn.Module, batch: Tensor, p: float, parameters: list[Tensor]) -> float:
+    def add_gradients(self, unit: nn.Module, batch: Tensor, p: float, parameters: Sequence[Tensor]) -> float:
         """Add the gradients of the reconstruction loss over a batch to those of the parameters; return the loss."""
 
         def loss(part: Tensor) -> Tensor:
@@ -53,24 +57,28 @@ class UnitData:
         return add_gradients(loss, batch, parameters)
 
     @torch.no_grad()
-    def held_out_error(self, unit: nn.Module, p: float) -> float:
-        """The reconstruction loss over the held-out rows, in full precision of the simulation."""
+    def validation_loss(self, unit: nn.Module, p: float) -> float:
+        """The reconstruction loss over the validation split, in float32."""
 
         def loss(part: slice) -> Tensor:
             inputs, target = self.read(part)
             return reconstruction_loss(self.call(unit, inputs), target, p)
 
-        return mean_loss(loss, range(self.held_out_from, self.rows), self.batch_size)
+        return mean_loss(loss, self.validation, self.batch_size)
 
 
 def reconstruction_loss(output: Tensor, target: Tensor, p: float) -> Tensor:
-    """|output - target|^p, summed over the channels (dimension 1), averaged over the rest."""
+    """|output - target|^p, summed over dimension 1 and averaged over the others.
+
+    Dimension 1 holds the channels of [N, C, H, W] and the tokens of [N, L, C]. There the loss is L / C times a sum
+    over channels, which weighs it differently against the rounding regularizer and changes nothing else.
+    """
     return (output - target).abs().pow(p).sum(1).mean()
 
 
 @dataclass(frozen=True)
 class UnitResult:
-    """Held-out reconstruction error of a unit before and after a phase."""
+    """The loss of a unit on the validation split, before and after a phase."""
 
     before: float
     after: float
@@ -78,38 +86,48 @@ class UnitResult:
 
 def reconstruct_weights(
     unit: nn.Module,
-    layers: list[QuantLayer],
+    layers: Sequence[QuantLayer],
     data: UnitData,
-    method: ScaleMethod,
+    method: str,
     config: CalibrationConfig,
     seed: int,
-    tick: Tick,
+    on_iteration: OnIteration,
 ) -> UnitResult:
-    """Learn the rounding of the weights of `layers` and fix them as integers.
+    """Learn the rounding of the weights of `layers` (AdaRound, arXiv 2004.10568) and fix them as integers.
 
-    The learned rounding is kept only if the held-out rows like it better than nearest rounding.
+    The learned rounding replaces nearest rounding only if its validation loss is not larger.
+
+    Args:
+        unit: the module that is reconstructed.
+        layers: the quantized layers inside it that belong to it.
+        data: its inputs and targets.
+        method: the scale rule of the weights.
+        config: the recipe.
+        seed: seed of the batches.
+        on_iteration: called with the loss after every iteration.
     """
     weights = [layer.weight for layer in layers]
     for layer in layers:
         layer.init_weight_scales(method)
     nearest = [[q.integers for q in layer.weight_quantizers] for layer in layers]
-    before = data.held_out_error(unit, 2.0)
+    before = data.validation_loss(unit, 2.0)
     if config.iters == 0:
         return UnitResult(before, before)
     alphas = _start_rounding(layers, weights)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(alphas, lr=config.lr)
-    for step in range(config.iters):
+    for iteration in range(config.iters):
         optimizer.zero_grad()
-        loss = data.gradients(unit, data.draw(generator), 2.0, alphas)
-        if step >= config.warmup * config.iters:
-            beta = Q.beta_schedule(step, config.iters, config.warmup)
-            (config.rounding_weight * sum(Q.rounding_regularizer(alpha, beta) for alpha in alphas)).backward()
+        loss = data.add_gradients(unit, data.random_batch(generator), 2.0, alphas)
+        if iteration >= config.warmup * config.iters:
+            beta = Q.beta_schedule(iteration, config.iters, config.warmup)
+            regularizer = sum((Q.rounding_regularizer(alpha, beta) for alpha in alphas), torch.zeros(()))
+            (config.rounding_weight * regularizer).backward()
         optimizer.step()
-        tick(loss)
+        on_iteration(loss)
     distributed.from_first(alphas)
     _finish_rounding(layers)
-    after = data.held_out_error(unit, 2.0)
+    after = data.validation_loss(unit, 2.0)
     if not after <= before:
         for layer, integers in zip(layers, nearest, strict=True):
             layer.set_integers(integers)
@@ -117,7 +135,7 @@ def reconstruct_weights(
     return UnitResult(before, after)
 
 
-def _start_rounding(layers: list[QuantLayer], weights: list[Tensor]) -> list[Tensor]:
+def _start_rounding(layers: Sequence[QuantLayer], weights: list[Tensor]) -> list[Tensor]:
     alphas: list[Tensor] = []
     for layer, weight in zip(layers, weights, strict=True):
         layer.weight, layer.quantized = weight, False
@@ -130,76 +148,92 @@ def _start_rounding(layers: list[QuantLayer], weights: list[Tensor]) -> list[Ten
 
 
 @torch.no_grad()
-def _finish_rounding(layers: list[QuantLayer]) -> None:
+def _finish_rounding(layers: Sequence[QuantLayer]) -> None:
     for layer in layers:
+        assert layer.rounding is not None  # set by _start_rounding
         parts = zip(layer.weight_quantizers, layer._parts(layer.weight), layer.rounding, strict=True)
         layer.set_integers([Q.hard_integers(w, alpha, q.scale, q.zero_point, q.n_bits) for q, w, alpha in parts])
 
 
 @torch.no_grad()
-def correct_bias(unit: nn.Module, layer: QuantLayer, data: UnitData) -> UnitResult:
-    """Shift the bias of `layer`, which is added to the output of `unit`, so that the mean error of every channel vanishes.
+def correct_bias(unit: nn.Module, layer: nn.Module, data: UnitData) -> UnitResult:
+    """Shift the bias of `layer`, which is added to the output of `unit`, so that every channel's mean error vanishes.
 
-    Rounding moves the mean of an output, all images alike, and such errors add up along a trajectory
-    (Nagel et al. 2019, arXiv 1906.04721, section 4.2). Kept only if the held-out error falls.
+    Rounding moves the mean of an output for all images alike, and such errors add up along a trajectory (Nagel et al.
+    2019, arXiv 1906.04721, section 4.2). The shift stays only if it does not raise the validation loss.
     """
-    before = data.held_out_error(unit, 2.0)
-    if layer.bias is None:
+    before = data.validation_loss(unit, 2.0)
+    bias = layer.bias
+    if not isinstance(bias, Tensor):
         return UnitResult(before, before)
     channels = -1 if isinstance(layer, QuantLinear) else 1
-    total, rows = 0.0, 0
+    total, count = torch.zeros(()), 0
 
     def work(part: slice) -> None:
-        nonlocal total, rows
+        nonlocal total, count
         inputs, target = data.read(part)
         error = (target - data.call(unit, inputs)).movedim(channels, -1).flatten(0, -2)
-        total, rows = total + error.sum(0).cpu().double(), rows + len(error)
+        total, count = total + error.sum(0).cpu().double(), count + len(error)
 
-    in_batches(work, range(data.held_out_from), data.batch_size)
-    kept = layer.bias
-    layer.bias = nn.Parameter(kept + (total / max(rows, 1)).to(kept.device, kept.dtype), requires_grad=False)
-    distributed.from_first([layer.bias])
-    after = data.held_out_error(unit, 2.0)
+    in_batches(work, data.train, data.batch_size)
+    shifted = nn.Parameter(bias + (total / max(count, 1)).to(bias.device, bias.dtype), requires_grad=False)
+    layer.bias = shifted
+    distributed.from_first([shifted])
+    after = data.validation_loss(unit, 2.0)
     if not after <= before:
-        layer.bias, after = kept, before
+        layer.bias, after = bias, before
     return UnitResult(before, after)
 
 
 def reconstruct_activations(
-    unit: nn.Module, quantizers: list[ActQuantizer], data: UnitData, config: CalibrationConfig, seed: int, tick: Tick
+    unit: nn.Module,
+    quantizers: Sequence[ActQuantizer],
+    data: UnitData,
+    config: CalibrationConfig,
+    seed: int,
+    on_iteration: OnIteration,
 ) -> UnitResult:
-    """Learn the step sizes of `quantizers` (LSQ); the best on the held-out rows, the start included, are kept.
+    """Learn the scales of `quantizers` (LSQ, arXiv 1902.08153).
 
-    Ends after `patience` checks on those rows in a row without a better one.
-    16-bit quantizers (attention probabilities of Stable Diffusion) stay as they are.
+    The scales with the least validation loss stay, the first ones included. The iterations end early after `patience`
+    validations in a row without a better one. 16-bit quantizers (attention probabilities of Stable Diffusion) stay as
+    they are.
+
+    Args:
+        unit: the module that is reconstructed.
+        quantizers: the activation quantizers that belong to it.
+        data: its inputs and targets.
+        config: the recipe.
+        seed: seed of the batches.
+        on_iteration: called with the loss after every iteration.
     """
     learned = [q for q in quantizers if q.n_bits < 16]
-    before = best = data.held_out_error(unit, config.p)
+    before = best = data.validation_loss(unit, config.p)
     if not learned or config.iters_a == 0:
         return UnitResult(before, before)
     kept, worse = [q.scale.clone() for q in learned], 0
     for quantizer in learned:
         quantizer.scale = quantizer.scale.clone().requires_grad_()
         quantizer.learning = True
-    deltas = [q.scale for q in learned]
-    floors = [scale.detach() * 0.01 for scale in deltas]
+    scales = [q.scale for q in learned]
+    floors = [scale.detach() * 0.01 for scale in scales]
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam(deltas, lr=config.lr_a)
+    optimizer = torch.optim.Adam(scales, lr=config.lr_a)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.iters_a, eta_min=0.0)
-    for step in range(config.iters_a):
+    for iteration in range(config.iters_a):
         optimizer.zero_grad()
-        loss = data.gradients(unit, data.draw(generator), config.p, deltas)
+        loss = data.add_gradients(unit, data.random_batch(generator), config.p, scales)
         optimizer.step()
         schedule.step()
         with torch.no_grad():
-            for scale, floor in zip(deltas, floors, strict=True):
+            for scale, floor in zip(scales, floors, strict=True):
                 scale.clamp_(min=floor)
-        if (step + 1) % max(1, config.iters_a // HELD_OUT_CHECKS) == 0 or step + 1 == config.iters_a:
-            error = data.held_out_error(unit, config.p)
+        if (iteration + 1) % max(1, config.iters_a // VALIDATIONS) == 0 or iteration + 1 == config.iters_a:
+            error = data.validation_loss(unit, config.p)
             worse = 0 if error < best else worse + 1
             if error < best:
-                best, kept = error, [scale.detach().clone() for scale in deltas]
-        tick(loss)
+                best, kept = error, [scale.detach().clone() for scale in scales]
+        on_iteration(loss)
         if config.patience and worse == config.patience:
             break
     distributed.from_first(kept)

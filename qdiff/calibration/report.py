@@ -1,62 +1,67 @@
-"""What a calibration did, as tables and pictures: loss of each unit, signal-to-noise ratio of each layer."""
+"""What a calibration did, as tables and pictures: the loss of each unit and the signal-to-noise ratio of each layer."""
 
 import csv
 import logging
 import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qdiff.architecture import Architecture
 from qdiff.calibration.data import CalibrationData
-from qdiff.calibration.directory import MANIFEST, read_entries
-from qdiff.calibration.run import nearest_rounding
-from qdiff.checkpoint.reading import first_line
-from qdiff.config import CalibrationConfig, QuantConfig
+from qdiff.calibration.directory import MANIFEST, read_records
 from qdiff.model import quant_layers
 from qdiff.utils.files import atomic_write
 from qdiff.utils.plotting import figure_of, save_figure
 
 log = logging.getLogger(__name__)
 
-REPORT_ROWS = 32  # rows, of all time steps, that the signal-to-noise ratios come from
+REPORT_SAMPLES = 32  # samples, of all time steps, that the signal-to-noise ratios come from
 
 
 @torch.no_grad()
 def layer_sqnr(
-    model: nn.Module, networks: dict[str, nn.Module], rows: CalibrationData, device: torch.device
+    model: nn.Module, networks: Mapping[str, nn.Module], data: CalibrationData
 ) -> dict[str, dict[str, float]]:
     """Signal-to-quantization-noise ratio in dB of the output of every layer, in the running network.
 
-    10 log10(||y||^2 / ||y_q - y||^2) over REPORT_ROWS rows spread over all rows; y of `model` in full precision.
+    10 log10(||y||^2 / ||y_q - y||^2) over REPORT_SAMPLES samples spread over all samples.
+
+    Args:
+        model: the full-precision network, which gives y.
+        networks: quantized networks by name, which give y_q.
+        data: the samples.
 
     Returns:
         {layer: {network's name: dB}}, in order of execution.
     """
-    chosen = torch.linspace(0, len(rows) - 1, min(REPORT_ROWS, len(rows))).round().long()
-    inputs = [part.to(device) for part in rows[chosen]]
+    device = next(model.parameters()).device
+    chosen = torch.linspace(0, len(data) - 1, min(REPORT_SAMPLES, len(data))).round().long()
+    inputs = [part.to(device) for part in data[chosen]]
     paths = list(quant_layers(next(iter(networks.values()))))
     outputs: dict[str, Tensor] = {}
     table: dict[str, dict[str, float]] = {}
 
-    def run(network: nn.Module, visit: object) -> None:
-        handles = [
-            network.get_submodule(path).register_forward_hook(lambda _, __, y, path=path: visit(path, y))
-            for path in paths
-        ]
+    def run(network: nn.Module, visit: Callable[[str, Tensor], None]) -> None:
+        handles = []
+        for path in paths:
+            hook = partial(lambda path, _module, _inputs, output: visit(path, output), path)
+            handles.append(network.get_submodule(path).register_forward_hook(hook))
         try:
             network(*inputs)
         finally:
             for handle in handles:
                 handle.remove()
 
-    def keep(path: str, y: Tensor) -> None:
+    def remember(path: str, y: Tensor) -> None:
         outputs[path], table[path] = y.clone(), {}
 
-    run(model, keep)
+    run(model, remember)
     for name, network in networks.items():
-        run(network, lambda path, y, name=name: table[path].update({name: _decibel(outputs[path], y)}))
+        run(network, lambda path, y, name=name: table[path].update({name: _decibel(outputs[path], y)}))  # type: ignore[misc]  # a default binds the name
     return table
 
 
@@ -65,35 +70,25 @@ def _decibel(signal: Tensor, found: Tensor) -> float:
     return (10 * torch.log10(signal.square().sum() / noise)).item() if noise > 0 else math.inf
 
 
-def write_report(
-    folder: Path,
-    model: nn.Module,
-    family: Architecture,
-    wrapped: nn.Module,
-    quant: QuantConfig,
-    config: CalibrationConfig,
-    rows: CalibrationData,
-) -> None:
-    """Write `layers.csv`, `layers.png` (SQNR of every layer, nearest rounding against this calibration) and `units.png` (losses)."""
-    device = next(model.parameters()).device
-    networks = {"nearest": nearest_rounding(model, family, quant, config, rows), "calibrated": wrapped}
-    table = layer_sqnr(model, networks, rows, device)
+def write_report(folder: Path, model: nn.Module, networks: Mapping[str, nn.Module], data: CalibrationData) -> None:
+    """Write tables and pictures of a calibration into `folder`.
+
+    `layers.csv` and `layers.png` have the SQNR of every layer, `units.png` the validation losses of every unit.
+
+    Args:
+        folder: the folder of the calibration.
+        model: the full-precision network.
+        networks: two quantized networks by name, nearest rounding and the calibrated one.
+        data: the samples.
+    """
+    table = layer_sqnr(model, networks, data)
     with atomic_write(folder / "layers.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["layer", *(f"{name} SQNR dB" for name in networks)])
         writer.writerows([path, *(f"{value:.2f}" for value in values.values())] for path, values in table.items())
     _plot_layers(folder / "layers.png", table, list(networks))
-    if (folder / MANIFEST).is_file() and (steps := read_entries(folder / MANIFEST)):
-        _plot_units(folder / "units.png", steps)
-
-
-def try_report(folder: Path, *args: object) -> None:
-    """`write_report`, whose failure, whatever it is, must not cost a calibration: it goes to the log."""
-    try:
-        write_report(folder, *args)
-    except Exception as error:
-        log.warning("%s: the report could not be written (%s: %s)", folder, type(error).__name__, first_line(error))
-        log.debug("", exc_info=True)
+    if (folder / MANIFEST).is_file() and (records := read_records(folder / MANIFEST)):
+        _plot_units(folder / "units.png", records)
 
 
 def _plot_layers(path: Path, table: dict[str, dict[str, float]], names: list[str]) -> None:
@@ -107,30 +102,34 @@ def _plot_layers(path: Path, table: dict[str, dict[str, float]], names: list[str
     save_figure(figure, path)
 
 
-def _plot_units(path: Path, steps: list[dict]) -> None:
+def _plot_units(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     phases = [
-        phase for phase in ("weights", "activations") if any(step["step"].startswith(f"{phase} ") for step in steps)
+        phase
+        for phase in ("weights", "activations")
+        if any(record["step"].startswith(f"{phase} ") for record in records)
     ]
     figure, axes = figure_of(12, 4.5 * len(phases), nrows=len(phases), squeeze=False)
     for axis, phase in zip(axes[:, 0], phases, strict=True):
-        chosen = [step for step in steps if step["step"].startswith(f"{phase} ") and "before" in step]
+        chosen = [record for record in records if record["step"].startswith(f"{phase} ") and "before" in record]
         axis.plot(
-            [step["before"] for step in chosen],
+            [record["before"] for record in chosen],
             "x",
-            label="nearest rounding" if phase == "weights" else "first step sizes",
+            label="nearest rounding" if phase == "weights" else "first scales",
         )
-        axis.plot([step["after"] for step in chosen], "o", markersize=4, label="after reconstruction")
-        for position, step in enumerate(chosen):
-            losses = step["losses"]
+        axis.plot([record["after"] for record in chosen], "o", markersize=4, label="after reconstruction")
+        for position, record in enumerate(chosen):
+            losses = record["losses"]
             axis.plot(
                 [position + 0.8 * i / max(1, len(losses)) for i in range(len(losses))],
                 losses,
                 color="gray",
                 linewidth=0.6,
             )
-        axis.set_xticks(range(len(chosen)), [step["step"].split(" ")[-1] for step in chosen], rotation=90, fontsize=6)
+        axis.set_xticks(
+            range(len(chosen)), [record["step"].split(" ")[-1] for record in chosen], rotation=90, fontsize=6
+        )
         axis.set_yscale("log")
-        axis.set_ylabel(f"held-out loss, {phase}")
+        axis.set_ylabel(f"validation loss, {phase}")
         axis.legend()
         axis.grid(alpha=0.3)
     save_figure(figure, path)

@@ -1,11 +1,13 @@
-"""The calibration of a whole network: ranges, then reconstruction unit by unit."""
+"""The calibration of a whole network: ranges, then reconstruction unit by unit, then end-to-end fine-tuning."""
 
 import logging
 import time
-from collections.abc import Callable, Sequence
-from contextlib import closing
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,17 +18,20 @@ from qdiff.architecture import Architecture
 from qdiff.calibration.blockwise import BlockwiseRunner, CallSpec, ExecutionOrder, trace_execution
 from qdiff.calibration.cache import Cache, CachedTensor, remove_leftovers
 from qdiff.calibration.data import CalibrationData
-from qdiff.calibration.directory import CalibrationCheckpoint
-from qdiff.calibration.finetune import finetune
+from qdiff.calibration.directory import CalibrationCheckpoint, CalibrationDir
+from qdiff.calibration.finetune import FineTuner
 from qdiff.calibration.ranges import init_activation_ranges
 from qdiff.calibration.reconstruct import (
+    OnIteration,
     UnitData,
     UnitResult,
     correct_bias,
     reconstruct_activations,
     reconstruct_weights,
 )
+from qdiff.calibration.report import write_report
 from qdiff.checkpoint import state_hash
+from qdiff.checkpoint.reading import first_line
 from qdiff.config import CalibrationConfig, QuantConfig
 from qdiff.errors import ConfigError
 from qdiff.layers import QuantLayer, QuantMatMul
@@ -47,307 +52,306 @@ log = logging.getLogger(__name__)
 
 # Raise it with every change that gives a calibration other numbers: a folder of another version is not continued.
 RECIPE_VERSION = 2
+CURVE_POINTS = 100  # of the loss curve that is recorded for each step
+
+State = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class CalibrationDir:
-    """Where a calibration keeps its state, and what it may use; nothing here changes its result.
+class Calibration:
+    """A network to calibrate, and everything that its result depends on.
 
-    folder: for the journal and for activations that do not fit into memory; None: nothing is kept.
-    cache_bytes: memory for activations (None: half of what is free).
+    Attributes:
+        model: the full-precision network; it is not changed.
+        architecture: what quantization must know of it.
+        quant: the number formats.
+        config: the recipe.
+        data: the samples; None if nothing is learned from data (`linear` weights without activations).
+        weights_from: a quantized network whose weights are taken as they are; None: weights are quantized here.
+        directory: where finished steps are kept. The same calibration then continues after an interruption, with the
+            same result bit for bit.
+        prediction: what the network predicts: fine-tuning compares eps. None: it compares the network's output.
     """
 
-    folder: Path | None = None
-    cache_bytes: int | None = None
+    model: nn.Module
+    architecture: Architecture
+    quant: QuantConfig
+    config: CalibrationConfig
+    data: CalibrationData | None
+    weights_from: nn.Module | None = None
+    directory: CalibrationDir = field(default_factory=CalibrationDir)
+    prediction: Prediction | None = None
+
+    def run(self) -> nn.Module:
+        """Quantize and calibrate.
+
+        Returns:
+            The quantized network, in eval mode.
+
+        Raises:
+            ConfigError: settings that cannot work, or that differ from those of the calibration in the folder; no
+                room for activations; too few samples.
+            NonFiniteError: a value that is not finite, by the path of the unit or quantizer.
+            TypeError: a layer that has no quantized form, by path.
+            RuntimeError: a unit that cannot be one, by path.
+        """
+        self.quant.validate()
+        self.config.validate()
+        self.model.eval().requires_grad_(False)
+        quantized = self.weights_from
+        if quantized is None:
+            quantized = quantize_model(self.model, self.architecture, self.quant).requires_grad_(False)
+        if self.quant.quant_mode == "linear":
+            self._round_to_nearest(quantized)
+        else:
+            self._reconstruct(quantized)
+        return quantized.eval()
+
+    def nearest(self) -> nn.Module:
+        """The baseline: the same widths by nearest rounding and min-max ranges."""
+        return replace(self, quant=self.quant.linear(), weights_from=None, directory=CalibrationDir()).run()
+
+    def report(self, folder: Path, quantized: nn.Module) -> None:
+        """Write tables and pictures of the finished calibration into `folder`.
+
+        A failure, whatever it is, goes to the log, because it must not cost the calibration.
+        """
+        try:
+            write_report(folder, self.model, {"nearest": self.nearest(), "calibrated": quantized}, self._samples())
+        except Exception as error:
+            log.warning("%s: the report could not be written (%s: %s)", folder, type(error).__name__, first_line(error))
+            log.debug("", exc_info=True)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the network, on which all work is done."""
+        return next(self.model.parameters()).device
+
+    def _samples(self) -> CalibrationData:
+        if self.data is None:
+            raise ConfigError(": None, expected calibration samples", field="data")
+        return self.data
+
+    def _round_to_nearest(self, quantized: nn.Module) -> None:
+        if self.weights_from is None:
+            init_weights(quantized, self.quant.weight_scale_method)
+        if self.quant.quant_act:
+            init_activation_ranges(quantized, self._samples(), self.quant, self.config, self.device)
+
+    def _reconstruct(self, quantized: nn.Module) -> None:
+        samples = self._samples()
+        if len(samples) < 2:
+            raise ConfigError(f"a calibration set of {len(samples)} samples: expected 2 or more, for both splits")
+        data = samples.split(self.config.held_out, self.config.seed)
+        order = trace_execution(quantized, units(quantized, self.architecture), data, self.device)
+        with _resume_log(self.directory.folder, self._settings(quantized, order, data)) as checkpoint:
+            run = _Run(self, quantized, data, order, checkpoint)
+            with logging_redirect_tqdm(), torch.enable_grad(), closing(run.progress):
+                run.all_steps()
+            run.log_cost()
+
+    def _settings(self, quantized: nn.Module, order: ExecutionOrder, data: CalibrationData) -> dict[str, Any]:
+        """Everything that the result depends on, by the names of the manifest."""
+        weights = None if self.weights_from is None else state_hash(self.weights_from.state_dict())
+        return {
+            "recipe_version": RECIPE_VERSION,
+            "family": self.architecture.name,
+            "units": order.units,
+            "splits": {path: layer.split for path, layer in quant_layers(quantized).items() if layer.split},
+            "products": [path for path, module in quantized.named_modules() if isinstance(module, QuantMatMul)],
+            **{f"quantization.{name}": value for name, value in self.quant.to_dict().items()},
+            **{f"recipe.{name}": value for name, value in self.config.to_dict().items()},
+            "weights_sha256": state_hash(self.model.state_dict()),
+            "quantized_weights_sha256": weights,
+            "rows_sha256": data.hash(),
+            "prediction": None if self.prediction is None else self.prediction.kind,
+            "torch": torch.__version__,
+        }
 
 
-def calibrate(
-    model: nn.Module,
-    family: Architecture,
-    quant: QuantConfig,
-    config: CalibrationConfig,
-    rows: CalibrationData | None,
-    weights_from: nn.Module | None = None,
-    workplace: CalibrationDir | None = None,
-    prediction: Prediction | None = None,
-) -> nn.Module:
-    """Quantize `model` and calibrate it on `rows`.
-
-    Args:
-        model: the full-precision network; not changed.
-        rows: may be None where nothing is learned from data: `linear` weights without activations.
-        weights_from: a quantized network whose weights are taken as they are (`--resume_w`).
-        workplace: with a folder, every finished unit is kept there, and the same call after an
-            interruption continues with the same result, bit for bit.
-        prediction: what the network predicts: the final fit is to eps (None: to the network's output).
-
-    Returns:
-        The quantized network, in eval mode.
-
-    Raises:
-        ConfigError: settings that cannot work, or that differ from those of the calibration in the folder; no room for activations.
-        TypeError: a layer that has no quantized form, by name.
-        RuntimeError: a unit that cannot be one, by name (`qdiff.calibration.blockwise.trace_execution`).
-    """
-    quant.validate()
-    config.validate()
-    model = model.eval().requires_grad_(False)
-    device = next(model.parameters()).device
-    wrapped = weights_from if weights_from is not None else quantize_model(model, family, quant).requires_grad_(False)
-    if quant.quant_mode == "linear":
-        if weights_from is None:
-            init_weights(wrapped, quant.weight_scale_method)
-        if quant.quant_act:
-            init_activation_ranges(wrapped, rows, quant, config, device)
-        return wrapped.eval()
-    if len(rows) < 2:
-        raise ConfigError(f"a calibration set of {len(rows)} rows: expected 2 or more, of which some are held out")
-    rows, held_out_from = rows.arranged(config.held_out, config.seed)
-    workplace = workplace or CalibrationDir()
-    source = None if weights_from is None else state_hash(weights_from.state_dict())
-    plan = trace_execution(wrapped, units(wrapped, family), rows, device)
-    settings = {
-        "recipe_version": RECIPE_VERSION,
-        "family": family.name,
-        "units": plan.order,
-        "splits": {path: layer.split for path, layer in quant_layers(wrapped).items() if layer.split},
-        "products": [path for path, module in wrapped.named_modules() if isinstance(module, QuantMatMul)],
-        **{f"quantization.{name}": value for name, value in quant.to_dict().items()},
-        **{f"recipe.{name}": value for name, value in config.to_dict().items()},
-        "weights_sha256": state_hash(model.state_dict()),
-        "quantized_weights_sha256": source,
-        "rows_sha256": rows.hash(),
-        "prediction": None if prediction is None else prediction.kind,
-        "torch": torch.__version__,
-    }
-    if workplace.folder is not None and distributed.rank() == 0:
-        remove_leftovers(workplace.folder)
-    distributed.barrier()  # all read the journal before one of them writes
-    journal = CalibrationCheckpoint.open(workplace.folder, settings, writes=distributed.rank() == 0)
+@contextmanager
+def _resume_log(folder: Path | None, settings: dict[str, Any]) -> Iterator[CalibrationCheckpoint]:
+    """The resume log, opened on every process before the first one writes."""
+    if folder is not None and distributed.rank() == 0:
+        remove_leftovers(folder)
     distributed.barrier()
-    with logging_redirect_tqdm(), torch.enable_grad():
-        run = _Run(
-            model, wrapped, family, rows, held_out_from, quant, config, device, journal, workplace, plan, prediction
-        )
-        with closing(run.progress):
-            if weights_from is None:
-                run.over("weights", config.iters, run.weights)
-            if quant.quant_act:
-                run.ranges()
-                run.over("activations", config.iters_a, run.activations)
-            run.finetune()
-        run.log_cost()
-    return wrapped.eval()
-
-
-def nearest_rounding(
-    model: nn.Module, family: Architecture, quant: QuantConfig, config: CalibrationConfig, rows: CalibrationData
-) -> nn.Module:
-    """The baseline: the widths of `quant` by nearest rounding and min-max ranges."""
-    return calibrate(model, family, quant.linear(), config, rows)
+    checkpoint = CalibrationCheckpoint.open(folder, settings, writes=distributed.rank() == 0)
+    distributed.barrier()
+    yield checkpoint
 
 
 class _Run:
-    """What the passes over the units share."""
+    """The steps of one reconstruction: weights of all units, ranges, activations of all units, fine-tuning."""
 
     def __init__(
         self,
-        model: nn.Module,
-        wrapped: nn.Module,
-        family: Architecture,
-        rows: CalibrationData,
-        held_out_from: int,
-        quant: QuantConfig,
-        config: CalibrationConfig,
-        device: torch.device,
-        journal: CalibrationCheckpoint,
-        workplace: CalibrationDir,
-        plan: ExecutionOrder,
-        prediction: Prediction | None,
+        calibration: Calibration,
+        quantized: nn.Module,
+        data: CalibrationData,
+        order: ExecutionOrder,
+        checkpoint: CalibrationCheckpoint,
     ) -> None:
-        self.model, self.wrapped, self.family, self.rows = model, wrapped, family, rows
-        self.quant, self.config, self.device, self.journal = quant, config, device, journal
-        self.held_out_from, self.plan, self.prediction = held_out_from, plan, prediction
-        dtype = torch.bfloat16 if config.bfloat16 else torch.float32
-        self.cache = Cache(workplace.cache_bytes, workplace.folder, dtype)
-        written = 0
-        if (
-            workplace.folder is not None
-        ):  # a file for each unit, the whole after the ranges and after the final fit, both checkpoints
-            written = 5 * sum(tensor.nbytes for tensor in wrapped.state_dict().values()) + 8 * sum(
-                p.numel() for p in model.parameters()
-            )
-        self.cache.check_space(self.plan.peak_elements * len(rows) * self.cache.item_size(torch.float32), written)
-        iterations = config.iters + (config.iters_a if quant.quant_act else 0)
-        total = len(self.plan.order) * iterations + config.iters_tune
-        self.progress = tqdm(total=total, desc="calibration", unit="it", smoothing=0.02, disable=distributed.rank() > 0)
+        self.calibration, self.config, self.quant = calibration, calibration.config, calibration.quant
+        self.quantized, self.data, self.order, self.checkpoint = quantized, data, order, checkpoint
+        self.device, self.groups = calibration.device, find_timestep_groups(quantized)
+        self.cache = self._make_cache()
+        iterations = self.config.iters + (self.config.iters_a if self.quant.quant_act else 0)
+        total = len(order.units) * iterations + self.config.iters_tune
+        silent = distributed.rank() > 0
+        self.progress = tqdm(total=total, desc="calibration", unit="it", smoothing=0.02, disable=silent)
         self.next_step = 0
         self.began = time.perf_counter(), time.process_time()
-        self.steps = find_timestep_groups(wrapped)
 
-    def step(
+    def _make_cache(self) -> Cache:
+        directory = self.calibration.directory
+        dtype = torch.bfloat16 if self.config.bfloat16 else torch.float32
+        cache = Cache(directory.cache_bytes, directory.folder, dtype)
+        written = 0
+        if directory.folder is not None:
+            # a file for each unit, the whole network after the ranges and after fine-tuning, and both checkpoints
+            parameters = sum(p.numel() for p in self.calibration.model.parameters())
+            written = 5 * sum(tensor.nbytes for tensor in self.quantized.state_dict().values()) + 8 * parameters
+        cache.check_space(self.order.peak_elements * len(self.data) * cache.item_size(torch.float32), written)
+        return cache
+
+    def all_steps(self) -> None:
+        """Do every step, or take it from the resume log."""
+        if self.calibration.weights_from is None:
+            self._over_units("weights", self.config.iters, self._reconstruct_weights)
+        if self.quant.quant_act:
+            self._whole("ranges", 0, self._init_ranges)
+            self._over_units("activations", self.config.iters_a, self._reconstruct_activations)
+        if self.config.iters_tune:
+            self._whole("tune", self.config.iters_tune, self._finetune)
+
+    def log_cost(self) -> None:
+        """Log time and memory."""
+        wall, cpu = time.perf_counter() - self.began[0], time.process_time() - self.began[1]
+        memory = peak_memory() / 1e9
+        log.info("calibration: %.0f s, %.0f s of CPU time, peak memory of the process %.2f GB", wall, cpu, memory)
+
+    def _step(
         self,
         name: str,
         iterations: int,
-        work: Callable[[list[float]], UnitResult | None],
-        save: Callable,
-        restore: Callable,
+        module: nn.Module,
+        work: Callable[[OnIteration], UnitResult | None] | None,
     ) -> None:
-        """Do a step and keep it, or take it from the journal."""
+        """Do a step and keep it, or take it from the resume log.
+
+        Args:
+            name: what the log and the progress bar call it.
+            iterations: its share of the progress bar.
+            module: what it may change.
+            work: does it; None: the step is known to be in the log.
+        """
         number, self.next_step = self.next_step, self.next_step + 1
         ends_at = self.progress.n + iterations
-        if number < len(self.journal):
-            restore(self.journal.load(number))
+        if number < len(self.checkpoint):
+            self._restore(module, self.checkpoint.load(number))
         else:
+            assert work is not None  # steps without work are in the log
             losses: list[float] = []
             started, began = time.perf_counter(), time.process_time()
-            result = work(losses)
-            record = {
-                "seconds": time.perf_counter() - started,
-                "cpu_seconds": time.process_time() - began,
-                "losses": _thin(losses),
-            }
+            result = work(self._on_iteration(name, losses))
+            seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - began
+            record: dict[str, Any] = {"seconds": seconds, "cpu_seconds": cpu_seconds, "losses": _thin(losses)}
             if result is not None:
                 record |= asdict(result)
-                log.info(
-                    "%s: held-out error %.4g -> %.4g, %.1f s", name, result.before, result.after, record["seconds"]
-                )
-            self.journal.commit(name, save(), record)
+                log.info("%s: validation loss %.4g -> %.4g, %.1f s", name, result.before, result.after, seconds)
+            self.checkpoint.commit(name, module.state_dict(), record)
         self.progress.update(ends_at - self.progress.n)
 
-    def log_cost(self) -> None:
-        wall, cpu = time.perf_counter() - self.began[0], time.process_time() - self.began[1]
-        log.info(
-            "calibration: %.0f s, %.0f s of CPU time, peak memory of the process %.2f GB",
-            wall,
-            cpu,
-            peak_memory() / 1e9,
-        )
-
-    def ticker(self, name: str, losses: list[float]) -> Callable[[float], None]:
-        def tick(loss: float) -> None:
+    def _on_iteration(self, name: str, losses: list[float]) -> OnIteration:
+        def on_iteration(loss: float) -> None:
             losses.append(loss)
             self.progress.update()
             if len(losses) % 20 == 1:
                 self.progress.set_postfix_str(f"{name} loss {loss:.3g}", refresh=False)
 
-        return tick
+        return on_iteration
 
-    def over(
-        self, phase: str, iterations: int, work: Callable[[str, UnitData, int, Callable], UnitResult | None]
+    def _whole(self, name: str, iterations: int, work: Callable[[OnIteration], UnitResult | None]) -> None:
+        """A step over the whole network."""
+        self._step(name, iterations, self.quantized, work)
+
+    def _over_units(
+        self,
+        phase: str,
+        iterations: int,
+        work: Callable[[nn.Module, UnitData, int, OnIteration], UnitResult | None],
     ) -> None:
-        """One phase over all units, in order; inputs from the quantized prefix, targets in full precision."""
-        order = self.plan.order
-        module = self.wrapped.get_submodule
-        if self.next_step + len(order) <= len(self.journal):
-            for unit in order:
-                self.step(
-                    f"{phase} {unit}",
-                    iterations,
-                    None,
-                    None,
-                    lambda tensors, unit=unit: self.restore(module(unit), tensors),
-                )
+        """One phase over all units, in order; inputs come from the quantized prefix, targets from full precision."""
+        paths = self.order.units
+        if self.next_step + len(paths) <= len(self.checkpoint):
+            for path in paths:
+                self._step(f"{phase} {path}", iterations, self.quantized.get_submodule(path), None)
             return
         full, quantized = (
-            BlockwiseRunner(network, self.plan, self.rows, self.config.batch_size, self.device, self.cache, self.at)
-            for network in (self.model, self.wrapped)
-        )
-        for index, unit in enumerate(order):
-            target = full.finish(unit)
-            call, arguments = quantized.arguments(unit)
-            data = self.data(call, arguments, target)
-            seed = self.config.seed * 100_003 + index
-            name = f"{phase} {index + 1}/{len(order)} {unit}"
-            self.step(
-                name,
-                iterations,
-                lambda losses, unit=unit, data=data, seed=seed, name=name: work(
-                    unit, data, seed, self.ticker(name, losses)
-                ),
-                lambda unit=unit: self.state(module(unit)),
-                lambda tensors, unit=unit: self.restore(module(unit), tensors),
+            BlockwiseRunner(
+                network, self.order, self.data, self.config.batch_size, self.device, self.cache, self._before_samples
             )
-            quantized.finish(unit, call, arguments)
+            for network in (self.calibration.model, self.quantized)
+        )
+        for index, path in enumerate(paths):
+            target = full.finish(path)
+            call, arguments = quantized.arguments(path)
+            unit, data = self.quantized.get_submodule(path), self._unit_data(call, arguments, target)
+            seed = self.config.seed * 100_003 + index
+            self._step(f"{phase} {index + 1}/{len(paths)} {path}", iterations, unit, partial(work, unit, data, seed))
+            quantized.finish(path, call, arguments)
             for stored in arguments:
                 stored.release()
         full.release()
         quantized.release()
 
-    def at(self, index: Tensor | slice) -> None:
-        """Tell the quantized network's time-step sets which rows come next."""
-        if self.steps is not None:
-            self.steps.set(self.rows.inputs[1][index])
+    def _before_samples(self, index: Tensor | slice) -> None:
+        """Tell the quantized network's timestep groups which samples come next."""
+        if self.groups is not None:
+            self.groups.set(self.data.inputs[1][index])
 
-    def data(self, call: CallSpec, arguments: Sequence[CachedTensor], target: CachedTensor) -> UnitData:
+    def _unit_data(self, call: CallSpec, arguments: Sequence[CachedTensor], target: CachedTensor) -> UnitData:
         def read(index: Tensor | slice) -> tuple[tuple[Tensor, ...], Tensor]:
-            self.at(index)
+            self._before_samples(index)
             return tuple(x.read(index, self.device) for x in arguments), target.read(index, self.device)
 
-        return UnitData(
-            read,
-            len(self.rows),
-            self.held_out_from,
-            self.config.batch_size,
-            call,
-            lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bfloat16),
-        )
+        autocast = partial(torch.autocast, self.device.type, torch.bfloat16, enabled=self.config.bfloat16)
+        return UnitData(read, self.data.train, self.data.validation, self.config.batch_size, call, autocast)
 
-    def weights(self, unit: str, data: UnitData, seed: int, tick: Callable) -> UnitResult | None:
-        module = self.wrapped.get_submodule(unit)
-        layers = [m for _, m in unit_modules(module, self.family) if isinstance(m, QuantLayer)]
+    def _reconstruct_weights(
+        self, unit: nn.Module, data: UnitData, seed: int, on_iteration: OnIteration
+    ) -> UnitResult | None:
+        architecture, method = self.calibration.architecture, self.quant.weight_scale_method
+        layers = [module for _, module in unit_modules(unit, architecture) if isinstance(module, QuantLayer)]
         if not layers:
             return None
-        result = reconstruct_weights(module, layers, data, self.quant.weight_scale_method, self.config, seed, tick)
-        output_layer = self.family.output_layer(module)
-        return (
-            result
-            if output_layer is None
-            else UnitResult(result.before, correct_bias(module, output_layer, data).after)
-        )
+        result = reconstruct_weights(unit, layers, data, method, self.config, seed, on_iteration)
+        output_layer = architecture.output_layer(unit)
+        if output_layer is None:
+            return result
+        return UnitResult(result.before, correct_bias(unit, output_layer, data).after)
 
-    def activations(self, unit: str, data: UnitData, seed: int, tick: Callable) -> UnitResult:
-        module = self.wrapped.get_submodule(unit)
-        quantizers = [q for _, m in unit_modules(module, self.family) for q in m.act_quantizers]
-        return reconstruct_activations(module, quantizers, data, self.config, seed, tick)
+    def _reconstruct_activations(
+        self, unit: nn.Module, data: UnitData, seed: int, on_iteration: OnIteration
+    ) -> UnitResult:
+        modules = [module for _, module in unit_modules(unit, self.calibration.architecture)]
+        quantizers = [quantizer for module in modules for quantizer in module.act_quantizers]
+        return reconstruct_activations(unit, quantizers, data, self.config, seed, on_iteration)
 
-    def ranges(self) -> None:
-        def work(_: list[float]) -> None:
-            fitted = CalibrationData(self.rows[: self.held_out_from])
-            init_activation_ranges(self.wrapped, fitted, self.quant, self.config, self.device)
+    def _init_ranges(self, _: OnIteration) -> None:
+        init_activation_ranges(self.quantized, self.data.training_data(), self.quant, self.config, self.device)
 
-        self.step(
-            "ranges", 0, work, lambda: self.state(self.wrapped), lambda tensors: self.restore(self.wrapped, tensors)
-        )
+    def _finetune(self, on_iteration: OnIteration) -> UnitResult:
+        tuner = FineTuner(self.calibration.model, self.quantized, self.data, self.config, self.calibration.prediction)
+        return tuner.run(on_iteration)
 
-    def finetune(self) -> None:
-        if not self.config.iters_tune:
-            return
-
-        def work(losses: list[float]) -> UnitResult:
-            tick = self.ticker("tune", losses)
-            return finetune(
-                self.model, self.wrapped, self.rows, self.held_out_from, self.config, self.device, tick, self.prediction
-            )
-
-        self.step(
-            "tune",
-            self.config.iters_tune,
-            work,
-            lambda: self.state(self.wrapped),
-            lambda tensors: self.restore(self.wrapped, tensors),
-        )
-
-    def state(self, module: nn.Module) -> dict[str, Tensor]:
-        """What a step may have changed inside `module`."""
-        return module.state_dict()
-
-    def restore(self, module: nn.Module, tensors: dict[str, Tensor]) -> None:
-        """Bring `module` to the state that `state` returned."""
-        for path, tensor in tensors.items():
+    def _restore(self, module: nn.Module, state: Mapping[str, Tensor]) -> None:
+        """Bring `module` to a state that was kept."""
+        for path, tensor in state.items():
             parent, _, name = path.rpartition(".")
             owner, tensor = module.get_submodule(parent), tensor.to(self.device)
-            setattr(owner, name, nn.Parameter(tensor, requires_grad=False) if name in owner._parameters else tensor)
+            is_parameter = name in owner._parameters
+            setattr(owner, name, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
         for quantizer in act_quantizers(module).values():
             quantizer.enabled = quantizer.enabled or bool(torch.isfinite(quantizer.scale).all())
         for layer in quant_layers(module).values():
@@ -355,7 +359,7 @@ class _Run:
                 layer.freeze()
 
 
-def _thin(losses: list[float], points: int = 100) -> list[float]:
-    """At most `points` means over equal stretches of the losses."""
-    stretch = max(1, -(-len(losses) // points))
+def _thin(losses: list[float]) -> list[float]:
+    """At most CURVE_POINTS means over equal stretches of the losses."""
+    stretch = max(1, -(-len(losses) // CURVE_POINTS))
     return [sum(part) / len(part) for part in (losses[i : i + stretch] for i in range(0, len(losses), stretch))]

@@ -8,12 +8,13 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qdiff.architecture import FAMILIES
+from qdiff.architecture import CUSTOM, family_names, find_architecture
 from qdiff.checkpoint.hashes import tensor_hash
 from qdiff.checkpoint.reading import (
     assign_parameters,
@@ -25,7 +26,8 @@ from qdiff.checkpoint.reading import (
 )
 from qdiff.config import QuantConfig
 from qdiff.errors import CheckpointError, ConfigError
-from qdiff.model import act_quantizers, enable_activations, quant_layers, quantize_model
+from qdiff.layers import Quantizer
+from qdiff.model import QuantPlan, act_quantizers, apply_plan, enable_activations, quant_layers, quantize_model
 from qdiff.utils.files import atomic_write, file_hash
 
 PACKED_VERSION = 1
@@ -35,21 +37,34 @@ PACKED_VERSION = 1
 class PackedInfo:
     """The header of a packed file.
 
-    family, build: rebuild the network. config: the number formats. calibration: how it was made.
-    source_sha256: hash of the full-precision weights (`state_hash`). stages: for a latent model, the
-    file beside this one that holds the rest of it (autoencoder, text tower): {"file", "sha256"}.
+    Attributes:
+        family: the name of the network's family (`qdiff.architecture`); `custom` for networks of `qdiff.quantize`.
+        unet_config: the network's configuration, for the family's `make_unet`; of a custom network its `QuantPlan`.
+        config: the number formats.
+        calibration: how the network was calibrated.
+        source_sha256: the hash of the full-precision weights (`state_hash`).
+        model_parts: for a latent model, the file beside this one that holds the first stage and the conditioner:
+            {"file", "sha256"}.
     """
 
     family: str
-    build: dict
+    unet_config: dict[str, Any]
     config: QuantConfig
-    calibration: dict
+    calibration: dict[str, Any]
     source_sha256: str
-    model_parts: dict | None = None
+    model_parts: dict[str, str] | None = None
 
 
 def pack_integers(values: Tensor, n_bits: int) -> Tensor:
-    """Integers of up to 16 bits as a dense little-endian bit stream: uint8 [ceil(N * n_bits / 8)]."""
+    """Pack integers densely.
+
+    Args:
+        values: whole numbers of 0 to 2^n_bits - 1, of any shape with N elements.
+        n_bits: their width, 2 to 16.
+
+    Returns:
+        A little-endian bit stream: uint8 [ceil(N * n_bits / 8)].
+    """
     flat = values.reshape(-1).to(torch.int32)
     if n_bits == 8:
         return flat.to(torch.uint8)
@@ -64,7 +79,16 @@ def pack_integers(values: Tensor, n_bits: int) -> Tensor:
 
 
 def unpack_integers(packed: Tensor, n_bits: int, shape: Iterable[int]) -> Tensor:
-    """Inverse of `pack_integers`: uint8 up to 8 bits, else int32, of `shape`."""
+    """Undo `pack_integers`.
+
+    Args:
+        packed: the bit stream.
+        n_bits: the width of the integers.
+        shape: their shape.
+
+    Returns:
+        uint8 up to 8 bits, int32 above, of `shape`.
+    """
     shape = tuple(shape)
     count = torch.Size(shape).numel()
     if n_bits == 8:
@@ -81,23 +105,32 @@ def unpack_integers(packed: Tensor, n_bits: int, shape: Iterable[int]) -> Tensor
 
 
 def save_packed(path: str | Path, model: nn.Module, info: PackedInfo) -> None:
-    """Write the packed format: integers at their true width, scales, and the rest in float32."""
-    tensors = {name: p.detach().float() for name, p in model.named_parameters()}
-    for name, layer in quant_layers(model).items():
-        for suffix, quantizer in zip(("", "_0"), layer.weight_quantizers, strict=False):
-            stem = f"{name}.weight_quantizer{suffix}"
+    """Write the packed format: integers at their true width, scales, and the rest in float32.
+
+    Args:
+        path: the file to write.
+        model: the quantized network, not on an engine.
+        info: its header.
+
+    Raises:
+        WriteError: the file cannot be written.
+    """
+    tensors = {name: p.detach().float() for name, p in model.named_parameters()} | _other_buffers(model)
+    for path_of_layer, layer in quant_layers(model).items():
+        for name, quantizer in layer.named_weight_quantizers():
+            stem = f"{path_of_layer}.{name}"
             tensors[f"{stem}.integers"] = pack_integers(quantizer.integers.cpu(), quantizer.n_bits)
             tensors[f"{stem}.delta"] = quantizer.scale.flatten()
             tensors[f"{stem}.zero_point"] = _small_integers(quantizer.zero_point.flatten())
     if info.config.quant_act:
-        for name, act_quantizer in act_quantizers(model).items():
-            tensors[f"{name}.delta"], tensors[f"{name}.zero_point"] = act_quantizer.scale, act_quantizer.zero_point
+        for stem, act_quantizer in act_quantizers(model).items():
+            tensors[f"{stem}.delta"], tensors[f"{stem}.zero_point"] = act_quantizer.scale, act_quantizer.zero_point
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = {
         "format": "qdiff-packed",
         "version": PACKED_VERSION,
         "family": info.family,
-        "unet": info.build,
+        "unet": info.unet_config,
         "quantization": info.config.to_dict(),
         "split_layers": {name: layer.split for name, layer in quant_layers(model).items() if layer.split},
         "calibration": info.calibration,
@@ -110,161 +143,243 @@ def save_packed(path: str | Path, model: nn.Module, info: PackedInfo) -> None:
         save_file(tensors, temporary, metadata={"qdiff": json.dumps(header, separators=(",", ":"))})
 
 
-def _header_hash(header: dict) -> str:
+def _other_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The persistent buffers of a network that are not those of quantizers, such as the statistics of batch norms."""
+    quantizers = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, Quantizer))
+    names = set(model.state_dict()) - {name for name, _ in model.named_parameters()}
+    return {name: buffer for name, buffer in model.named_buffers() if name in names and not name.startswith(quantizers)}
+
+
+def _header_hash(header: Mapping[str, Any]) -> str:
     content = {key: value for key, value in header.items() if key != "header_sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _small_integers(values: Tensor) -> Tensor:
-    """Zero points as int16 where they fit (they are whole numbers), else as they are."""
+    """Zero points as int16 if they fit (they are whole numbers), else as they are."""
     return values.to(torch.int16) if values.abs().max() < 2**15 else values
 
 
-def is_packed(path: str | Path) -> bool:
-    """Whether a safetensors file carries our header."""
-    path = existing(path)
-    if not is_safetensors(path):
-        return False
-    with open_safetensors(path) as file:
-        return "qdiff" in (file.metadata() or {})
+@dataclass(frozen=True)
+class PackedFile:
+    """A packed file whose header has been read and checked.
 
-
-def read_packed_info(path: str | Path) -> PackedInfo:
-    """The header of a packed file alone; CheckpointError as `load_packed`."""
-    header = _read_header(existing(path))
-    return PackedInfo(
-        family=header["family"],
-        build=header["unet"],
-        config=QuantConfig.from_dict(header["quantization"]),
-        calibration=header["calibration"],
-        source_sha256=header["source_sha256"],
-        model_parts=header.get("stages"),
-    )
-
-
-def check_packed(path: str | Path, info: PackedInfo, family: str, build: dict, quant: QuantConfig) -> None:
-    """Compare the header of a packed file with the network and the number formats that are wanted.
-
-    Raises:
-        CheckpointError: another family or network, other formats; both values are named.
+    Attributes:
+        path: where it is.
+        info: its header.
+        hashes: the sha256 of every tensor.
     """
-    if info.family != family:
-        raise CheckpointError(f"{path}: another network: a network of the {info.family} family, expected {family}")
-    stored, expected = _comparable(info.build), _comparable(build)
-    for key in sorted({*stored, *expected}):
-        if stored.get(key) != expected.get(key):
-            raise CheckpointError(
-                f"{path}: another network: {key} is {stored.get(key)}, the configuration says {expected.get(key)}"
+
+    path: Path
+    info: PackedInfo
+    hashes: Mapping[str, str]
+
+    @classmethod
+    def find(cls, path: str | Path) -> "PackedFile | None":
+        """Open a file if it is a packed one; None for files of other formats.
+
+        Raises:
+            CheckpointError: no such file, damaged, or a packed file of another version or of an unknown family.
+        """
+        path = existing(path)
+        if not is_safetensors(path):
+            return None
+        with open_safetensors(path) as file:
+            text = (file.metadata() or {}).get("qdiff")
+        return None if text is None else cls._from_header(path, text)
+
+    @classmethod
+    def open(cls, path: str | Path) -> "PackedFile":
+        """Open a packed file.
+
+        Raises:
+            CheckpointError: as `find`; a file of another format.
+        """
+        if (packed := cls.find(path)) is not None:
+            return packed
+        kind = "a safetensors file without our header: " if is_safetensors(Path(path)) else ""
+        raise CheckpointError(f"{path}: {kind}not a packed quantized checkpoint")
+
+    @classmethod
+    def _from_header(cls, path: Path, text: str) -> "PackedFile":
+        try:
+            header = json.loads(text)
+            if header["format"] != "qdiff-packed" or header["version"] != PACKED_VERSION:
+                raise CheckpointError(
+                    f"{path}: format {header['format']} version {header['version']}: "
+                    f"expected qdiff-packed version {PACKED_VERSION}"
+                )
+            if header["header_sha256"] != _header_hash(header):
+                raise CheckpointError(f"{path}: damaged: the header does not match its sha256")
+            info = PackedInfo(
+                family=header["family"],
+                unet_config=header["unet"],
+                config=QuantConfig.from_dict(header["quantization"]),
+                calibration=header["calibration"],
+                source_sha256=header["source_sha256"],
+                model_parts=header.get("stages"),
             )
-    if quant.quant_mode == "linear" != info.config.quant_mode:
-        raise CheckpointError(f"{path}: --quant_mode linear: its rounding was learned")
-    names = ["weight_bit", "split"] + (["act_bit", "a_sym", "sm_abit"] if quant.quant_act else [])
-    for name in names:
-        stored, given = getattr(info.config, name), getattr(quant, name)
-        if stored != given:
-            raise CheckpointError(f"{path}: --{name}: the file has {stored}, called with {given}")
+            packed = cls(path, info, header["sha256"])
+        except (KeyError, TypeError, json.JSONDecodeError, ConfigError) as error:
+            raise CheckpointError(f"{path}: damaged header ({first_line(error)})") from None
+        if info.family not in (known := [*family_names(), CUSTOM]):
+            raise CheckpointError(
+                f"{path}: another network: of the {info.family} family, expected {' or '.join(known)}"
+            )
+        return packed
+
+    def check(self, family: str, unet_config: Mapping[str, Any], quant: QuantConfig) -> None:
+        """Compare the header with the network and the number formats that are wanted.
+
+        Raises:
+            CheckpointError: another family or network, or other formats; both values are named.
+        """
+        info, path = self.info, self.path
+        if info.family != family:
+            raise CheckpointError(f"{path}: another network: a network of the {info.family} family, expected {family}")
+        stored, expected = _comparable(info.unet_config), _comparable(unet_config)
+        for key in sorted({*stored, *expected}):
+            if stored.get(key) != expected.get(key):
+                raise CheckpointError(
+                    f"{path}: another network: {key} is {stored.get(key)}, the configuration says {expected.get(key)}"
+                )
+        if quant.quant_mode == "linear" != info.config.quant_mode:
+            raise CheckpointError(" linear: its rounding was learned", field="quant_mode", where=f"{path}: ")
+        for name in ["weight_bit", "split"] + (["act_bit", "a_sym", "sm_abit"] if quant.quant_act else []):
+            found, given = getattr(info.config, name), getattr(quant, name)
+            if found != given:
+                message = f": the file has {found}, called with {given}"
+                raise CheckpointError(message, field=name, where=f"{path}: ")
+
+    def network(self, activations: bool | None = None, model: nn.Module | None = None) -> nn.Module:
+        """The quantized network; every tensor is checked against its sha256.
+
+        Args:
+            activations: quantize activations; None: as the network was calibrated. A file with activation scales serves
+                weights-only networks too.
+            model: the full-precision network of a custom file: its structure is used, its parameters are not.
+
+        Raises:
+            CheckpointError: damaged, activations asked of a weights-only file, or `model` is another network.
+            ConfigError: `model` is missing, or given for a file that does not need it.
+        """
+        activations = self.info.config.quant_act if activations is None else activations
+        if activations and not self.info.config.quant_act:
+            raise CheckpointError(
+                f"{self.path}: activations were asked for, but the file holds no activation step sizes (weights only)"
+            )
+        wrapped = self._wrapped(model)
+        tensors = self._tensors()
+        _check_shapes(wrapped, tensors, self.path)
+        _fill(wrapped, tensors, self.info.config.quant_act)
+        enable_activations(wrapped, activations)
+        remember_info(wrapped, replace(self.info, config=replace(self.info.config, quant_act=activations)))
+        return wrapped
+
+    def _wrapped(self, model: nn.Module | None) -> nn.Module:
+        info = self.info
+        if info.family != CUSTOM:
+            if model is not None:
+                raise ConfigError(f": {self.path} holds the structure of its network; expected none", field="model")
+            architecture = find_architecture(info.family)
+            with torch.device("meta"):
+                return quantize_model(architecture.make_unet(info.unet_config), architecture, info.config)
+        if model is None:
+            message = f": {self.path} was made by qdiff.quantize; expected its full-precision network"
+            raise ConfigError(message, field="model")
+        try:
+            plan = QuantPlan.from_dict(info.unet_config)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{self.path}: damaged header ({first_line(error)})") from None
+        try:
+            return apply_plan(model, plan, info.config)
+        except (AttributeError, KeyError) as error:
+            raise CheckpointError(f"{self.path}: model is another network ({first_line(error)})") from None
+
+    def _tensors(self) -> dict[str, Tensor]:
+        with open_safetensors(self.path) as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if set(tensors) != set(self.hashes):
+            raise CheckpointError(f"{self.path}: damaged: its tensors are not those listed in its header")
+        for name, tensor in tensors.items():
+            if tensor_hash(tensor)[:32] != self.hashes[name]:
+                raise CheckpointError(f"{self.path}: damaged: {name} does not match its sha256")
+        check_finite(self.path, tensors)
+        return tensors
+
+    def model_parts_file(self) -> Path:
+        """The file that holds the first stage and the conditioner, checked against its sha256.
+
+        Raises:
+            CheckpointError: none is named, or it is missing or another one.
+        """
+        parts = self.info.model_parts
+        if not parts:
+            raise CheckpointError(
+                f"{self.path}: holds the UNet alone and names no file for the autoencoder; give the full model"
+            )
+        file = self.path.parent / parts["file"]
+        if not file.is_file():
+            raise CheckpointError(f"{file}: no such file; {self.path} needs it (autoencoder, text tower)")
+        if file_hash(file) != parts["sha256"]:
+            raise CheckpointError(f"{file}: not the file that {self.path} was written with (its sha256 differs)")
+        return file
 
 
-def _comparable(values: dict) -> dict:
+def remember_info(network: nn.Module, info: PackedInfo) -> None:
+    """Attach the header to a quantized network, so that `qdiff.save` can write it."""
+    network.packed_info = info  # type: ignore[assignment]  # a plain attribute, which copies of the network share
+
+
+def remembered_info(network: nn.Module) -> PackedInfo | None:
+    """The header that `remember_info` attached, if any."""
+    return getattr(network, "packed_info", None)
+
+
+def _comparable(values: Mapping[str, Any]) -> dict[str, Any]:
     """Lists as tuples, so that a configuration read from JSON compares with one from code."""
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
-def model_parts_file(path: str | Path) -> Path:
-    """The file that a packed checkpoint names for the rest of its model, checked against its sha256.
-
-    Raises:
-        CheckpointError: none is named, or it is missing or another one.
-    """
-    model_parts = read_packed_info(path).model_parts
-    if not model_parts:
-        raise CheckpointError(
-            f"{path}: holds the UNet alone and names no file for the autoencoder; give the full model"
-        )
-    file = Path(path).parent / model_parts["file"]
-    if not file.is_file():
-        raise CheckpointError(f"{file}: no such file; {path} needs it (autoencoder, text tower)")
-    if file_hash(file) != model_parts["sha256"]:
-        raise CheckpointError(f"{file}: not the file that {path} was written with (its sha256 differs)")
-    return file
-
-
-def _read_header(path: Path) -> dict:
-    with open_safetensors(path) as file:
-        text = (file.metadata() or {}).get("qdiff")
-    if text is None:
-        raise CheckpointError(f"{path}: a safetensors file without our header: not a packed quantized checkpoint")
-    try:
-        header = json.loads(text)
-        if header["format"] != "qdiff-packed" or header["version"] != PACKED_VERSION:
-            raise CheckpointError(
-                f"{path}: format {header['format']} version {header['version']}: expected qdiff-packed version {PACKED_VERSION}"
-            )
-        if header["header_sha256"] != _header_hash(header):
-            raise CheckpointError(f"{path}: damaged: the header does not match its sha256")
-        QuantConfig.from_dict(header["quantization"])
-    except (KeyError, TypeError, json.JSONDecodeError, ConfigError) as error:
-        raise CheckpointError(f"{path}: damaged header ({first_line(error)})") from None
-    if header["family"] not in FAMILIES:
-        if not FAMILIES:
-            raise CheckpointError(
-                f"{path}: no family is registered: ddim.family and ldm.family do so when they are imported"
-            )
-        raise CheckpointError(
-            f"{path}: another network: of the {header['family']} family, expected {' or '.join(sorted(FAMILIES))}"
-        )
-    return header
-
-
 def load_packed(path: str | Path, activations: bool | None = None) -> tuple[nn.Module, PackedInfo]:
-    """A quantized network from a packed file alone; every tensor is checked against its sha256.
-
-    Args:
-        activations: quantize activations (None: as the file was calibrated). A file with activation
-            step sizes serves weights-only too.
-
-    Raises:
-        CheckpointError: damaged, of another version, or activations asked of a weights-only file.
-    """
-    path = existing(path)
-    info = read_packed_info(path)
-    hashes = _read_header(path)["sha256"]
-    with open_safetensors(path) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if set(tensors) != set(hashes):
-        raise CheckpointError(f"{path}: damaged: its tensors are not those listed in its header")
-    for name, tensor in tensors.items():
-        if tensor_hash(tensor)[:32] != hashes[name]:
-            raise CheckpointError(f"{path}: damaged: {name} does not match its sha256")
-    check_finite(path, tensors)
-    activations = info.config.quant_act if activations is None else activations
-    if activations and not info.config.quant_act:
-        raise CheckpointError(
-            f"{path}: activations were asked for, but the file holds no activation step sizes (weights only)"
-        )
-    family = FAMILIES[info.family]
-    with torch.device("meta"):
-        model = quantize_model(family.build(info.build), family, info.config)
-    _fill_packed(model, tensors, info)
-    enable_activations(model, activations)
-    return model, replace(info, config=replace(info.config, quant_act=activations))
+    """A quantized network from a packed file alone, and its header; see `PackedFile.network`."""
+    network = PackedFile.open(path).network(activations)
+    info = remembered_info(network)
+    assert info is not None  # attached by `PackedFile.network`
+    return network, info
 
 
-def _fill_packed(model: nn.Module, tensors: Mapping[str, Tensor], info: PackedInfo) -> None:
+def _check_shapes(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """CheckpointError if a tensor of the network is missing in the file, or has another number of elements."""
+    expected = {name: p.numel() for name, p in model.named_parameters()}
+    for stem, layer in quant_layers(model).items():
+        for name, quantizer in layer.named_weight_quantizers():
+            count = quantizer.integers.numel()
+            expected[f"{stem}.{name}.integers"] = -(-count * quantizer.n_bits // 8)
+    for name, count in expected.items():
+        if name not in tensors:
+            raise CheckpointError(f"{path}: another network: it holds no {name}")
+        if tensors[name].numel() != count:
+            raise CheckpointError(
+                f"{path}: another network: {name} has {tensors[name].numel()} elements, expected {count}"
+            )
+
+
+def _fill(model: nn.Module, tensors: Mapping[str, Tensor], activations: bool) -> None:
     assign_parameters(model, {name: tensors[name] for name, _ in model.named_parameters()})
-    for name, layer in quant_layers(model).items():
+    for name in _other_buffers(model):
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, tensors[name])
+    for path, layer in quant_layers(model).items():
         integers = []
-        for suffix, quantizer in zip(("", "_0"), layer.weight_quantizers, strict=False):
-            stem, shape = f"{name}.weight_quantizer{suffix}", quantizer.scale.shape
-            integers.append(unpack_integers(tensors[f"{stem}.integers"], quantizer.n_bits, quantizer.integers.shape))
+        for name, quantizer in layer.named_weight_quantizers():
+            stem, shape = f"{path}.{name}", quantizer.scale.shape
+            packed = tensors[f"{stem}.integers"]
+            integers.append(unpack_integers(packed, quantizer.n_bits, quantizer.integers.shape))
             quantizer.scale = tensors[f"{stem}.delta"].reshape(shape)
             quantizer.zero_point = tensors[f"{stem}.zero_point"].float().reshape(shape)
         layer.set_integers(integers)
-    for name, act_quantizer in act_quantizers(model).items():
-        stored = info.config.quant_act
-        act_quantizer.scale = (
-            tensors[f"{name}.delta"] if stored else torch.full(act_quantizer.scale.shape, float("nan"))
-        )
-        act_quantizer.zero_point = (
-            tensors[f"{name}.zero_point"] if stored else torch.zeros(act_quantizer.zero_point.shape)
-        )
+    for path, act_quantizer in act_quantizers(model).items():
+        shape = act_quantizer.scale.shape
+        act_quantizer.scale = tensors[f"{path}.delta"] if activations else torch.full(shape, float("nan"))
+        act_quantizer.zero_point = tensors[f"{path}.zero_point"] if activations else torch.zeros(shape)

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from qdiff.architecture import FAMILIES
+from qdiff.architecture import architectures
 from qdiff.checkpoint.training import weights_of, without_prefix
 from qdiff.errors import CheckpointError
 from qdiff.utils.files import describe_foreign_file
@@ -27,7 +27,8 @@ log = logging.getLogger(__name__)
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a `.ckpt`, `.pth`, `.pt` or `.safetensors` file, memory-mapped; nothing in it is executed.
 
-    A training checkpoint is taken too (`qdiff.checkpoint.training`): its EMA weights where it has them; the log says what was taken.
+    A training checkpoint is taken too (`qdiff.checkpoint.training`): its EMA weights where it has them; the log says
+    what was taken.
 
     Raises:
         CheckpointError: no such file, damaged, not a checkpoint, or a pickle that wants to run code.
@@ -229,10 +230,8 @@ def _some(names: Iterable[str]) -> str:
 def look_of(state: Mapping[str, Any]) -> str:
     """A few words on what a state dict seems to be, for error messages."""
     keys = list(state)
-    signatures = {family.signature: name for name, family in FAMILIES.items()}
-    family = next((name for sign, name in signatures.items() if any(sign in key for key in keys)), None)
-    if family is None and any("input_blocks." in key for key in keys):
-        family = "latent or stable-diffusion"
+    known = ((part, architecture.name) for architecture in architectures() for part in architecture.signatures)
+    family = next((name for part, name in known if any(part in key for key in keys)), None)
     kind = "quantized" if any(".delta" in key for key in keys) else "full-precision"
     words = [
         f"the file looks like a {kind} {family} network"

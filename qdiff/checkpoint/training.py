@@ -15,7 +15,8 @@ DDIM_EMA = 4  # ddim saves the list [model, optimizer, epoch, step, EMA]
 
 
 def weights_of(content: Any) -> tuple[dict[str, Tensor] | None, str]:
-    """The state dict in what a file holds, and in words what was taken of a training checkpoint (nothing where it is a plain one).
+    """The state dict in what a file holds, and in words what was taken of a training checkpoint (nothing where it is
+    a plain one).
 
     The state dict is None where there is none.
     """

@@ -1,1 +1,1 @@
-"""Engines: what a quantized network runs on. `qdiff.engines.select.apply_engine` chooses one."""
+"""Engines: the implementations that a quantized network can run on. `qdiff.engines.select.apply_engine` chooses one."""

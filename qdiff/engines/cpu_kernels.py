@@ -1,4 +1,8 @@
-"""The fused pointwise operators: compiled once where there is a C++ compiler, plain PyTorch where there is none."""
+"""The fused pointwise operators of the CPU engine.
+
+GroupNorm statistics, affine maps, SiLU, additions and input quantization run in C++ kernels (`cpu_kernels.cpp`), which
+are compiled on first use (2 s) and cached. Without a C++ compiler the same operators run in plain PyTorch.
+"""
 
 import ctypes
 import hashlib
@@ -22,13 +26,15 @@ log = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math"]
 
+Affine = tuple[Tensor, Tensor]  # (a, b), float32 [n, channels] each: the map a * value + b
+
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled operators, from the cache or compiled now (seconds); None, with one log line, without a compiler."""
-    compiler = shlex.split(
+    """The compiled operators, from the cache or compiled now; None, after one log line, if that is not possible."""
+    compiler = shlex.split(  # CXX may hold several words: "ccache g++"
         os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or ""
-    )  # "ccache g++"
+    )
     if not compiler or not shutil.which(compiler[0]):
         log.warning("integer engine: no C++ compiler found: the pointwise work is not fused")
         return None
@@ -40,15 +46,18 @@ def library() -> ctypes.CDLL | None:
         path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qdiff" / f"kernels-{key}.so"
         if not path.is_file():
             _compile(compiler, variants, path)
-        _keep_memory()
+        _retain_freed_memory()
         return ctypes.CDLL(str(path))
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: a user without a home folder
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: the user has no home folder
         log.warning("integer engine: %s: the pointwise work is not fused", str(error).splitlines()[0])
         return None
 
 
-def _keep_memory() -> None:
-    """Let the C library keep the memory of large tensors instead of giving it back, and faulting it in again, at every operation."""
+def _retain_freed_memory() -> None:
+    """Let the C library reuse the memory of freed tensors. This affects the whole process.
+
+    By default it returns large blocks to the system, and every operator pays for page faults when it allocates again.
+    """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):
@@ -60,6 +69,7 @@ def _keep_memory() -> None:
 
 
 def _processor() -> str:
+    """A description of the processor's instruction set; code that is compiled for it may not run on others."""
     try:
         return next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
     except (OSError, StopIteration):
@@ -67,13 +77,15 @@ def _processor() -> str:
 
 
 def _compile(compiler: list[str], variants: list[list[str]], path: Path) -> None:
+    """Compile with the first variant of flags that the compiler accepts; OSError if it accepts none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made = Path(folder) / "kernels.so"
+        output = Path(folder) / "kernels.so"
         for flags in variants:
-            result = subprocess.run([*compiler, *flags, str(SOURCE), "-o", str(made)], capture_output=True, text=True)
+            command = [*compiler, *flags, str(SOURCE), "-o", str(output)]
+            result = subprocess.run(command, capture_output=True, text=True)
             if result.returncode == 0:
-                made.replace(path)
+                output.replace(path)
                 return
     raise OSError(f"{shlex.join(compiler)} failed: {(result.stderr.splitlines() or ['no message'])[0]}")
 
@@ -82,75 +94,91 @@ def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
+def _pointers(pair: tuple[Tensor, Tensor] | None) -> tuple[ctypes.c_void_p, ctypes.c_void_p]:
+    return (_pointer(None), _pointer(None)) if pair is None else (_pointer(pair[0]), _pointer(pair[1]))
+
+
 def _int(value: int) -> ctypes.c_int64:
     return ctypes.c_int64(value)
 
 
 class ChannelsLastView:
-    """Activations as the operators see them: [n, pixels, channels], float32 or bfloat16, with `ld` values from pixel to pixel.
+    """Activations as the operators read them. All arithmetic is float32.
 
-    All work is done in float32. coef [channels], with sums [n, pixels]: their product is subtracted from each value
-    (weight zero points). version: that of `data`, where it is a tensor of the network, which could be changed in place.
+    Args:
+        data: float32 or bfloat16; its memory is read as [n, pixels, channels].
+        n: the number of images.
+        pixels: the number of pixels of an image.
+        channels: the number of channels that are read.
+        ld: the distance in memory from one pixel to the next, in values; at least `channels`.
+        correction: (coef [channels], sums [n, pixels]): their product is subtracted from each value to correct for
+            weight zero points; None: the values are right.
+
+    Attributes:
+        version: the version counter of `data` when this view was made, if `data` is a tensor of the network, which
+            could change in place before it is read; else None.
     """
 
     version: int | None = None
 
     def __init__(
-        self,
-        data: Tensor,
-        n: int,
-        pixels: int,
-        channels: int,
-        ld: int,
-        coef: Tensor | None = None,
-        sums: Tensor | None = None,
+        self, data: Tensor, n: int, pixels: int, channels: int, ld: int, correction: tuple[Tensor, Tensor] | None = None
     ) -> None:
-        self.data, self.n, self.pixels, self.channels, self.ld, self.coef, self.sums = (
-            data,
-            n,
-            pixels,
-            channels,
-            ld,
-            coef,
-            sums,
-        )
+        self.data, self.n, self.pixels, self.channels, self.ld = data, n, pixels, channels, ld
+        self.correction = correction
 
-    def _check(self) -> None:
+    def _check_version(self) -> None:
         if self.version is not None and self.data._version != self.version:
             raise RuntimeError(
                 "an activation was changed in place between its GroupNorm and the product after it: "
-                "the integer engine cannot follow that, expected --engine simulated"
+                "the integer engine cannot follow that, expected the engine `simulated`"
             )
 
-    def _geometry(self) -> tuple:
-        self._check()
+    def _arguments(self) -> tuple:
+        """The arguments that all compiled operators begin with."""
+        self._check_version()
         sizes = map(_int, (self.n, self.pixels, self.channels, self.ld))
-        return (_pointer(self.data), *sizes, _pointer(self.coef), _pointer(self.sums))
+        return (_pointer(self.data), *sizes, *_pointers(self.correction))
 
     def _compiled(self, name: str) -> Callable[..., None] | None:
-        """The operator for this type of activations."""
-        return (found := library()) and getattr(found, f"qdiff_{name}_{str(self.data.dtype).removeprefix('torch.')}")
+        """The compiled operator for this type of activations; None without a compiler."""
+        compiled = library()
+        if compiled is None:
+            return None
+        return getattr(compiled, f"qdiff_{name}_{str(self.data.dtype).removeprefix('torch.')}")
 
     def plain(self) -> Tensor:
-        """[n, pixels, channels] in float32, corrected."""
-        self._check()
+        """The corrected values, float32 [n, pixels, channels]."""
+        self._check_version()
         x = self.data.as_strided((self.n, self.pixels, self.channels), (self.pixels * self.ld, self.ld, 1)).float()
-        return x if self.coef is None else x - self.coef * self.sums[..., None]
+        if self.correction is None:
+            return x
+        coef, sums = self.correction
+        return x - coef * sums[..., None]
 
-    def _mapped(self, a: Tensor | None, b: Tensor | None, silu: bool) -> Tensor:
+    def _mapped(self, affine: Affine | None, silu: bool) -> Tensor:
         """`values` in float32, without a compiler."""
-        x = self.plain() if a is None else self.plain() * a[:, None] + b[:, None]
+        x = self.plain() if affine is None else self.plain() * affine[0][:, None] + affine[1][:, None]
         return F.silu(x) if silu else x
 
     def stats(self, shift: Tensor | None, groups: int, eps: float) -> tuple[Tensor, Tensor]:
-        """(mean, 1 / standard deviation) [n, groups] of the values plus `shift` [n, channels]."""
+        """Compute the statistics of a GroupNorm.
+
+        Args:
+            shift: [n, channels], added to the values first; None: 0.
+            groups: the number of groups of channels.
+            eps: added to the variance.
+
+        Returns:
+            Mean and 1 / standard deviation, float32 [n, groups] each.
+        """
         if (compiled := self._compiled("stats")) is None:
             x = self.plain() if shift is None else self.plain() + shift[:, None]
             variance, mean = torch.var_mean(x.unflatten(2, (groups, -1)).double(), dim=(1, 3), unbiased=False)
             return mean.float(), (variance + eps).rsqrt().float()
         mean, rstd = torch.empty(self.n, groups), torch.empty(self.n, groups)
         compiled(
-            *self._geometry(),
+            *self._arguments(),
             _pointer(shift),
             _int(groups),
             ctypes.c_double(eps),
@@ -162,8 +190,7 @@ class ChannelsLastView:
 
     def quantize(
         self,
-        a: Tensor | None,
-        b: Tensor | None,
+        affine: Affine | None,
         silu: bool,
         scale: float,
         low: float,
@@ -171,38 +198,57 @@ class ChannelsLastView:
         offset: float,
         dtype: torch.dtype = torch.uint8,
     ) -> tuple[Tensor, Tensor]:
-        """Integers [n, pixels, channels], uint8 or int8, and their sums [n, pixels] in int32.
+        """Quantize f(value) = silu(a * value + b) to clamp(round(f(value) / scale), low, high) + offset.
 
-        They are clamp(round(f(value) / delta), low, high) + offset, with f as in `values`.
+        The zero point is part of `low`, `high` and `offset`. So this is not `qdiff.quantizers.quantize_nearest`, which
+        adds it before it clamps.
+
+        Args:
+            affine: (a, b); None: no affine map.
+            silu: whether SiLU is applied.
+            scale: the scale of the grid.
+            low: the lower bound, less the zero point.
+            high: the upper bound, less the zero point.
+            offset: what is added to the clamped integers.
+            dtype: uint8 or int8.
+
+        Returns:
+            The integers [n, pixels, channels] and their sums over the channels, int32 [n, pixels].
         """
         if (compiled := self._compiled("quantize")) is None:
-            out = (self._mapped(a, b, silu) / scale).round_().clamp_(low, high).add_(offset).to(dtype)
+            out = (self._mapped(affine, silu) / scale).round_().clamp_(low, high).add_(offset).to(dtype)
             return out, out.sum(2, dtype=torch.int32)
         out = torch.empty(self.n, self.pixels, self.channels, dtype=dtype)
-        totals = torch.empty(self.n, self.pixels, dtype=torch.int32)
-        numbers = (ctypes.c_float(value) for value in (scale, low, high, offset))
+        sums = torch.empty(self.n, self.pixels, dtype=torch.int32)
         compiled(
-            *self._geometry(),
-            _pointer(a),
-            _pointer(b),
+            *self._arguments(),
+            *_pointers(affine),
             ctypes.c_int(silu),
-            *numbers,
+            *(ctypes.c_float(value) for value in (scale, low, high, offset)),
             _pointer(out),
-            _pointer(totals),
+            _pointer(sums),
             ctypes.c_int(torch.get_num_threads()),
         )
-        return out, totals
+        return out, sums
 
-    def values(self, a: Tensor | None, b: Tensor | None, silu: bool, other: Tensor | None = None) -> Tensor:
-        """a * value + b (per image and channel), then SiLU, then plus `other` (of the same type): new [n, pixels, channels]."""
+    def values(self, affine: Affine | None, silu: bool, other: Tensor | None = None) -> Tensor:
+        """Compute silu(a * value + b) + other.
+
+        Args:
+            affine: (a, b); None: no affine map.
+            silu: whether SiLU is applied.
+            other: [n, pixels, channels] in the type of `data`; None: nothing is added.
+
+        Returns:
+            A new contiguous tensor [n, pixels, channels] in the type of `data`.
+        """
         if (compiled := self._compiled("values")) is None:
-            x = self._mapped(a, b, silu)
+            x = self._mapped(affine, silu)
             return (x if other is None else x + other).to(self.data.dtype).clone(memory_format=torch.contiguous_format)
         out = torch.empty(self.n, self.pixels, self.channels, dtype=self.data.dtype)
         compiled(
-            *self._geometry(),
-            _pointer(a),
-            _pointer(b),
+            *self._arguments(),
+            *_pointers(affine),
             ctypes.c_int(silu),
             _pointer(other),
             _pointer(out),

@@ -1,9 +1,9 @@
-"""A quantized network on a GPU: weights stay packed in its memory and are expanded where a product needs them.
+"""A quantized network on a GPU: weights stay packed in its memory and are dequantized on use.
 
-The expanded weight lives as long as the product, in the precision of autocast where that is on. Linear layers can also run on
-`torch._int_mm` (`--engine integer`). Which of the two is faster depends on card and shape; it is not chosen by timing, because then
-two processes could choose differently and images would depend on their number. The integers, step sizes and
-formulas are those of the simulation.
+Weights are dequantized right before each convolution or matmul, in the precision of autocast if that is on, and freed
+afterwards. With the engine `integer`, linear layers multiply int8 by `torch._int_mm` instead. Which of the two is
+faster depends on card and shape. It is not chosen by timing, because two processes could then choose differently, and
+images would depend on the number of processes. Integers, scales and formulas are those of the simulation.
 """
 
 import copy
@@ -14,64 +14,87 @@ from torch import Tensor, nn
 from qdiff import quantizers as Q
 from qdiff.checkpoint import pack_integers, unpack_integers
 from qdiff.engines.proxy import ModuleProxy
-from qdiff.layers import ActQuantizer, MatMul, QuantLayer, QuantLinear, QuantMatMul, WeightQuantizer
+from qdiff.layers import ActQuantizer, MatMul, QuantLayer, QuantLinear, QuantMatMul, WeightQuantizer, dequantize
 from qdiff.model import has_own_behavior, replace_modules
 
 
 def to_packed(model: nn.Module, int8_products: bool) -> nn.Module:
-    """A copy of a quantized network whose weights are packed; biases, norms and step sizes are shared. Layers with hooks stay.
+    """Copy a quantized network and pack the weights of the copy.
 
-    int8_products: linear layers multiply int8 where their widths and shapes allow it.
+    Args:
+        model: the quantized network.
+        int8_products: linear layers multiply int8 where their widths and shapes allow it.
+
+    Returns:
+        A copy that shares biases, norms and scales with `model`. Layers with hooks are not replaced.
     """
     shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     result = copy.deepcopy(model, shared).eval()
 
-    def packed(_: str, layer: nn.Module) -> nn.Module | None:
+    def replacement(_: str, layer: nn.Module) -> nn.Module | None:
         if not isinstance(layer, QuantLayer) or has_own_behavior(layer):
             return None
         fits = int8_products and Int8Linear.fits(layer)
         return Int8Linear(PackedLayer(layer)) if fits else PackedLayer(layer)
 
-    replace_modules(result, packed)
+    replace_modules(result, replacement)
     return result
 
 
 def fuse_attention(model: nn.Module) -> nn.Module:
-    """Let attentions whose products are not quantized run on PyTorch's fused operator; in place."""
+    """Let attentions whose matmuls are not quantized run on PyTorch's fused operator, in place; returns `model`."""
     for module in model.modules():
         if hasattr(type(module), "fused"):
-            products = [child for child in module.children() if isinstance(child, MatMul | QuantMatMul)]
-            module.fused = not any(
-                q.enabled for product in products if isinstance(product, QuantMatMul) for q in product.act_quantizers
+            matmuls = [child for child in module.children() if isinstance(child, MatMul | QuantMatMul)]
+            quantized = any(
+                quantizer.enabled
+                for matmul in matmuls
+                if isinstance(matmul, QuantMatMul)
+                for quantizer in matmul.act_quantizers
             )
+            setattr(module, "fused", not quantized)  # noqa: B010  # mypy knows no attribute `fused` of nn.Module
     return model
 
 
 class PackedWeight(nn.Module):
-    """Integers of one weight at their true width (4 and 8 bits; others in a byte or more), with their scales."""
+    """The integers of one weight at their true width, with scales and zero points.
+
+    4-bit and 8-bit integers take 4 and 8 bits each; other widths take the type of the quantizer's integers.
+
+    Args:
+        quantizer: the weight quantizer.
+    """
+
+    integers: Tensor
+    scale: Tensor
+    zero_point: Tensor
 
     def __init__(self, quantizer: WeightQuantizer) -> None:
         super().__init__()
         self.n_bits, self.shape = quantizer.n_bits, tuple(quantizer.integers.shape)
         self.dense = quantizer.n_bits in (4, 8)
-        self.register_buffer(
-            "integers", pack_integers(quantizer.integers, quantizer.n_bits) if self.dense else quantizer.integers
-        )
+        integers = pack_integers(quantizer.integers, quantizer.n_bits) if self.dense else quantizer.integers
+        self.register_buffer("integers", integers)
         self.register_buffer("scale", quantizer.scale)
         self.register_buffer("zero_point", quantizer.zero_point)
 
     def unpack(self) -> Tensor:
-        """The integers, one an element."""
+        """The integers in the weight's shape, one in each element."""
         return unpack_integers(self.integers, self.n_bits, self.shape) if self.dense else self.integers
 
-    def expand(self) -> Tensor:
-        """The dequantized weight, in the precision of the scales."""
-        return (self.unpack().to(self.scale.dtype) - self.zero_point) * self.scale
+    def dequantize(self) -> Tensor:
+        """The weight in the precision of the scales."""
+        return dequantize(self.unpack(), self.scale, self.zero_point)
 
 
 class PackedLayer(ModuleProxy):
-    """A quantized layer that holds its weight packed."""
+    """A quantized layer with a packed weight.
 
+    Args:
+        layer: the layer; its own integers are freed.
+    """
+
+    layer: QuantLayer
     proxied = "layer"
 
     def __init__(self, layer: QuantLayer) -> None:
@@ -81,8 +104,14 @@ class PackedLayer(ModuleProxy):
         layer.drop_weight()
 
     @property
+    def packed_weights(self) -> list[PackedWeight]:
+        """The packed weight of the layer, or of both halves of a split layer."""
+        return [weight for weight in self.weights if isinstance(weight, PackedWeight)]
+
+    @property
     def weight(self) -> Tensor:
-        return self.layer._join([weight.expand() for weight in self.weights])
+        """The dequantized weight."""
+        return self.layer._join([weight.dequantize() for weight in self.packed_weights])
 
     def forward(self, x: Tensor) -> Tensor:
         layer = self.layer
@@ -92,24 +121,34 @@ class PackedLayer(ModuleProxy):
             weight = weight.to(torch.get_autocast_dtype(x.device.type))
         if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
             weight = weight.contiguous(memory_format=torch.channels_last)
-        return layer.product(x, weight)
+        return layer.apply_weight(x, weight)
 
 
 class Int8Linear(ModuleProxy):
-    """A linear layer on `torch._int_mm`, exact in int32; inputs of 16 rows and less, which CUDA's cannot take, run as the packed layer.
+    """A linear layer on `torch._int_mm`, whose sums are exact in int32.
 
-    y = delta_x delta_w (sum (q_x - z_x)(q_w - z_w)) + b, with both zero points taken out by sums over K, in int32.
+    y = scale_x scale_w (sum (q_x - z_x)(q_w - z_w)) + b, where both zero points are corrected by sums over K, in int32.
+    Inputs of at most 16 rows, which `_int_mm` cannot take on CUDA, run as the packed layer.
+
+    Args:
+        packed: the packed layer; `fits` must hold for its layer.
     """
 
     MIN_ROWS = 17
+    act: ActQuantizer
+    floating: PackedLayer
+    packed: PackedWeight
+    zero: Tensor
+    scale: Tensor
+    sums: Tensor
     proxied = "floating"
 
     def __init__(self, packed: PackedLayer) -> None:
         super().__init__()
-        self.floating, self.packed = packed, packed.weights[0]
-        self.act = packed.layer.act_quantizer
-        self.register_buffer("zero", self.packed.zero_point.flatten().to(torch.int32) - 128)
-        self.register_buffer("scale", self.packed.scale.flatten())
+        (weight,) = packed.packed_weights
+        self.floating, self.packed, self.act = packed, weight, packed.layer.act_quantizer
+        self.register_buffer("zero", weight.zero_point.flatten().to(torch.int32) - 128)
+        self.register_buffer("scale", weight.scale.flatten())
         self.register_buffer("sums", self._weight().sum(1, dtype=torch.int32))  # [N]
 
     def _weight(self) -> Tensor:
@@ -118,7 +157,7 @@ class Int8Linear(ModuleProxy):
 
     @staticmethod
     def fits(layer: QuantLayer) -> bool:
-        """Whether kind, widths and shape are such that `_int_mm` can be used."""
+        """Whether the kind, the widths and the shape of a layer allow `_int_mm`."""
         if not isinstance(layer, QuantLinear) or layer.split:
             return False
         act, weight = layer.act_quantizer, layer.weight_quantizer
@@ -127,27 +166,26 @@ class Int8Linear(ModuleProxy):
 
     @staticmethod
     def _sums_fit(layer: QuantLayer) -> bool:
-        """Whether zero points are whole numbers and such that no sum over K leaves int32."""
+        """Whether zero points are whole numbers and no sum over K leaves int32."""
         zeros = (Int8Linear._act_zero(layer.act_quantizer), layer.weight_quantizer.zero_point)
         if not all(bool((zero == zero.round()).all()) for zero in zeros):
             return False
-        # of bytes: the largest |q - z|, which is no less than |z - 128|
+        # the largest |q - z| of bytes q, which is no less than |z - 128|
         first, second = (127.5 + (zero.double() - 127.5).abs().max().item() for zero in zeros)
         return first * second * layer.shape[1] < 2**31
 
     @staticmethod
     def _act_zero(act: ActQuantizer) -> Tensor:
-        return torch.zeros_like(act.scale) if act.symmetric or act.always_zero else act.zero_point
+        return torch.zeros_like(act.scale) if act.zero_is_fixed else act.zero_point
 
     def forward(self, x: Tensor) -> Tensor:
-        act: ActQuantizer = self.act
         if x.numel() // x.shape[-1] < self.MIN_ROWS:
             return self.floating(x)
+        act = self.act
         flat = x.reshape(-1, x.shape[-1]).to(act.scale.dtype)
-        low, high = Q.integer_range(act.n_bits, act.symmetric)
         zero = self._act_zero(act)
         shift = 0 if act.symmetric else 128
-        q = (torch.clamp(torch.round(flat / act.scale) + zero, low, high) - shift).to(torch.int8)
+        q = (Q.quantize_nearest(flat, act.scale, zero, act.n_bits, act.symmetric) - shift).to(torch.int8)
         zero_x = zero.reshape(()).to(torch.int32) - shift
         total = torch._int_mm(q, self._weight().t()) - zero_x * self.sums
         total -= self.zero * (q.sum(1, keepdim=True, dtype=torch.int32) - flat.shape[1] * zero_x)

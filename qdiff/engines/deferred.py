@@ -1,9 +1,9 @@
-"""Activations whose pointwise work is put off until a product or an addition needs them.
+"""Activations whose pointwise work is deferred until a layer or an addition needs the values.
 
-A network is written as norm, SiLU, convolution; run one by one each passes over the memory. A `DeferredTensor` tensor
-only notes what is to be done, and the next quantization does all of it in one pass. Any other operation
-gets the values, in channels_last memory; operations in place change the tensor itself (not through views of it).
-The network's result is an ordinary tensor in contiguous memory (`plain_output`).
+A network is written as norm, SiLU, convolution. Run one by one, each of these passes over the memory. A
+`DeferredTensor` only records the pointwise work (its `Epilogue`), and the next input quantization does all of it in one
+pass. Any other operation gets the values, in channels_last memory. Operations in place change the tensor itself, but
+not through a view of it. The network's result is an ordinary tensor in contiguous memory (`plain_output`).
 """
 
 from collections.abc import Callable
@@ -14,62 +14,87 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qdiff.engines.cpu_kernels import ChannelsLastView
+from qdiff.engines.cpu_kernels import Affine, ChannelsLastView
 
 _no_override = torch._C.DisableTorchFunctionSubclass
 
 
 @dataclass(frozen=True)
 class Epilogue:
-    """What is to be done: value + shift, then a * value + b, then SiLU. shift, a, b: [N, C]."""
+    """Deferred pointwise work: value + shift, then a * value + b, then SiLU.
+
+    Attributes:
+        shift: [N, C]; None: 0.
+        affine: (a, b), [N, C] each; None: no affine map.
+        silu: whether SiLU follows.
+    """
 
     shift: Tensor | None = None
-    a: Tensor | None = None
-    b: Tensor | None = None
+    affine: Affine | None = None
     silu: bool = False
 
-    def affine(self) -> tuple[Tensor | None, Tensor | None]:
-        """The shift and the affine map as one."""
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no work to do."""
+        return self.shift is None and self.affine is None and not self.silu
+
+    def merged(self) -> Affine | None:
+        """The shift and the affine map as one affine map."""
         if self.shift is None:
-            return self.a, self.b
-        if self.a is None:
+            return self.affine
+        if self.affine is None:
             return torch.ones_like(self.shift), self.shift.contiguous()
-        return self.a, self.b + self.a * self.shift
+        a, b = self.affine
+        return a, b + a * self.shift
 
 
 class DeferredTensor(Tensor):
-    """[N, C, H, W] in channels_last memory, float32 or bfloat16, with pending work."""
+    """A tensor [N, C, H, W] in channels_last memory, float32 or bfloat16, with deferred work.
+
+    Attributes:
+        rows: the stored values.
+        epilogue: the work that turns them into the tensor's values.
+    """
 
     rows: ChannelsLastView
     epilogue: Epilogue
 
     @staticmethod
     def of(view: Tensor, rows: ChannelsLastView, epilogue: Epilogue) -> "DeferredTensor":
-        """`view` [N, C, H, W] gives the shape; the values are those of `rows` after the pending work."""
-        deferred = torch.Tensor._make_subclass(DeferredTensor, view)
-        deferred.rows, deferred.epilogue = rows, epilogue
-        return deferred
+        """Make a deferred tensor with the shape of `view` [N, C, H, W] and the values of `rows` after `epilogue`."""
+        result = torch.Tensor._make_subclass(DeferredTensor, view)
+        result.rows, result.epilogue = rows, epilogue
+        return result
 
     def then(self, epilogue: Epilogue) -> "DeferredTensor":
+        """The same stored values with another epilogue."""
         with _no_override():
             return DeferredTensor.of(self.as_subclass(Tensor), self.rows, epilogue)
 
     def shape4(self) -> torch.Size:
+        """The shape [N, C, H, W]."""
         with _no_override():
             return self.shape
 
     def values(self, other: Tensor | None = None) -> Tensor:
-        """The values as an ordinary tensor in channels_last memory; plus `other`."""
+        """Do the deferred work.
+
+        Args:
+            other: [N, C, H, W] in the type of this tensor, added to the result; None: nothing is added.
+
+        Returns:
+            A new ordinary tensor in channels_last memory.
+        """
         n, c, h, w = self.shape4()
-        a, b = self.epilogue.affine()
         if other is not None:
             other = other.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).view(n, h * w, c)
-        return self.rows.values(a, b, self.epilogue.silu, other).view(n, h, w, c).permute(0, 3, 1, 2)
+        values = self.rows.values(self.epilogue.merged(), self.epilogue.silu, other)
+        return values.view(n, h, w, c).permute(0, 3, 1, 2)
 
     def read(self) -> Tensor:
-        """The values, which the caller must not change: without a copy where nothing is to be done."""
+        """The values, which the caller must not change: they are not copied if there is no work to do."""
         rows = self.rows
-        if self.epilogue != Epilogue() or rows.coef is not None:
+        if not self.epilogue.is_empty or rows.correction is not None:
             return self.values()
         n, c, h, w = self.shape4()
         return rows.data.as_strided((n, c, h, w), (rows.pixels * rows.ld, 1, w * rows.ld, rows.ld))
@@ -88,6 +113,7 @@ class DeferredTensor(Tensor):
 
 
 def _on_values(func: Callable, args: tuple, kwargs: dict) -> Any:
+    """Run an operation on the values of its deferred arguments."""
     plain = _read if func in _FRESH else _plain
     with _no_override():
         return func(*map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
@@ -103,7 +129,7 @@ def _writes(func: Callable, kwargs: dict) -> bool:
 
 
 def _write(func: Callable, args: tuple, kwargs: dict) -> Any:
-    """Run an operation that writes; a lazy tensor that it writes into holds the new values, with nothing pending."""
+    """Run an operation that writes. A deferred tensor that it writes into then stores the new values."""
     target = args[0] if args else kwargs["input"]
     if kwargs.get("out") is not None:
         target = kwargs["out"]
@@ -122,7 +148,11 @@ def _write(func: Callable, args: tuple, kwargs: dict) -> Any:
 
 
 def plain_output(_module: nn.Module, _inputs: tuple, output: Any) -> Any:
-    """Forward hook of a whole network: its result, a tensor or tensors in lists, tuples and dictionaries, as ordinary tensors."""
+    """Forward hook of a whole network that makes its results ordinary tensors.
+
+    Args:
+        output: a tensor, or tensors in nested lists, tuples and dictionaries.
+    """
     if isinstance(output, Tensor):
         return _plain(output).contiguous()
     if isinstance(output, dict):
@@ -135,10 +165,12 @@ def plain_output(_module: nn.Module, _inputs: tuple, output: Any) -> Any:
 
 
 def _rebuilt(old: list | tuple, items: list) -> list | tuple:
+    """A list, tuple or named tuple like `old` with other items."""
     return type(old)(*items) if hasattr(old, "_fields") else type(old)(items)
 
 
 def _plain(value: Any, values: Callable[[DeferredTensor], Tensor] = DeferredTensor.values) -> Any:
+    """Replace a deferred tensor, or deferred tensors in a list or tuple, by their values."""
     if isinstance(value, DeferredTensor):
         return values(value)
     if isinstance(value, list | tuple) and any(isinstance(item, DeferredTensor) for item in value):
@@ -147,14 +179,15 @@ def _plain(value: Any, values: Callable[[DeferredTensor], Tensor] = DeferredTens
 
 
 def _read(value: Any) -> Any:
+    """`_plain` without a copy where none is needed; the operation must not return memory of its arguments."""
     return _plain(value, DeferredTensor.read)
 
 
 def deferred(x: Tensor) -> DeferredTensor | None:
-    """`x` as a lazy tensor without pending work; None where its form does not allow it."""
+    """Make `x` a deferred tensor with an empty epilogue; None if shape, type or device do not allow it."""
     if isinstance(x, DeferredTensor):
         return x
-    x = x.float() if x.dtype == torch.float16 else x  # from a part that autocast ran
+    x = x.float() if x.dtype == torch.float16 else x  # from a part of the network under autocast
     if x.dim() != 4 or x.dtype not in (torch.float32, torch.bfloat16) or x.device.type != "cpu" or x.numel() == 0:
         return None
     x = x.contiguous(memory_format=torch.channels_last)
@@ -165,17 +198,23 @@ def deferred(x: Tensor) -> DeferredTensor | None:
 def group_norm(
     x: Tensor, groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
-    """F.group_norm whose second pass is put off."""
+    """`F.group_norm` that computes the statistics now and defers the normalization."""
     source = deferred(x)
-    affine = weight is not None and bias is not None and source is not None and weight.numel() == source.shape4()[1]
-    if not affine or source.epilogue.a is not None or source.epilogue.silu:
+    if (
+        source is None
+        or weight is None
+        or bias is None
+        or weight.numel() != source.shape4()[1]
+        or source.epilogue.affine is not None
+        or source.epilogue.silu
+    ):
         return F.group_norm(_plain(x), groups, weight, bias, eps)
-    if source.rows.data is x:  # the network's own tensor, which it may change before the values are formed
-        part = (
-            x.untyped_storage().nbytes() != x.numel() * x.element_size()
-        )  # changes of the others would count as its own
+    if source.rows.data is x:  # the network's own tensor, which the network may change before the values are computed
+        # a change of other parts of the storage would count as a change of this one
+        part = x.untyped_storage().nbytes() != x.numel() * x.element_size()
         if part or x.is_inference():
             source = deferred(x.clone())
+            assert source is not None  # the clone has the same shape, type and device
         else:
             source.rows.version = x._version
     shift = source.epilogue.shift
@@ -183,11 +222,11 @@ def group_norm(
     width = weight.numel() // groups
     a = rstd.repeat_interleave(width, dim=1) * weight.float()
     b = bias.float() - mean.repeat_interleave(width, dim=1) * a
-    return source.then(replace(source.epilogue, a=a, b=b))
+    return source.then(replace(source.epilogue, affine=(a, b)))
 
 
 def _contiguous(func: Callable) -> Callable:
-    """A rule: `func` of the values in contiguous memory, where networks expect them."""
+    """Make a rule that runs `func` on the values in contiguous memory, where networks expect them."""
 
     def rule(x: Tensor, *args: Any, **named: Any) -> Tensor:
         with _no_override():
@@ -205,7 +244,7 @@ def _dropout(x: DeferredTensor, p: float = 0.5, training: bool = True, inplace: 
 
 
 def _per_channel(value: Any, shape: torch.Size) -> Tensor | None:
-    """`value` as [N, C] in float32 if it is one number for each image and channel."""
+    """`value` as float32 [N, C] if it is one number for each image and channel, else None."""
     if isinstance(value, Tensor) and not isinstance(value, DeferredTensor) and value.shape == (*shape[:2], 1, 1):
         return value.flatten(1).float()
     return None
@@ -217,12 +256,12 @@ def _add(input: Any, other: Any, *, alpha: float = 1, out: None = None) -> Tenso
     x, other = (input, other) if isinstance(input, DeferredTensor) else (other, input)
     if not isinstance(other, Tensor):
         return None
-    if (shift := _per_channel(other, x.shape4())) is not None and not x.epilogue.silu:
-        if x.epilogue.a is not None:
-            return x.then(replace(x.epilogue, b=x.epilogue.b + shift))
-        return x.then(
-            replace(x.epilogue, shift=shift.clone() if x.epilogue.shift is None else x.epilogue.shift + shift)
-        )
+    epilogue: Epilogue = x.epilogue
+    if (shift := _per_channel(other, x.shape4())) is not None and not epilogue.silu:
+        if epilogue.affine is not None:
+            a, b = epilogue.affine
+            return x.then(replace(epilogue, affine=(a, b + shift)))
+        return x.then(replace(epilogue, shift=shift.clone() if epilogue.shift is None else epilogue.shift + shift))
     other = _read(other)
     if other.shape != x.shape4() or other.dtype not in (torch.float32, torch.bfloat16):
         return None
@@ -231,12 +270,15 @@ def _add(input: Any, other: Any, *, alpha: float = 1, out: None = None) -> Tenso
 
 def _mul(input: Any, other: Any, *, out: None = None) -> Tensor | None:
     x, other = (input, other) if isinstance(input, DeferredTensor) else (other, input)
-    scale = _per_channel(other, x.shape4())
-    if scale is None or x.epilogue.silu or x.epilogue.a is None:
+    factor = _per_channel(other, x.shape4())
+    epilogue: Epilogue = x.epilogue
+    if factor is None or epilogue.silu or epilogue.affine is None:
         return None
-    return x.then(replace(x.epilogue, a=x.epilogue.a * scale, b=x.epilogue.b * scale))
+    a, b = epilogue.affine
+    return x.then(replace(epilogue, affine=(a * factor, b * factor)))
 
 
+# Operations that extend the epilogue or need their input in another layout. A rule returns None if it does not apply.
 _RULES: dict[Callable, Callable] = {
     F.silu: _silu,
     F.dropout: _dropout,
@@ -252,13 +294,9 @@ _RULES: dict[Callable, Callable] = {
     Tensor.__mul__: _mul,
     Tensor.__rmul__: _mul,
 }
-_FRESH = {torch.cat, F.interpolate}  # what they give never shares memory with what they are given
-_METADATA = {
-    Tensor.shape.__get__,
-    Tensor.dtype.__get__,
-    Tensor.device.__get__,
-    Tensor.ndim.__get__,
-    Tensor.requires_grad.__get__,
+_FRESH = {torch.cat, F.interpolate}  # operations whose result never shares memory with their arguments
+_METADATA = {  # what a tensor can answer without its values
+    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad")),
     Tensor.dim,
     Tensor.size,
     Tensor.numel,

@@ -1,36 +1,39 @@
-"""Export to ONNX: QuantizeLinear and DequantizeLinear nodes with exactly our integers and step sizes.
+"""Export to ONNX with QuantizeLinear and DequantizeLinear nodes that hold exactly our integers and scales.
 
-Weights are stored as UINT4 or UINT8 with per-channel zero points (or as INT8 and INT16 without, where a zero point lies
-outside their range); activations pass a QuantizeLinear and a DequantizeLinear, which runtimes may fuse into integer products.
-TensorRT takes no zero points but 0 (NVIDIA/TensorRT#2774, #4698). Needs the packages onnx and onnxscript.
+Weights are stored as UINT4 or UINT8 with per-channel zero points. If a zero point lies outside their range, they are
+stored as INT8 or INT16 without zero points. Activations pass a QuantizeLinear and a DequantizeLinear node, which
+runtimes may fuse into integer products. TensorRT accepts no zero point but 0 (NVIDIA/TensorRT#2774, #4698). The export needs the
+packages onnx and onnxscript.
 """
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from qdiff import quantizers as Q
 from qdiff.errors import ConfigError
-from qdiff.layers import ActQuantizer, QuantLayer, QuantMatMul
+from qdiff.layers import ActQuantizer, QuantLayer, QuantMatMul, WeightQuantizer, dequantize
 from qdiff.model import replace_modules
 from qdiff.utils.extras import require_extra
 from qdiff.utils.files import atomic_write
 
+if TYPE_CHECKING:  # onnx is an optional dependency
+    import onnx
+
 OPSET = 21
-_FOUR_BITS = "_as_uint4"  # the end of a buffer's name that says: store as UINT4
+_FOUR_BITS = "_as_uint4"  # ends the names of buffers that are to be stored as UINT4
 
 
 @torch.library.custom_op("qdiff::activation", mutates_args=())
 def _activation(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """Quantize to the integer type of `zero_point` and back."""
-    info = torch.iinfo(zero_point.dtype)
-    return (
-        torch.clamp(torch.round(x / scale) + zero_point.to(x.dtype), info.min, info.max) - zero_point.to(x.dtype)
-    ) * scale
+    """Quantize to the integer type of `zero_point` and dequantize."""
+    info, zero = torch.iinfo(zero_point.dtype), zero_point.to(x.dtype)
+    return (Q.quantize_nearest(x, scale, zero, info.bits, symmetric=info.min < 0) - zero) * scale
 
 
 @_activation.register_fake
@@ -40,9 +43,9 @@ def _(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
 
 @torch.library.custom_op("qdiff::weight", mutates_args=())
 def _weight(integers: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """Dequantize per output channel."""
+    """Dequantize a weight [N, ...] with scales and zero points [N]."""
     shape = (-1, *[1] * (integers.dim() - 1))
-    return (integers.to(scale.dtype) - zero_point.to(scale.dtype).reshape(shape)) * scale.reshape(shape)
+    return dequantize(integers, scale.reshape(shape), zero_point.to(scale.dtype).reshape(shape))
 
 
 @_weight.register_fake
@@ -50,24 +53,27 @@ def _(integers: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     return integers.new_empty(integers.shape, dtype=scale.dtype)
 
 
-class _Act(nn.Module):
-    """An activation quantizer as QuantizeLinear and DequantizeLinear."""
+class _Activation(nn.Module):
+    """An activation quantizer as a QuantizeLinear and a DequantizeLinear node."""
+
+    scale: Tensor
+    zero_point: Tensor
 
     def __init__(self, quantizer: ActQuantizer, path: str) -> None:
         super().__init__()
         if quantizer.groups is not None:
-            raise ConfigError(f"{path}: time-step sets cannot be exported: an ONNX node holds one step size")
+            raise ConfigError(f"{path}: timestep groups cannot be exported: an ONNX node holds one scale")
         if quantizer.n_bits not in (8, 16):
             raise ConfigError(f"{path}: {quantizer.n_bits}-bit activations: ONNX has 8 and 16 bits")
         low, high = Q.integer_range(quantizer.n_bits, quantizer.symmetric)
-        zero = 0 if quantizer.symmetric or quantizer.always_zero else int(quantizer.zero_point.item())
+        zero = 0 if quantizer.zero_is_fixed else int(quantizer.zero_point.item())
         if bool(quantizer.zero_point != quantizer.zero_point.round()):
             raise ConfigError(f"{path}: an activation zero point of {quantizer.zero_point.item()}: ONNX has whole ones")
         inside = low <= zero <= high
         dtype = {8: (torch.uint8, torch.int8), 16: (torch.uint16, torch.int16)}[quantizer.n_bits][quantizer.symmetric]
         self.register_buffer("scale", quantizer.scale.detach().float().clone())
         self.register_buffer("zero_point", torch.tensor(zero if inside else 0, dtype=dtype))
-        # a zero point outside the integers' range: shift the values instead, which is exact up to float32
+        # If the zero point is outside the range of the integers, the values are shifted instead, exactly up to float32.
         self.shift = 0.0 if inside else zero * quantizer.scale.item()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -76,32 +82,34 @@ class _Act(nn.Module):
         return torch.ops.qdiff.activation(x, self.scale, self.zero_point)
 
 
+def _stored_integers(quantizer: WeightQuantizer, path: str) -> tuple[Tensor, Tensor]:
+    """The integers and zero points [N] of a weight in an integer type that ONNX has: uint8, int8 or int16."""
+    zero = quantizer.zero_point.flatten()
+    levels = 2**quantizer.n_bits - 1
+    if bool(((zero >= 0) & (zero <= levels) & (zero == zero.round())).all()) and quantizer.n_bits <= 8:
+        return quantizer.integers.to(torch.uint8), zero.to(torch.uint8)
+    shifted = quantizer.integers.double() - quantizer.zero_point.double()
+    if shifted.min() < -(2**15) or shifted.max() >= 2**15 or bool((shifted != shifted.round()).any()):
+        raise ConfigError(f"{path}: integers less their zero points do not fit 16 bits: ONNX has no wider ones")
+    dtype = torch.int8 if shifted.min() >= -128 and shifted.max() <= 127 else torch.int16
+    return shifted.to(dtype), torch.zeros(len(zero), dtype=dtype)
+
+
 class _Layer(nn.Module):
-    """A quantized layer on dequantized integers."""
+    """A quantized layer that dequantizes its weight by a node of the graph."""
+
+    layer: QuantLayer
 
     def __init__(self, layer: QuantLayer, path: str, activations: bool) -> None:
         super().__init__()
         self.layer, self.split = layer, layer.split
-        self.acts = nn.ModuleList([_Act(q, path) for q in layer.act_quantizers] if activations else [])
+        self.acts = nn.ModuleList([_Activation(q, path) for q in layer.act_quantizers] if activations else [])
         self.names: list[tuple[str, str, str]] = []
         for index, quantizer in enumerate(layer.weight_quantizers):
-            zero = quantizer.zero_point.flatten()
-            integers = quantizer.integers
-            levels = 2**quantizer.n_bits - 1
-            if bool(((zero >= 0) & (zero <= levels) & (zero == zero.round())).all()) and quantizer.n_bits <= 8:
-                four = _FOUR_BITS if quantizer.n_bits == 4 else ""
-                stored, stored_zero = integers.to(torch.uint8), zero.to(torch.uint8)
-            else:
-                four = ""
-                shifted = integers.double() - quantizer.zero_point.double()
-                if shifted.min() < -(2**15) or shifted.max() >= 2**15 or bool((shifted != shifted.round()).any()):
-                    raise ConfigError(
-                        f"{path}: integers less their zero points do not fit 16 bits: ONNX has no wider ones"
-                    )
-                dtype = torch.int8 if shifted.min() >= -128 and shifted.max() <= 127 else torch.int16
-                stored, stored_zero = shifted.to(dtype), torch.zeros(len(zero), dtype=dtype)
-            names = (f"integers{index}{four}", f"scale{index}", f"zero_point{index}{four}")
-            for name, value in zip(names, (stored, quantizer.scale.flatten().float(), stored_zero), strict=True):
+            integers, zero_point = _stored_integers(quantizer, path)
+            end = _FOUR_BITS if quantizer.n_bits == 4 and integers.dtype == torch.uint8 else ""
+            names = (f"integers{index}{end}", f"scale{index}", f"zero_point{index}{end}")
+            for name, value in zip(names, (integers, quantizer.scale.flatten().float(), zero_point), strict=True):
                 self.register_buffer(name, value.clone())
             self.names.append(names)
         layer.drop_weight()
@@ -109,30 +117,38 @@ class _Layer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weights = [torch.ops.qdiff.weight(*(getattr(self, name) for name in names)) for names in self.names]
         if not self.split:
-            return self.layer.product(self.acts[0](x) if len(self.acts) else x, weights[0])
+            return self.layer.apply_weight(self.acts[0](x) if len(self.acts) else x, weights[0])
         parts = self.layer._parts(x)
         if len(self.acts):
             parts = [act(part) for act, part in zip(self.acts, parts, strict=True)]
-        return self.layer.product(self.layer._join(parts), self.layer._join(weights))
+        return self.layer.apply_weight(self.layer._join(parts), self.layer._join(weights))
 
 
-class _Product(nn.Module):
-    def __init__(self, product: QuantMatMul, path: str) -> None:
+class _MatMul(nn.Module):
+    """A quantized attention matmul."""
+
+    def __init__(self, matmul: QuantMatMul, path: str) -> None:
         super().__init__()
-        self.first, self.second = (_Act(quantizer, path) for quantizer in product.act_quantizers)
+        self.first, self.second = (_Activation(quantizer, path) for quantizer in matmul.act_quantizers)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         return torch.matmul(self.first(a), self.second(b))
 
 
 def exportable(model: nn.Module) -> nn.Module:
-    """A copy of a quantized network made of the operators that the export knows."""
+    """Copy a quantized network and replace its quantized modules by modules that the export can translate.
+
+    Raises:
+        ConfigError: ONNX cannot express a number format of the network.
+    """
     result = copy.deepcopy(model).eval()
 
     def replacement(path: str, module: nn.Module) -> nn.Module | None:
         if isinstance(module, QuantLayer):
             return _Layer(module, path, module.act_quantizer.enabled)
-        return _Product(module, path) if isinstance(module, QuantMatMul) and module.act_quantizers[0].enabled else None
+        if isinstance(module, QuantMatMul) and module.act_quantizers[0].enabled:
+            return _MatMul(module, path)
+        return None
 
     replace_modules(result, replacement)
     return result
@@ -150,40 +166,33 @@ def export_onnx(
     Args:
         path: the file to write.
         model: the network, simulated.
-        inputs: x [N, C, H, W], t [N] and, for a network with text, the context [N, L, D]: an example.
-        dynamic: for each input the dimensions that may have any size, with their names; such a dimension needs at least 2 in the example.
-            Nothing: the sizes of the example bind.
-        output: the name of the output: what the network predicts.
+        inputs: example inputs: x [N, C, H, W], t [N] and, for a network with text, the context [N, L, D].
+        dynamic: for each input the dimensions that may have any size, {dimension: its name}. The example must have at
+            least 2 in each of these. An empty sequence fixes the sizes of the example.
+        output: the name of the output, which says what the network predicts.
 
     Raises:
         MissingExtra: onnx or onnxscript is not installed.
-        ConfigError: time-step sets; widths or zero points that ONNX does not have.
+        ConfigError: ONNX cannot express timestep groups, or a width or zero point of the network.
     """
     require_extra("export", "onnx", "onnxscript")
     import onnx
-    from onnxscript import opset21 as op
 
-    def activation(x, scale, zero_point):
-        return op.DequantizeLinear(op.QuantizeLinear(x, scale, zero_point), scale, zero_point)
-
-    def weight(integers, scale, zero_point):
-        return op.DequantizeLinear(integers, scale, zero_point, axis=0)
-
-    table = {torch.ops.qdiff.activation.default: activation, torch.ops.qdiff.weight.default: weight}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of that a dimension of two inputs has one name
+        warnings.simplefilter("ignore")  # the export warns that dimensions of two inputs share a name
         program = torch.onnx.export(
             exportable(model),
             tuple(inputs),
             dynamo=True,
             optimize=False,
             opset_version=OPSET,
-            custom_translation_table=table,
+            custom_translation_table=_translations(),
             input_names=["x", "t", "context"][: len(inputs)],
             output_names=[output],
             dynamic_shapes=tuple(dict(axes) for axes in dynamic) or None,
             verbose=False,
         )
+    assert program is not None  # it is None only if the export writes the file itself
     proto = program.model_proto
     _pack_four_bits(proto)
     with atomic_write(path) as temporary:
@@ -191,7 +200,20 @@ def export_onnx(
     onnx.checker.check_model(str(path))
 
 
-def _pack_four_bits(proto) -> None:
+def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """The ONNX nodes of our custom operators."""
+    from onnxscript import opset21 as op
+
+    def activation(x: Any, scale: Any, zero_point: Any) -> Any:
+        return op.DequantizeLinear(op.QuantizeLinear(x, scale, zero_point), scale, zero_point)
+
+    def weight(integers: Any, scale: Any, zero_point: Any) -> Any:
+        return op.DequantizeLinear(integers, scale, zero_point, axis=0)
+
+    return {torch.ops.qdiff.activation.default: activation, torch.ops.qdiff.weight.default: weight}
+
+
+def _pack_four_bits(proto: "onnx.ModelProto") -> None:
     """Store the initializers that hold 4-bit integers as UINT4."""
     import onnx
     from onnx import numpy_helper

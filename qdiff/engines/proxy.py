@@ -1,4 +1,4 @@
-"""Modules in the place of others."""
+"""Modules that stand in for other modules of a network."""
 
 from typing import Any
 
@@ -6,9 +6,10 @@ from torch import nn
 
 
 class ModuleProxy(nn.Module):
-    """A module in the place of another one; what it lacks (`in_channels`, `weight`, ...: networks read them) is that one's.
+    """A module in the place of another one, whose attributes it also has (networks read `in_channels`, `weight`, ...).
 
-    stands_for: the name under which it holds the other module.
+    Attributes:
+        proxied: the name of the submodule that it stands in for.
     """
 
     proxied: str
@@ -17,11 +18,11 @@ class ModuleProxy(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == self.proxied:  # not there yet
+            if name == self.proxied:  # it is not assigned yet
                 raise
         return getattr(super().__getattr__(self.proxied), name)
 
 
 def has_engine(model: nn.Module) -> bool:
-    """Whether an engine has already put its modules into `model`."""
+    """Whether an engine has already replaced modules of `model`."""
     return any(isinstance(module, ModuleProxy) for module in model.modules())

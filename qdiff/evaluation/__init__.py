@@ -1,1 +1,1 @@
-"""Evaluation: images in, features and figures of merit out, with a cache that knows what it was made from."""
+"""Evaluation: metrics of image sets, similarity to full precision, errors along trajectories, and cost."""

@@ -1,4 +1,4 @@
-"""The CLIP score: how well images fit their prompts, by a CLIP model in a local folder."""
+"""The CLIP score, which says how well images fit their prompts, by a CLIP model in a local folder."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,17 +12,25 @@ from qdiff.checkpoint.reading import check_finite
 from qdiff.errors import ConfigError
 from qdiff.utils.compat import make_torchvision_importable
 
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's training images
+MEAN, STD = (
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+)  # pixel statistics of CLIP's training images
 
 
 class ClipScore:
-    """Cosine between the embeddings of images and prompts (Hessel et al. 2021, arXiv 2104.08718, without its factor), over batches.
+    """The mean cosine between the embeddings of images and of their prompts, accumulated over batches.
+
+    It is the score of Hessel et al. 2021 (arXiv 2104.08718) without its factor 2.5.
 
     Args:
-        folder: a CLIP model in the library's format: config.json, model.safetensors, vocab.json, merges.txt.
+        folder: a CLIP model as the library `transformers` saves it: config.json, model.safetensors, vocab.json and
+            merges.txt.
+        device: where the model runs.
 
     Raises:
-        ConfigError: something of it is missing. CheckpointError: damaged weights.
+        ConfigError: a file is missing.
+        CheckpointError: the weights are damaged.
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
@@ -32,7 +40,7 @@ class ClipScore:
             if not (folder / name).is_file()
         ]
         if missing:
-            raise ConfigError(f"--clip {folder}: missing {', '.join(missing)} of a CLIP model")
+            raise ConfigError(f"missing {', '.join(missing)} of a CLIP model", where=f"{folder}: ")
         make_torchvision_importable()
         from transformers import CLIPModel, CLIPTokenizer
 
@@ -43,11 +51,15 @@ class ClipScore:
 
     @torch.no_grad()
     def add(self, images: Tensor, prompts: Sequence[str]) -> None:
-        """uint8 images [N, 3, H, W] and their prompts."""
+        """Add a batch.
+
+        Args:
+            images: uint8 [N, 3, H, W].
+            prompts: N texts.
+        """
         config = self.model.config
-        x = F.interpolate(images.float() / 255, config.vision_config.image_size, mode="bicubic", antialias=True).clamp(
-            0, 1
-        )
+        size = config.vision_config.image_size
+        x = F.interpolate(images.float() / 255, size, mode="bicubic", antialias=True).clamp(0, 1)
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
         length = config.text_config.max_position_embeddings
         tokens = self.tokenizer(
@@ -59,4 +71,5 @@ class ClipScore:
 
     @property
     def mean(self) -> float:
+        """The score over all images so far."""
         return self.total / self.count

@@ -1,7 +1,6 @@
-"""What a network costs: multiply-accumulates, bit operations, bytes."""
+"""The cost of a network: multiply-accumulates, bit operations, and bytes."""
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -9,15 +8,22 @@ from torch import Tensor, nn
 from qdiff.layers import ActQuantizer, QuantLayer, QuantMatMul
 
 DEFINITION = (
-    "MACs: of convolutions, linear layers and both attention products, for one image and one evaluation. BOPs: MACs x bits of the weights "
-    "x bits of the activations (32 where they are not quantized; attention products: the bits of both factors). "
-    "Size: quantized weights x their bits / 8 + all other parameters x 4 bytes."
+    "MACs count convolutions, linear layers and both attention matmuls, for one image and one evaluation of the "
+    "network. BOPs are MACs x bits of the weights x bits of the activations (32 if they are not quantized); for "
+    "attention matmuls they are MACs x the bits of both operands. "
+    "The size is quantized weights x their bits / 8 + all other parameters x 4 bytes."
 )
 
 
 @dataclass(frozen=True)
 class Cost:
-    """See `DEFINITION`; size in bytes."""
+    """The cost of one evaluation of a network for one image, see `DEFINITION`.
+
+    Attributes:
+        macs: multiply-accumulates.
+        bops: bit operations.
+        size: bytes.
+    """
 
     macs: int
     bops: int
@@ -26,7 +32,14 @@ class Cost:
 
 @torch.no_grad()
 def measure_cost(wrapped: nn.Module, inputs: tuple[Tensor, ...], weight_bits: int = 0, act_bits: int = 0) -> Cost:
-    """The cost of a wrapped network for `inputs` of one image; with `weight_bits` or `act_bits` as if these were its widths."""
+    """Measure the cost of a wrapped network in one forward pass.
+
+    Args:
+        wrapped: the network with quantized layers.
+        inputs: its inputs for one image.
+        weight_bits: count weights as if they had this width; 0: their own.
+        act_bits: count activations as if they had this width; 0: their own.
+    """
     macs = bops = 0
 
     def bits(quantizer: ActQuantizer) -> int:
@@ -34,21 +47,21 @@ def measure_cost(wrapped: nn.Module, inputs: tuple[Tensor, ...], weight_bits: in
 
     def layer_hook(layer: QuantLayer, args: tuple, output: Tensor) -> None:
         nonlocal macs, bops
-        positions = output.numel() // cast(torch.Size, layer.shape)[0]  # mypy sees Tensor | Module
+        positions = output.numel() // layer.shape[0]
         for weight, act in zip(layer.weight_quantizers, layer.act_quantizers, strict=True):
             part = positions * weight.integers.numel()
             macs += part
             bops += part * (weight_bits or weight.n_bits) * bits(act)
 
-    def product_hook(product: QuantMatMul, args: tuple, output: Tensor) -> None:
+    def matmul_hook(matmul: QuantMatMul, args: tuple, output: Tensor) -> None:
         nonlocal macs, bops
         part = output.numel() * args[0].shape[-1]
         macs += part
-        first, second = product.act_quantizers
+        first, second = matmul.act_quantizers
         bops += part * bits(first) * bits(second)
 
     handles = [
-        module.register_forward_hook(layer_hook if isinstance(module, QuantLayer) else product_hook)
+        module.register_forward_hook(layer_hook if isinstance(module, QuantLayer) else matmul_hook)
         for module in wrapped.modules()
         if isinstance(module, QuantLayer | QuantMatMul)
     ]

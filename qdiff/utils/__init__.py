@@ -1,0 +1,1 @@
+"""Helpers without knowledge of quantization: files, downloads, noise, memory, processes, plots."""

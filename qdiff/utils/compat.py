@@ -1,8 +1,8 @@
-"""torchvision beside a CPU build of torch.
+"""Make torchvision importable beside a CPU build of torch.
 
-torchvision's wheel then fails on import ("operator torchvision::nms does not exist") and takes
-torchmetrics, transformers and torch-fidelity with it. Declaring the two operators that it looks for
-is enough; nothing here calls them. Call `make_torchvision_importable` before importing those packages.
+torchvision's wheel fails on import beside such a build ("operator torchvision::nms does not exist"), and torchmetrics,
+transformers and torch-fidelity fail with it. It is enough to declare the two operators that it looks for; this project
+calls neither. Call `make_torchvision_importable` before importing one of these packages.
 """
 
 import importlib.util
@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 
 _SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-_libraries: list[torch.library.Library] = []  # a library's operators live as long as it does
+_libraries: list[torch.library.Library] = []  # operators exist only as long as the library that declared them
 
 
 @cache
 def make_torchvision_importable() -> None:
-    """Declare `torchvision::nms` and `torchvision::qnms` where the real extension cannot load."""
+    """Declare `torchvision::nms` and `torchvision::qnms` if torchvision's own extension cannot be loaded."""
     spec = importlib.util.find_spec("torchvision")
     if spec is None or spec.origin is None or _extension_loads(Path(spec.origin).parent):
         return
@@ -28,6 +28,7 @@ def make_torchvision_importable() -> None:
 
 
 def _extension_loads(folder: Path) -> bool:
+    """Whether torchvision's compiled extension in `folder` loads beside this torch."""
     for extension in folder.glob("_C.*"):
         try:
             torch.ops.load_library(str(extension))

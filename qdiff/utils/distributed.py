@@ -1,37 +1,51 @@
-"""Several processes that work on one thing: which one this is, and how they exchange numbers."""
+"""Data parallelism over several processes: which process this is, and how the processes exchange numbers.
 
-from collections.abc import Sequence
+All functions also work in a single process that never initialized `torch.distributed`.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from qdiff.errors import ConfigError
+
+T = TypeVar("T")
+
 
 def world() -> int:
+    """The number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
+    """The number of this process, counted from 0."""
     return dist.get_rank() if world() > 1 else 0
 
 
 def barrier() -> None:
+    """Wait until all processes get here."""
     if world() > 1:
         dist.barrier()
 
 
 def share(batch: Tensor) -> Tensor:
-    """The part of a batch that this process works on."""
+    """The part of a batch that this process works on: every n-th sample of n processes."""
     return batch[rank() :: world()]
 
 
 def _exchangeable(tensor: Tensor) -> Tensor:
-    """The tensor where the processes can exchange it: on the GPU by NCCL, else on the CPU."""
+    """The tensor on a device where the processes can exchange it: the GPU with NCCL, else the CPU."""
     return tensor if tensor.is_cuda and "cuda:nccl" in str(dist.get_backend_config()) else tensor.cpu()
 
 
 def sum_over_ranks(tensors: Sequence[Tensor]) -> None:
-    """Add up tensors over the processes, in place."""
+    """Replace each tensor by its sum over the processes, in place."""
     if world() > 1:
         for tensor in tensors:
             exchanged = _exchangeable(tensor)
@@ -40,7 +54,7 @@ def sum_over_ranks(tensors: Sequence[Tensor]) -> None:
 
 
 def from_first(tensors: Sequence[Tensor]) -> None:
-    """Overwrite tensors with those of the first process, so that no last bit can set the processes apart."""
+    """Overwrite tensors with the tensors of the first process, so that rounding cannot make the processes differ."""
     if world() > 1:
         for tensor in tensors:
             exchanged = _exchangeable(tensor.detach()).contiguous()
@@ -50,18 +64,89 @@ def from_first(tensors: Sequence[Tensor]) -> None:
 
 
 def agree(value: float) -> float:
-    """The value of the first process, on every process."""
+    """Return the first process's value on every process."""
     if world() == 1:
         return value
-    held = torch.tensor([value], dtype=torch.float64)
-    dist.broadcast(held, src=0)
-    return held.item()
+    exchanged = torch.tensor([value], dtype=torch.float64)
+    dist.broadcast(exchanged, src=0)
+    return exchanged.item()
 
 
 def any_failed(error: str | None) -> str | None:
-    """The first error among the processes, on every process (None: all is well), so that they end together."""
+    """Let all processes fail together.
+
+    Args:
+        error: the message of this process's error; None: it succeeded.
+
+    Returns:
+        The first message among the processes, on every process; None: all succeeded.
+    """
     if world() == 1:
         return error
-    found: list[str | None] = [None] * world()
-    dist.all_gather_object(found, error)
-    return next((text for text in found if text is not None), None)
+    errors: list[str | None] = [None] * world()
+    dist.all_gather_object(errors, error)
+    return next((message for message in errors if message is not None), None)
+
+
+def connect(device: torch.device | None = None) -> None:
+    """Join the processes that torchrun started, if it did; a second call changes nothing.
+
+    Args:
+        device: the device of the work. Tensors on GPUs are exchanged by NCCL, those on CPUs by gloo.
+
+    Raises:
+        ConfigError: some of the variables that torchrun sets are there, and others are not; more processes than GPUs.
+    """
+    processes = _torchrun_number("WORLD_SIZE", 1)
+    if processes > 1 and not dist.is_initialized():
+        _launch(processes, gpus=device is not None and device.type == "cuda")
+
+
+def run_on_first(make: Callable[[], T]) -> T:
+    """Call `make` on the first process; every process returns its result, or raises its error."""
+    if world() == 1:
+        return make()
+    outcome: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = make()
+        except Exception as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def _torchrun_number(name: str, default: int) -> int:
+    """A number that torchrun sets for each of its processes."""
+    text = os.environ.get(name, str(default))
+    if not text.isdigit():
+        raise ConfigError(f"{name}={text} in the environment: expected a whole number")
+    missing = [other for other in TORCHRUN if other not in os.environ]
+    if int(text) > 1 and missing:
+        raise ConfigError(
+            f"{name}={text} in the environment without {', '.join(missing)}: "
+            "expected all of them (torchrun sets them) or none (unset it)"
+        )
+    return int(text)
+
+
+def _launch(processes: int, gpus: bool) -> None:
+    from lightning_fabric import Fabric  # takes two seconds, for which one process alone has no use
+    from lightning_fabric.strategies import DDPStrategy
+
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    if gpus and local > torch.cuda.device_count():
+        raise ConfigError(
+            f"{local} processes on this machine with {torch.cuda.device_count()} GPU(s): "
+            "expected at most one process for each"
+        )
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+    strategy = DDPStrategy(process_group_backend=backend, timeout=timedelta(days=30))  # a calibration may take long
+    accelerator = "cuda" if gpus else "cpu"
+    Fabric(accelerator=accelerator, devices=local, num_nodes=processes // local, strategy=strategy).launch()

@@ -1,4 +1,4 @@
-"""Downloads: continued where they broke off, checked before they are used."""
+"""Downloads that continue after an interruption and are checked before use."""
 
 import os
 import urllib.error
@@ -13,15 +13,25 @@ from qdiff.utils.files import file_hash
 
 
 def cache_root() -> Path:
-    """`$XDG_CACHE_HOME`, by default `~/.cache`."""
+    """The folder of the user's caches: `$XDG_CACHE_HOME`, by default `~/.cache`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
 def fetch(url: str, path: Path, digest: str, algorithm: str = "md5") -> Path:
-    """`path`, downloaded from `url` if it is not there, continuing an earlier attempt; its digest (or the start of it) is checked.
+    """Download a file unless it exists, continue an interrupted download, and check the content.
+
+    Args:
+        url: where the file is.
+        path: where it is stored.
+        digest: the expected hexadecimal digest, or the beginning of it.
+        algorithm: a name that `hashlib` knows.
+
+    Returns:
+        `path`.
 
     Raises:
-        ConfigError: no connection, or the content is not what was expected.
+        ConfigError: the file cannot be fetched.
+        CheckpointError: its content has another digest.
     """
     if path.is_file():
         _check(path, digest, algorithm, path)
@@ -29,7 +39,7 @@ def fetch(url: str, path: Path, digest: str, algorithm: str = "md5") -> Path:
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_name(path.name + ".lock")):  # several processes may want it
+        with FileLock(path.with_name(path.name + ".lock")):  # several processes may download the same file
             if not path.is_file():
                 _download(url, partial)
                 _check(partial, digest, algorithm, url)
@@ -37,25 +47,25 @@ def fetch(url: str, path: Path, digest: str, algorithm: str = "md5") -> Path:
     except (urllib.error.URLError, OSError) as error:
         reason = getattr(error, "reason", error)
         raise ConfigError(
-            f"no weights at {path}, and {url} cannot be reached ({reason}); put the file there or give another by its option"
+            f"no weights at {path}, and {url} cannot be reached ({reason}); put the file there or name another file"
         ) from None
     return path
 
 
 def _download(url: str, partial: Path) -> None:
+    """Append to `partial` what it lacks of the file at `url`."""
     start = partial.stat().st_size if partial.is_file() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     try:
-        response = urllib.request.build_opener().open(
-            request, timeout=30
-        )  # the proxies of now, not of the process's first request
+        # a new opener reads the proxy settings again; `urlopen` would use those of the process's first request
+        response = urllib.request.build_opener().open(request, timeout=30)
     except urllib.error.HTTPError as error:
-        if error.code == 416 and start:  # nothing left to fetch: the whole file is there
+        if error.code == 416 and start:  # the partial file is already complete
             return
         raise
     with response:
         resumed = response.status == 206
-        length = int(response.headers.get("Content-Length") or 0)
+        length = int(response.headers.get("Content-Length") or 0)  # of the rest; 0 if the server does not say
         done = start if resumed else 0
         with (
             partial.open("ab" if resumed else "wb") as file,
@@ -64,13 +74,12 @@ def _download(url: str, partial: Path) -> None:
             while block := response.read(1 << 20):
                 file.write(block)
                 progress.update(len(block))
-        if length and partial.stat().st_size < done + length:
-            raise OSError(
-                f"the connection broke after {partial.stat().st_size} of {done + length} bytes; the same command continues"
-            )
+        if length and (size := partial.stat().st_size) < done + length:
+            raise OSError(f"the connection broke after {size} of {done + length} bytes; the next attempt continues")
 
 
 def _check(path: Path, expected: str, algorithm: str, source: Path | str) -> None:
+    """Raise CheckpointError if the digest is another one; a partial file is then deleted."""
     found = file_hash(path, algorithm)
     if not found.startswith(expected):
         if path.suffix == ".partial":

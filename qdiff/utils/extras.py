@@ -1,4 +1,4 @@
-"""Packages that only some functions need, installed with an extra of this project (`pip install "qdiff[eval]"`)."""
+"""Optional dependencies, which an extra of this project installs (`pip install "qdiff[eval]"`)."""
 
 import importlib.util
 
@@ -13,7 +13,7 @@ def require_extra(extra: str, *packages: str) -> None:
         packages: names of modules.
 
     Raises:
-        MissingExtra: the first that is not installed, with the extra that brings it.
+        MissingExtra: a package is not installed. The message names it and the extra.
     """
     for package in packages:
         if importlib.util.find_spec(package) is None:

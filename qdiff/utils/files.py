@@ -1,4 +1,4 @@
-"""Files: atomic writing and recognizing what is not a checkpoint."""
+"""Atomic writing, hashes, and recognition of files that only look like checkpoints."""
 
 import contextlib
 import hashlib
@@ -15,12 +15,15 @@ from qdiff.errors import WriteError
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success sync it and rename it over `path`.
+    """Yield a temporary path beside `path`; on success, sync the file to disk and rename it to `path`.
 
     A crash leaves the old file or the new one, never a part of it.
 
+    Args:
+        path: the file to write; its folder is made if it does not exist.
+
     Raises:
-        WriteError: it cannot be written: no permission, a full disk.
+        WriteError: the file cannot be written, for lack of permission or space.
     """
     path = Path(path)
     temporary = _temporary(path)
@@ -32,24 +35,22 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         temporary.replace(path)
         _sync_folder(path.parent)
     except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(word in str(error) for word in _TORCH_WRITES):
+        if isinstance(error, RuntimeError) and not any(text in str(error) for text in _TORCH_WRITE_ERRORS):
             raise
         if isinstance(error, OSError) and error.filename not in (None, *map(str, (path, temporary))):
-            raise  # another file, which was read
+            raise  # the error is about another file, which was read
         raise _cannot_write(path, error) from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
-_TORCH_WRITES = (
-    "PytorchStreamWriter",
-    "unexpected pos",
-    "file write failed",
-)  # how torch.save says that a disk is full
+# how torch.save says that a disk is full
+_TORCH_WRITE_ERRORS = ("PytorchStreamWriter", "unexpected pos", "file write failed")
 
 
 def _temporary(path: Path) -> Path:
+    """Make an empty temporary file in the folder of `path`."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".part", dir=path.parent)
@@ -65,13 +66,20 @@ def _cannot_write(path: Path, error: Exception) -> WriteError:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file in UTF-8, atomically; bytes of file names that are no text are written as escapes."""
+    """Write a text file in UTF-8, atomically. Bytes of file names that are not valid text become escapes."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def check_writable(path: str | Path) -> None:
-    """WriteError where a file could not be written at `path`; asked before long work, whose result is to lie there."""
+    """Check, before long work, that its result can be written.
+
+    Args:
+        path: the file that the work is going to write.
+
+    Raises:
+        WriteError: it cannot be written there.
+    """
     path = Path(path)
     if path.is_dir():
         raise WriteError(f"{path}: expected a file, found a folder")
@@ -86,7 +94,7 @@ def _umask() -> int:
 
 
 def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # directories cannot be opened there
+    if os.name == "nt":  # Windows cannot open folders
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -96,13 +104,17 @@ def _sync_folder(folder: Path) -> None:
 
 
 def file_hash(path: str | Path, algorithm: str = "sha256") -> str:
-    """Hexadecimal digest of a file's content."""
+    """The hexadecimal digest of a file's content, by an algorithm that `hashlib` knows."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, algorithm).hexdigest()
 
 
 def describe_foreign_file(path: str | Path) -> str | None:
-    """What a file saved under a checkpoint's name really is, if it is a known impostor; else None."""
+    """Recognize files that are often saved under a checkpoint's name by mistake.
+
+    Returns:
+        What the file is: empty, a git-LFS pointer or an HTML page; None: none of these.
+    """
     path = Path(path)
     with path.open("rb") as file:
         head = file.read(256)

@@ -1,4 +1,4 @@
-"""Noise that depends on (seed, index) alone: not on the batch, the device, or the number of processes."""
+"""Noise that depends on (seed, image index) alone: not on the batch, the device or the number of processes."""
 
 from collections.abc import Sequence
 
@@ -6,18 +6,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SAMPLING, CALIBRATION = 0, 1  # streams: the same seed gives them different images
+SAMPLING, CALIBRATION = 0, 1  # two streams, so that the same seed samples different images for calibration
 
 
 class NoiseSource:
-    """Standard normal noise for a batch of images, one counter-based generator (Philox) per image.
+    """Standard normal noise for a batch of images, from one counter-based generator (Philox) per image.
+
+    Each call returns the next noise, float32 [N, *shape].
 
     Args:
-        seed: 0 to 2^63 - 1. indices: the images of the batch. shape: of one image. device: where the
-            noise is put; it is always drawn on the CPU, so that every device sees the same.
+        seed: 0 to 2^63 - 1.
+        indices: the numbers of the batch's images.
+        shape: the shape of one image.
+        device: where the noise is put. It is always generated on the CPU, so that it is the same for every device.
         stream: SAMPLING or CALIBRATION.
 
-    Each call draws the next [N, *shape], float32.
+    Raises:
+        ValueError: the seed is outside its range.
     """
 
     def __init__(
@@ -34,5 +39,5 @@ class NoiseSource:
         self.generators = [np.random.Generator(np.random.Philox(key=[seed + (stream << 63), i])) for i in indices]
 
     def __call__(self) -> Tensor:
-        draws = [generator.standard_normal(self.shape, dtype=np.float32) for generator in self.generators]
-        return torch.from_numpy(np.stack(draws)).to(self.device)
+        images = [generator.standard_normal(self.shape, dtype=np.float32) for generator in self.generators]
+        return torch.from_numpy(np.stack(images)).to(self.device)

@@ -1,4 +1,4 @@
-"""Encoded pictures to 8-bit RGB: one rule wherever pictures are read."""
+"""Conversion of encoded pictures to 8-bit RGB, the one rule for all places that read pictures."""
 
 from pathlib import Path
 from typing import IO
@@ -8,20 +8,24 @@ from PIL import Image, UnidentifiedImageError
 
 from qdiff.errors import ConfigError
 
-EIGHT_BIT = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"}
+EIGHT_BIT_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"}
 
 
 def to_8_bit(picture: Image.Image, name: str) -> Image.Image:
-    """A picture of 8-bit channels: as it is, or 16-bit gray scaled from 0..65535 to 0..255, rounded to nearest.
+    """Convert a picture to 8-bit channels.
+
+    Args:
+        picture: a picture of 8-bit channels, which is returned unchanged, or of 16-bit gray, which is scaled from
+            0..65535 to 0..255 and rounded to nearest.
+        name: what messages call the picture.
 
     Raises:
-        ConfigError: `name` has pixels whose range is not known: floating point, or whole numbers outside 16 bits.
+        ConfigError: the range of the pixels is unknown, because they are floating-point or exceed 16 bits.
     """
-    if picture.mode in EIGHT_BIT:
+    if picture.mode in EIGHT_BIT_MODES:
         return picture
-    if picture.mode.startswith(
-        "I"
-    ):  # "I;16" in its byte orders; "I" where a PNG of 16 bits was opened by an older Pillow
+    # Pillow opens 16-bit files as "I;16" in several byte orders; older versions open a 16-bit PNG as "I"
+    if picture.mode.startswith("I"):
         values = np.asarray(picture).astype(np.int64)
         if values.min() >= 0 and values.max() <= 65535 and (picture.mode != "I" or picture.format == "PNG"):
             return Image.fromarray(((values + 128) // 257).astype(np.uint8))
@@ -31,10 +35,14 @@ def to_8_bit(picture: Image.Image, name: str) -> Image.Image:
 
 
 def decode_rgb(file: str | Path | IO[bytes], name: str) -> Image.Image:
-    """An encoded picture as 8-bit RGB; transparency is dropped, not blended.
+    """Decode a picture to 8-bit RGB. Transparency is dropped, not blended.
+
+    Args:
+        file: the encoded picture.
+        name: what messages call it.
 
     Raises:
-        ConfigError: `name` cannot be decoded, or its pixels have no known range.
+        ConfigError: the file cannot be decoded, or the range of its pixels is unknown.
     """
     try:
         with Image.open(file) as picture:

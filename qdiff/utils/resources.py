@@ -1,7 +1,7 @@
 """Files that come with the project: YAML configurations and the bundled models.
 
-A clone holds them beside the packages, in `configs/` and `models/`. An installed package holds the
-configurations alone (as package data); the bundled models stay in the clone.
+A clone holds them beside the packages, in `configs/` and `models/`. An installed package contains the configurations only,
+as package data.
 """
 
 from pathlib import Path
@@ -16,11 +16,11 @@ def find(name: str | Path) -> Path:
     """Look a file or folder up in the working directory, then among the files of the project.
 
     Args:
-        name: a path. A relative one may also be one of the project's (`configs/cifar10.yml`,
-            `models/ldm/emoji64`), or a configuration without its folder (`cifar10.yml`).
+        name: a path. A relative path may also name a file of the project (`configs/cifar10.yml`, `models/ldm/emoji64`)
+            or a configuration without its folder (`cifar10.yml`).
 
     Returns:
-        The first path that exists; `name` itself if there is none.
+        The first path that exists; if none does, `name` itself.
     """
     places = [Path(), *(root for root in (CLONE, CLONE / "configs") if is_clone()), INSTALLED, INSTALLED / "configs"]
     return next((place / name for place in places if (place / name).exists()), Path(name))

@@ -101,7 +101,7 @@ def table_of(found: Comparison, cost: dict[str, Cost]) -> list[list[str]]:
         if name == FULL:
             cells += [""] * 5
         else:
-            close = found.likeness[name]
+            close = found.similarity[name]
             cells += [f"{found.eps[name].mean:.4f}", f"{found.x[name].per_step[-1]:.4f}"]
             cells += [f"{close.psnr:.1f}", f"{close.ssim:.3f}", f"{close.perceptual:.3f}"]
         memory = found.memory[name]
@@ -121,10 +121,10 @@ def write_report(
         name: {
             "eps": found.eps[name].per_step,
             "x": found.x[name].per_step,
-            **asdict(found.likeness[name]),
+            **asdict(found.similarity[name]),
             **asdict(cost[name]),
         }
-        for name in found.likeness
+        for name in found.similarity
     }
     write_text(folder / "errors.json", json.dumps(content, indent=1))
     save_rows(folder / "images.png", found.images)

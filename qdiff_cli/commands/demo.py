@@ -12,7 +12,8 @@ from tqdm import tqdm
 from qdiff.checkpoint import PackedInfo, load_packed, read_packed_info, save_packed, state_hash
 from qdiff.config import CalibrationConfig
 from qdiff.engines.select import apply_engine
-from qdiff.evaluation.trajectory import Trajectories, psnr, ssim
+from qdiff.evaluation.similarity import psnr, ssim
+from qdiff.evaluation.trajectory import Trajectories
 from qdiff.utils.files import check_writable
 from qdiff_cli.bundled import BundledModel, load_bundled
 from qdiff_cli.comparison import FULL, save_rows

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from ddim.config import load_config as load_pixel_config
-from ddim.sampling import PixelSampler, SamplerSettings, pixel_task_parts
+from ddim.sampling import PixelSampler, PixelSamplerConfig, pixel_task_parts
 from ldm.checkpoint import open_checkpoint
 from ldm.config import load_config as load_latent_config
-from ldm.sampling import LatentSampler, LatentSettings, latent_task_parts
+from ldm.sampling import LatentSampler, LatentSamplerConfig, latent_task_parts
 from qdiff.checkpoint import midpoint_weights, save_packed, save_published
 from qdiff.engines.onnx import export_onnx
 from qdiff.errors import ConfigError
@@ -60,7 +60,7 @@ EXPORT_RULES = (
 
 def pixel_task(args: argparse.Namespace) -> QuantizationTask:
     config = load_pixel_config(args.config)
-    sampler = PixelSampler(config, SamplerSettings(), select_device("cpu"))
+    sampler = PixelSampler(config, PixelSamplerConfig(), select_device("cpu"))
     return QuantizationTask(**pixel_task_parts(config, args.ckpt, sampler, seed=0))
 
 
@@ -71,7 +71,7 @@ def latent_task(args: argparse.Namespace) -> QuantizationTask:
         )
     config = load_latent_config(args.config)
     checkpoint = cache(lambda: open_checkpoint(args.ckpt, config))
-    sampler = LatentSampler(config, LatentSettings(), select_device("cpu"))
+    sampler = LatentSampler(config, LatentSamplerConfig(), select_device("cpu"))
     parts = latent_task_parts(checkpoint, sampler, 0, ("mse", "mse"))
     return QuantizationTask(**parts, save_model_parts=lambda path: checkpoint().model_parts().save(path))
 

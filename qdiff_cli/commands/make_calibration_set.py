@@ -104,7 +104,7 @@ def draw_pixel(args: argparse.Namespace, recipe: CalibrationConfig, device: torc
     if not (args.ckpt or args.use_pretrained):
         raise ConfigError("no weights: expected --use_pretrained or --ckpt FILE")
     name = choose(args, PIXEL_SAMPLERS)
-    settings = pixel.SamplerSettings(name, args.skip_type, args.timesteps, args.eta).validate(config.diffusion)
+    settings = pixel.PixelSamplerConfig(name, args.skip_type, args.timesteps, args.eta).validate(config.diffusion)
     sampler = pixel.PixelSampler(config, settings, device)
     check_steps(args.cali_st, sampler.evaluations)
     return pixel.make_calibration_set(load_unet(config, args.ckpt).to(device), sampler, args.seed, recipe)
@@ -116,7 +116,7 @@ def draw_latent(args: argparse.Namespace, recipe: CalibrationConfig, device: tor
         raise ConfigError("no weights: expected --ckpt FILE or FOLDER")
     check_typed(args, latent_rules(None if config.conditioning is None else config.conditioning.kind))
     scale = 7.5 if args.scale is None else args.scale
-    settings = latent.LatentSettings(choose(args, LATENT_SAMPLERS), args.timesteps, args.eta, scale).validate(config)
+    settings = latent.LatentSamplerConfig(choose(args, LATENT_SAMPLERS), args.timesteps, args.eta, scale).validate(config)
     checkpoint = open_checkpoint(args.ckpt, config)
     model_parts = cache(lambda: checkpoint.model_parts().to(device))
     sampler = latent.LatentSampler(config, settings, device)

@@ -1,45 +1,17 @@
 """Sample images from a pixel-space DDPM, in full precision or quantized, calibrating it first if needed."""
 
-import argparse
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar, Self
 
-from ddim.config import PixelConfig, load_config
-from ddim.sampling import PixelSampler, SamplerSettings, pixel_task_parts
+from ddim.config import load_config
+from ddim.samplers import PixelSamplerConfig
+from ddim.sampling import PixelSampler, pixel_task
 from qdiff.errors import ConfigError
 from qdiff_cli.images import to_uint8
-from qdiff_cli.options import (
-    Parser,
-    Rule,
-    add_quant_options,
-    add_run_options,
-    check_typed,
-    positive,
-    project_file,
-    seed,
-    select_device,
-)
-from qdiff_cli.quantization import QuantizationTask, check
-from qdiff_cli.running import setup_threads
-from qdiff_cli.sampling_run import SamplingRun, run
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument("--config", type=project_file, required=True, help="YAML file of the model")
-    parser.add_argument("-l", "--logdir", default="results", help="output folder")
-    parser.add_argument("--use_pretrained", action="store_true", help="the weights that the configuration names")
-    parser.add_argument("--seed", type=seed, default=1234)
-    parser.add_argument("--sample_type", default="generalized", choices=["generalized", "dpm_solver", "ddpm_noisy"])
-    parser.add_argument("--skip_type", default="uniform", choices=["uniform", "quad"], help="spacing of the time steps")
-    parser.add_argument("--timesteps", type=positive, default=1000, help="sampling steps")
-    parser.add_argument("--eta", type=float, default=0.0, help="noise of DDIM: 0 none, 1 as DDPM")
-    parser.add_argument("--max_images", type=positive, default=50000)
-    parser.add_argument("--batch_size", type=positive, help="images sampled at a time (default: the configuration's)")
-    parser.add_argument("--ckpt", type=project_file, help="local full-precision checkpoint (.ckpt, .pth, .safetensors)")
-    add_run_options(parser)
-    add_quant_options(parser)
-    return parser.parse_args(argv)
-
+from qdiff_cli.options import Parser, Rule, add_run_options, positive, project_file, seed
+from qdiff_cli.quantization_options import add_quantization_options, resolve
+from qdiff_cli.sampling_run import SamplingCommand, SamplingRun
 
 SAMPLER_RULES = (
     Rule(
@@ -57,35 +29,85 @@ SAMPLER_RULES = (
 )
 
 
-def make_task(args: argparse.Namespace, config: PixelConfig, sampler: PixelSampler) -> QuantizationTask:
-    if not (args.ckpt or args.use_pretrained or args.cali_ckpt):
-        raise ConfigError("no weights: expected --use_pretrained, --ckpt FILE or --cali_ckpt FILE")
-    return QuantizationTask(**pixel_task_parts(config, args.ckpt, sampler, args.seed))
+@dataclass(frozen=True, kw_only=True)
+class PixelCommand(SamplingCommand):
+    """`sample_diffusion_ddim.py` with the values of all its options; `make_parser` describes them."""
 
+    sampler_rules: ClassVar[tuple[Rule, ...]] = SAMPLER_RULES
+    option_of_field: ClassVar[dict[str, str]] = {"timesteps": "--timesteps"}
 
-def prepare(args: argparse.Namespace) -> SamplingRun:
-    """The job that the options describe, checked."""
-    setup_threads(args.threads)
-    device = select_device(args.device)
-    check_typed(args, SAMPLER_RULES)
-    config = load_config(args.config)
-    settings = SamplerSettings(args.sample_type, args.skip_type, args.timesteps, args.eta).validate(config.diffusion)
-    sampler = PixelSampler(config, settings, device)
-    task = make_task(args, config, sampler)
-    check(args, task)
-    return SamplingRun(
-        title=f"pixel DDPM ({config.path.stem}), {args.sample_type}, {args.timesteps} {args.skip_type} steps",
-        args=args,
-        device=device,
-        task=task,
-        draw=lambda network, indices, callback=None: sampler(network, indices, args.seed, callback),
-        decode=to_uint8,
-        denoiser=sampler.denoiser,
-        total=args.max_images,
-        batch_size=args.batch_size or config.batch_size,
-        runs=Path(args.logdir) / "samples",
-    )
+    config: Path
+    logdir: str = "results"
+    use_pretrained: bool = False
+    seed: int = 1234
+    sample_type: str = "generalized"
+    skip_type: str = "uniform"
+    timesteps: int = 1000
+    eta: float = 0.0
+    max_images: int = 50_000
+    batch_size: int | None = None
+    ckpt: Path | None = None
+
+    @classmethod
+    def make_parser(cls) -> Parser:
+        """The parser of the command's options."""
+        parser = Parser((__doc__ or "").splitlines()[0])
+        parser.add_argument("--config", type=project_file, required=True, help="YAML file of the model")
+        parser.add_argument("-l", "--logdir", default="results", help="output folder")
+        words = "the weights that the configuration names"
+        parser.add_argument("--use_pretrained", action="store_true", help=words)
+        parser.add_argument("--seed", type=seed, default=1234)
+        choices = ["generalized", "dpm_solver", "ddpm_noisy"]
+        parser.add_argument("--sample_type", default="generalized", choices=choices)
+        words = "spacing of the time steps"
+        parser.add_argument("--skip_type", default="uniform", choices=["uniform", "quad"], help=words)
+        parser.add_argument("--timesteps", type=positive, default=1000, help="sampling steps")
+        parser.add_argument("--eta", type=float, default=0.0, help="noise of DDIM: 0 none, 1 as DDPM")
+        parser.add_argument("--max_images", type=positive, default=50000)
+        words = "images sampled at a time (default: the configuration's)"
+        parser.add_argument("--batch_size", type=positive, help=words)
+        words = "local full-precision checkpoint (.ckpt, .pth, .safetensors)"
+        parser.add_argument("--ckpt", type=project_file, help=words)
+        add_run_options(parser)
+        add_quantization_options(parser)
+        return parser
+
+    def _make_run(self) -> SamplingRun:
+        device = self.run.apply()
+        config = load_config(self.config)
+        settings = PixelSamplerConfig(self.sample_type, self.skip_type, self.timesteps, self.eta)
+        sampler = PixelSampler(config, settings.validate(config.diffusion), device)
+        if not (self.ckpt or self.use_pretrained or self.quantization.cali_ckpt):
+            raise ConfigError("no weights: expected --use_pretrained, --ckpt FILE or --cali_ckpt FILE")
+        task = pixel_task(config, self.ckpt, sampler, self.seed)
+        return SamplingRun(
+            title=f"pixel DDPM ({config.path.stem}), {self.sample_type}, {self.timesteps} {self.skip_type} steps",
+            settings=self.settings(),
+            options=self.run,
+            device=device,
+            task=task,
+            quantization=resolve(self.quantization, task, self.seed),
+            sample_latents=lambda network, indices, callback: sampler(network, indices, self.seed, callback),
+            decode=to_uint8,
+            denoiser=sampler.denoiser,
+            total=self.max_images,
+            batch_size=self.batch_size or config.batch_size,
+            runs=Path(self.logdir) / "samples",
+        )
+
+    def to_folder(self, folder: Path) -> Self:
+        """The same command with another output folder."""
+        return replace(self, logdir=str(folder))
+
+    def with_images(self, count: int) -> Self:
+        """The same command for this number of images."""
+        return replace(self, max_images=count)
+
+    def with_num_steps(self, num_steps: int) -> Self:
+        """The same command with another number of sampling steps."""
+        return replace(self, timesteps=num_steps)
 
 
 def main(argv: list[str] | None = None) -> Path:
-    return run(prepare(parse(argv)))
+    """Run the command; the folder of the images."""
+    return PixelCommand.parse(argv).make_run().execute()

@@ -1,8 +1,10 @@
 """Sample images from a latent diffusion model, in full precision or quantized, calibrating it first if needed."""
 
 import argparse
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import ClassVar, Self
 
 import yaml
 
@@ -10,59 +12,18 @@ from ldm.checkpoint import open_checkpoint
 from ldm.conditions import class_conditions, parse_classes
 from ldm.config import LatentConfig, load_config
 from ldm.encoders import ClassEmbedder
-from ldm.sampling import LatentSampler, LatentSettings, latent_task_parts
+from ldm.samplers import LatentSamplerConfig
+from ldm.sampling import LatentSampler, latent_task
 from qdiff.errors import ConfigError
 from qdiff.utils.files import write_text
 from qdiff.utils.resources import find
 from qdiff_cli.images import save_npz, to_uint8_truncated
-from qdiff_cli.options import (
-    Parser,
-    Rule,
-    add_quant_options,
-    add_run_options,
-    check_typed,
-    positive,
-    printable,
-    project_file,
-    seed,
-    select_device,
-)
-from qdiff_cli.quantization import QuantizationTask, check
-from qdiff_cli.running import setup_threads
-from qdiff_cli.sampling_run import SamplingRun, run
+from qdiff_cli.options import Parser, Rule, add_run_options, positive, project_file, seed
+from qdiff_cli.quantization_options import add_quantization_options, resolve
+from qdiff_cli.sampling_run import SamplingCommand, SamplingRun
 
 NAME = "sample_{:06d}.png"
 CHECKPOINT_SUFFIXES = (".ckpt", ".safetensors", ".pth", ".pt")
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument(
-        "-r",
-        "--resume_base",
-        type=project_file,
-        required=True,
-        metavar="CKPT",
-        help="a model's checkpoint or its folder",
-    )
-    parser.add_argument("-n", "--n_samples", type=positive, default=50000)
-    parser.add_argument("-e", "--eta", type=float, default=1.0, help="noise of DDIM: 0 none, 1 as DDPM")
-    parser.add_argument("-v", "--vanilla_sample", action="store_true", help="ancestral sampling over every time step")
-    parser.add_argument("--dpm", action="store_true", help="DPM-Solver++ 2M")
-    parser.add_argument("--seed", type=seed, required=True)
-    parser.add_argument("-l", "--logdir", default="results", help="output folder")
-    parser.add_argument(
-        "-c", "--custom_steps", type=positive, default=50, help="sampling steps (400 makes 500: the range decides)"
-    )
-    parser.add_argument("--batch_size", type=positive, default=10)
-    parser.add_argument("--classes", help="class numbers of a class-conditional model, in turn: 25,187 (default: all)")
-    parser.add_argument("--scale", type=float, default=1.0, help="guidance of a class-conditional model; 1: none")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the YAML file")
-    add_run_options(parser)
-    add_quant_options(parser)
-    return parser.parse_args(argv)
-
-
 SAMPLER_RULES = (
     Rule(
         "eta",
@@ -70,36 +31,139 @@ SAMPLER_RULES = (
         "with DDIM: --dpm adds no noise, --vanilla_sample that of DDPM",
         lambda args, value: value == (0 if args.dpm else 1),
     ),
-    Rule("custom_steps", lambda args: not args.vanilla_sample, "without --vanilla_sample, which takes every time step"),
+    Rule(
+        "custom_steps",
+        lambda args: not args.vanilla_sample,
+        "without --vanilla_sample, which takes every time step",
+    ),
 )
 
 
-def settings_of(args: argparse.Namespace, config: LatentConfig) -> LatentSettings:
-    if args.vanilla_sample and args.dpm:
-        raise ConfigError("--vanilla_sample and --dpm: expected one of them")
-    check_typed(args, SAMPLER_RULES)
-    sampler = "vanilla" if args.vanilla_sample else "dpm" if args.dpm else "ddim"
-    return LatentSettings(sampler, args.custom_steps, 0.0 if args.dpm else args.eta, args.scale).validate(config)
+@dataclass(frozen=True, kw_only=True)
+class LatentCommand(SamplingCommand):
+    """`sample_diffusion_ldm.py` with the values of all its options; `make_parser` describes them."""
 
+    sampler_rules: ClassVar[tuple[Rule, ...]] = SAMPLER_RULES
+    option_of_field: ClassVar[dict[str, str]] = {"timesteps": "--custom_steps"}
 
-def check_classes(args: argparse.Namespace, config: LatentConfig) -> list[int]:
-    """The classes to sample; ConfigError for a model without classes, or without such a class."""
-    by_class = config.conditioning is not None and config.conditioning.kind is ClassEmbedder
-    if not by_class:
-        if config.conditioning is not None:
+    resume_base: Path
+    n_samples: int = 50_000
+    eta: float = 1.0
+    vanilla_sample: bool = False
+    dpm: bool = False
+    logdir: str = "results"
+    custom_steps: int = 50
+    batch_size: int = 10
+    classes: str | None = None
+    scale: float = 1.0
+    overrides: tuple[str, ...] | list[str] = ()
+
+    @classmethod
+    def make_parser(cls) -> Parser:
+        """The parser of the command's options."""
+        parser = Parser((__doc__ or "").splitlines()[0])
+        words = "a model's checkpoint or its folder"
+        parser.add_argument("-r", "--resume_base", type=project_file, required=True, metavar="CKPT", help=words)
+        parser.add_argument("-n", "--n_samples", type=positive, default=50000)
+        parser.add_argument("-e", "--eta", type=float, default=1.0, help="noise of DDIM: 0 none, 1 as DDPM")
+        words = "ancestral sampling over every time step"
+        parser.add_argument("-v", "--vanilla_sample", action="store_true", help=words)
+        parser.add_argument("--dpm", action="store_true", help="DPM-Solver++ 2M")
+        parser.add_argument("--seed", type=seed, required=True)
+        parser.add_argument("-l", "--logdir", default="results", help="output folder")
+        words = "sampling steps (400 makes 500: the range decides)"
+        parser.add_argument("-c", "--custom_steps", type=positive, default=50, help=words)
+        parser.add_argument("--batch_size", type=positive, default=10)
+        words = "class numbers of a class-conditional model, in turn: 25,187 (default: all)"
+        parser.add_argument("--classes", help=words)
+        words = "guidance of a class-conditional model; 1: none"
+        parser.add_argument("--scale", type=float, default=1.0, help=words)
+        parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the YAML file")
+        add_run_options(parser)
+        add_quantization_options(parser)
+        return parser
+
+    @classmethod
+    def validate_args(cls, args: argparse.Namespace) -> None:
+        """Check options that contradict each other; ConfigError names them."""
+        if args.vanilla_sample and args.dpm:
+            raise ConfigError("--vanilla_sample and --dpm: expected one of them")
+
+    def _make_run(self) -> SamplingRun:
+        device = self.run.apply()
+        folder = self._model_folder()
+        config = load_config(config_file(folder), list(self.overrides))
+        settings, classes = self._sampler_settings(config), self._class_numbers(config)
+        checkpoint = cache(lambda: open_checkpoint(self.resume_base, config, self.quantization.cali_ckpt))
+        model_parts = cache(lambda: checkpoint().model_parts().to(device))
+        sampler = LatentSampler(config, settings, device)
+        act_rule = "max" if self.quantization.a_min_max else "mse"
+        task = latent_task(checkpoint, sampler, self.seed, act_rule, lambda path: model_parts().save(path))
+        quantization = resolve(self.quantization, task, self.seed)
+        if classes:
+            sampler.conditions = class_conditions(model_parts, classes)
+        model_parts()  # a missing file is an error now
+        return SamplingRun(
+            title=f"latent diffusion ({folder.name}), {settings.sampler}, {settings.timesteps} steps",
+            settings=self.settings(),
+            options=self.run,
+            device=device,
+            task=task,
+            quantization=quantization,
+            sample_latents=lambda network, indices, callback: sampler(network, indices, self.seed, callback),
+            decode=lambda z: to_uint8_truncated(model_parts().decode(z)),
+            denoiser=sampler.denoiser,
+            total=self.n_samples,
+            batch_size=self.batch_size,
+            runs=Path(self.logdir) / folder.name / "samples",
+            name=NAME,
+            extends="n_samples",
+            begin=self._write_settings,
+            finish=self._write_npz,
+        )
+
+    def _sampler_settings(self, config: LatentConfig) -> LatentSamplerConfig:
+        sampler = "vanilla" if self.vanilla_sample else "dpm" if self.dpm else "ddim"
+        eta = 0.0 if self.dpm else self.eta
+        return LatentSamplerConfig(sampler, self.custom_steps, eta, self.scale).validate(config)
+
+    def _class_numbers(self, config: LatentConfig) -> list[int]:
+        """The classes to sample; ConfigError for a model without classes, or without such a class."""
+        conditioning = config.conditioning
+        if conditioning is not None and conditioning.kind is ClassEmbedder:
+            count = int(conditioning.params.get("n_classes", 1000)) - 1  # the last one is "no class"
+            return parse_classes(self.classes, count)
+        if conditioning is not None:
             raise ConfigError(f"{config.path}: a model with text; sample it with scripts/txt2img.py")
-        if args.classes or args.scale != 1.0:
+        if self.classes or self.scale != 1.0:
             raise ConfigError(f"--classes, --scale: {config.path} is an unconditional model")
         return []
-    return parse_classes(
-        args.classes, int(config.conditioning.params.get("n_classes", 1000)) - 1
-    )  # the last one is "no class"
 
+    def _model_folder(self) -> Path:
+        """The folder of the model: the one given, or that of the file given. A folder may have a dot in its name."""
+        path = self.resume_base
+        is_folder = path.is_dir() or not (path.is_file() or path.suffix in CHECKPOINT_SUFFIXES)
+        return path if is_folder else path.parent
 
-def model_folder(args: argparse.Namespace) -> Path:
-    """The folder of the model: the one given, or that of the file given (a folder may have a dot in its name)."""
-    path: Path = args.resume_base
-    return path if path.is_dir() or not (path.is_file() or path.suffix in CHECKPOINT_SUFFIXES) else path.parent
+    def _write_settings(self, folder: Path) -> None:
+        write_text(folder / "sampling_config.yaml", yaml.safe_dump(self.settings(), allow_unicode=True))
+
+    def _write_npz(self, folder: Path) -> None:
+        (folder / "numpy").mkdir(exist_ok=True)
+        files = [folder / "img" / NAME.format(i) for i in range(self.n_samples)]
+        save_npz(folder / "numpy" / f"{self.n_samples}-samples.npz", files)
+
+    def to_folder(self, folder: Path) -> Self:
+        """The same command with another output folder."""
+        return replace(self, logdir=str(folder))
+
+    def with_images(self, count: int) -> Self:
+        """The same command for this number of images."""
+        return replace(self, n_samples=count)
+
+    def with_num_steps(self, num_steps: int) -> Self:
+        """The same command with another number of sampling steps."""
+        return replace(self, custom_steps=num_steps)
 
 
 def config_file(folder: Path) -> Path:
@@ -108,51 +172,6 @@ def config_file(folder: Path) -> Path:
     return own if own.is_file() else find(Path("models/ldm", folder.absolute().name, "config.yaml"))
 
 
-def prepare(args: argparse.Namespace) -> SamplingRun:
-    """The job that the options describe, checked."""
-    setup_threads(args.threads)
-    device = select_device(args.device)
-    config = load_config(config_file(model_folder(args)), args.overrides)
-    settings, classes = settings_of(args, config), check_classes(args, config)
-    checkpoint = cache(lambda: open_checkpoint(args.resume_base, config, args.cali_ckpt))
-    model_parts = cache(lambda: checkpoint().model_parts().to(device))
-    sampler = LatentSampler(config, settings, device)
-    methods = ("mse", "max" if args.a_min_max else "mse")
-    task = QuantizationTask(
-        **latent_task_parts(checkpoint, sampler, args.seed, methods),
-        save_model_parts=lambda path: model_parts().save(path),
-    )
-    check(args, task)
-    if classes:
-        sampler.conditions = class_conditions(model_parts, classes)
-    model_parts()
-
-    def finish(folder: Path) -> None:
-        (folder / "numpy").mkdir(exist_ok=True)
-        save_npz(
-            folder / "numpy" / f"{args.n_samples}-samples.npz",
-            [folder / "img" / NAME.format(i) for i in range(args.n_samples)],
-        )
-
-    return SamplingRun(
-        title=f"latent diffusion ({model_folder(args).name}), {settings.sampler}, {settings.steps} steps",
-        args=args,
-        device=device,
-        task=task,
-        draw=lambda network, indices, callback=None: sampler(network, indices, args.seed, callback),
-        decode=lambda z: to_uint8_truncated(model_parts().decode(z)),
-        denoiser=sampler.denoiser,
-        total=args.n_samples,
-        batch_size=args.batch_size,
-        runs=Path(args.logdir) / model_folder(args).name / "samples",
-        name=NAME,
-        extends="n_samples",
-        begin=lambda folder: write_text(
-            folder / "sampling_config.yaml", yaml.safe_dump(printable(args), allow_unicode=True)
-        ),
-        finish=finish,
-    )
-
-
 def main(argv: list[str] | None = None) -> Path:
-    return run(prepare(parse(argv)))
+    """Run the command; the folder of the images."""
+    return LatentCommand.parse(argv).make_run().execute()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ddim.config import TrainingConfig, training_config
 from ddim.config import load_config as load_pixel_config
 from ddim.data import load_emoji
-from ddim.sampling import PixelSampler, SamplerSettings
+from ddim.sampling import PixelSampler, PixelSamplerConfig
 from ddim.schedule import make_prediction
 from ddim.training import diffusion_loss, train
 from ddim.unet import UNet
@@ -19,8 +19,8 @@ from ldm.checkpoint import UNET_PREFIX, LatentCheckpoint, LatentModelParts
 from ldm.conditions import read_prompts
 from ldm.config import LatentConfig
 from ldm.config import load_config as load_latent_config
-from ldm.sampling import LatentSampler, LatentSettings
-from ldm.training import CaptionDraw, Reconstruction, TextModel, autoencoder_loss, encode_all
+from ldm.sampling import LatentSampler, LatentSamplerConfig
+from ldm.training import RandomCaptions, Reconstruction, TextModel, autoencoder_loss, encode_all
 from ldm.unet import UNetModel
 from qdiff.checkpoint import read_tensors
 from qdiff.errors import ConfigError
@@ -70,7 +70,7 @@ def train_pixel(args: argparse.Namespace, device: torch.device) -> None:
     loss = diffusion_loss(data, make_prediction(config.diffusion), settings)
     ema = train(UNet(config.model).to(device), loss, settings, folder / "unet.state")
     write_half(folder / "unet.safetensors", ema)
-    sampler = PixelSampler(config, SamplerSettings(skip_type="quad", timesteps=50), device)
+    sampler = PixelSampler(config, PixelSamplerConfig(skip_type="quad", timesteps=50), device)
     samples = to_uint8(sampler(ema.float().to(memory_format=torch.contiguous_format), range(64), seed=0))
     save_png(folder / "samples.png", make_grid(samples, columns=16, scale=2))
 
@@ -102,7 +102,7 @@ def train_latent(args: argparse.Namespace, config: LatentConfig, folder: Path, d
     latents = torch.cat([model_parts.encode(part) for part in to_float(emoji.images, device).split(64)])
     network, draw = UNetModel(config.unet).to(device), None
     if config.conditioning is not None:
-        draw = CaptionDraw(model_parts.cond_stage_model, emoji.captions)
+        draw = RandomCaptions(model_parts.cond_stage_model, emoji.captions)
         network = TextModel(network, model_parts.cond_stage_model.transformer.text_model)
     ema = train(network, diffusion_loss(latents, config.prediction, settings, draw), settings, folder / "unet.state")
     ema = ema.float().to(memory_format=torch.contiguous_format)
@@ -110,7 +110,7 @@ def train_latent(args: argparse.Namespace, config: LatentConfig, folder: Path, d
         model_parts.cond_stage_model.transformer.text_model, ema = ema.text, ema.unet
     write_half(folder / "unet.safetensors", ema, UNET_PREFIX)
     model_parts.save(folder / "stages.safetensors")
-    sampler = LatentSampler(config, LatentSettings("ddim", 50, 0.0, 1.0 if draw is None else 5.0), device)
+    sampler = LatentSampler(config, LatentSamplerConfig("ddim", 50, 0.0, 1.0 if draw is None else 5.0), device)
     if draw:
         prompts = read_prompts(folder / "prompts.txt") if (folder / "prompts.txt").is_file() else ["red heart", "flag"]
         text = model_parts.cond_stage_model

@@ -2,8 +2,11 @@
 
 import argparse
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import ClassVar, Self
 
 import torch
 from torch import nn
@@ -12,74 +15,21 @@ from ldm.checkpoint import open_checkpoint
 from ldm.conditions import calibration_prompt, cut_prompts, read_prompts, text_conditions
 from ldm.config import LatentConfig, load_config
 from ldm.encoders import ClassEmbedder, FrozenCLIPEmbedder
-from ldm.sampling import LatentSampler, LatentSettings, latent_task_parts
+from ldm.samplers import LatentSamplerConfig
+from ldm.sampling import LatentSampler, latent_task
 from qdiff.errors import ConfigError
 from qdiff.utils.files import write_text
 from qdiff_cli.images import load_png, make_grid, save_png, to_uint8_truncated
-from qdiff_cli.options import (
-    Parser,
-    Rule,
-    add_quant_options,
-    add_run_options,
-    check_typed,
-    positive,
-    project_file,
-    seed,
-    select_device,
-)
-from qdiff_cli.quantization import QuantizationTask, check
-from qdiff_cli.running import setup_threads
-from qdiff_cli.sampling_run import SamplingRun, run
+from qdiff_cli.options import Parser, Rule, RunOptions, add_run_options, positive, project_file, seed
+from qdiff_cli.quantization_options import add_quantization_options, resolve
+from qdiff_cli.sampling_run import SamplingCommand, SamplingRun
 
 NAME = "{:05d}.png"
+CONFIG = "configs/stable-diffusion/v1-inference.yaml"
 CHECKPOINT = "models/ldm/stable-diffusion-v1/model.ckpt"
 LAION400M = ("configs/latent-diffusion/txt2img-1p4B-eval.yaml", "models/ldm/text2img-large/model.ckpt")
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument("--prompt", default="a painting of a virus monster playing guitar")
-    parser.add_argument(
-        "--from-file", dest="from_file", type=Path, help="a file of prompts, one a line, instead of --prompt"
-    )
-    parser.add_argument("--outdir", default="outputs/txt2img-samples", help="output folder")
-    parser.add_argument("--skip_grid", action="store_true", help="no grid")
-    parser.add_argument("--skip_save", action="store_true", help="remove the single images once the grid is made")
-    parser.add_argument("--ddim_steps", type=positive, default=50, help="sampling steps")
-    parser.add_argument("--plms", action="store_true", help="PLMS (default: DDIM)")
-    parser.add_argument("--dpm", action="store_true", help="DPM-Solver++ 2M")
-    parser.add_argument("--laion400m", action="store_true", help="LAION's 1p4B model")
-    parser.add_argument(
-        "--fixed_code", action="store_true", help="the same starting noises for every prompt and iteration"
-    )
-    parser.add_argument("--ddim_eta", type=float, default=0.0, help="noise of DDIM")
-    parser.add_argument("--n_iter", type=positive, default=2, help="rounds over all prompts")
-    parser.add_argument("--H", type=positive, help="height in pixels (default: the model's; 512)")
-    parser.add_argument("--W", type=positive, help="width in pixels (default: the model's; 512)")
-    parser.add_argument("--C", type=positive, help="latent channels (default: the model's; 4)")
-    parser.add_argument("--f", type=positive, help="pixels per latent pixel (default: the model's; 8)")
-    parser.add_argument(
-        "--n_samples", type=positive, default=3, help="images of each prompt in a round, and the batch size"
-    )
-    parser.add_argument("--n_rows", type=positive, help="columns of the grid (default: n_samples)")
-    parser.add_argument("--scale", type=float, default=7.5, help="guidance")
-    parser.add_argument(
-        "--config",
-        type=project_file,
-        default="configs/stable-diffusion/v1-inference.yaml",
-        help="YAML file of the model",
-    )
-    parser.add_argument("--ckpt", type=project_file, default=CHECKPOINT, help="the model's checkpoint or its folder")
-    parser.add_argument("--seed", type=seed, default=42)
-    parser.add_argument(
-        "--no_grad_ckpt", action="store_true", help="accepted for the published commands; changes nothing"
-    )
-    add_run_options(parser, precision="autocast")
-    add_quant_options(parser)
-    return parser.parse_args(argv)
-
-
-RULES = (
+GRID_IMAGES = 144  # at most, if the images themselves are kept: a grid of a long run would not fit into memory
+SAMPLER_RULES = (
     Rule(
         "ddim_eta",
         lambda args: not (args.plms or args.dpm),
@@ -92,112 +42,196 @@ RULES = (
 )
 
 
-def latent_shape(args: argparse.Namespace, config: LatentConfig) -> tuple[int, int, int]:
-    """(C, h, w) from --C, --H, --W and --f; ConfigError where the model cannot make such a picture."""
-    stages_factor = 2 ** (len(config.first_stage.params["ddconfig"]["ch_mult"]) - 1)
-    factor, channels = args.f or stages_factor, args.C or config.channels
-    height, width = args.H or config.image_size * factor, args.W or config.image_size * factor
-    if factor != stages_factor or channels != config.channels:
-        raise ConfigError(
-            f"--f {factor} --C {channels}: this model has a factor of {stages_factor} and {config.channels} latent channels"
+@dataclass(frozen=True, kw_only=True)
+class TextCommand(SamplingCommand):
+    """`txt2img.py` with the values of all its options; `make_parser` describes them."""
+
+    sampler_rules: ClassVar[tuple[Rule, ...]] = SAMPLER_RULES
+    option_of_field: ClassVar[dict[str, str]] = {"timesteps": "--ddim_steps"}
+
+    prompt: str = "a painting of a virus monster playing guitar"
+    from_file: Path | None = None
+    outdir: str = "outputs/txt2img-samples"
+    skip_grid: bool = False
+    skip_save: bool = False
+    ddim_steps: int = 50
+    plms: bool = False
+    dpm: bool = False
+    laion400m: bool = False
+    fixed_code: bool = False
+    ddim_eta: float = 0.0
+    n_iter: int = 2
+    H: int | None = None
+    W: int | None = None
+    C: int | None = None
+    f: int | None = None
+    n_samples: int = 3
+    n_rows: int | None = None
+    scale: float = 7.5
+    config: Path = Path(CONFIG)
+    ckpt: Path = Path(CHECKPOINT)
+    seed: int = 42
+    no_grad_ckpt: bool = False
+    run: RunOptions = RunOptions(precision="autocast")
+
+    @classmethod
+    def make_parser(cls) -> Parser:
+        """The parser of the command's options."""
+        parser = Parser((__doc__ or "").splitlines()[0])
+        parser.add_argument("--prompt", default="a painting of a virus monster playing guitar")
+        words = "a file of prompts, one a line, instead of --prompt"
+        parser.add_argument("--from-file", dest="from_file", type=Path, help=words)
+        parser.add_argument("--outdir", default="outputs/txt2img-samples", help="output folder")
+        parser.add_argument("--skip_grid", action="store_true", help="no grid")
+        words = "remove the single images once the grid is made"
+        parser.add_argument("--skip_save", action="store_true", help=words)
+        parser.add_argument("--ddim_steps", type=positive, default=50, help="sampling steps")
+        parser.add_argument("--plms", action="store_true", help="PLMS (default: DDIM)")
+        parser.add_argument("--dpm", action="store_true", help="DPM-Solver++ 2M")
+        parser.add_argument("--laion400m", action="store_true", help="LAION's 1p4B model")
+        words = "the same starting noises for every prompt and iteration"
+        parser.add_argument("--fixed_code", action="store_true", help=words)
+        parser.add_argument("--ddim_eta", type=float, default=0.0, help="noise of DDIM")
+        parser.add_argument("--n_iter", type=positive, default=2, help="rounds over all prompts")
+        parser.add_argument("--H", type=positive, help="height in pixels (default: the model's; 512)")
+        parser.add_argument("--W", type=positive, help="width in pixels (default: the model's; 512)")
+        parser.add_argument("--C", type=positive, help="latent channels (default: the model's; 4)")
+        parser.add_argument("--f", type=positive, help="pixels per latent pixel (default: the model's; 8)")
+        words = "images of each prompt in a round, and the batch size"
+        parser.add_argument("--n_samples", type=positive, default=3, help=words)
+        parser.add_argument("--n_rows", type=positive, help="columns of the grid (default: n_samples)")
+        parser.add_argument("--scale", type=float, default=7.5, help="guidance")
+        parser.add_argument("--config", type=project_file, default=CONFIG, help="YAML file of the model")
+        words = "the model's checkpoint or its folder"
+        parser.add_argument("--ckpt", type=project_file, default=CHECKPOINT, help=words)
+        parser.add_argument("--seed", type=seed, default=42)
+        words = "accepted for the published commands; changes nothing"
+        parser.add_argument("--no_grad_ckpt", action="store_true", help=words)
+        add_run_options(parser, precision="autocast")
+        add_quantization_options(parser)
+        return parser
+
+    @classmethod
+    def validate_args(cls, args: argparse.Namespace) -> None:
+        """Check options that contradict each other; ConfigError names them."""
+        if args.plms and args.dpm:
+            raise ConfigError("--plms and --dpm: expected one of them")
+        if args.laion400m:
+            args.config, args.ckpt = map(project_file, LAION400M)
+
+    @property
+    def sampler_name(self) -> str:
+        """The sampler's name in `LATENT_SAMPLERS`."""
+        return "plms" if self.plms else "dpm" if self.dpm else "ddim"
+
+    def prompts(self) -> list[str]:
+        """The prompts, in order."""
+        return read_prompts(self.from_file) if self.from_file else [self.prompt]
+
+    def _make_run(self) -> SamplingRun:
+        device = self.run.apply()
+        config = self._load_config()
+        settings = LatentSamplerConfig(self.sampler_name, self.ddim_steps, self.ddim_eta, self.scale).validate(config)
+        prompts = self.prompts()
+        checkpoint = cache(lambda: open_checkpoint(self.ckpt, config, self.quantization.cali_ckpt))
+        model_parts = cache(lambda: checkpoint().model_parts().to(device))
+
+        def prompt_of(index: int) -> str:
+            return prompts[index // self.n_samples % len(prompts)]
+
+        shape, repeat = self._latent_shape(config), self.n_samples if self.fixed_code else None
+        conditions = text_conditions(model_parts, prompt_of)
+        sampler = LatentSampler(config, settings, device, shape, conditions, repeat)
+        own_prompts = text_conditions(model_parts, calibration_prompt(config.path))
+        calibration_sampler = LatentSampler(config, settings, device, shape, own_prompts)
+        task = latent_task(
+            checkpoint, calibration_sampler, self.seed, save_model_parts=lambda path: model_parts().save(path)
         )
-    unit = factor * 2 ** (len(config.unet.channel_mult) - 1)
-    if height % unit or width % unit:
-        raise ConfigError(f"--H {height} --W {width}: expected multiples of {unit}")
-    return channels, height // factor, width // factor
-
-
-def load_text_config(args: argparse.Namespace) -> LatentConfig:
-    if args.laion400m:
-        args.config, args.ckpt = map(project_file, LAION400M)
-    config = load_config(args.config)
-    if config.conditioning is None or config.conditioning.kind is ClassEmbedder:
-        raise ConfigError(
-            f"--config {args.config}: a model without text; sample it with scripts/sample_diffusion_ldm.py"
+        quantization = resolve(self.quantization, task, self.seed)
+        model_parts()  # a missing file is an error now
+        total = self.n_iter * len(prompts) * self.n_samples
+        guided = f"{self.sampler_name}, {self.ddim_steps} steps, guidance {self.scale:g}"
+        return SamplingRun(
+            title=f"text to image ({config.path.parent.name}), {guided}",
+            settings=self.settings(),
+            options=self.run,
+            device=device,
+            task=task,
+            quantization=quantization,
+            sample_latents=lambda network, indices, callback: sampler(network, indices, self.seed, callback),
+            decode=lambda z: to_uint8_truncated(model_parts().decode(z)),
+            denoiser=sampler.denoiser,
+            total=total,
+            batch_size=self.n_samples,
+            runs=Path(self.outdir),
+            images="samples",
+            name=NAME,
+            extends="n_iter",
+            metadata=lambda index: self._metadata(index, prompt_of(index)),
+            begin=lambda folder: write_cut_prompts(folder, model_parts().cond_stage_model, prompts),
+            finish=lambda folder: self._write_grid(folder, total),
         )
-    return config
+
+    def _load_config(self) -> LatentConfig:
+        config = load_config(self.config)
+        if config.conditioning is None or config.conditioning.kind is ClassEmbedder:
+            message = f" {self.config}: a model without text; sample it with scripts/sample_diffusion_ldm.py"
+            raise ConfigError(message, field="config")
+        return config
+
+    def _latent_shape(self, config: LatentConfig) -> tuple[int, int, int]:
+        """(C, h, w) from --C, --H, --W and --f; ConfigError if the model cannot make such a picture."""
+        model_factor = 2 ** (len(config.first_stage.params["ddconfig"]["ch_mult"]) - 1)
+        factor, channels = self.f or model_factor, self.C or config.channels
+        height, width = self.H or config.image_size * factor, self.W or config.image_size * factor
+        if factor != model_factor or channels != config.channels:
+            raise ConfigError(
+                f"--f {factor} --C {channels}: this model has a factor of {model_factor} "
+                f"and {config.channels} latent channels"
+            )
+        unit = factor * 2 ** (len(config.unet.channel_mult) - 1)
+        if height % unit or width % unit:
+            raise ConfigError(f"--H {height} --W {width}: expected multiples of {unit}")
+        return channels, height // factor, width // factor
+
+    def _metadata(self, index: int, prompt: str) -> dict[str, str]:
+        shown = {"steps": self.ddim_steps, "sampler": self.sampler_name, "scale": self.scale}
+        shown["weight_bit"] = self.quantization.weight_bit if self.quantization.ptq else 32
+        shown["act_bit"] = self.quantization.act_bit if self.quantization.quant_act else 32
+        return {"prompt": prompt, "seed": str(self.seed), "index": str(index), "settings": json.dumps(shown)}
+
+    def _write_grid(self, folder: Path, count: int) -> None:
+        if self.skip_grid:
+            return
+        files = [folder / "samples" / NAME.format(i) for i in range(count)]
+        shown = files if self.skip_save else files[:GRID_IMAGES]
+        grid = make_grid(torch.stack([load_png(file) for file in shown]), self.n_rows or self.n_samples)
+        save_png(folder / "grid-0000.png", grid)
+        if self.skip_save:
+            for file in files:
+                file.unlink()
+
+    def to_folder(self, folder: Path) -> Self:
+        """The same command with another output folder."""
+        return replace(self, outdir=str(folder))
+
+    def with_images(self, count: int) -> Self:
+        """The same command for this number of images or the next multiple of its prompts."""
+        each = len(self.prompts()) * self.n_iter
+        return replace(self, n_samples=-(-count // each))
+
+    def with_num_steps(self, num_steps: int) -> Self:
+        """The same command with another number of sampling steps."""
+        return replace(self, ddim_steps=num_steps)
 
 
-GRID_IMAGES = 144  # at most, where the images themselves are kept: a grid of a long run would not fit into memory
-
-
-def write_grid(folder: Path, count: int, columns: int, keep: bool) -> None:
-    files = [folder / "samples" / NAME.format(i) for i in range(count)]
-    shown = files[:GRID_IMAGES] if keep else files
-    save_png(folder / "grid-0000.png", make_grid(torch.stack([load_png(file) for file in shown]), columns))
-    if not keep:
-        for file in files:
-            file.unlink()
-
-
-def write_cut_prompts(folder: Path, text: nn.Module | None, prompts: list[str]) -> None:
-    """`cut_prompts.txt` beside the images: the prompts that are too long, and what the model does not see of each."""
+def write_cut_prompts(folder: Path, text: nn.Module | None, prompts: Sequence[str]) -> None:
+    """Write `cut_prompts.txt` beside the images: prompts that are too long, with what the model does not see of each."""
     if isinstance(text, FrozenCLIPEmbedder) and (cut := cut_prompts(text, dict.fromkeys(prompts))):
         lines = [f"prompt: {prompt}\ncut off: {rest}\n" for prompt, rest in cut.items()]
         write_text(folder / "cut_prompts.txt", "\n".join(lines))
 
 
-def prepare(args: argparse.Namespace) -> SamplingRun:
-    """The job that the options describe, checked."""
-    setup_threads(args.threads)
-    device = select_device(args.device)
-    if args.plms and args.dpm:
-        raise ConfigError("--plms and --dpm: expected one of them")
-    check_typed(args, RULES)
-    config = load_text_config(args)
-    name = "plms" if args.plms else "dpm" if args.dpm else "ddim"
-    settings = LatentSettings(name, args.ddim_steps, args.ddim_eta, args.scale).validate(config)
-    prompts = read_prompts(args.from_file) if args.from_file else [args.prompt]
-    checkpoint = cache(lambda: open_checkpoint(args.ckpt, config, args.cali_ckpt))
-    model_parts = cache(lambda: checkpoint().model_parts().to(device))
-
-    def prompt_of(index: int) -> str:
-        return prompts[index // args.n_samples % len(prompts)]
-
-    shape, repeat = latent_shape(args, config), args.n_samples if args.fixed_code else None
-    sampler = LatentSampler(config, settings, device, shape, text_conditions(model_parts, prompt_of), repeat)
-    drawer = LatentSampler(
-        config, settings, device, shape, text_conditions(model_parts, calibration_prompt(config.path))
-    )
-    task = QuantizationTask(
-        **latent_task_parts(checkpoint, drawer, args.seed, ("mse", "mse")),
-        save_model_parts=lambda path: model_parts().save(path),
-    )
-    check(args, task)
-    model_parts()
-
-    def metadata(index: int) -> dict[str, str]:
-        shown = {
-            "steps": args.ddim_steps,
-            "sampler": name,
-            "scale": args.scale,
-            "weight_bit": args.weight_bit if args.ptq else 32,
-        }
-        shown["act_bit"] = args.act_bit if args.quant_act else 32
-        return {"prompt": prompt_of(index), "seed": str(args.seed), "index": str(index), "settings": json.dumps(shown)}
-
-    total = args.n_iter * len(prompts) * args.n_samples
-    return SamplingRun(
-        title=f"text to image ({config.path.parent.name}), {name}, {args.ddim_steps} steps, guidance {args.scale:g}",
-        args=args,
-        device=device,
-        task=task,
-        draw=lambda network, indices, callback=None: sampler(network, indices, args.seed, callback),
-        decode=lambda z: to_uint8_truncated(model_parts().decode(z)),
-        denoiser=sampler.denoiser,
-        total=total,
-        batch_size=args.n_samples,
-        runs=Path(args.outdir),
-        images="samples",
-        name=NAME,
-        extends="n_iter",
-        metadata=metadata,
-        begin=lambda folder: write_cut_prompts(folder, model_parts().cond_stage_model, prompts),
-        finish=lambda folder: None
-        if args.skip_grid
-        else write_grid(folder, total, args.n_rows or args.n_samples, keep=not args.skip_save),
-    )
-
-
 def main(argv: list[str] | None = None) -> Path:
-    return run(prepare(parse(argv)))
+    """Run the command; the folder of the images."""
+    return TextCommand.parse(argv).make_run().execute()

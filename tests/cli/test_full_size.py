@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ddim.config import load_config
-from ddim.family import PIXEL, describe
+from ddim.family import PIXEL, unet_config_dict
 from ddim.unet import UNet
 from qdiff.checkpoint import PackedInfo, load_packed, load_published, save_packed, save_published
 from qdiff.config import QuantConfig
@@ -38,11 +38,11 @@ import time
 import torch
 torch.set_num_threads(1)
 from ddim.config import load_config
-from ddim.family import PIXEL, describe
+from ddim.family import PIXEL, unet_config_dict
 from qdiff.checkpoint import load_published
 from qdiff.utils.memory import peak_memory
 from qdiff.config import QuantConfig
-build = describe(load_config("configs/cifar10.yml").model)
+build = unet_config_dict(load_config("configs/cifar10.yml").model)
 before, start = peak_memory(), time.process_time()
 load_published({str(published)!r}, build, PIXEL, QuantConfig(weight_bit=4, quant_act=True, a_sym=True, split=True))
 print(time.process_time() - start, (peak_memory() - before) / 2**20)
@@ -55,9 +55,9 @@ print(time.process_time() - start, (peak_memory() - before) / 2**20)
 
 @torch.no_grad()
 def test_packed_is_small_and_loads_alone(published, tmp_path):
-    model = load_published(published, describe(CONFIG.model), PIXEL, QUANT)
+    model = load_published(published, unet_config_dict(CONFIG.model), PIXEL, QUANT)
     path = tmp_path / "ckpt.safetensors"
-    save_packed(path, model, PackedInfo("pixel", describe(CONFIG.model), QUANT, {}, ""))
+    save_packed(path, model, PackedInfo("pixel", unet_config_dict(CONFIG.model), QUANT, {}, ""))
     assert path.stat().st_size <= 18.6e6
     alone, _ = load_packed(path)
     x, t = torch.randn(1, 3, 32, 32), torch.tensor([500.0])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ddim.family import PIXEL
-from qdiff.calibration.run import calibrate
+from qdiff.calibration.run import Calibration
 from qdiff.checkpoint import PackedInfo, save_packed
 from qdiff.config import CalibrationConfig, QuantConfig
 from qdiff.engines.onnx import export_onnx, exportable
@@ -36,7 +36,7 @@ def case(request):
         weight_scale_method=method,
         act_scale_method=method,
     )
-    model = calibrate(network, PIXEL, quant, CalibrationConfig(), rows)
+    model = Calibration(network, PIXEL, quant, CalibrationConfig(), rows).run()
     return model, tuple(part[::8][:8] for part in rows.inputs), bits
 
 
@@ -111,7 +111,7 @@ def test_the_command_fixes_the_sizes_that_are_given(tmp_path):
     config = tiny.config_file(tmp_path)
     network = tiny.unet()
     quant = QuantConfig(8, quant_act=True, quant_mode="linear")
-    model = calibrate(network, PIXEL, quant, CalibrationConfig(), tiny.rows(network))
+    model = Calibration(network, PIXEL, quant, CalibrationConfig(), tiny.rows(network)).run()
     file = tmp_path / "w8a8.safetensors"
     save_packed(file, model, PackedInfo("pixel", asdict(tiny.MODEL), quant, {}, ""))
     words = ["export.py", "--config", config, "--quant_act", "--cali_ckpt", file]
@@ -132,12 +132,14 @@ def test_the_command_fixes_the_sizes_that_are_given(tmp_path):
 
 def test_what_onnx_cannot_hold_is_named(network, rows):
     for change, words in (({"act_bit": 6}, "6-bit"), ({"time_bounds": (500.0,)}, "time-step sets")):
-        model = calibrate(
+        model = Calibration(
             network, PIXEL, QuantConfig(quant_act=True, quant_mode="linear", **change), CalibrationConfig(), rows
-        )
+        ).run()
         with pytest.raises(ConfigError, match=words):
             exportable(model)
-    model = calibrate(network, PIXEL, QuantConfig(8, quant_act=True, quant_mode="linear"), CalibrationConfig(), rows)
+    model = Calibration(
+        network, PIXEL, QuantConfig(8, quant_act=True, quant_mode="linear"), CalibrationConfig(), rows
+    ).run()
     quant_layers(model)["mid.block_1.conv1"].weight_quantizer.zero_point[0] = -5e6  # as of a constant channel
     with pytest.raises(ConfigError, match=r"mid\.block_1\.conv1: .* 16 bits"):
         exportable(model)

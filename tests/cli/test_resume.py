@@ -12,8 +12,8 @@ from torch import nn
 
 import qdiff
 from ddim.family import PIXEL
-from qdiff.calibration.directory import MANIFEST, read_entries
-from qdiff.calibration.run import CalibrationDir, calibrate
+from qdiff.calibration.directory import MANIFEST, CalibrationDir, read_records
+from qdiff.calibration.run import Calibration
 from qdiff.config import CalibrationConfig, QuantConfig
 from qdiff.errors import ConfigError
 from qdiff.layers import QuantConv2d, QuantLinear
@@ -22,14 +22,14 @@ from tests.support import commands, golden, tiny
 from tests.support.foreign import INPUTS, QUICK, Denoiser, Residual
 
 W4A8 = QuantConfig(weight_bit=4, quant_act=True, a_sym=True, split=True)
-SHORT = CalibrationConfig(steps=4, samples=16, batch_size=8, iters=4, lr=1e-2, iters_a=4, iters_tune=2)
+SHORT = CalibrationConfig(num_timesteps=4, samples=16, batch_size=8, iters=4, lr=1e-2, iters_a=4, iters_tune=2)
 
 
 @pytest.fixture(scope="module")
 def reference(network, rows, tmp_path_factory):
     """An uninterrupted calibration, and its folder."""
     folder = tmp_path_factory.mktemp("calibration")
-    return calibrate(network, PIXEL, W4A8, SHORT, rows, workplace=CalibrationDir(folder)).state_dict(), folder
+    return Calibration(network, PIXEL, W4A8, SHORT, rows, directory=CalibrationDir(folder)).run().state_dict(), folder
 
 
 def same(first, second):
@@ -62,30 +62,34 @@ def kept(before, folder):
 def test_a_calibration_continues_with_the_same_bits(network, rows, reference, tmp_path, lines):
     state, folder = reference
     target = cut(folder, tmp_path / "cut", lines)
-    found = calibrate(network, PIXEL, W4A8, SHORT, rows, workplace=CalibrationDir(target, cache_bytes=0)).state_dict()
+    found = (
+        Calibration(network, PIXEL, W4A8, SHORT, rows, directory=CalibrationDir(target, cache_bytes=0))
+        .run()
+        .state_dict()
+    )
     assert same(found, state)
-    assert len(read_entries(target / MANIFEST)) == len(read_entries(folder / MANIFEST)) == 54
+    assert len(read_records(target / MANIFEST)) == len(read_records(folder / MANIFEST)) == 54
 
 
 @pytest.mark.parametrize("change", [{"iters": 5}, {"seed": 1}, {"lr_a": 1.0}])
 def test_changed_settings_are_refused_with_both_values(network, rows, reference, change):
     (name, value) = next(iter(change.items()))
     with pytest.raises(ConfigError, match=f"{name} is {value} now, but was {getattr(SHORT, name)}"):
-        calibrate(network, PIXEL, W4A8, replace(SHORT, **change), rows, workplace=CalibrationDir(reference[1]))
+        Calibration(network, PIXEL, W4A8, replace(SHORT, **change), rows, directory=CalibrationDir(reference[1])).run()
 
 
 def test_a_calibration_of_another_version_of_the_recipe_is_refused(network, rows, reference, monkeypatch):
     monkeypatch.setattr("qdiff.calibration.run.RECIPE_VERSION", 1000)
     with pytest.raises(ConfigError, match="recipe_version is 1000 now, but was "):
-        calibrate(network, PIXEL, W4A8, SHORT, rows, workplace=CalibrationDir(reference[1]))
+        Calibration(network, PIXEL, W4A8, SHORT, rows, directory=CalibrationDir(reference[1])).run()
 
 
 def test_other_weights_and_other_rows_are_refused(rows, network, reference):
     with pytest.raises(ConfigError, match="weights_sha256"):
-        calibrate(tiny.unet(seed=1), PIXEL, W4A8, SHORT, rows, workplace=CalibrationDir(reference[1]))
+        Calibration(tiny.unet(seed=1), PIXEL, W4A8, SHORT, rows, directory=CalibrationDir(reference[1])).run()
     other = type(rows)((rows.inputs[0] + 1, rows.inputs[1]))
     with pytest.raises(ConfigError, match="rows_sha256"):
-        calibrate(network, PIXEL, W4A8, SHORT, other, workplace=CalibrationDir(reference[1]))
+        Calibration(network, PIXEL, W4A8, SHORT, other, directory=CalibrationDir(reference[1])).run()
 
 
 def test_damage_is_named_and_what_is_before_it_is_used(network, rows, reference, tmp_path, caplog):
@@ -94,13 +98,17 @@ def test_damage_is_named_and_what_is_before_it_is_used(network, rows, reference,
     shard = target / "0020.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
     before = written(target)
-    assert same(calibrate(network, PIXEL, W4A8, SHORT, rows, workplace=CalibrationDir(target)).state_dict(), state)
+    assert same(
+        Calibration(network, PIXEL, W4A8, SHORT, rows, directory=CalibrationDir(target)).run().state_dict(), state
+    )
     assert "0020.safetensors" in caplog.text
     assert kept(before, target) == 20
     text = (target / MANIFEST).read_text().splitlines(keepends=True)
     (target / MANIFEST).write_text("".join([*text[:30], text[30][:-9] + "\n", *text[31:]]))
     before = written(target)
-    assert same(calibrate(network, PIXEL, W4A8, SHORT, rows, workplace=CalibrationDir(target)).state_dict(), state)
+    assert same(
+        Calibration(network, PIXEL, W4A8, SHORT, rows, directory=CalibrationDir(target)).run().state_dict(), state
+    )
     assert "line 31" in caplog.text and kept(before, target) == 29
 
 
@@ -108,12 +116,12 @@ def test_unreadable_settings_are_an_error(network, rows, reference, tmp_path):
     target = cut(reference[1], tmp_path / "cut", 100)
     (target / MANIFEST).write_text("x" + (target / MANIFEST).read_text())
     with pytest.raises(ConfigError, match="line 1"):
-        calibrate(network, PIXEL, W4A8, SHORT, rows, workplace=CalibrationDir(target))
+        Calibration(network, PIXEL, W4A8, SHORT, rows, directory=CalibrationDir(target)).run()
 
 
 def test_no_unit_ends_worse_than_it_began(reference):
     """Weights against nearest rounding, activations against the first step sizes, and the fit of all of them at the end."""
-    steps = [entry for entry in read_entries(reference[1] / MANIFEST) if "before" in entry]
+    steps = [entry for entry in read_records(reference[1] / MANIFEST) if "before" in entry]
     assert len(steps) == 26 + 26 + 1
     assert all(entry["after"] <= entry["before"] for entry in steps)
 
@@ -149,7 +157,7 @@ def killed_and_continued(tmp_path, reference, times, seed):
     """Kill -9 a calibration at random moments, `times` times, then let it finish; the state it ends with."""
     generator = torch.Generator().manual_seed(seed)
     path, folder = script(tmp_path, SHORT), tmp_path / "calibration"
-    total = len(read_entries(reference[1] / MANIFEST))
+    total = len(read_records(reference[1] / MANIFEST))
     for kill in range(times):
         process = subprocess.Popen([sys.executable, path], stderr=subprocess.DEVNULL)
         aim = total * (kill + torch.rand(1, generator=generator).item()) / times
@@ -185,7 +193,7 @@ def test_two_processes_calibrate_as_one(tmp_path):
         path = script(tmp_path, config, world, f"world{world}")
         command = commands.torchrun(world, path)
         subprocess.run(command, check=True, capture_output=True, timeout=300)
-    one, two = (read_entries(tmp_path / f"world{world}" / MANIFEST) for world in (1, 2))
+    one, two = (read_records(tmp_path / f"world{world}" / MANIFEST) for world in (1, 2))
     assert one[0]["losses"] == pytest.approx(two[0]["losses"], rel=1e-5)
     assert one[0]["after"] == pytest.approx(two[0]["after"], rel=1e-5)
     assert len(one) == len(two)
@@ -196,7 +204,7 @@ def test_two_processes_calibrate_as_one(tmp_path):
 def test_two_processes_end_within_the_spread_of_seeds(tmp_path, network, rows):
     """The held-out error of a calibration by two processes lies within that of three seeds in one process."""
 
-    arranged, begins = rows.arranged(SHORT.held_out, SHORT.seed)
+    arranged, begins = rows.split(SHORT.held_out, SHORT.seed)
     judges = arranged[begins:]
 
     def final(state):
@@ -270,7 +278,7 @@ def test_any_network_is_quantized(tmp_path):
         model, (x, t), weight_bit=4, blocks=[Residual], timestep_groups=2, folder=tmp_path, **recipe
     )
     assert all(isinstance(m, QuantConv2d | QuantLinear) for m in quantized.modules() if hasattr(m, "weight"))
-    names = [entry["step"].split()[-1] for entry in read_entries(tmp_path / MANIFEST)]
+    names = [entry["step"].split()[-1] for entry in read_records(tmp_path / MANIFEST)]
     assert names[:4] == ["stem", "blocks.0", "blocks.1", "head"]
     nearest = qdiff.quantize(model, (x, t), weight_bit=4, blocks=[Residual], iters=0, iters_a=0, iters_tune=0)
     with torch.no_grad():
@@ -303,7 +311,7 @@ def test_networks_that_read_their_layers_sizes():
 def test_blocks_with_an_output_layer_and_layers_apart(tmp_path):
     """As the families of the package have them; and the report."""
     qdiff.quantize(Denoiser(), INPUTS, blocks={Residual: "second"}, separate=["time"], folder=tmp_path, **QUICK)
-    names = [entry["step"].split()[-1] for entry in read_entries(tmp_path / MANIFEST)]
+    names = [entry["step"].split()[-1] for entry in read_records(tmp_path / MANIFEST)]
     assert names[:6] == ["stem", "blocks.0.time", "blocks.0", "blocks.1.time", "blocks.1", "head"]
     assert {"layers.csv", "layers.png", "units.png"} <= {path.name for path in tmp_path.iterdir()}
     assert "blocks.1.second" in (tmp_path / "layers.csv").read_text()
@@ -358,7 +366,7 @@ def test_a_lost_line_of_the_manifest_is_noticed(tmp_path, network, rows, referen
     text = (folder / MANIFEST).read_text().splitlines(keepends=True)
     (folder / MANIFEST).write_text("".join(text[:5] + text[6:]))
     before = written(folder)
-    again = calibrate(network, PIXEL, W4A8, SHORT, rows, workplace=CalibrationDir(folder)).state_dict()
+    again = Calibration(network, PIXEL, W4A8, SHORT, rows, directory=CalibrationDir(folder)).run().state_dict()
     assert "line 6" in caplog.text and kept(before, folder) == 4 and same(again, reference[0])
 
 

@@ -133,9 +133,9 @@ def test_calibration_then_both_formats_then_weights_reused(files, tmp_path):
     short = [word for pair in zip(short[::2], short[1::2], strict=True) if pair[0] != "--cali_iters" for word in pair]
     reused = commands.run(SAMPLE, *base(files, tmp_path / "c", *quant, *short, *more))
     assert reused.returncode == 0, reused.stderr
-    from qdiff.checkpoint import read_packed_info, read_tensors
+    from qdiff.checkpoint import PackedFile, read_tensors
 
-    assert read_packed_info(run_folder(tmp_path / "c") / "ckpt.safetensors").config.act_bit == 6
+    assert PackedFile.open(run_folder(tmp_path / "c") / "ckpt.safetensors").info.config.act_bit == 6
     foreign = read_tensors(files["ckpt"])
     torch.save({name: tensor + 1 for name, tensor in foreign.items()}, tmp_path / "foreign.ckpt")
     refused = commands.run(SAMPLE, *base(files, tmp_path / "d", *quant, *short, *more[:-1], tmp_path / "foreign.ckpt"))

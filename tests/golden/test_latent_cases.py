@@ -11,8 +11,8 @@ import ldm.unet
 from ldm.autoencoder import AutoencoderKL, VQModel
 from ldm.checkpoint import expected_shapes
 from ldm.config import load_config
-from ldm.family import LATENT, describe
-from ldm.samplers import Guided, ddim_sigmas, latent_steps, sample_ddim, sample_dpm_solver_2m, sample_plms
+from ldm.family import LATENT, unet_config_dict
+from ldm.samplers import LATENT_SAMPLERS, Guided, LatentSamplerConfig, ddim_sigmas, latent_timesteps
 from ldm.unet import UNetModel, unet_config
 from qdiff.checkpoint import load_into, load_published, published_shapes, read_tensors
 from qdiff.config import QuantConfig
@@ -54,7 +54,7 @@ class Case:
         ).eval()
 
     def quantized(self) -> torch.nn.Module:
-        return load_published(self.folder / "ckpt.pth", describe(self.config), LATENT, self.quant)
+        return load_published(self.folder / "ckpt.pth", unet_config_dict(self.config), LATENT, self.quant)
 
 
 @pytest.fixture(params=CASES)
@@ -162,16 +162,13 @@ def test_golden_samples():
         family, sampler, steps, eta, scale = match.groups()
         a, x, noise = schedules[family], data[f"{family}.x_T"], iter(data.get(f"ldm.noise_{steps}_eta{eta}", []))
         network = Guided(text, data["sd.c"], data["sd.uc"], float(scale)) if family == "sd" else plain
-        if sampler == "dpm":
-            found = sample_dpm_solver_2m(network, x, a, int(steps))
-        elif sampler == "plms":
-            found = sample_plms(network, x, a, latent_steps(int(steps)))
-        else:
-            found = sample_ddim(network, x, a, latent_steps(int(steps)), noise.__next__, eta=float(eta or 0))
+        settings = LatentSamplerConfig(sampler, int(steps), float(eta or 0))
+        timesteps = LATENT_SAMPLERS.get(sampler).timesteps(settings, len(a))
+        found = LATENT_SAMPLERS.get(sampler).sample(network, x, a, timesteps, noise.__next__, eta=settings.eta)
         assert golden.relative_error(found, expected) < 5e-6, name
         seen += 1
     assert seen >= 5
-    assert latent_steps(10) == data["ldm.ddim_timesteps_10"].tolist()
+    assert latent_timesteps(10).tolist() == data["ldm.ddim_timesteps_10"].tolist()
     a, a_prev = data["ldm.ddim_alphas_10"], data["ldm.ddim_alphas_prev_10"]
     assert golden.relative_error(ddim_sigmas(a, a_prev, 1.0), data["ldm.ddim_sigmas_10_eta1"]) < 1e-6
 

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from ddim.config import DiffusionConfig, load_config, model_config_from_dict
-from ddim.family import PIXEL, describe
-from ddim.samplers import ddim_steps, sample_ddim, sample_dpm_solver
+from ddim.family import PIXEL, unet_config_dict
+from ddim.samplers import ddim_timesteps, dpm_solver_timesteps, sample_ddim, sample_dpm_solver
 from ddim.schedule import make_alphas_cumprod
 from ddim.unet import UNet
 from qdiff.checkpoint import load_into, load_published, published_shapes, read_tensors
@@ -42,7 +42,7 @@ class Case:
         ).eval()
 
     def quantized(self) -> torch.nn.Module:
-        return load_published(self.folder / "ckpt.pth", describe(self.model_config), PIXEL, self.quant)
+        return load_published(self.folder / "ckpt.pth", unet_config_dict(self.model_config), PIXEL, self.quant)
 
 
 @pytest.fixture(params=CASES)
@@ -105,11 +105,11 @@ def test_golden_samples():
     seen = 0
     for name, expected in data.items():
         if match := re.fullmatch(r"ddim\.(uniform|quad)_(\d+)_eta0", name):
-            found = sample_ddim(unet, x, ALPHAS, ddim_steps(match[1], int(match[2])), no_noise)
+            found = sample_ddim(unet, x, ALPHAS, ddim_timesteps(match[1], int(match[2])), no_noise)
         elif match := re.fullmatch(r"ddim\.dpmsolverpp_order3_singlestep_(\d+)", name):
-            found = sample_dpm_solver(unet, x, ALPHAS, int(match[1]))
+            found = sample_dpm_solver(unet, x, ALPHAS, dpm_solver_timesteps(int(match[1])), no_noise)
         elif match := re.fullmatch(r"ddim\.seq_(quad|uniform)_(\d+)", name):
-            assert ddim_steps(match[1], int(match[2])) == expected.tolist()
+            assert ddim_timesteps(match[1], int(match[2])).tolist() == expected.tolist()
             continue
         else:
             continue

@@ -3,6 +3,7 @@
 import torch
 
 from qdiff import quantizers as Q
+from qdiff.scale_rules import choose_qparams
 from tests.support import golden
 
 golden.require()
@@ -13,7 +14,7 @@ def test_quantizers():
     assert len(cases) > 100
     for case in cases:
         x = data[f"src.{case['source']}"]
-        scale, zero_point = Q.choose_qparams(
+        scale, zero_point = choose_qparams(
             x,
             case["n_bits"],
             symmetric=case["symmetric"],

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from ddim.family import PIXEL
-from ddim.sampling import PixelSampler, SamplerSettings
-from qdiff.calibration.run import calibrate
+from ddim.sampling import PixelSampler, PixelSamplerConfig
+from qdiff.calibration.run import Calibration
 from qdiff.config import CalibrationConfig, QuantConfig
 from qdiff.engines.select import apply_engine
 from tests.support import golden, tiny
@@ -28,7 +28,7 @@ def exact_products():
 
 def test_images_are_those_of_the_cpu(network):
     cpu = tiny.sampler(5)
-    gpu = PixelSampler(cpu.config, SamplerSettings(skip_type="quad", timesteps=5), CUDA)
+    gpu = PixelSampler(cpu.config, PixelSamplerConfig(skip_type="quad", timesteps=5), CUDA)
     expected = cpu(network, range(3), 0)
     found = gpu(tiny.unet().to(CUDA), range(3), 0)
     assert found.is_cuda and golden.relative_error(found.cpu(), expected) < 1e-4
@@ -38,9 +38,11 @@ def test_images_are_those_of_the_cpu(network):
 @pytest.mark.parametrize("engine", ["auto", "integer"])
 def test_the_packed_engine_is_the_simulation(rows, engine):
     network = tiny.unet()
-    simulated = calibrate(
-        network, PIXEL, QuantConfig(**W4A8.to_dict() | {"quant_mode": "linear"}), CalibrationConfig(), rows
-    ).to(CUDA)
+    simulated = (
+        Calibration(network, PIXEL, QuantConfig(**W4A8.to_dict() | {"quant_mode": "linear"}), CalibrationConfig(), rows)
+        .run()
+        .to(CUDA)
+    )
     inputs = tuple(part[::8].to(CUDA) for part in rows.inputs)
     expected = simulated(*inputs)
     found = apply_engine(simulated, engine)(*inputs)
@@ -49,12 +51,14 @@ def test_the_packed_engine_is_the_simulation(rows, engine):
 
 def test_a_calibration_beats_nearest_rounding(rows):
     network = tiny.unet().to(CUDA)
-    recipe = CalibrationConfig(steps=4, samples=16, batch_size=16, iters=120, lr=3e-2, iters_a=0)
+    recipe = CalibrationConfig(num_timesteps=4, samples=16, batch_size=16, iters=120, lr=3e-2, iters_a=0)
     weights = QuantConfig(weight_bit=4, split=True)
     inputs = tuple(part.to(CUDA) for part in rows.inputs)
     errors = []
     for mode in ("linear", "qdiff"):
-        quantized = calibrate(network, PIXEL, QuantConfig(**weights.to_dict() | {"quant_mode": mode}), recipe, rows)
+        quantized = Calibration(
+            network, PIXEL, QuantConfig(**weights.to_dict() | {"quant_mode": mode}), recipe, rows
+        ).run()
         with torch.no_grad():
             errors.append(golden.relative_error(quantized(*inputs).cpu(), network(*inputs).cpu()))
     assert errors[1] < errors[0]

@@ -10,12 +10,12 @@ from ddim.family import PIXEL
 from ldm.config import load_config
 from ldm.family import LATENT
 from ldm.unet import UNetModel
-from qdiff import quantizers as Q
 from qdiff.architecture import AttentionMatMulSpec
 from qdiff.calibration.data import CalibrationData
 from qdiff.config import QuantConfig
 from qdiff.engines import cpu, probe
 from qdiff.layers import QuantLayer, QuantMatMul
+from qdiff.scale_rules import choose_qparams
 from tests.support import golden, tiny, tiny_latent
 
 LINEAR = QuantConfig(weight_bit=4, quant_act=True, a_sym=True, split=True, quant_mode="linear")
@@ -38,7 +38,7 @@ def quantized_layer(
     quantized = kind(layer, bits, 8, symmetric, split).requires_grad_(False)
     quantized.init_weight_scales(method)
     for quantizer, part in zip(quantized.act_quantizers, quantized._parts(x), strict=True):
-        quantizer.set_qparams(*Q.choose_qparams(part, 8, symmetric=symmetric, method=method))
+        quantizer.set_qparams(*choose_qparams(part, 8, symmetric=symmetric, method=method))
         quantizer.enabled = True
     return quantized
 

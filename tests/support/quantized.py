@@ -5,13 +5,13 @@ import os
 import torch
 from torch import nn
 
-from ddim.family import PIXEL, describe
+from ddim.family import PIXEL, unet_config_dict
 from ddim.unet import UNet
 from qdiff.config import QuantConfig
 from qdiff.model import act_quantizers, enable_activations, init_weights, quantize_model
 from tests.support import tiny
 
-BUILD = describe(tiny.MODEL)
+BUILD = unet_config_dict(tiny.MODEL)
 X, T = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([10.0, 800.0])
 
 

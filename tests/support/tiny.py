@@ -7,7 +7,7 @@ import yaml
 from safetensors.torch import save_file
 
 from ddim.config import DiffusionConfig, ModelConfig, PixelConfig
-from ddim.sampling import PixelSampler, SamplerSettings, make_calibration_set
+from ddim.sampling import PixelSampler, PixelSamplerConfig, make_calibration_set
 from ddim.unet import UNet
 from qdiff.calibration.data import CalibrationData
 from qdiff.config import CalibrationConfig
@@ -60,9 +60,9 @@ def weights_file(folder: Path) -> Path:
 
 def sampler(timesteps: int = 8) -> PixelSampler:
     config = PixelConfig(Path("tiny"), MODEL, DiffusionConfig(), 16, None, {})
-    return PixelSampler(config, SamplerSettings(skip_type="quad", timesteps=timesteps), torch.device("cpu"))
+    return PixelSampler(config, PixelSamplerConfig(skip_type="quad", timesteps=timesteps), torch.device("cpu"))
 
 
 def rows(network: UNet, steps: int = 4, samples: int = 16) -> CalibrationData:
-    config = CalibrationConfig(steps=steps, samples=samples)
+    config = CalibrationConfig(num_timesteps=steps, samples=samples)
     return make_calibration_set(network, sampler(), 7, config).select(steps, samples)

@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 
-from qdiff.evaluation.trajectory import psnr, ssim, trajectory_errors
+from qdiff.evaluation.similarity import psnr, ssim
+from qdiff.evaluation.trajectory import trajectory_errors
 from tests.support import commands, tiny
 
 

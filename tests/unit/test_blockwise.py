@@ -238,12 +238,12 @@ def test_a_network_that_returns_no_tensor_is_named_before_work():
 def test_whole_trajectories_are_held_out():
     trajectories = torch.arange(8).repeat(5)
     rows = CalibrationData((torch.randn(40, 2), torch.arange(40.0)), trajectories)
-    found, begins = rows.arranged(0.25, 3)
+    found, begins = rows.split(0.25, 3)
     judges = set(found.trajectories[begins:].tolist())
     assert len(judges) == 2 and begins == 30 and not judges & set(found.trajectories[:begins].tolist())
     assert sorted(found.inputs[1].tolist()) == list(range(40))
     assert torch.equal(trajectories[found.inputs[1].long()], found.trajectories)
-    alone, begins = CalibrationData((torch.randn(40, 2),)).arranged(0.25, 3)
+    alone, begins = CalibrationData((torch.randn(40, 2),)).split(0.25, 3)
     assert len(alone) == 40 and begins == 30
 
 

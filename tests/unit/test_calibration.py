@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from ddim.family import PIXEL, describe
+from ddim.family import PIXEL, unet_config_dict
 from ldm.attention import CrossAttention
 from ldm.family import LATENT
 from qdiff.architecture import Architecture, AttentionMatMulSpec
@@ -16,7 +16,7 @@ from qdiff.calibration.blockwise import trace_execution
 from qdiff.calibration.data import CalibrationData, CalibrationSet, Recorder, load_set, save_set
 from qdiff.calibration.ranges import init_activation_ranges, timestep_group_bounds
 from qdiff.calibration.reconstruct import UnitData, reconstruct_activations, reconstruct_weights
-from qdiff.calibration.run import calibrate
+from qdiff.calibration.run import Calibration
 from qdiff.checkpoint import PackedInfo, load_packed, save_packed, save_published
 from qdiff.config import CalibrationConfig, QuantConfig
 from qdiff.errors import CheckpointError, ConfigError
@@ -26,7 +26,7 @@ from tests.support import golden, tiny
 
 CPU = torch.device("cpu")
 W4A8 = QuantConfig(weight_bit=4, quant_act=True, a_sym=True, split=True)
-SHORT = CalibrationConfig(steps=4, samples=16, batch_size=8, iters=60, lr=1e-2, iters_a=40)
+SHORT = CalibrationConfig(num_timesteps=4, samples=16, batch_size=8, iters=60, lr=1e-2, iters_a=40)
 
 
 def error(model, network, rows):
@@ -137,9 +137,9 @@ def test_ranges_do_not_depend_on_the_slices_of_an_attention(monkeypatch, method,
     rows = CalibrationData((torch.randn(24, 16, 32) * torch.linspace(0.5, 2, 24)[:, None, None], torch.arange(24.0)))
     bounds = timestep_group_bounds(rows, change["timestep_groups"]) if "timestep_groups" in change else ()
     quant = QuantConfig(quant_act=True, act_scale_method=method, time_bounds=bounds)
-    family = Architecture("attending", lambda _: None, {}, products=LATENT.products)
+    family = Architecture("attending", lambda _: None, {}, attention_matmuls=LATENT.attention_matmuls)
     monkeypatch.setattr(
-        "qdiff.calibration.ranges.SEARCH_ELEMENTS", 2**13
+        "qdiff.calibration.ranges.RULE_ELEMENTS", 2**13
     )  # fewer than there are, so that samples stand for all
     found = []
     for size in (2**28, 1):
@@ -186,17 +186,19 @@ def test_ranges_take_fewer_rows_where_memory_does_not_suffice(network, rows, cap
 
 def test_weights_of_one_network_serve_other_activations(network, rows, tmp_path):
     """`--resume_w`: the activations are those asked for, whatever the file with the weights was made with."""
-    first = calibrate(network, PIXEL, replace(W4A8, quant_act=False), replace(SHORT, iters=2), rows)
+    first = Calibration(network, PIXEL, replace(W4A8, quant_act=False), replace(SHORT, iters=2), rows).run()
     quant = replace(W4A8, act_bit=4, a_sym=False)
     target = quantize_model(network, PIXEL, quant)
     copy_weights(first, target)
-    model = calibrate(network, PIXEL, quant, replace(SHORT, iters_a=2), rows, target)
+    model = Calibration(network, PIXEL, quant, replace(SHORT, iters_a=2), rows, target).run()
     assert all(q.n_bits == 4 and not q.symmetric for q in model.conv_in.act_quantizers)
     integers = {name: layer.weight_quantizer.integers for name, layer in quant_layers(first).items()}
     assert all(
         torch.equal(layer.weight_quantizer.integers, integers[name]) for name, layer in quant_layers(model).items()
     )
-    save_packed(tmp_path / "packed.safetensors", model, PackedInfo(PIXEL.name, describe(tiny.MODEL), quant, {}, ""))
+    save_packed(
+        tmp_path / "packed.safetensors", model, PackedInfo(PIXEL.name, unet_config_dict(tiny.MODEL), quant, {}, "")
+    )
     with torch.no_grad():
         assert torch.equal(load_packed(tmp_path / "packed.safetensors")[0](*rows.inputs), model(*rows.inputs))
 
@@ -214,7 +216,7 @@ def test_what_cannot_be_quantized_is_named():
     with pytest.raises(NotImplementedError, match="0: padding_mode 'circular'"):
         quantize_model(net, Architecture("odd", lambda _: None, {}), QuantConfig())
     family = Architecture(
-        "odd", lambda _: None, {}, products={nn.Sequential: {"qk": AttentionMatMulSpec({"q": "q", "k": "k"})}}
+        "odd", lambda _: None, {}, attention_matmuls={nn.Sequential: {"qk": AttentionMatMulSpec({"q": "q", "k": "k"})}}
     )
     with pytest.raises(TypeError, match="Sequential has no product qk"):
         quantize_model(nn.Sequential(nn.Linear(4, 4)), family, QuantConfig())
@@ -250,10 +252,12 @@ def test_calibration_beats_nearest_rounding_and_leaves_the_model_alone(network, 
     """
     caplog.set_level(logging.INFO, "qdiff.calibration.run")
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    recipe = CalibrationConfig(steps=4, samples=16, batch_size=16, iters=120, lr=3e-2, iters_a=0)
+    recipe = CalibrationConfig(num_timesteps=4, samples=16, batch_size=16, iters=120, lr=3e-2, iters_a=0)
     weights = QuantConfig(weight_bit=4, split=True)
-    nearest = calibrate(network, PIXEL, QuantConfig(**{**weights.to_dict(), "quant_mode": "linear"}), recipe, rows)
-    calibrated = calibrate(network, PIXEL, weights, recipe, rows)
+    nearest = Calibration(
+        network, PIXEL, QuantConfig(**{**weights.to_dict(), "quant_mode": "linear"}), recipe, rows
+    ).run()
+    calibrated = Calibration(network, PIXEL, weights, recipe, rows).run()
     pairs = [tuple(map(float, found)) for found in re.findall(r"held-out error (\S+) -> (\S+), ", caplog.text)]
     assert len(pairs) == len(units(calibrated, PIXEL))
     ratios = [after / start for start, after in pairs]
@@ -264,17 +268,21 @@ def test_calibration_beats_nearest_rounding_and_leaves_the_model_alone(network, 
 
 
 def test_calibration_repeats_bit_for_bit(network, rows):
-    config = CalibrationConfig(steps=4, samples=16, batch_size=8, iters=5, lr=1e-2, iters_a=5)
-    first, second = (calibrate(network, PIXEL, W4A8, config, rows).state_dict() for _ in range(2))
+    config = CalibrationConfig(num_timesteps=4, samples=16, batch_size=8, iters=5, lr=1e-2, iters_a=5)
+    first, second = (Calibration(network, PIXEL, W4A8, config, rows).run().state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_dropout_is_off_while_calibrating(network, rows):
     training = tiny.unet()
     training.train()
-    calibrated = calibrate(training, PIXEL, W4A8, CalibrationConfig(steps=4, samples=16, iters=3, iters_a=0), rows)
+    calibrated = Calibration(
+        training, PIXEL, W4A8, CalibrationConfig(num_timesteps=4, samples=16, iters=3, iters_a=0), rows
+    ).run()
     assert not any(module.training for module in calibrated.modules())
-    reference = calibrate(network, PIXEL, W4A8, CalibrationConfig(steps=4, samples=16, iters=3, iters_a=0), rows)
+    reference = Calibration(
+        network, PIXEL, W4A8, CalibrationConfig(num_timesteps=4, samples=16, iters=3, iters_a=0), rows
+    ).run()
     assert torch.equal(calibrated(*rows.inputs), reference(*rows.inputs))
 
 
@@ -290,7 +298,7 @@ def test_adaround_beats_nearest_on_one_layer():
     layer, data = _unit()
     result = reconstruct_weights(layer, [layer], data, "max", CalibrationConfig(iters=400, lr=1e-2), 0, lambda _: None)
     assert result.after < 0.8 * result.before
-    assert result.after == pytest.approx(data.held_out_error(layer, 2.0))
+    assert result.after == pytest.approx(data.validation_loss(layer, 2.0))
 
 
 def test_a_diverging_activation_phase_keeps_the_start():
@@ -324,12 +332,14 @@ def test_activation_phase_mends_a_bad_step_size():
     config = CalibrationConfig(iters_a=200, lr_a=1e-2)
     result = reconstruct_activations(layer, layer.act_quantizers, data, config, 0, lambda _: None)
     assert result.after < 0.5 * result.before
-    assert result.after == pytest.approx(data.held_out_error(layer, config.p))
+    assert result.after == pytest.approx(data.validation_loss(layer, config.p))
 
 
 def test_sixteen_bit_softmax_stays_fixed(network, rows):
     quant = QuantConfig(weight_bit=4, quant_act=True, sm_abit=16, split=True)
-    model = calibrate(network, PIXEL, quant, CalibrationConfig(steps=4, samples=16, iters=2, iters_a=0), rows)
+    model = Calibration(
+        network, PIXEL, quant, CalibrationConfig(num_timesteps=4, samples=16, iters=2, iters_a=0), rows
+    ).run()
     kept = {name: q.scale.clone() for name, q in act_quantizers(model).items() if q.is_softmax}
     block = model.mid.attn_1
     x = torch.randn(64, 32, 4, 4)
@@ -417,7 +427,7 @@ def test_time_step_sets_round_trip_and_serve_rows_of_different_times(network, ro
     """A batch of mixed times equals its rows one by one; the packed file keeps the sets, the published format refuses them."""
     quant = replace(W4A8, time_bounds=timestep_group_bounds(rows, 3))
     assert len(quant.time_bounds) == 2
-    model = calibrate(network, PIXEL, quant, replace(SHORT, iters=3, iters_a=3, iters_tune=3), rows)
+    model = Calibration(network, PIXEL, quant, replace(SHORT, iters=3, iters_a=3, iters_tune=3), rows).run()
     deltas = [q.scale for q in act_quantizers(model).values()]
     assert all(scale.shape == (3,) for scale in deltas) and any(scale.unique().numel() == 3 for scale in deltas)
     x, t = (part[::7].double() for part in rows.inputs)
@@ -426,7 +436,7 @@ def test_time_step_sets_round_trip_and_serve_rows_of_different_times(network, ro
     apart = torch.cat([model(x[i : i + 1], t[i : i + 1]) for i in range(len(x))])
     assert golden.relative_error(together, apart) < 1e-9
     model.float()
-    info = PackedInfo(PIXEL.name, describe(tiny.MODEL), quant, {}, "")
+    info = PackedInfo(PIXEL.name, unet_config_dict(tiny.MODEL), quant, {}, "")
     save_packed(tmp_path / "sets.safetensors", model, info)
     loaded, read = load_packed(tmp_path / "sets.safetensors")
     assert read.config == quant and torch.equal(loaded(*rows.inputs), model(*rows.inputs))

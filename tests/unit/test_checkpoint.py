@@ -249,4 +249,4 @@ def test_header_tells_how_it_was_made(files):
     folder, _, quant = files
     _, info = load_packed(folder / "q.safetensors")
     assert info.calibration == {"iters": 1} and info.config == quant and len(info.source_sha256) == 64
-    assert json.loads(json.dumps(info.build))["ch"] == tiny.MODEL.ch
+    assert json.loads(json.dumps(info.unet_config))["ch"] == tiny.MODEL.ch

@@ -15,9 +15,8 @@ import torch
 from torch import nn
 
 from ddim.family import PIXEL
-from qdiff import quantizers as Q
 from qdiff.calibration.ranges import timestep_group_bounds
-from qdiff.calibration.run import calibrate
+from qdiff.calibration.run import Calibration
 from qdiff.config import CalibrationConfig
 from qdiff.engines import cpu, cpu_kernels, probe, select
 from qdiff.engines.cpu import to_integer
@@ -25,6 +24,7 @@ from qdiff.engines.deferred import DeferredTensor
 from qdiff.engines.select import apply_engine
 from qdiff.errors import ConfigError
 from qdiff.layers import ActQuantizer, QuantConv1d, QuantConv2d, QuantLinear, QuantMatMul
+from qdiff.scale_rules import choose_qparams
 from tests.support import golden, tiny
 from tests.support.engines import LINEAR, attention_product, check, network_of, quantized_layer, right, skip_numbers
 
@@ -105,7 +105,7 @@ def test_every_attention_product_is_exact(operators):
         operands = [torch.softmax(torch.randn(4, 19, 13) * 4, 2), torch.randn(4, 13, 8)]
         for quantizer, x in zip(attention.act_quantizers, operands, strict=True):
             quantizer.set_qparams(
-                *Q.choose_qparams(x, quantizer.n_bits, symmetric=quantizer.symmetric, always_zero=quantizer.always_zero)
+                *choose_qparams(x, quantizer.n_bits, symmetric=quantizer.symmetric, always_zero=quantizer.always_zero)
             )
             quantizer.enabled = True
             x.copy_(quantizer(x))  # so that no value lies on the edge between two integers
@@ -122,9 +122,9 @@ def test_whole_networks_are_as_near_to_float64_as_float32_is(tmp_path):
     compared = []
     for kind, bits, symmetric in product(KINDS, [4, 8], [True, False]):
         network, family, rows = network_of(kind, tmp_path)
-        simulated = calibrate(
+        simulated = Calibration(
             network, family, replace(LINEAR, weight_bit=bits, a_sym=symmetric), CalibrationConfig(), rows
-        )
+        ).run()
         integer, exact = to_integer(simulated), copy.deepcopy(simulated).double()
         errors = {"integer": [], "simulated": []}
         for i in range(8):
@@ -146,7 +146,7 @@ def test_bfloat16_between_the_products_costs_no_more_than_its_rounding(operators
     compared = []
     for kind, bits in product(KINDS, [4, 8]):
         network, family, rows = network_of(kind, tmp_path)
-        simulated = calibrate(network, family, replace(LINEAR, weight_bit=bits), CalibrationConfig(), rows)
+        simulated = Calibration(network, family, replace(LINEAR, weight_bit=bits), CalibrationConfig(), rows).run()
         inputs = tuple(part[::8] for part in rows.inputs)
         integer, exact = to_integer(simulated), simulated(*inputs)
         seen = set()
@@ -195,7 +195,7 @@ def test_bfloat16_keeps_what_weight_zero_points_leave(operators):
 @torch.no_grad()
 def test_autocast_keeps_integer_products(tmp_path):
     network, family, rows = network_of("text", tmp_path)
-    simulated = calibrate(network, family, replace(LINEAR, sm_abit=16, a_sym=False), CalibrationConfig(), rows)
+    simulated = Calibration(network, family, replace(LINEAR, sm_abit=16, a_sym=False), CalibrationConfig(), rows).run()
     integer = to_integer(simulated)
     with torch.autocast("cpu", torch.bfloat16):
         found = integer(*rows.inputs)
@@ -212,9 +212,9 @@ def test_autocast_keeps_integer_products(tmp_path):
 def test_time_step_sets_and_mixed_rows():
     network = tiny.unet()
     rows = tiny.rows(network)
-    simulated = calibrate(
+    simulated = Calibration(
         network, PIXEL, replace(LINEAR, time_bounds=timestep_group_bounds(rows, 3)), CalibrationConfig(), rows
-    )
+    ).run()
     integer, exact = to_integer(simulated), copy.deepcopy(simulated).double()
     times = rows.inputs[1][::16].contiguous()
     assert set(torch.bucketize(times, simulated.timestep_groups.bounds, right=True).tolist()) == {0, 1, 2}
@@ -227,17 +227,17 @@ def test_time_step_sets_and_mixed_rows():
 
 
 def test_what_cannot_run_on_integers_stays(network, rows, monkeypatch):
-    simulated = calibrate(network, PIXEL, LINEAR, CalibrationConfig(), rows)
-    weights_only = calibrate(network, PIXEL, replace(LINEAR, quant_act=False), CalibrationConfig(), rows)
+    simulated = Calibration(network, PIXEL, LINEAR, CalibrationConfig(), rows).run()
+    weights_only = Calibration(network, PIXEL, replace(LINEAR, quant_act=False), CalibrationConfig(), rows).run()
     assert apply_engine(weights_only, "auto") is weights_only
-    with pytest.raises(ConfigError, match="engine integer: activations"):
+    with pytest.raises(ConfigError, match="^engine integer: activations"):
         apply_engine(weights_only, "integer")
     with pytest.raises(ConfigError, match="not quantized"):
         apply_engine(network, "integer")
     assert apply_engine(simulated, "simulated") is simulated
     assert apply_engine(simulated, "auto") is simulated  # layers of few weights: integers are not faster
     assert apply_engine(simulated, "integer") is not simulated
-    monkeypatch.setattr(select, "NARROW", 0)
+    monkeypatch.setattr(select, "MIN_MEAN_WEIGHTS", 0)
     assert apply_engine(simulated, "auto") is not simulated
     monkeypatch.setattr(probe, "why_unavailable", lambda: "no VNNI")
     assert apply_engine(simulated, "auto") is simulated
@@ -288,24 +288,24 @@ def test_operations_in_place_reach_activations_between_products(operators):
 def test_the_result_of_a_network_is_an_ordinary_tensor(operators):
     network = tiny.unet()
     rows = tiny.rows(network)
-    integer = to_integer(calibrate(network, PIXEL, LINEAR, CalibrationConfig(), rows))
+    integer = to_integer(Calibration(network, PIXEL, LINEAR, CalibrationConfig(), rows).run())
     found = integer(*(part[:2] for part in rows.inputs))
     assert type(found) is torch.Tensor and found.clamp_(0, 0).abs().max() == 0
 
 
 @torch.no_grad()
 def test_a_prepared_network_is_on_its_own(monkeypatch):
-    monkeypatch.setattr(select, "NARROW", 0)
+    monkeypatch.setattr(select, "MIN_MEAN_WEIGHTS", 0)
     network = tiny.unet()
     rows = tiny.rows(network)
     inputs = tuple(part[:2] for part in rows.inputs)
-    simulated = calibrate(
+    simulated = Calibration(
         network,
         PIXEL,
         replace(LINEAR, sm_abit=16, time_bounds=timestep_group_bounds(rows, 2)),
         CalibrationConfig(),
         rows,
-    )
+    ).run()
     integer = apply_engine(simulated)
     expected = integer(*inputs)
     assert apply_engine(integer) is integer and to_integer(integer) is integer
@@ -352,7 +352,7 @@ def test_zero_points_whose_sums_leave_int32_are_simulated(kind):
             layer = QuantMatMul({"q": ActQuantizer(8, False), "k": ActQuantizer(8, False)})
             inputs = (x, x.transpose(1, 2) - x.mean())
             for quantizer, part in zip(layer.act_quantizers, inputs, strict=True):
-                quantizer.set_qparams(*Q.choose_qparams(part, 8, method="mse"))
+                quantizer.set_qparams(*choose_qparams(part, 8, method="mse"))
                 quantizer.enabled = True
         else:
             inputs = (x,)
@@ -380,7 +380,7 @@ from qdiff.calibration.run import calibrate
 from qdiff.config import CalibrationConfig, QuantConfig
 from qdiff.engines import select
 from qdiff.engines.select import apply_engine
-select.NARROW = 0
+select.MIN_MEAN_WEIGHTS = 0
 network = tiny.unet()
 rows = tiny.rows(network)
 quant = QuantConfig(weight_bit=8, quant_act=True, split=True, quant_mode="linear")
@@ -419,7 +419,7 @@ def test_group_statistics_are_those_of_float64(operators, mean, shifted):
     data, coef, sums = torch.randn(2, 150, 13), torch.randn(12) / 8, torch.randn(2, 150)
     data[..., :12] += mean * (0.5 if shifted else 1)
     shift = torch.randn(2, 12) + mean / 2 if shifted else None
-    rows = cpu_kernels.ChannelsLastView(data, 2, 150, 12, 13, coef, sums)
+    rows = cpu_kernels.ChannelsLastView(data, 2, 150, 12, 13, (coef, sums))
     found = rows.stats(shift, 3, 1e-5)
     values = (
         data[..., :12].double() - coef.double() * sums[..., None].double() + (shift.double()[:, None] if shifted else 0)
@@ -438,14 +438,14 @@ def test_operators_without_a_compiler_are_the_same(dtype):
         pytest.skip("no C++ compiler")
     torch.manual_seed(0)
     data, coef, sums = torch.randn(2, 35, 13).to(dtype), torch.randn(12), torch.randn(2, 35)
-    rows = cpu_kernels.ChannelsLastView(data, 2, 35, 12, 13, coef, sums)
+    rows = cpu_kernels.ChannelsLastView(data, 2, 35, 12, 13, (coef, sums))
     shift, a, b, other = torch.randn(2, 12), torch.rand(2, 12), torch.randn(2, 12), torch.randn(2, 35, 12).to(dtype)
-    compiled = [*rows.stats(shift, 4, 1e-5), rows.values(a, b, True, other), rows.values(None, None, False)]
-    bytes_compiled, sums_compiled = rows.quantize(a, b, True, 0.05, -128, 127, 128)
+    compiled = [*rows.stats(shift, 4, 1e-5), rows.values((a, b), True, other), rows.values(None, False)]
+    bytes_compiled, sums_compiled = rows.quantize((a, b), True, 0.05, -128, 127, 128)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu_kernels, "library", lambda: None)
-        plain = [*rows.stats(shift, 4, 1e-5), rows.values(a, b, True, other), rows.values(None, None, False)]
-        bytes_plain, sums_plain = rows.quantize(a, b, True, 0.05, -128, 127, 128)
+        plain = [*rows.stats(shift, 4, 1e-5), rows.values((a, b), True, other), rows.values(None, False)]
+        bytes_plain, sums_plain = rows.quantize((a, b), True, 0.05, -128, 127, 128)
     for found, expected in zip(compiled, plain, strict=True):
         # bfloat16: a few results lie on the edge between two
         assert found.dtype == expected.dtype

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ddim.family import PIXEL
-from qdiff.calibration.run import calibrate
+from qdiff.calibration.run import Calibration
 from qdiff.config import CalibrationConfig
 from qdiff.engines.cuda import Int8Linear, PackedLayer, fuse_attention, to_packed
 from qdiff.engines.select import apply_engine, on_gpu
@@ -71,7 +71,7 @@ def test_what_does_not_fit_int8_is_told_apart():
     x = torch.randn(20, 16)
     fits = lambda layer, **changes: Int8Linear.fits(
         quantized_layer(layer, QuantLinear, changes.get("bits", 8), True, "max", x)
-    )  # noqa: E731
+    )
     assert fits(nn.Linear(16, 8)) and not fits(nn.Linear(16, 9)) and not fits(nn.Linear(16, 8), bits=12)
     far = quantized_layer(nn.Linear(16, 8), QuantLinear, 8, False, "mse", x.clamp(0, 1) + 1e4)
     assert far.act_quantizer.zero_point.abs() > 1e6 and not Int8Linear.fits(far)  # its sums would leave int32
@@ -91,7 +91,7 @@ def test_few_rows_run_as_the_packed_layer():
 def simulated(kind, folder):
     """A tiny quantized network of a family and inputs of it."""
     model, family, rows = network_of(kind, folder)
-    return calibrate(model, family, replace(LINEAR, a_sym=False), CalibrationConfig(), rows), tuple(
+    return Calibration(model, family, replace(LINEAR, a_sym=False), CalibrationConfig(), rows).run(), tuple(
         part[:4] for part in rows.inputs
     )
 
@@ -119,8 +119,8 @@ def test_whole_networks_are_the_simulation(kind, tmp_path):
 
 def test_int8_products_that_would_not_be_used_are_refused():
     network = tiny.unet()
-    quantized = calibrate(network, PIXEL, replace(LINEAR, act_bit=16), CalibrationConfig(), tiny.rows(network))
-    with pytest.raises(ConfigError, match="--engine integer: no linear layer"):
+    quantized = Calibration(network, PIXEL, replace(LINEAR, act_bit=16), CalibrationConfig(), tiny.rows(network)).run()
+    with pytest.raises(ConfigError, match="^engine integer: no linear layer"):
         on_gpu(quantized, int8_products=True)
     with pytest.raises(ConfigError, match="not quantized"):
         on_gpu(network, int8_products=True)

@@ -459,13 +459,12 @@ def test_clip_score_of_a_small_model(tmp_path):
     assert whole.tokenizer("a red")["input_ids"] == tokenizer("a red")["input_ids"]
 
 
-def test_likeness_of_batches_is_that_of_all_images():
-    from qdiff.evaluation.likeness import likeness
-    from qdiff.evaluation.trajectory import psnr
+def test_similarity_of_batches_is_that_of_all_images():
+    from qdiff.evaluation.similarity import image_similarity, psnr
 
     first, second, network = pictures.make(6, 0), pictures.make(6, 1), load_lite0()
-    found = likeness(zip(first.split(4), second.split(4), strict=True), network)
+    found = image_similarity(zip(first.split(4), second.split(4), strict=True), network)
     assert found.psnr == pytest.approx(psnr(first, second), rel=1e-9) and 0 < found.ssim < 1 and found.perceptual > 0
-    same = likeness([(first, first)], network)
+    same = image_similarity([(first, first)], network)
     assert (same.psnr, same.perceptual) == (float("inf"), 0.0)
     assert same.ssim > 0.999 > found.ssim  # float32 squares of up to 255 leave it at 0.9997 on flat images

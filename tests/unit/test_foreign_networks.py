@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import qdiff
-from qdiff import quantizers as Q
 from qdiff.engines import cpu, cpu_kernels
 from qdiff.engines.cpu import to_integer
 from qdiff.engines.cuda import PackedLayer, to_packed
@@ -17,6 +16,7 @@ from qdiff.engines.onnx import exportable
 from qdiff.engines.select import apply_engine
 from qdiff.errors import ConfigError
 from qdiff.layers import QuantConv1d, QuantConv2d, QuantLinear
+from qdiff.scale_rules import choose_qparams
 from tests.support import golden
 from tests.support.engines import attention_product, check, quantized_layer, right, skip_numbers
 from tests.support.foreign import INPUTS, QUICK, Denoiser, Residual
@@ -89,7 +89,7 @@ def test_attention_products_of_every_shape_are_exact(operators):
         a, b = torch.rand(first), torch.randn(second)
         for quantizer, x in zip(product.act_quantizers, (a, b), strict=True):
             quantizer.set_qparams(
-                *Q.choose_qparams(x, 8, symmetric=quantizer.symmetric, always_zero=quantizer.always_zero)
+                *choose_qparams(x, 8, symmetric=quantizer.symmetric, always_zero=quantizer.always_zero)
             )
             quantizer.enabled = True
             x.copy_(quantizer(x))  # so that no value lies on the edge between two integers
@@ -263,7 +263,7 @@ def test_wrong_numbers_of_channels_are_the_layers_own_errors():
 
 def test_engines_that_cannot_be_are_named():
     network = Network(lambda network, x: network.conv(x))
-    with pytest.raises(ConfigError, match="--engine integers: expected one of auto, integer, simulated"):
+    with pytest.raises(ConfigError, match="^engine integers: expected one of auto, integer, simulated"):
         apply_engine(network, "integers")
     depthwise = nn.Sequential(convolution(groups=8))
     with pytest.raises(ConfigError, match="no layer has a form"):
@@ -287,7 +287,11 @@ def test_any_number_of_threads_gives_the_same_bits():
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             found.append(
-                [*rows.stats(None, 4, 1e-5), rows.values(a, b, True), *rows.quantize(a, b, True, 0.05, -128, 127, 128)]
+                [
+                    *rows.stats(None, 4, 1e-5),
+                    rows.values((a, b), True),
+                    *rows.quantize((a, b), True, 0.05, -128, 127, 128),
+                ]
             )
     finally:
         torch.set_num_threads(before)

@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ddim.family import PIXEL
-from qdiff.checkpoint import load_packed, load_published, read_packed_info
+from qdiff.checkpoint import PackedFile, load_packed, load_published
 from qdiff.config import QuantConfig
 from qdiff.model import act_quantizers, enable_activations, quant_layers
 from tests.support import golden
@@ -52,7 +52,7 @@ def model(request: pytest.FixtureRequest) -> nn.Module:
     """The network, read from the file of each format."""
     if request.param == "packed":
         return load_packed(FROZEN / "tiny_w4a8.safetensors")[0]
-    build = read_packed_info(FROZEN / "tiny_w4a8.safetensors").build
+    build = PackedFile.open(FROZEN / "tiny_w4a8.safetensors").info.unet_config
     return load_published(FROZEN / "tiny_w4a8.pth", build, PIXEL, QUANT)
 
 
@@ -92,7 +92,7 @@ def test_the_outputs_are_those_of_the_version_that_wrote_the_files(model, expect
 
 
 def test_the_header_of_the_packed_file_is_understood():
-    info = read_packed_info(FROZEN / "tiny_w4a8.safetensors")
+    info = PackedFile.open(FROZEN / "tiny_w4a8.safetensors").info
     assert info.family == "pixel" and info.config == QUANT and info.model_parts is None
-    assert info.calibration["iters"] == 40 and info.build["ch"] == 4
+    assert info.calibration["iters"] == 40 and info.unet_config["ch"] == 4
     assert info.source_sha256 == "158b2e419b3e68e2c6f52b3eb56a9b30b321a74a8edf57f3fc0fa4bb04181554"

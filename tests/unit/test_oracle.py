@@ -28,6 +28,7 @@ from qdiff import quantizers as Q
 from qdiff.config import QuantConfig
 from qdiff.layers import ActQuantizer, QuantConv1d, QuantConv2d, QuantLayer, QuantLinear, WeightQuantizer
 from qdiff.model import act_quantizers, enable_activations, init_weights, quantize_model
+from qdiff.scale_rules import choose_qparams
 from tests.support import oracle
 
 WIDTHS = (2, 3, 4, 8, 16)
@@ -84,7 +85,7 @@ def test_scales(rule):
         settings = {"symmetric": symmetric, "always_zero": always_zero}
         for channel_wise in (False, True):
             case = (kind, rule, n_bits, symmetric, always_zero, channel_wise)
-            scale, zero = Q.choose_qparams(x, n_bits, channel_wise=channel_wise, method=rule, **settings)
+            scale, zero = choose_qparams(x, n_bits, channel_wise=channel_wise, method=rule, **settings)
             reference = oracle.channel_scales if channel_wise else oracle.scale
             expected_delta, expected_zero = reference(array(x), n_bits, rule, **settings)
             assert error(scale, expected_delta) <= (4 if rule == "mse" else 1) * FLOAT32, case
@@ -95,7 +96,7 @@ def test_degenerate_ranges_get_the_least_step_size():
     """The zero point of a constant negative channel exceeds 2^24; float32 does not hold them all."""
     for value, rule, symmetric in itertools.product((0.0, 2.0, -0.1914), RULES, (False, True)):
         x = torch.full((3, 5), value)
-        scale, zero = Q.choose_qparams(x, 4, method=rule, symmetric=symmetric)
+        scale, zero = choose_qparams(x, 4, method=rule, symmetric=symmetric)
         expected = oracle.scale(array(x), 4, rule, symmetric)
         assert error(scale, expected[0]) <= 4 * FLOAT32 and error(zero, expected[1]) <= 4 * FLOAT32
 
@@ -158,7 +159,7 @@ def test_adaround():
     weight, noise = normal(6, 50, seed=5), 3 * normal(6, 50, seed=6)
     noise[:, 0] = 0.0
     for n_bits, rule in itertools.product(WIDTHS, RULES):
-        scale, zero = (part.double() for part in Q.choose_qparams(weight, n_bits, channel_wise=True, method=rule))
+        scale, zero = (part.double() for part in choose_qparams(weight, n_bits, channel_wise=True, method=rule))
         w, d, z = array(weight), array(scale), array(zero)
         initial = Q.init_alpha(weight, scale)
         # Near the ends h is flat, and alpha is known less well: so it is compared by the roundings that it
@@ -441,9 +442,13 @@ def sampler_error(
     steps: list[int] | int,
     **eta: float,
 ) -> float:
-    """The error of one of our samplers from the oracle's; both have the same start and the same noises."""
+    """The error of one of our samplers from the oracle's; both have the same start and the same noises.
+
+    The oracle's DPM-Solvers take the number of steps; ours take the grid.
+    """
     x, noises = normal(*SHAPE, seed=14), Noises()
-    found = ours(denoiser, x, torch.from_numpy(a_bar), steps, noises.draw, **eta)
+    timesteps = ddim.samplers.dpm_solver_timesteps(steps) if isinstance(steps, int) else torch.tensor(steps)
+    found = ours(denoiser, x, torch.from_numpy(a_bar), timesteps, noises.draw, **eta)
     result = error(found, reference(eps, array(x), a_bar, steps, noises.again(), **eta))
     assert noises.taken == len(noises.kept)
     return result
@@ -455,8 +460,8 @@ def test_schedules_and_steps():
     assert error(config.alphas_cumprod, oracle.alpha_bars(oracle.latent_betas(0.00085, 0.012))) < EXACT
     for steps in (*range(2, 60), *range(60, 1001, 37), 100, 300, 400, 500, 501, 999, 1000):
         for skip_type in ("uniform", "quad"):
-            assert ddim.samplers.ddim_steps(skip_type, steps) == oracle.pixel_steps(skip_type, steps)
-        assert ldm.samplers.latent_steps(steps) == oracle.latent_steps(steps)
+            assert ddim.samplers.ddim_timesteps(skip_type, steps).tolist() == oracle.pixel_steps(skip_type, steps)
+        assert ldm.samplers.latent_timesteps(steps).tolist() == oracle.latent_steps(steps)
         assert ddim.samplers.dpm_solver_orders(steps) == oracle.single_step_orders(steps)
 
 
@@ -465,9 +470,9 @@ def alpha_in_float64(a_bar: Tensor, t: int) -> Tensor:
     return a_bar[t] if t >= 0 else torch.ones((), dtype=torch.float64)
 
 
-def alphas_in_float64(a_bar: Tensor, steps: list[int]) -> tuple[Tensor, Tensor]:
+def alphas_in_float64(a_bar: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
     """Stands for `ldm.samplers._alphas`."""
-    return a_bar[steps], torch.cat([a_bar[:1], a_bar[steps[:-1]]])
+    return a_bar[timesteps], torch.cat([a_bar[:1], a_bar[timesteps[:-1]]])
 
 
 @pytest.fixture(params=["float32", "float64"])

@@ -1,4 +1,4 @@
-"""Networks that predict v or x0 sample what the same network sampled as eps; values that are not finite numbers stop a run."""
+"""Networks that predict v or x0 sample what the same network sampled as eps. Values that are not finite stop a run."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from ddim.config import DiffusionConfig, PixelConfig
-from ddim.sampling import PixelSampler, SamplerSettings, make_calibration_set
+from ddim.sampling import PixelSampler, PixelSamplerConfig, make_calibration_set
 from ldm.config import load_config
-from ldm.sampling import LatentSampler, LatentSettings
+from ldm.sampling import LatentSampler, LatentSamplerConfig
 from qdiff.config import CalibrationConfig
 from qdiff.errors import ConfigError, NonFiniteError
 from qdiff.prediction import Prediction
@@ -42,7 +42,7 @@ def predicting(kind, alphas_cumprod):
 
 def pixel_sampler(kind, sample_type):
     config = PixelConfig(Path("tiny"), tiny.MODEL, DiffusionConfig(parameterization=kind), 16, None, {})
-    return PixelSampler(config, SamplerSettings(sample_type, "uniform", STEPS), CPU)
+    return PixelSampler(config, PixelSamplerConfig(sample_type, "uniform", STEPS), CPU)
 
 
 @pytest.mark.parametrize("kind", ["v", "x0"])
@@ -69,7 +69,7 @@ def test_latent_samplers_with_guidance(latent_config, kind, name, scale):
     samples = {}
     for one in ("eps", kind):
         config = replace(short, parameterization=one)
-        settings = LatentSettings(name, STEPS, 0.0, scale)
+        settings = LatentSamplerConfig(name, STEPS, 0.0, scale)
         sampler = LatentSampler(config, settings, CPU, conditions=lambda indices: (contexts[0], contexts[1]))
         samples[one] = sampler(predicting(one, config.alphas_cumprod), range(2), seed=1)
     assert golden.relative_error(samples[kind], samples["eps"]) < 1e-4
@@ -80,7 +80,7 @@ def test_a_calibration_set_holds_the_same_inputs():
     for kind in ("eps", "v"):
         sampler = pixel_sampler(kind, "generalized")
         network = predicting(kind, sampler.prediction.alphas_cumprod)
-        sets[kind] = make_calibration_set(network, sampler, 1, CalibrationConfig(steps=3, samples=4))
+        sets[kind] = make_calibration_set(network, sampler, 1, CalibrationConfig(num_timesteps=3, samples=4))
     for first, second in zip(sets["eps"].xs, sets["v"].xs, strict=True):
         assert golden.relative_error(second, first) < 1e-5
 
@@ -102,6 +102,6 @@ def test_the_first_step_that_is_not_finite_is_told(step, value):
             output[1, 0, 2, 2] = value
         return output
 
-    with pytest.raises(NonFiniteError, match=rf"the UNet: .* first at step {step + 1} of {len(sampler.steps)} "):
+    with pytest.raises(NonFiniteError, match=rf"the UNet: .* first at step {step + 1} of {sampler.evaluations} "):
         sampler(network, range(2), seed=1)
-    assert len(calls) == len(sampler.steps)  # nothing is read in a step: the run of the batch ends first
+    assert len(calls) == sampler.evaluations  # nothing is read in a step: the run of the batch ends first

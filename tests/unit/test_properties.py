@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ddim.config import ModelConfig
-from ddim.family import PIXEL, describe
+from ddim.family import PIXEL, unet_config_dict
 from ddim.unet import UNet
 from qdiff import quantizers as Q
 from qdiff.checkpoint import (
@@ -32,6 +32,7 @@ from qdiff.config import QuantConfig
 from qdiff.errors import CheckpointError, ConfigError
 from qdiff.layers import ActQuantizer
 from qdiff.model import act_quantizers, enable_activations, init_weights, quantize_model
+from qdiff.scale_rules import choose_qparams
 from qdiff.utils.files import atomic_write
 
 REPEATABLE = {"derandomize": True, "deadline": None, "database": None}
@@ -128,7 +129,7 @@ def test_activation_quantizers_give_the_same_bits_whether_they_learn_or_not(data
 @given(seeds, widths, st.booleans(), st.sampled_from(RULES), st.booleans(), st.floats(-3, 3))
 def test_scales_are_positive_and_zero_points_whole(seed, n_bits, symmetric, rule, channel_wise, shift):
     x = torch.randn(3, 20, generator=generator(seed)) * torch.tensor([[1e-3], [1.0], [50.0]]) + shift
-    scale, zero = Q.choose_qparams(x, n_bits, symmetric=symmetric, channel_wise=channel_wise, method=rule)
+    scale, zero = choose_qparams(x, n_bits, symmetric=symmetric, channel_wise=channel_wise, method=rule)
     assert bool((scale >= Q.MIN_SCALE).all() and scale.isfinite().all())
     assert torch.equal(zero, zero.round()) and (not symmetric or not zero.any())
     if rule == "max" and x.min() <= 0 <= x.max() and not channel_wise:
@@ -237,7 +238,7 @@ def assert_same(found: nn.Module, expected: nn.Module) -> None:
 def test_packed_files_give_back_what_was_saved(tmp_path_factory, quant, seed):
     path = tmp_path_factory.mktemp("packed") / "q.safetensors"
     unet, model = quantized(quant, seed)
-    info = PackedInfo("pixel", describe(MODEL), quant, {"iters": 1}, state_hash(unet.state_dict()))
+    info = PackedInfo("pixel", unet_config_dict(MODEL), quant, {"iters": 1}, state_hash(unet.state_dict()))
     save_packed(path, model, info)
     found, found_info = load_packed(path)
     assert_same(found, model)
@@ -258,7 +259,7 @@ def test_published_files_give_back_what_was_saved(tmp_path_factory, quant, seed)
         quant = replace(quant, time_bounds=())
         unet, model = quantized(quant, seed)
     save_published(path, model, PIXEL, unet.state_dict(), quant.quant_act)
-    assert_same(load_published(path, describe(MODEL), PIXEL, quant), model)
+    assert_same(load_published(path, unet_config_dict(MODEL), PIXEL, quant), model)
 
 
 # --- settings and atomic writing ---------------------------------------------------------------------

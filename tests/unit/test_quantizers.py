@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qdiff import quantizers as Q
+from qdiff.scale_rules import choose_qparams
 from tests.support import golden
 
 
@@ -13,7 +14,7 @@ from tests.support import golden
 def test_saturated_alpha_gives_back_any_integers(n_bits):
     torch.manual_seed(n_bits)
     w = torch.randn(8, 20)
-    scale, zero = Q.choose_qparams(w, n_bits, channel_wise=True, method="mse")
+    scale, zero = choose_qparams(w, n_bits, channel_wise=True, method="mse")
     down = torch.rand_like(w) < 0.5
     integers = torch.clamp(torch.where(down, (w / scale).floor(), (w / scale).ceil()) + zero, 0, 2**n_bits - 1)
     alpha = Q.alpha_from_integers(w, integers, scale, zero)
@@ -26,7 +27,7 @@ def test_saturated_alpha_gives_back_any_integers(n_bits):
 @pytest.mark.parametrize("n_bits", [2, 3, 8, 16])
 def test_error_of_the_max_rule_is_half_a_step(n_bits, symmetric):
     x = torch.linspace(-3, 2, 1001)
-    scale, zero = Q.choose_qparams(x, n_bits, symmetric=symmetric)
+    scale, zero = choose_qparams(x, n_bits, symmetric=symmetric)
     error = (Q.fake_quantize(x, scale, zero, n_bits, symmetric) - x).abs().max().item()
     # an asymmetric zero point is rounded too: the far end may be clamped by up to half a step more
     assert error <= scale.item() * (0.5 if symmetric else 1.0) * (1 + 1e-3)
@@ -37,14 +38,14 @@ def test_mse_never_does_worse_than_max_in_its_own_norm():
     x = torch.randn(16, 300) ** 3
     scores = {}
     for method in ("max", "mse"):
-        scale, zero = Q.choose_qparams(x, 4, channel_wise=True, method=method)
+        scale, zero = choose_qparams(x, 4, channel_wise=True, method=method)
         scores[method] = (Q.fake_quantize(x, scale, zero, 4, False) - x).abs().pow(Q.MSE_NORM).mean(1)
     assert (scores["mse"] <= scores["max"] * (1 + 1e-6)).all()
     assert (scores["mse"] < scores["max"]).any()
 
 
 def test_degenerate_range_is_reported(caplog):
-    scale, zero = Q.choose_qparams(torch.zeros(10), 8)
+    scale, zero = choose_qparams(torch.zeros(10), 8)
     assert scale.item() == pytest.approx(Q.MIN_SCALE) and zero.item() == 0
     assert "degenerate" in caplog.text
 

@@ -1,0 +1,162 @@
+"""Runs: the output folder, the log, and the loop over images that an interruption cannot spoil."""
+
+import json
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from qdiff.errors import CheckpointError, ConfigError, WriteError
+from qdiff.utils import distributed
+from qdiff.utils.files import write_text
+from qdiff_cli.images import save_png
+
+log = logging.getLogger(__name__)
+_handlers: list[logging.Handler] = []  # those that `log_to` added
+
+IGNORED_SETTINGS = {"continue_run", "verbose", "logdir", "outdir", "resume", "cali_cache_gb"}
+RENAMED_SETTINGS = {"time_sets": "timestep_groups"}  # in run.json of version 0.1.0
+OWN_FILES = {"run.json", "run.log", "sampling_config.yaml", "cut_prompts.txt"}  # of a run that has made nothing yet
+
+
+def open_run(parent: Path, settings: Mapping[str, Any], continue_run: bool, extends: str) -> Path:
+    """Open a run's folder: a new one, `<parent>/<timestamp>`, or the newest one there if a run is continued.
+
+    The settings are kept in its `run.json`. If a run is continued, the settings that change its images must be the same.
+
+    Args:
+        parent: the folder of run folders.
+        settings: all options.
+        continue_run: continue the newest run.
+        extends: the option that only says how many images there are; it may differ when a run is continued.
+
+    Raises:
+        ConfigError: nothing to continue, other settings, or a folder that cannot be written.
+    """
+    ignored = IGNORED_SETTINGS | {extends}
+    settings = {key: value for key, value in settings.items() if key not in ignored}
+    if continue_run:
+        runs = sorted(path.parent for path in parent.glob("*/run.json"))
+        if not runs:
+            raise ConfigError(f"--continue: no earlier run in {parent}")
+        _validate_settings(runs[-1], settings, ignored)
+        for leftover in runs[-1].rglob(".*.part"):  # of a file that was being written when the run was killed
+            leftover.unlink(missing_ok=True)
+        return runs[-1]
+    folder = parent / time.strftime("%Y-%m-%d-%H-%M-%S")
+    number = 1
+    try:
+        while True:
+            try:
+                folder.mkdir(parents=True)
+                break
+            except FileExistsError:
+                number += 1
+                folder = folder.with_name(f"{folder.name[:19]}-{number}")
+        write_text(folder / "run.json", json.dumps(settings, indent=1, sort_keys=True))
+    except WriteError:
+        raise
+    except OSError as error:
+        raise ConfigError(f"{parent}: cannot be written ({error.strerror or error})") from None
+    return folder
+
+
+@contextmanager
+def discard_on_error(folder: Path) -> Iterator[None]:
+    """Remove a run's folder again if the work inside the `with` fails before it has written more than its settings."""
+    try:
+        yield
+    except (ConfigError, CheckpointError, OSError):
+        first = distributed.rank() == 0
+        if first and folder.is_dir() and {path.name for path in folder.iterdir()} <= OWN_FILES:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _validate_settings(folder: Path, settings: Mapping[str, Any], ignored: set[str]) -> None:
+    try:
+        before = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        raise ConfigError(f"--continue: {folder / 'run.json'} is damaged; start a new run") from None
+    before = {RENAMED_SETTINGS.get(key, key): value for key, value in before.items()}
+    now = json.loads(json.dumps(settings))
+    for key in sorted((set(before) | set(now)) - ignored):
+        if before.get(key) != now.get(key):
+            raise ConfigError(f"--continue: {key} is {now.get(key)} now, but was {before.get(key)} in {folder}")
+
+
+class _LogFile(logging.FileHandler):
+    """A log file that may fill its disk: the run goes on without it, and says so once."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        logging.getLogger().removeHandler(self)
+        log.warning("%s: cannot be written (%s): the run goes on without it", self.baseFilename, sys.exc_info()[1])
+
+
+def log_to(folder: Path | None, verbose: bool) -> None:
+    """Log to stderr and to `<folder>/run.log`, and no longer to where an earlier call said."""
+    root = logging.getLogger()
+    for handler in _handlers:
+        root.removeHandler(handler)
+        handler.close()
+    root.setLevel(logging.DEBUG if verbose else logging.INFO)
+    for chatty in ("matplotlib", "PIL"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    form = logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
+    handlers: list[logging.Handler] = [logging.StreamHandler()]
+    handlers[0].setLevel(logging.INFO if verbose else logging.WARNING)
+    if folder is not None:
+        handlers.append(_LogFile(folder / "run.log", encoding="utf-8", errors="backslashreplace"))
+    for handler in handlers:
+        handler.setFormatter(form)
+        root.addHandler(handler)
+    _handlers[:] = handlers
+
+
+def sample_missing(
+    folder: Path,
+    total: int,
+    batch_size: int,
+    sample: Callable[[list[int]], Tensor],
+    name: str = "{}.png",
+    metadata: Callable[[int], dict[str, str]] | None = None,
+) -> int:
+    """Write the images 0 to total - 1 that are not in `folder` yet.
+
+    Images come in fixed batches. A batch of which any image is missing is sampled as a whole, so an image has the same bits
+    whenever and on whatever process it is sampled.
+
+    Args:
+        folder: the folder of the images.
+        total: their number.
+        batch_size: images of one batch.
+        sample: from the indices of a batch to uint8 images [N, C, H, W].
+        name: the pattern of the file names.
+        metadata: the text inside image i.
+
+    Returns:
+        The number of images that this process wrote.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    batches = [list(range(start, min(start + batch_size, total))) for start in range(0, total, batch_size)]
+    todo = [batch for batch in batches if any(not (folder / name.format(i)).exists() for i in batch)]
+    rank, world = distributed.rank(), distributed.world()
+    mine = todo if world == 1 else [batch for batch in todo if batch[0] // batch_size % world == rank]
+    done = total - sum(len(batch) for batch in todo)
+    count, written = done + sum(map(len, mine)), 0
+    with logging_redirect_tqdm(), tqdm(total=count, initial=done, desc="sampling", unit="image") as progress:
+        for batch in mine:
+            for i, image in zip(batch, sample(batch), strict=True):
+                if not (folder / name.format(i)).exists():
+                    save_png(folder / name.format(i), image, metadata(i) if metadata else None)
+                    written += 1
+            progress.update(len(batch))
+    return written
