@@ -33,7 +33,7 @@ from ddim.unet import UNet
 import ddim.family
 from ddim.weights import load_unet
 from qdiff.checkpoint import load_packed
-from qdiff.engines import prepare
+from qdiff.engines.select import apply_engine
 torch.set_num_threads(1)
 x, t = torch.randn({batch}, 3, 32, 32), torch.full(({batch},), 500.0)
 torch.nn.functional.conv2d(x, torch.randn(8, 3, 3, 3))
@@ -43,7 +43,7 @@ start = time.perf_counter()
 if {engine!r} == "float32":
     network = load_unet(load_config({config!r}), {file!r}).eval().requires_grad_(False)
 else:
-    network = prepare(load_packed({file!r})[0], {engine!r})
+    network = apply_engine(load_packed({file!r})[0], {engine!r})
 print(time.perf_counter() - start, flush=True)
 with torch.no_grad():
     for _ in range(2):

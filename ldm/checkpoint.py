@@ -255,7 +255,7 @@ class LatentCheckpoint:
         return scale_factor
 
 
-def open_checkpoint(path: str | Path, config: LatentConfig, calibrated: str | None = None) -> LatentCheckpoint:
+def open_checkpoint(path: str | Path, config: LatentConfig, calibrated: str | Path | None = None) -> LatentCheckpoint:
     """Open the checkpoint of a model.
 
     Args:

@@ -145,8 +145,8 @@ class ActQuantizer(Quantizer):
         scale, zero_point = self.qparams(x)
         if self.learning:
             return Q.fake_quantize(x, scale, zero_point, self.n_bits, self.symmetric)
-        # clamp(round(x / scale) + z, low, high) - z with z folded into the bounds: one new tensor, and two passes less
-        # over it. `Q.fake_quantize` adds z and subtracts it again, which rounds differently in low precision.
+        # clamp(round(x / scale) + z, low, high) - z, with z folded into the bounds. This needs one new tensor and two
+        # passes fewer than `Q.fake_quantize`, which adds and subtracts z and so rounds differently in low precision.
         low, high = Q.integer_range(self.n_bits, self.symmetric)
         if self.zero_is_fixed:
             return torch.div(x, scale).round_().clamp_(low, high).mul_(scale)

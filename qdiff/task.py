@@ -28,7 +28,8 @@ class QuantizationTask:
         weight_scale_method: the family's published scale rule of weights.
         act_scale_method: the family's published scale rule of activations.
         context_dim: the width of the contexts that the network takes; None: it takes none.
-        save_model_parts: writes the rest of a latent model (first stage and conditioner) to a file; None: there is none.
+        save_model_parts: writes the rest of a latent model (first stage and conditioner) to a file; None: there is
+            none.
     """
 
     architecture: Architecture

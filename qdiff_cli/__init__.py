@@ -1,4 +1,4 @@
-"""The command line: options become checked jobs, jobs become files. Stands above `qdiff`, `ddim` and `ldm`."""
+"""The command line: options become typed runs, runs become files. It stands above `qdiff`, `ddim` and `ldm`."""
 
 import importlib.util
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def _expect_own_packages() -> None:
-    """End with one line where another `qdiff`, `ddim` or `ldm` stands before the project's own on the path of Python."""
+    """End with one line if another `qdiff`, `ddim` or `ldm` comes first on the path of Python."""
     own = Path(__file__).resolve().parent.parent
     for name in ("qdiff", "ddim", "ldm"):
         found = importlib.util.find_spec(name)

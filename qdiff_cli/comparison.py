@@ -25,8 +25,16 @@ FULL = "full precision"
 
 @dataclass(frozen=True)
 class Comparison:
-    """By the networks' names. images: uint8 [N, 3, H, W], full precision too. seconds: of an image, wall time.
-    memory: bytes while sampling a chunk, above what was held before (None: not measured on this device)."""
+    """Networks against full precision, by the networks' names.
+
+    Attributes:
+        eps: errors of eps on the full-precision trajectory.
+        x: errors of x_t on each network's own trajectory.
+        similarity: of the images to those of full precision.
+        images: uint8 [N, 3, H, W]; full precision is among them.
+        seconds: wall time of an image.
+        memory: bytes at the peak of sampling a batch, above those held before; None: not measured on this device.
+    """
 
     eps: dict[str, StepErrors]
     x: dict[str, StepErrors]
@@ -36,26 +44,32 @@ class Comparison:
     memory: dict[str, int | None]
 
 
-def compare(job: SamplingRun, model: nn.Module, networks: Mapping[str, nn.Module], count: int) -> Comparison:
-    """Sample `count` images with each network, in chunks of the job's batch size."""
+def compare(run: SamplingRun, model: nn.Module, networks: Mapping[str, nn.Module], count: int) -> Comparison:
+    """Sample `count` images with each network, in batches of the run's size.
+
+    Args:
+        run: the sampling run.
+        model: the full-precision network.
+        networks: quantized networks by name.
+        count: images of each network.
+    """
     require_extra("eval", "torchmetrics")
-    lite0 = load_lite0()  # first: it may be missing
+    lite0 = load_lite0()  # first, because it may be missing
     trajectories = Trajectories()
     images: dict[str, list[Tensor]] = {name: [] for name in (FULL, *networks)}
     seconds = dict.fromkeys(images, 0.0)
     peaks: dict[str, list[int]] = {name: [] for name in images}
     with tqdm(total=count * len(images), desc="comparison", unit="image") as progress:
-        for chunk in job.chunks(count):
-            denoisers = {name: job.denoiser(network, chunk) for name, network in networks.items()}
-            callback = trajectories.watch(denoisers)
+        for batch in run.batches(count):
+            denoisers = {name: run.denoiser(network, batch) for name, network in networks.items()}
+            run.sample(model, batch, trajectories.watch(denoisers))
             for name, network in ((FULL, model), *networks.items()):
-                if name == FULL:
-                    job.sample(model, chunk, callback)
+                callback = None if name == FULL else trajectories.follow(name)
                 started = perf_counter()
-                with working_memory(job.device, peaks[name]):
-                    images[name].append(job.sample(network, chunk, None if name == FULL else trajectories.follow(name)))
+                with working_memory(run.device, peaks[name]):
+                    images[name].append(run.sample(network, batch, callback))
                 seconds[name] += (perf_counter() - started) / count
-                progress.update(len(chunk))
+                progress.update(len(batch))
     joined = {name: torch.cat(parts) for name, parts in images.items()}
     similarity = {
         name: image_similarity(zip(joined[name].split(16), joined[FULL].split(16), strict=True), lite0)
@@ -65,19 +79,23 @@ def compare(job: SamplingRun, model: nn.Module, networks: Mapping[str, nn.Module
     return Comparison(trajectories.eps_errors(), trajectories.x_errors(), similarity, joined, seconds, memory)
 
 
-def costs(job: SamplingRun, networks: Mapping[str, nn.Module]) -> dict[str, Cost]:
+def costs(run: SamplingRun, networks: Mapping[str, nn.Module]) -> dict[str, Cost]:
     """The cost of each simulated network, and of full precision, for one image."""
-    inputs: list[Tensor] = []
+    inputs: list[tuple[Tensor, ...]] = []
+
+    def remember(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if not inputs:
+            inputs.append(args)
+
     with torch.no_grad():
         first = next(iter(networks.values()))
-        probe = first.register_forward_pre_hook(lambda _, args: inputs.append(args) if not inputs else None)
-        x = torch.zeros(1, *job.task.input_shape, device=job.device)
-        job.denoiser(first, range(1))(x, torch.zeros(1, device=job.device))
-        probe.remove()
+        hook = first.register_forward_pre_hook(remember)
+        x = torch.zeros(1, *run.task.input_shape, device=run.device)
+        run.denoiser(first, range(1))(x, torch.zeros(1, device=run.device))
+        hook.remove()
     one = tuple(part[:1] for part in inputs[0])
-    return {FULL: measure_cost(first, one, 32, 32)} | {
-        name: measure_cost(network, one) for name, network in networks.items()
-    }
+    quantized = {name: measure_cost(network, one) for name, network in networks.items()}
+    return {FULL: measure_cost(first, one, 32, 32)} | quantized
 
 
 def label_rows(grids: Mapping[str, Tensor]) -> Image.Image:

@@ -22,11 +22,24 @@ log = logging.getLogger(__name__)
 C = TypeVar("C")
 
 # The option that sets each field of the library's configurations, for messages.
-OPTION_OF_FIELD = {
-    **{
-        name: f"--{name}"
-        for name in ["a_sym", "act_bit", "batch_tune", "captions", "ckpt", "classes", "config", "device", "engine", "eta", "quant_act", "quant_mode", "sm_abit", "split", "timestep_groups", "use_pretrained", "weight_bit", "weight_scale_method"]
-    },
+SAME_NAME = (
+    *(
+        "a_sym",
+        "act_bit",
+        "batch_tune",
+        "captions",
+        "ckpt",
+        "classes",
+        "config",
+        "device",
+        "engine",
+        "eta",
+        "quant_act",
+    ),
+    *("quant_mode", "sample_type", "skip_type", "sm_abit", "split", "timestep_groups", "use_pretrained", "weight_bit"),
+    *("weight_scale_method",),
+)
+OPTION_OF_FIELD = {name: f"--{name}" for name in SAME_NAME} | {
     "batch_size": "--cali_batch_size",
     "iters": "--cali_iters",
     "iters_a": "--cali_iters_a",

@@ -30,7 +30,8 @@ OWN_FILES = {"run.json", "run.log", "sampling_config.yaml", "cut_prompts.txt"}  
 def open_run(parent: Path, settings: Mapping[str, Any], continue_run: bool, extends: str) -> Path:
     """Open a run's folder: a new one, `<parent>/<timestamp>`, or the newest one there if a run is continued.
 
-    The settings are kept in its `run.json`. If a run is continued, the settings that change its images must be the same.
+    The settings are kept in its `run.json`. If a run is continued, the settings that change its images must be the
+    same.
 
     Args:
         parent: the folder of run folders.
@@ -71,7 +72,7 @@ def open_run(parent: Path, settings: Mapping[str, Any], continue_run: bool, exte
 
 @contextmanager
 def discard_on_error(folder: Path) -> Iterator[None]:
-    """Remove a run's folder again if the work inside the `with` fails before it has written more than its settings."""
+    """Remove a run's folder if the work inside the `with` fails before it has written more than its settings."""
     try:
         yield
     except (ConfigError, CheckpointError, OSError):
@@ -94,7 +95,7 @@ def _validate_settings(folder: Path, settings: Mapping[str, Any], ignored: set[s
 
 
 class _LogFile(logging.FileHandler):
-    """A log file that may fill its disk: the run goes on without it, and says so once."""
+    """A log file. If it cannot be written, the run goes on without it and says so once."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         logging.getLogger().removeHandler(self)
@@ -131,8 +132,8 @@ def sample_missing(
 ) -> int:
     """Write the images 0 to total - 1 that are not in `folder` yet.
 
-    Images come in fixed batches. A batch of which any image is missing is sampled as a whole, so an image has the same bits
-    whenever and on whatever process it is sampled.
+    Images come in fixed batches. A batch of which any image is missing is sampled as a whole, so an image has the
+    same bits whenever and on whatever process it is sampled.
 
     Args:
         folder: the folder of the images.

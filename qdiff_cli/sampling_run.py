@@ -1,4 +1,4 @@
-"""A sampling command with its options, the run that it describes, and running it: alike for all three sampling scripts."""
+"""A sampling command with its options, and the run that it describes: alike for all three sampling scripts."""
 
 import argparse
 import logging
@@ -184,6 +184,7 @@ class SamplingCommand(ABC):
     @classmethod
     def validate_args(cls, args: argparse.Namespace) -> None:
         """Check options that contradict each other; ConfigError names them."""
+        return None
 
     @abstractmethod
     def _make_run(self) -> SamplingRun:

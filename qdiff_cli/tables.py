@@ -1,19 +1,32 @@
-"""The tables that `reproduce.py` fills: their rows, the commands behind them, the published numbers."""
+"""The tables that `reproduce.py` fills: their rows, the sampling command behind them, the published figures."""
 
-import shlex
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from qdiff_cli.bundled import NAMES, SHOWN_PROMPTS, folder_of, quantization_options, sampling_command
+from qdiff_cli.bundled import NAMES, folder_of, quantization_options, sampling_command
+from qdiff_cli.commands.sample_ddim import PixelCommand
+from qdiff_cli.commands.sample_ldm import LatentCommand
+from qdiff_cli.commands.txt2img import TextCommand
+from qdiff_cli.options import project_file
+from qdiff_cli.quantization_options import QuantizationOptions
+from qdiff_cli.sampling_run import SamplingCommand
 
 FULL, LINEAR, QDIFF = "full precision", "linear", "Q-Diffusion"
-# [r]: reported from memory of the paper's tables, not read in a stored source
-FROM_MEMORY = "*: from memory of the paper's tables; check it there"
+DASH = "\N{EN DASH}"  # a published figure that was not read in a source that can be cited
 
 
 @dataclass(frozen=True)
 class Row:
-    """A setting of a table. published: its figures there, as text."""
+    """A setting of a table.
+
+    Attributes:
+        method: `FULL`, `LINEAR` or `QDIFF`.
+        weight_bit: the width of weights.
+        act_bit: the width of activations; 32: full precision.
+        published: its published figures, as text.
+    """
 
     method: str
     weight_bit: int = 32
@@ -22,10 +35,12 @@ class Row:
 
     @property
     def name(self) -> str:
+        """What the table calls it."""
         return self.method if self.method == FULL else f"{self.method} W{self.weight_bit}A{self.act_bit}"
 
     @property
     def slug(self) -> str:
+        """Its name in --rows and in paths."""
         return self.name.lower().replace(" ", "-")
 
     @property
@@ -36,41 +51,46 @@ class Row:
 
 @dataclass(frozen=True)
 class PaperTable:
-    """A table of the paper, or the one of a bundled model.
+    """A table of the paper, or that of a bundled model.
 
-    command: the sampling command in full precision, but for number, seed and folder of the images. weights, acts: the options that
-    quantize weights, and activations beside them. calibration: the options of a calibration. count, logdir, steps: the options for
-    the number of images, for the folder, for the sampling steps. reference: what images are compared with (None: other samples of full
-    precision). images: how many the published figures come from. metrics: those of evaluate.py.
-    checkpoints: a folder of calibrated checkpoints that come with the model. crop: to what size reference images are cut. prompts:
-    images carry theirs, for the CLIP score.
+    Attributes:
+        name: its name in --table and in paths.
+        title: its heading.
+        command: the sampling command in full precision, with the options of a calibration. Number, seed and folder of
+            the images are set for each row.
+        activations: the options that quantize activations, by name, beside those of `command`.
+        rows: its settings.
+        metrics: the figures of evaluate.py.
+        images: how many images the published figures come from.
+        source: where in the paper the figures stand that are a dash here.
+        reference: what images are compared with; None: other samples of full precision.
+        crop: the size that reference images are cut to.
+        checkpoints: a folder of calibrated checkpoints that come with the model.
+        captions: whether images are made from COCO captions, one image each.
+        prompts: whether images carry their prompts, for the CLIP score.
     """
 
     name: str
     title: str
-    command: str
-    weights: str
-    acts: str
-    calibration: str
-    count: str
-    seed: int
-    logdir: str
-    steps: str
-    rows: list[Row]
+    command: SamplingCommand
+    activations: dict[str, Any]
+    rows: Sequence[Row]
     metrics: tuple[str, ...]
     images: int
+    source: str = ""
     reference: str | None = None
     crop: int | None = None
     checkpoints: Path | None = None
-    images_each: int = 1  # images that one of `count` stands for
+    captions: bool = False
     prompts: bool = False
 
     @property
     def bundled(self) -> bool:
+        """Whether it is the table of a bundled model."""
         return self.checkpoints is not None
 
 
-def _rows(full: dict, linear: list[dict], qdiff: list[dict]) -> list[Row]:
+def _rows(full: dict[str, str], linear: Sequence[dict[str, str]], qdiff: Sequence[dict[str, str]]) -> list[Row]:
     """Rows in the order W8A32, W4A32, W8A8, W4A8."""
     settings = [(8, 32), (4, 32), (8, 8), (4, 8)]
     rows = [Row(FULL, published=full)]
@@ -84,69 +104,87 @@ def _fid_is(fid: str, score: str) -> dict[str, str]:
 
 
 def _fid(*values: str) -> list[dict[str, str]]:
-    return [{"fid": value} if value else {} for value in values]
+    return [{"fid": value} for value in values]
 
 
 def _cifar10() -> PaperTable:
-    linear = [
-        _fid_is("4.71*", "8.93*"),
-        _fid_is("141.47*", "4.20*"),
-        _fid_is("118.26*", "5.23*"),
-        _fid_is("188.11", "2.45"),
-    ]
-    qdiff = [_fid_is("4.27*", "9.15*"), _fid_is("5.09", "8.78*"), _fid_is("3.75", "9.48*"), _fid_is("4.93", "9.12*")]
+    linear = [_fid_is(DASH, DASH), _fid_is(DASH, DASH), _fid_is(DASH, DASH), _fid_is("188.11", "2.45")]
+    qdiff = [_fid_is(DASH, DASH), _fid_is("5.09", DASH), _fid_is("3.75", DASH), _fid_is("4.93", DASH)]
     return PaperTable(
         name="cifar10",
         title="CIFAR-10, DDIM, 100 quad steps",
-        command="sample_diffusion_ddim.py --config configs/cifar10.yml --use_pretrained --timesteps 100 --eta 0 --skip_type quad",
-        weights="--split",
-        acts="--quant_act --act_bit 8 --a_sym",
-        calibration="--cali_st 20 --cali_batch_size 32 --cali_n 256",
-        count="--max_images",
-        seed=1234,
-        logdir="-l",
-        steps="--timesteps",
-        rows=_rows(_fid_is("4.22", "9.12*"), linear, qdiff),
+        command=PixelCommand(
+            config=project_file("configs/cifar10.yml"),
+            use_pretrained=True,
+            timesteps=100,
+            eta=0.0,
+            skip_type="quad",
+            quantization=QuantizationOptions(split=True, cali_st=20, cali_batch_size=32, cali_n=256),
+        ),
+        activations={"quant_act": True, "act_bit": 8, "a_sym": True},
+        rows=_rows(_fid_is("4.22", DASH), linear, qdiff),
         metrics=("fid", "is", "kid", "pr"),
         images=50_000,
+        source="table 1",
         reference="cifar10-train",
     )
 
 
-def _lsun(name: str, folder: str, title: str, steps: str, rows: list[Row]) -> PaperTable:
+def _lsun(name: str, folder: str, title: str, custom_steps: int, eta: float, rows: Sequence[Row]) -> PaperTable:
+    bedroom = {"a_sym": True, "a_min_max": True, "running_stat": True} if name == "lsun-bedroom" else {}
     return PaperTable(
         name=name,
         title=title,
-        command=f"sample_diffusion_ldm.py -r models/ldm/{folder}/model.ckpt --batch_size 10 {steps}",
-        weights="",
-        acts="--quant_act --act_bit 8" + (" --a_sym --a_min_max --running_stat" if name == "lsun-bedroom" else ""),
-        calibration="--cali_st 20 --cali_batch_size 32 --cali_n 256",
-        count="-n",
-        seed=41,
-        logdir="-l",
-        steps="-c",
+        command=LatentCommand(
+            resume_base=project_file(f"models/ldm/{folder}/model.ckpt"),
+            batch_size=10,
+            custom_steps=custom_steps,
+            eta=eta,
+            seed=41,
+            quantization=QuantizationOptions(cali_st=20, cali_batch_size=32, cali_n=256),
+        ),
+        activations={"quant_act": True, "act_bit": 8} | bedroom,
         rows=rows,
         metrics=("fid", "kid", "pr"),
         images=50_000,
+        source="table 2",
         crop=256,
     )
 
 
+def _bedroom() -> PaperTable:
+    rows = _rows({"fid": "2.98"}, _fid(DASH, "82.69", DASH, DASH), _fid(DASH, "4.86", DASH, "5.32"))
+    title = "LSUN bedrooms, LDM-4, 200 steps, eta 1"
+    return _lsun("lsun-bedroom", "lsun_beds256", title, 200, 1.0, rows)
+
+
+def _church() -> PaperTable:
+    rows = _rows({"fid": "4.06"}, _fid(DASH, "32.54", DASH, DASH), _fid(DASH, "4.45", DASH, DASH))
+    title = "LSUN churches, LDM-8, 500 steps, eta 0"
+    return _lsun("lsun-church", "lsun_churches256", title, 400, 0.0, rows)
+
+
 def _stable_diffusion() -> PaperTable:
-    full, eight, four = (
-        {"fid": fid, "clip": clip} for fid, clip in (("13.15", ".3146"), ("13.31", ".3134"), ("14.49", ".3121"))
-    )
+    figures = (("13.15", ".3146"), ("13.31", ".3134"), ("14.49", ".3121"))
+    full, eight, four = ({"fid": fid, "clip": clip} for fid, clip in figures)
+    recipe = QuantizationOptions(split=True, cali_st=25, cali_batch_size=8, cali_n=128)
     return PaperTable(
         name="stable-diffusion",
-        title="Stable Diffusion v1.4, PLMS 50 steps, guidance 7.5, COCO captions (published figures: 30,000 images, by TFMQ-DM)",
-        command="txt2img.py --plms --cond --n_samples 1 --n_iter 1 --skip_grid --ddim_steps 50 --scale 7.5",
-        weights="--split --no_grad_ckpt",
-        acts="--quant_act --act_bit 8 --sm_abit 16",
-        calibration="--cali_st 25 --cali_batch_size 8 --cali_n 128 --running_stat",
-        count="",  # by the number of captions
-        seed=42,
-        logdir="--outdir",
-        steps="--ddim_steps",
+        title="Stable Diffusion v1.4, PLMS 50 steps, guidance 7.5, COCO captions "
+        "(published figures: 30,000 images, by TFMQ-DM)",
+        command=TextCommand(
+            config=project_file("configs/stable-diffusion/v1-inference.yaml"),
+            ckpt=project_file("models/ldm/stable-diffusion-v1/model.ckpt"),
+            plms=True,
+            n_samples=1,
+            n_iter=1,
+            skip_grid=True,
+            ddim_steps=50,
+            scale=7.5,
+            no_grad_ckpt=True,
+            quantization=replace(recipe, cond=True),
+        ),
+        activations={"quant_act": True, "act_bit": 8, "sm_abit": 16, "running_stat": True},
         rows=[
             Row(FULL, published=full),
             Row(LINEAR, 8, 8),
@@ -157,56 +195,35 @@ def _stable_diffusion() -> PaperTable:
         metrics=("fid", "kid", "pr"),
         images=30_000,
         crop=512,
+        captions=True,
         prompts=True,
     )
 
 
 def _bundled(name: str) -> PaperTable:
-    text = name == "emoji64-text"
     command, options = sampling_command(name, 8), quantization_options(name)
-    number = {"emoji32": "--max_images", "emoji64": "-n", "emoji64-text": "--n_samples"}[name]
-    for option in (number, "--seed"):
-        at = command.index(option)
-        del command[at : at + 2]
+    recipe = QuantizationOptions(split=True, preset="fast", cali_st=20, cali_n=64)
+    if isinstance(command, TextCommand):
+        recipe, command = replace(recipe, cali_n=32), replace(command, skip_grid=True)
+    activations = {"quant_act": True, "a_sym": options.a_sym, "sm_abit": options.sm_abit}
+    title = {"emoji32": "Pixel DDPM", "emoji64": "Latent diffusion", "emoji64-text": "Text to image"}[name]
     return PaperTable(
         name=name,
-        title={"emoji32": "Pixel DDPM", "emoji64": "Latent diffusion", "emoji64-text": "Text to image"}[name]
-        + f" ({name})",
-        command=shlex.join([*command, "--skip_grid"] if text else command),
-        weights="--split",
-        acts=" ".join(word for word in options if word != "--split"),
-        calibration="--preset fast --cali_st 20 --cali_n " + ("32" if text else "64"),
-        count=number,
-        seed=0,
-        logdir="--outdir" if text else "-l",
-        steps={"emoji32": "--timesteps", "emoji64": "-c", "emoji64-text": "--ddim_steps"}[name],
+        title=f"{title} ({name})",
+        command=replace(command, quantization=recipe),
+        activations=activations,
         rows=_rows({}, [{}] * 4, [{}] * 4),
         metrics=("fid", "kid", "pr"),
         images=64,
         checkpoints=folder_of(name),
-        images_each=SHOWN_PROMPTS if text else 1,
-        prompts=text,
+        prompts=name == "emoji64-text",
     )
 
 
-def tables(name: str) -> list[PaperTable]:
-    """The tables behind a name of `--table`; `bundled` has one for each bundled model."""
-    if name == "bundled":
-        return [_bundled(model) for model in NAMES]
-    bedroom = _rows({"fid": "2.98"}, _fid("", "82.69", "6.69*", "24.86*"), _fid("", "4.86", "4.40*", "5.32"))
-    church = _rows({"fid": "4.06"}, _fid("", "32.54", "14.62*", "14.92*"), _fid("", "4.45", "3.65*", "4.12*"))
-    return [
-        {
-            "cifar10": _cifar10,
-            "lsun-bedroom": lambda: _lsun(
-                name, "lsun_beds256", "LSUN bedrooms, LDM-4, 200 steps, eta 1", "-c 200 -e 1.0", bedroom
-            ),
-            "lsun-church": lambda: _lsun(
-                name, "lsun_churches256", "LSUN churches, LDM-8, 500 steps, eta 0", "-c 400 -e 0.0", church
-            ),
-            "stable-diffusion": _stable_diffusion,
-        }[name]()
-    ]
-
-
-NAMED = ("cifar10", "lsun-bedroom", "lsun-church", "stable-diffusion", "bundled")
+TABLES = {
+    "cifar10": lambda: [_cifar10()],
+    "lsun-bedroom": lambda: [_bedroom()],
+    "lsun-church": lambda: [_church()],
+    "stable-diffusion": lambda: [_stable_diffusion()],
+    "bundled": lambda: [_bundled(name) for name in NAMES],
+}

@@ -3,7 +3,7 @@
 Weights are dequantized right before each convolution or matmul, in the precision of autocast if that is on, and freed
 afterwards. With the engine `integer`, linear layers multiply int8 by `torch._int_mm` instead. Which of the two is
 faster depends on card and shape. It is not chosen by timing, because two processes could then choose differently, and
-images would depend on the number of processes. Integers, scales and formulas are those of the simulation.
+images would depend on the number of processes. Integers, scales and formulas are the same as in the simulation.
 """
 
 import copy

@@ -2,8 +2,8 @@
 
 Weights are stored as UINT4 or UINT8 with per-channel zero points. If a zero point lies outside their range, they are
 stored as INT8 or INT16 without zero points. Activations pass a QuantizeLinear and a DequantizeLinear node, which
-runtimes may fuse into integer products. TensorRT accepts no zero point but 0 (NVIDIA/TensorRT#2774, #4698). The export needs the
-packages onnx and onnxscript.
+runtimes may fuse into integer products. TensorRT accepts no zero point but 0 (NVIDIA/TensorRT#2774, #4698). The export
+needs the packages onnx and onnxscript.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""Features of images: extracted once a chunk, by any number of processes, and kept under a hash of what they were made from."""
+"""Features of images, extracted chunk by chunk by any number of processes and cached under a hash of their origin."""
 
 import hashlib
 import json
@@ -32,9 +32,13 @@ INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.
 
 @dataclass(frozen=True)
 class Extractor:
-    """uint8 images [N, 3, H, W] to `features` [N, D] and `logits` [N, K], float32.
+    """A network that extracts features from images.
 
-    name, weights_sha256: say which one it is. note: what its figures may be compared with.
+    Attributes:
+        name: one of `EXTRACTORS`.
+        weights_sha256: the hash of the file with its weights.
+        note: what metrics of its features may be compared with.
+        run: from uint8 images [N, 3, H, W] to features [N, D] and logits [N, K], float32.
     """
 
     name: str
@@ -44,14 +48,22 @@ class Extractor:
 
     @property
     def identity(self) -> str:
+        """Name and weights, as caches and statistics store them."""
         return f"{self.name} {self.weights_sha256[:16]}"
 
 
 def load_extractor(name: str, device: torch.device, weights: Path | None = None) -> Extractor:
-    """`inception`: the network of the published FID (torch-fidelity's conversion), its weights given or fetched. `lite0`: offline.
+    """Load an extractor.
+
+    Args:
+        name: `inception`, the network of the published FID in torch-fidelity's conversion, or `lite0`, which is
+            EfficientNet-Lite0 and works offline.
+        device: where the network runs.
+        weights: the file with its weights; None: `inception` downloads them, `lite0` finds them in their package.
 
     Raises:
-        ConfigError: no weights to be had. CheckpointError: a damaged or foreign file.
+        ConfigError: there are no weights.
+        CheckpointError: the file is damaged or holds something else.
     """
     if name == "lite0":
         path = weights or weights_file()
@@ -77,13 +89,13 @@ def load_extractor(name: str, device: torch.device, weights: Path | None = None)
 
 
 def _inception(path: Path) -> nn.Module:
+    """Load torch-fidelity's Inception network."""
     require_extra("eval", "torch_fidelity")
     make_torchvision_importable()
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    check_finite(
-        path, read_tensors(path)
-    )  # that library would unpickle anything; after this it is known to be tensors only
+    # torch-fidelity unpickles any object, so make sure that the file holds only tensors
+    check_finite(path, read_tensors(path))
     try:
         return FeatureExtractorInceptionV3(
             "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
@@ -94,7 +106,14 @@ def _inception(path: Path) -> nn.Module:
 
 @dataclass(frozen=True)
 class Features:
-    """What an extractor made of images: features [N, D], logits [N, K], and of what."""
+    """The features of an image set.
+
+    Attributes:
+        features: float32 [N, D].
+        logits: float32 [N, K].
+        extractor: the identity of the extractor.
+        source: what messages call the image set.
+    """
 
     features: Tensor
     logits: Tensor
@@ -106,30 +125,38 @@ class Features:
 
 
 def default_cache() -> Path:
+    """The folder where features are cached by default."""
     return cache_root() / "qdiff" / "features"
 
 
 def extract(images: Selected, extractor: Extractor, cache: Path, batch_size: int = 64) -> Features:
-    """Features of all images, from the cache or made now in chunks that an interruption does not lose.
+    """Read the features of all images from the cache, or compute them chunk by chunk.
 
-    The name of the file in the cache is a hash of the images' contents, the extractor's weights and the chunks, so other images
-    never meet old features. With several processes chunk i is made by process i modulo their number; all need the same cache folder. Memory
-    is needed for a chunk of images and for the features.
+    Finished chunks survive an interruption. The name of the file in the cache is a hash of the images' contents, the
+    extractor's weights and the chunks, so that other images never get old features. With several processes, process
+    i modulo their number computes chunk i. One chunk of images and all features are in memory at once.
+
+    Args:
+        images: the images.
+        extractor: the extractor.
+        cache: the folder of the cache, which all processes must share.
+        batch_size: the number of images in a chunk.
 
     Raises:
-        ConfigError: an image that cannot be read; a file in the cache that is damaged or was made from other images.
+        ConfigError: an image cannot be read, features hold NaN or infinity, or the file in the cache is damaged or was
+            made from other images.
     """
     key = {"extractor": extractor.identity, "images_sha256": images.hash, "count": len(images), "chunk": batch_size}
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     path, parts = cache / f"{name}.safetensors", cache / f"{name}.parts"
     if not path.is_file():
-        error = None
+        message = None
         try:
-            _make_parts(images, extractor, parts, batch_size)
-        except ConfigError as found:
-            error = str(found)
-        if (error := distributed.any_failed(error)) is not None:
-            raise ConfigError(error)
+            _extract_parts(images, extractor, parts, batch_size)
+        except ConfigError as error:
+            message = str(error)
+        if (message := distributed.any_failed(message)) is not None:
+            raise ConfigError(message)
         if distributed.rank() == 0:
             _merge(parts, path, key)
         distributed.barrier()
@@ -139,7 +166,8 @@ def extract(images: Selected, extractor: Extractor, cache: Path, batch_size: int
 
 
 @torch.no_grad()
-def _make_parts(images: Selected, extractor: Extractor, parts: Path, batch_size: int) -> None:
+def _extract_parts(images: Selected, extractor: Extractor, parts: Path, batch_size: int) -> None:
+    """Write the features of this process's chunks, each to a file in the folder `parts`."""
     chunks = [range(start, min(start + batch_size, len(images))) for start in range(0, len(images), batch_size)]
     todo = [
         i
@@ -152,9 +180,8 @@ def _make_parts(images: Selected, extractor: Extractor, parts: Path, batch_size:
         for i in todo:
             features, logits = (part.float().cpu().contiguous() for part in extractor.run(images.read(chunks[i])))
             if not (torch.isfinite(features).all() and torch.isfinite(logits).all()):
-                raise NonFiniteError(
-                    f"{extractor.name}: features that are not finite numbers, in images {chunks[i][0]} to {chunks[i][-1]}"
-                )
+                where = f"in images {chunks[i][0]} to {chunks[i][-1]}"
+                raise NonFiniteError(f"{extractor.name}: features that are not finite numbers, {where}")
             with atomic_write(parts / _part_name(i)) as temporary:
                 save_file({"features": features, "logits": logits}, temporary)
             progress.update(len(chunks[i]))
@@ -165,12 +192,12 @@ def _part_name(index: int) -> str:
 
 
 def _merge(parts: Path, path: Path, key: dict) -> None:
-    """One file of all parts. Where parts are gone, another evaluation of the same images has merged them."""
+    """Merge all parts into one file. If parts are missing, another evaluation of the same images has merged them."""
     files = [parts / _part_name(i) for i in range(-(-key["count"] // key["chunk"]))]
     if path.is_file() and not all(file.is_file() for file in files):
         return
     merged: dict[str, Tensor] = {}
-    for number, file in enumerate(files):  # into their place: nothing is held twice
+    for number, file in enumerate(files):  # each part is copied into its place, so that nothing is in memory twice
         for name, part in read_tensors(file).items():
             whole = merged.setdefault(name, torch.empty(key["count"], part.shape[1]))
             whole[number * key["chunk"] :][: len(part)] = part
@@ -180,6 +207,7 @@ def _merge(parts: Path, path: Path, key: dict) -> None:
 
 
 def _read(path: Path, key: dict, source: str) -> Features:
+    """Read a file of the cache and check that it belongs to `key`."""
     try:
         with safe_open(path, "pt") as file:
             stored = json.loads((file.metadata() or {}).get("key", "{}"))

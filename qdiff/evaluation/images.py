@@ -1,4 +1,4 @@
-"""Where images come from: folders, `.zip`, `.npz` and `.npy` files, lmdb databases, CIFAR-10. Read by index, a batch at a time."""
+"""Sources of images: folders, `.zip`, `.npz` and `.npy` files, lmdb databases, CIFAR-10. Images are read by index."""
 
 import hashlib
 import io
@@ -29,30 +29,44 @@ CIFAR10 = "cifar10-train"
 
 
 class Images(Protocol):
-    """Images by index. name: for messages. entries: their names, where they have some. hash: of all contents in their order."""
+    """A source of images.
+
+    Attributes:
+        name: what messages call the source.
+    """
 
     name: str
 
     @property
-    def entries(self) -> Sequence[str]: ...
+    def entries(self) -> Sequence[str]:
+        """The names of the images; empty if they have none."""
+        ...
 
     def __len__(self) -> int: ...
 
     @property
-    def hash(self) -> str: ...
+    def hash(self) -> str:
+        """A hash of the contents of all images in their order."""
+        ...
 
     def picture(self, index: int) -> Image.Image:
-        """Image `index` in RGB; ConfigError naming it if it cannot be read."""
+        """Read image `index` in RGB.
+
+        Raises:
+            ConfigError: it cannot be read. The message names it.
+        """
         ...
 
 
 def open_images(source: str | Path) -> Images:
-    """The images of a folder (or of the folders below it), a `.zip` file, an array, an lmdb folder (LSUN), or `cifar10-train`.
+    """Open a source of images.
 
-    Arrays are uint8 [N, H, W, 3]: a `.npy` file, or `arr_0` of an `.npz` file.
+    Args:
+        source: a folder with images in it or in the folders below it; a `.zip` file of images; an array uint8
+            [N, H, W, 3], which is a `.npy` file or `arr_0` of an `.npz` file; an lmdb folder (LSUN); `cifar10-train`.
 
     Raises:
-        ConfigError: nothing of these, or no image in it.
+        ConfigError: the source is none of these, or holds no image.
     """
     if str(source) == CIFAR10:
         return _Cifar10()
@@ -69,7 +83,7 @@ def open_images(source: str | Path) -> Images:
 
 
 class _Folder:
-    """The images of a folder, or of the folders below it (one for each class, say), in the order of their names; see `_arranged`."""
+    """The images of a folder or of the folders below it, such as one for each class, in the order of `_arranged`."""
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
@@ -88,7 +102,7 @@ class _Folder:
 
 
 def _below(path: Path) -> Iterator[str]:
-    """All files below a folder, relative to it; links to folders are followed, each folder once."""
+    """All files below a folder, relative to it. Links to folders are followed, but no folder is visited twice."""
     seen = set()
     for folder, folders, files in os.walk(path, followlinks=True):
         real = os.path.realpath(folder)
@@ -98,13 +112,18 @@ def _below(path: Path) -> Iterator[str]:
         seen.add(real)
 
 
-def _arranged(names: Iterable[str], none: str, source: str) -> list[str]:
-    """The images among relative names, in the order of their names, numbers in them by value (2 before 10).
+def _arranged(names: Iterable[str], none_message: str, source: str) -> list[str]:
+    """Select and sort images by their names; numbers in names are compared by value (2 before 10).
 
-    Names that begin with a dot are no images (`._0.png` of macOS), nor is what lies in such a folder or in `__MACOSX`.
+    Files and folders whose names begin with a dot (`._0.png` of macOS) and the folder `__MACOSX` are skipped.
+
+    Args:
+        names: relative paths of files.
+        none_message: the message of the error if there are no images.
+        source: what messages call the source.
 
     Raises:
-        ConfigError: there are none (`none`), or some lie in `source` and others in folders below it.
+        ConfigError: there are no images, or some are in `source` itself and others in folders below it.
     """
     images = [
         name
@@ -113,7 +132,7 @@ def _arranged(names: Iterable[str], none: str, source: str) -> list[str]:
         and not any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
     ]
     if not images:
-        raise ConfigError(none)
+        raise ConfigError(none_message)
     flat = [name for name in images if "/" not in name]
     if 0 < len(flat) < len(images):
         below = next(name for name in images if "/" in name)
@@ -124,7 +143,7 @@ def _arranged(names: Iterable[str], none: str, source: str) -> list[str]:
 
 
 def _natural(name: str) -> list[list[tuple[int, str]]]:
-    """A sorting key with the numbers of a name by their values, folder by folder."""
+    """A sorting key that compares the numbers in a name by their values, folder by folder."""
     return [
         [(int(part), part) if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", folder)]
         for folder in name.split("/")
@@ -132,7 +151,7 @@ def _natural(name: str) -> list[list[tuple[int, str]]]:
 
 
 class _Zip:
-    """The images inside a `.zip` file, in the order of a folder's."""
+    """The images inside a `.zip` file, in the order of `_arranged`."""
 
     def __init__(self, path: Path) -> None:
         self.name, self.path = str(path), path
@@ -161,34 +180,28 @@ class _Zip:
 
 
 class _Array:
-    """Images in one array, uint8 [N, H, W, 3]: mapped where it is stored, read whole where it is compressed."""
+    """Images in one array, uint8 [N, H, W, 3], which is mapped into memory, or read as a whole if it is compressed."""
 
     entries: Sequence[str] = ()
 
     def __init__(self, path: Path) -> None:
         self.name, self.path = str(path), path
-        where = "arr_0" if path.suffix == ".npz" else "the array"
+        archive = path.suffix == ".npz"
+        where = "arr_0" if archive else "the array"
         try:
-            self.array = (
-                _map_member(path, "arr_0.npy")
-                if path.suffix == ".npz"
-                else np.load(path, mmap_mode="r", allow_pickle=False)
-            )
+            array = _map_member(path, "arr_0.npy") if archive else np.load(path, mmap_mode="r", allow_pickle=False)
         except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError, OSError) as error:
-            key = " under the key arr_0" if path.suffix == ".npz" else ""
+            key = " under the key arr_0" if archive else ""
             raise ConfigError(f"{path}: expected uint8 images [N, H, W, 3]{key} ({error})") from None
-        if (
-            not isinstance(self.array, np.ndarray)
-            or self.array.dtype != np.uint8
-            or self.array.ndim != 4
-            or self.array.shape[3] != 3
-        ):
-            shape = list(getattr(self.array, "shape", []))
+        right_type = isinstance(array, np.ndarray) and array.dtype == np.uint8
+        if not (right_type and array.ndim == 4 and array.shape[3] == 3):
+            shape = list(getattr(array, "shape", []))
             raise ConfigError(
-                f"{path}: {where} is {getattr(self.array, 'dtype', 'an archive')} {shape}, expected uint8 [N, H, W, 3]"
+                f"{path}: {where} is {getattr(array, 'dtype', 'an archive')} {shape}, expected uint8 [N, H, W, 3]"
             )
-        if not len(self.array):
+        if not len(array):
             raise ConfigError(f"{path}: {where} holds no images")
+        self.array = array
 
     def __len__(self) -> int:
         return len(self.array)
@@ -228,7 +241,7 @@ class _Lmdb:
     def hash(self) -> str:
         status = self.file.stat()
         key = (self.name, status.st_size, status.st_mtime_ns)
-        if key not in self.hashes:  # a hundred gigabytes and more: read once a process
+        if key not in self.hashes:  # the database can exceed a hundred gigabytes, so it is read once in a process
             with self.database.begin() as transaction:
                 self.hashes[key] = _hash_all(hashlib.sha256(value).hexdigest() for _, value in transaction.cursor())
         return self.hashes[key]
@@ -240,7 +253,7 @@ class _Lmdb:
 
 
 class _Cifar10:
-    """The 50,000 training images of CIFAR-10, fetched by torchvision (which checks their md5) into the cache."""
+    """The 50,000 training images of CIFAR-10, which torchvision downloads into the cache and checks by md5."""
 
     name = CIFAR10
     entries: Sequence[str] = ()
@@ -271,12 +284,18 @@ class _Cifar10:
 
 
 class Selected:
-    """The first `count` of other images; with `crop`, cut to a centered square and resized to that size.
+    """The first images of a source, cropped if desired.
 
-    The crop is the one of the latent-diffusion LSUN loader: bicubic, on 8-bit pixels. Without it FIDs of LSUN churches are off by 12.
+    The crop is that of latent diffusion's LSUN loader: bicubic, on 8-bit pixels. Without it, FIDs of LSUN churches are
+    off by 12.
+
+    Args:
+        images: the source.
+        count: the number of images; None: all.
+        crop: the size to which the largest centered square is resized, in pixels; None: images stay as they are.
 
     Raises:
-        ConfigError: fewer images than `count`.
+        ConfigError: the source has fewer images than `count`.
     """
 
     def __init__(self, images: Images, count: int | None = None, crop: int | None = None) -> None:
@@ -291,38 +310,49 @@ class Selected:
 
     @property
     def hash(self) -> str:
+        """A hash of the contents of all images in their order."""
         return _hash_all([self.images.hash, str(len(self)), str(self.crop)])
 
     def names(self) -> list[str]:
-        """The names of the images without their endings; none where they have no names."""
+        """The names of the images without their endings; empty if they have no names."""
         return [str(PurePosixPath(entry).with_suffix("")) for entry in self.images.entries[: len(self)]]
 
     def picture(self, index: int) -> Image.Image:
+        """Read image `index` in RGB."""
         picture = self.images.picture(index)
         return picture if self.crop is None else center_crop(picture, self.crop)
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        """All images, `size` at a time, as `read` gives them."""
+        """Yield all images in batches of `size`, uint8 [N, 3, H, W]."""
         for start in range(0, len(self), size):
             yield self.read(range(start, min(start + size, len(self))))
 
     def read(self, indices: Sequence[int]) -> Tensor:
-        """uint8 [N, 3, H, W]; ConfigError where their sizes differ."""
+        """Read images.
+
+        Args:
+            indices: their numbers.
+
+        Returns:
+            uint8 [N, 3, H, W].
+
+        Raises:
+            ConfigError: an image cannot be read, or its size differs from that of the first image.
+        """
         pictures = [self.picture(i) for i in indices]
         self._size = self._size or self.picture(0).size
         for index, picture in zip(indices, pictures, strict=True):
             if picture.size != self._size:
                 found, first = ("x".join(map(str, size)) for size in (picture.size, self._size))
                 raise ConfigError(
-                    f"{self.name}: image {index} is {found}, the first one {first}; expected one size (--crop cuts a reference)"
+                    f"{self.name}: image {index} is {found}, the first one {first}; expected one size, as by `crop`"
                 )
-        return (
-            torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2).contiguous()
-        )
+        pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
+        return pixels.permute(0, 3, 1, 2).contiguous()
 
 
 def center_crop(picture: Image.Image, size: int) -> Image.Image:
-    """The largest centered square, resized to `size` by bicubic interpolation (latent diffusion's LSUN loader)."""
+    """Resize the largest centered square to [size, size], bicubic, as latent diffusion's LSUN loader does."""
     pixels = np.asarray(picture)
     height, width = pixels.shape[:2]
     side = min(height, width)
@@ -331,6 +361,7 @@ def center_crop(picture: Image.Image, size: int) -> Image.Image:
 
 
 def _hash_all(parts: Iterable[str]) -> str:
+    """A hash of texts in their order."""
     total = hashlib.sha256()
     for part in parts:
         total.update(part.encode() + b"\n")
@@ -338,7 +369,7 @@ def _hash_all(parts: Iterable[str]) -> str:
 
 
 def _map_member(path: Path, member: str) -> np.ndarray:
-    """An array of an `.npz` file without reading it, where it is not compressed."""
+    """Map an array of an `.npz` file into memory; read it if it is compressed."""
     with zipfile.ZipFile(path) as archive:
         info = archive.getinfo(member)
         if info.compress_type != zipfile.ZIP_STORED:
@@ -351,7 +382,7 @@ def _map_member(path: Path, member: str) -> np.ndarray:
             header = file.tell()
     if dtype.hasobject or fortran:
         raise ValueError(f"an array of {dtype}")
-    with path.open("rb") as file:  # the local header may be longer than the one in the directory
+    with path.open("rb") as file:  # the header beside the data may be longer than the copy in the archive's directory
         file.seek(info.header_offset + 26)
         name_length, extra_length = np.frombuffer(file.read(4), "<u2")
     offset = info.header_offset + 30 + int(name_length) + int(extra_length) + header

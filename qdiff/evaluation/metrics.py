@@ -18,10 +18,10 @@ from qdiff.utils.files import atomic_write
 METRICS = ("fid", "is", "kid", "pr")
 SEED = 2020  # the default of torch-fidelity
 KID_SUBSET, KID_SUBSETS, IS_SPLITS, NEIGHBORS = 1000, 100, 10, 3
-PART = 10_000  # so many features are centered and multiplied at once
+PART = 10_000  # rows of features that are centered and multiplied at once
 # Precision and recall use at most this many images of each set, spread evenly over it, because they compare all pairs.
 PR_IMAGES = 50_000
-PR_DISTANCES = 2**25  # so many distances are in memory at once
+PR_DISTANCES = 2**25  # distances that are in memory at once
 
 OURS = "torch-fidelity's resize and Inception weights"
 INCEPTION_DIM = 2048
@@ -85,7 +85,7 @@ def save_statistics(path: Path, values: Statistics) -> None:
 def load_statistics(path: Path) -> Statistics | None:
     """Read stored statistics.
 
-    Files of clean-fid and pytorch-fid, with mu [2048] and sigma [2048, 2048], name no extractor. Their `kind` is derived
+    Files of clean-fid and pytorch-fid, with mu [2048] and sigma [2048, 2048], name no extractor. Their `kind` follows
     from the file's name.
 
     Args:

@@ -1,7 +1,7 @@
 """Files that come with the project: YAML configurations and the bundled models.
 
-A clone holds them beside the packages, in `configs/` and `models/`. An installed package contains the configurations only,
-as package data.
+A clone holds them beside the packages, in `configs/` and `models/`. An installed package contains the configurations
+only, as package data.
 """
 
 from pathlib import Path

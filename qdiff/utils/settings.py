@@ -1,4 +1,4 @@
-"""Sections of YAML files become checked dataclasses: unknown, missing and mistyped settings are errors that name them."""
+"""Sections of YAML files become checked dataclasses: unknown, missing and mistyped settings are named."""
 
 import contextlib
 import difflib

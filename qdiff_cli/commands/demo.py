@@ -1,7 +1,7 @@
-"""The main job on the bundled models: the same noises in full precision and quantized, one picture and table per family."""
+"""The main job on the bundled models: the same noises in full precision and quantized, with pictures and tables."""
 
-import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
@@ -9,122 +9,146 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from qdiff.checkpoint import PackedInfo, load_packed, read_packed_info, save_packed, state_hash
+from qdiff.calibration.run import Calibration
+from qdiff.checkpoint import PackedFile, PackedInfo, save_packed, state_hash
 from qdiff.config import CalibrationConfig
 from qdiff.engines.select import apply_engine
 from qdiff.evaluation.similarity import psnr, ssim
 from qdiff.evaluation.trajectory import Trajectories
 from qdiff.utils.files import check_writable
-from qdiff_cli.bundled import BundledModel, load_bundled
+from qdiff_cli.bundled import folder_of, sampling_command
 from qdiff_cli.comparison import FULL, save_rows
-from qdiff_cli.options import Parser, add_device_options, positive, select_device
-from qdiff_cli.running import log_to, setup_threads
+from qdiff_cli.options import DeviceOptions, Parser, add_device_options, from_args, positive
+from qdiff_cli.runs import log_to
 
 NEAREST = "W4A8 nearest"
-RECIPE = CalibrationConfig(steps=10, samples=8)
+RECIPE = CalibrationConfig(num_timesteps=10, samples=8)
 ERROR_IMAGES = 4  # that the error along the trajectory is measured on
-COSTS = {
-    "emoji64": 1,
-    "emoji32": 2,
-    "emoji64-text": 4,
-}  # of an image, relative to one another; the first picture comes soonest
+COSTS = {"emoji64": 1, "emoji32": 2, "emoji64-text": 4}  # relative, of an image; the cheapest model comes first
 BAR = "{desc}{percentage:3.0f}%|{bar}| {elapsed} < {remaining}"
 NETWORKS = (FULL, "W8A8", "W4A8", NEAREST)
 
 
-def nearest_rounding(show: BundledModel, file: Path) -> nn.Module:
-    """The baseline in the number formats of the calibrated file, from a calibration set drawn here."""
-    quant = read_packed_info(show.folder / "w4a8.safetensors").config.linear()
-    network = show.nearest(quant, RECIPE)
-    task = show.job.task
-    save_packed(
-        file,
-        network,
-        PackedInfo(task.family.name, task.build, quant, RECIPE.to_dict(), state_hash(show.model.state_dict())),
-    )
-    return network
+@dataclass(frozen=True)
+class DemoOptions:
+    """The options of demo.py.
+
+    Attributes:
+        output: the folder to write.
+        images: images of each network.
+        device: where the networks work.
+    """
+
+    output: Path
+    images: int
+    device: DeviceOptions
+
+
+def parse(argv: Sequence[str] | None) -> DemoOptions:
+    """The options of these words."""
+    parser = Parser((__doc__ or "").splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("demo_output"))
+    parser.add_argument("--images", type=positive, default=16)
+    add_device_options(parser)
+    args = parser.parse_args(argv)
+    return DemoOptions(args.output, args.images, from_args(DeviceOptions, args))
 
 
 class Demo:
-    """One model: a row of images for each network, each row added to the picture as soon as it is sampled."""
+    """One model: a row of images for each network. A row joins the picture as soon as it is sampled.
 
-    def __init__(self, show: BundledModel, output: Path, progress: tqdm) -> None:
-        self.show, self.progress = show, progress
-        name = show.name
+    Args:
+        name: the bundled model.
+        options: the options of demo.py.
+        progress: the progress bar of all models.
+    """
+
+    def __init__(self, name: str, options: DemoOptions, progress: tqdm) -> None:
+        self.name, self.progress = name, progress
+        command = sampling_command(name, options.images)
+        self.run = command.on(options.device.device, options.device.threads).make_run()
+        self.model = self.run.load_full_precision()
+        folder, output = folder_of(name), options.output
         self.picture = output / f"demo_{name}.png"
-        self.files = {FULL: show.folder / "unet.safetensors", "W8A8": show.folder / "w8a8.safetensors"}
-        self.files |= {"W4A8": show.folder / "w4a8.safetensors", NEAREST: output / f"{name}_w4a8_nearest.safetensors"}
+        self.files = {FULL: folder / "unet.safetensors", "W8A8": folder / "w8a8.safetensors"}
+        self.files |= {"W4A8": folder / "w4a8.safetensors", NEAREST: output / f"{name}_w4a8_nearest.safetensors"}
         self.images: dict[str, Tensor] = {}
         self.states: list[tuple[Tensor, Tensor, Tensor]] = []  # (x_t, t, eps) of the first images in full precision
 
+    @property
+    def cost(self) -> int:
+        """The cost of the whole model, in units of the progress bar."""
+        return COSTS[self.name] * self.run.total * len(NETWORKS)
+
     def network(self, name: str) -> nn.Module:
+        """One of `NETWORKS`, on its engine."""
         if name == FULL:
-            return self.show.model
-        network = (
-            nearest_rounding(self.show, self.files[NEAREST]) if name == NEAREST else load_packed(self.files[name])[0]
-        )
-        return apply_engine(network.to(self.show.job.device))
+            return self.model
+        network = self.nearest_rounding() if name == NEAREST else PackedFile.open(self.files[name]).network()
+        return apply_engine(network.to(self.run.device))
 
-    def counted(self, keep: bool) -> Callable[[Tensor, Tensor, Tensor], None]:
-        """A callback of the sampler that moves the progress bar; with `keep` the trajectory is remembered."""
-        share = COSTS[self.show.name] * self.show.job.total / self.show.job.task.evaluations
+    def nearest_rounding(self) -> nn.Module:
+        """The baseline in the number formats of the calibrated file, on a calibration set drawn here."""
+        quant = PackedFile.open(self.files["W4A8"]).info.config.linear()
+        task = self.run.task
+        data = task.make_calibration_set(self.model, RECIPE).select(RECIPE.num_timesteps, RECIPE.samples)
+        network = Calibration(self.model, task.architecture, quant, RECIPE, data).nearest()
+        source = state_hash(self.model.state_dict())
+        info = PackedInfo(task.architecture.name, task.unet_config, quant, RECIPE.to_dict(), source)
+        save_packed(self.files[NEAREST], network, info)
+        return network
 
-        def callback(x: Tensor, t: Tensor, eps: Tensor) -> None:
+    def callback(self, remember: bool) -> Callable[[Tensor, Tensor, Tensor], None]:
+        """A callback of the sampler that moves the progress bar; with `remember` it keeps the trajectory."""
+        share = COSTS[self.name] * self.run.total / self.run.task.evaluations
+
+        def on_evaluation(x: Tensor, t: Tensor, eps: Tensor) -> None:
             self.progress.update(share)
-            if keep:
+            if remember:
                 self.states.append((x[:ERROR_IMAGES], t[:ERROR_IMAGES], eps[:ERROR_IMAGES]))
 
-        return callback
+        return on_evaluation
 
     @torch.no_grad()
     def eps_error(self, network: nn.Module) -> float:
         """Mean relative error of eps along the full-precision trajectory of the first images."""
         errors = Trajectories()
-        watch = errors.watch({"it": self.show.job.denoiser(network, range(min(ERROR_IMAGES, self.show.job.total)))})
+        watch = errors.watch({"it": self.run.denoiser(network, range(min(ERROR_IMAGES, self.run.total)))})
         for x, t, eps in self.states:
             watch(x, t, eps)
         return errors.eps_errors()["it"].mean
 
     def line(self, name: str) -> str:
-        """Sample the row of a network, write the picture; the line of the table."""
-        network, job = self.network(name), self.show.job
+        """Sample the row of a network and write the picture; the line of the table."""
+        network, total = self.network(name), self.run.total
         began = perf_counter()
-        self.images[name] = job.sample(network, range(job.total), self.counted(keep=name == FULL))
-        seconds = (perf_counter() - began) / job.total
+        self.images[name] = self.run.sample(network, range(total), self.callback(remember=name == FULL))
+        seconds = (perf_counter() - began) / total
         save_rows(self.picture, self.images)
         size = self.files[name].stat().st_size / 1e6
         if name == FULL:
             return f"{name:14} {size:8.2f} {'':8} {'':7} {'':10} {seconds:8.2f}   (stored in half precision)"
-        close = psnr(self.images[name], self.images[FULL]), ssim(self.images[name], self.images[FULL])
-        return f"{name:14} {size:8.2f} {close[0]:8.1f} {close[1]:7.3f} {self.eps_error(network):10.4f} {seconds:8.2f}"
+        found, reference = self.images[name], self.images[FULL]
+        likeness = f"{psnr(found, reference):8.1f} {ssim(found, reference):7.3f}"
+        return f"{name:14} {size:8.2f} {likeness} {self.eps_error(network):10.4f} {seconds:8.2f}"
 
-    def run(self) -> None:
-        job = self.show.job
-        self.progress.set_description(self.show.name)
-        self.progress.write(
-            f"\n{job.title}\n{'':14} {'file MB':>8} {'PSNR dB':>8} {'SSIM':>7} {'eps error':>10} {'s/image':>8}"
-        )
+    def show(self) -> None:
+        """Sample all networks; write the picture and the table."""
+        self.progress.set_description(self.name)
+        columns = f"{'':14} {'file MB':>8} {'PSNR dB':>8} {'SSIM':>7} {'eps error':>10} {'s/image':>8}"
+        self.progress.write(f"\n{self.run.title}\n{columns}")
         for name in NETWORKS:
             self.progress.write(self.line(name))
-        self.progress.write(f"{self.picture}: one row for each line of the table, the same {job.total} noises")
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("demo_output"))
-    parser.add_argument("--images", type=positive, default=16)
-    add_device_options(parser)
-    return parser.parse_args(argv)
+        self.progress.write(f"{self.picture}: one row for each line of the table, the same {self.run.total} noises")
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
-    setup_threads(args.threads)
-    device = select_device(args.device)
-    check_writable(args.output / "demo_emoji32.png")
+    """Run the command."""
+    options = parse(argv)
+    check_writable(options.output / "demo_emoji32.png")
     log_to(None, verbose=False)
-    shows = [load_bundled(name, args.images, device) for name in COSTS]
-    total = sum(COSTS[show.name] * show.job.total * len(NETWORKS) for show in shows)
-    with tqdm(total=total, bar_format=BAR) as progress:
-        for show in shows:
-            Demo(show, args.output, progress).run()
+    with tqdm(total=0, bar_format=BAR) as progress:
+        demos = [Demo(name, options, progress) for name in COSTS]
+        progress.total = sum(demo.cost for demo in demos)
+        for demo in demos:
+            demo.show()

@@ -1,70 +1,97 @@
-"""Evaluate images: FID, Inception score, KID, precision and recall, CLIP score, and likeness to full-precision images."""
+"""Evaluate images: FID, Inception score, KID, precision and recall, CLIP score, likeness to full precision."""
 
-import argparse
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qdiff.errors import ConfigError
 from qdiff.evaluation.images import open_images
+from qdiff.utils import distributed
 from qdiff.utils.files import write_text
 from qdiff_cli.evaluation import (
-    check_count,
-    check_inputs,
-    check_wishes,
+    EvaluationConfig,
     evaluate,
     evaluation_parser,
+    validate_count,
+    validate_inputs,
+    validate_metrics,
 )
 from qdiff_cli.images import save_npz
-from qdiff_cli.options import select_device, split_command
-from qdiff_cli.running import Ranks, log_to, setup_threads
-from qdiff_cli.sampling_run import prepare, run
+from qdiff_cli.options import DeviceOptions, from_args, split_command
+from qdiff_cli.runs import log_to
+from qdiff_cli.sampling_commands import parse_sampling_command
+from qdiff_cli.sampling_run import SamplingCommand
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    own, command = split_command(argv)
-    parser = evaluation_parser(__doc__.splitlines()[0])
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """The options of evaluate.py.
+
+    Attributes:
+        evaluation: what is evaluated and how.
+        source: the images; None: those of `command`.
+        command: the sampling command that makes the images; None: they are at `source`.
+        device: where the command works.
+    """
+
+    evaluation: EvaluationConfig
+    source: str | None
+    command: SamplingCommand | None
+    device: DeviceOptions
+
+
+def parse(argv: Sequence[str] | None) -> EvaluateOptions:
+    """The options of these words."""
+    own, words = split_command(argv)
+    parser = evaluation_parser((__doc__ or "").splitlines()[0])
     args = parser.parse_args(own)
-    if bool(args.images) == bool(command):
+    if bool(args.images) == bool(words):
         parser.error("expected either images or a sampling command after --")
     if args.prompts and not args.clip:
         parser.error("--prompts: expected --clip with it")
-    args.command = command
-    return args
+    command = parse_sampling_command(words) if words else None
+    if getattr(command, "skip_save", False):
+        raise ConfigError("--skip_save: no images would be left to evaluate")
+    return EvaluateOptions(from_args(EvaluationConfig, args), args.images, command, from_args(DeviceOptions, args))
 
 
-def show(figures: dict, note: str) -> str:
+def show(figures: Mapping[str, Any]) -> str:
+    """The figures as lines of text, with the note at the end."""
     lines = [f"{'images':12} {figures['count']}"]
     lines += [f"{name:12} {value:.6g}" for name, value in figures.items() if isinstance(value, float)]
-    return "\n".join([*lines, note])
+    return "\n".join([*lines, figures["note"]])
 
 
-def sample(args: argparse.Namespace) -> Path:
-    """The folder of the images that the sampling command makes."""
-    job = prepare(args.command)
-    if not job.args.continue_run:  # which may find more images than are asked for
-        check_count(args, job.total)
-    if getattr(job.args, "skip_save", False):
-        raise ConfigError("--skip_save: no images would be left to evaluate")
-    return run(job)
+def sample(options: EvaluateOptions) -> str | Path:
+    """Where the images are, once they are sampled."""
+    if options.command is None:
+        return options.source or ""
+    run = options.command.make_run()
+    if not run.options.continue_run:  # which may find more images than are asked for
+        validate_count(options.evaluation, run.total)
+    return run.execute()
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
-    ranks = Ranks.from_environment(select_device(args.device))
-    setup_threads(args.threads)
-    check_wishes(args)
-    check_inputs(args)
-    source = sample(args) if args.command else args.images
+    """Run the command."""
+    options = parse(argv)
+    config = options.evaluation
+    distributed.connect(options.device.apply())
+    validate_metrics(config)
+    validate_inputs(config)
+    source = sample(options)
     log_to(None, verbose=False)
-    setup_threads(args.threads)  # the command had its own
+    options.device.apply()  # the sampling command had threads of its own
     files = getattr(open_images(source), "files", None)
-    if args.npz and files is None:
+    if config.npz and files is None:
         raise ConfigError(f"--npz: {source} is not a folder of images")
-    figures = evaluate(args, source)
-    if ranks.rank:
+    figures = evaluate(config, source)
+    if distributed.rank():
         return
-    if args.npz:
-        save_npz(args.npz, files[: args.count])
-    if args.output:
-        write_text(args.output, json.dumps(figures, indent=1))
-    print(show(figures, figures["note"]))
+    if config.npz and files is not None:
+        save_npz(config.npz, files[: config.count])
+    if config.output:
+        write_text(config.output, json.dumps(figures, indent=1))
+    print(show(figures))

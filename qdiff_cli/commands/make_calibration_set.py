@@ -1,6 +1,8 @@
 """Draw a calibration set from a model's own sampling trajectory, in the published file format."""
 
 import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -8,63 +10,32 @@ import torch
 
 from ddim import sampling as pixel
 from ddim.config import load_config as load_pixel_config
+from ddim.samplers import PIXEL_SAMPLERS, PixelSamplerConfig
 from ddim.weights import load_unet
 from ldm import sampling as latent
 from ldm.checkpoint import open_checkpoint
 from ldm.conditions import calibration_prompt, class_conditions, parse_classes, read_prompts, text_conditions
 from ldm.config import load_config as load_latent_config
 from ldm.encoders import ClassEmbedder
-from qdiff.calibration.data import CalibrationSet, check_steps, save_set
+from ldm.samplers import LATENT_SAMPLERS, LatentSamplerConfig
+from qdiff.calibration.data import CalibrationSet, save_set, validate_num_timesteps
 from qdiff.config import CalibrationConfig
-from qdiff.errors import ConfigError
+from qdiff.errors import CheckpointError, ConfigError
 from qdiff.utils.files import check_writable
 from qdiff_cli.commands.sample_ddim import SAMPLER_RULES
-from qdiff_cli.options import Parser, Rule, add_run_options, check_typed, positive, project_file, seed, select_device
-from qdiff_cli.quantization import is_latent
-from qdiff_cli.running import log_to, setup_threads
-
-PIXEL_SAMPLERS, LATENT_SAMPLERS = ["generalized", "dpm_solver", "ddpm_noisy"], ["ddim", "plms", "dpm", "vanilla"]
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument("--config", type=project_file, required=True, help="YAML file of the model, of any family")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="file to write")
-    parser.add_argument("--use_pretrained", action="store_true", help="the weights that the configuration names")
-    parser.add_argument(
-        "--ckpt",
-        type=project_file,
-        help="local full-precision checkpoint (.ckpt, .pth, .safetensors), or a bundled model's folder",
-    )
-    parser.add_argument("--seed", type=seed, default=1234)
-    parser.add_argument(
-        "--sample_type", choices=PIXEL_SAMPLERS + LATENT_SAMPLERS, help="default: generalized (pixel), ddim (latent)"
-    )
-    parser.add_argument(
-        "--skip_type", default="quad", choices=["uniform", "quad"], help="spacing of the time steps (pixel models)"
-    )
-    parser.add_argument("--timesteps", type=positive, default=100, help="sampling steps")
-    parser.add_argument("--eta", type=float, default=0.0)
-    parser.add_argument("--scale", type=float, help="guidance, of models with text or classes (default: 7.5)")
-    parser.add_argument(
-        "--from-file",
-        dest="from_file",
-        type=Path,
-        help="prompts, one a line (default: prompts.txt beside the YAML file)",
-    )
-    parser.add_argument("--classes", help="class numbers, in turn: 25,187 (default: all)")
-    parser.add_argument("--cali_st", type=positive, default=20, help="time steps to keep")
-    parser.add_argument("--cali_n", type=positive, default=256, help="samples of each time step")
-    parser.add_argument("--cali_batch_size", type=positive, default=32, help="batch size (latent models)")
-    add_run_options(parser, resumable=False)
-    return parser.parse_args(argv)
-
-
-def choose(args: argparse.Namespace, known: list[str]) -> str:
-    if (args.sample_type or known[0]) not in known:
-        raise ConfigError(f"--sample_type {args.sample_type}: expected one of {', '.join(known)} for this model")
-    return args.sample_type or known[0]
-
+from qdiff_cli.families import is_latent
+from qdiff_cli.options import (
+    DeviceOptions,
+    Parser,
+    Rule,
+    add_device_options,
+    from_args,
+    positive,
+    project_file,
+    seed,
+    validate_typed,
+)
+from qdiff_cli.runs import log_to
 
 PIXEL_RULES = (
     *SAMPLER_RULES,
@@ -73,12 +44,67 @@ PIXEL_RULES = (
         lambda args: False,
         "for latent models: the batch size of a pixel model is its configuration's",
     ),
-    Rule("scale classes from_file", lambda args: False, "for models with text or classes: this one is unconditional"),
+    Rule(
+        "scale classes from_file",
+        lambda args: False,
+        "for models with text or classes: this one is unconditional",
+    ),
 )
 
 
+@dataclass(frozen=True)
+class CalibrationSetOptions:
+    """The options of make_calibration_set.py; `make_parser` describes them."""
+
+    config: Path
+    output: Path
+    use_pretrained: bool
+    ckpt: Path | None
+    seed: int
+    sample_type: str
+    skip_type: str
+    timesteps: int
+    eta: float
+    scale: float
+    from_file: Path | None
+    classes: str | None
+    recipe: CalibrationConfig
+    device: DeviceOptions
+    verbose: bool
+
+
+def make_parser() -> Parser:
+    """The parser of the command's options."""
+    parser = Parser((__doc__ or "").splitlines()[0])
+    parser.add_argument("--config", type=project_file, required=True, help="YAML file of the model, of any family")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="file to write")
+    parser.add_argument("--use_pretrained", action="store_true", help="the weights that the configuration names")
+    words = "local full-precision checkpoint (.ckpt, .pth, .safetensors), or a bundled model's folder"
+    parser.add_argument("--ckpt", type=project_file, help=words)
+    parser.add_argument("--seed", type=seed, default=1234)
+    choices = PIXEL_SAMPLERS.names() + LATENT_SAMPLERS.names()
+    words = "default: generalized (pixel), ddim (latent)"
+    parser.add_argument("--sample_type", choices=choices, help=words)
+    words = "spacing of the time steps (pixel models)"
+    parser.add_argument("--skip_type", default="quad", choices=["uniform", "quad"], help=words)
+    parser.add_argument("--timesteps", type=positive, default=100, help="sampling steps")
+    parser.add_argument("--eta", type=float, default=0.0)
+    words = "guidance, of models with text or classes (default: 7.5)"
+    parser.add_argument("--scale", type=float, help=words)
+    words = "prompts, one a line (default: prompts.txt beside the YAML file)"
+    parser.add_argument("--from-file", dest="from_file", type=Path, help=words)
+    parser.add_argument("--classes", help="class numbers, in turn: 25,187 (default: all)")
+    parser.add_argument("--cali_st", type=positive, default=20, help="time steps to keep")
+    parser.add_argument("--cali_n", type=positive, default=256, help="samples of each time step")
+    parser.add_argument("--cali_batch_size", type=positive, default=32, help="batch size (latent models)")
+    group = parser.add_argument_group("run")
+    add_device_options(group)
+    group.add_argument("--verbose", action="store_true", help="log details")
+    return parser
+
+
 def latent_rules(kind: type | None) -> tuple[Rule, ...]:
-    """When options act for a latent model, conditioned by `kind` (None: unconditional)."""
+    """When options act for a latent model that is conditioned by `kind` (None: unconditional)."""
     return (
         Rule("use_pretrained skip_type", lambda args: False, "for pixel models"),
         Rule(
@@ -98,47 +124,74 @@ def latent_rules(kind: type | None) -> tuple[Rule, ...]:
     )
 
 
-def draw_pixel(args: argparse.Namespace, recipe: CalibrationConfig, device: torch.device) -> CalibrationSet:
-    config = load_pixel_config(args.config)
-    check_typed(args, PIXEL_RULES)
-    if not (args.ckpt or args.use_pretrained):
-        raise ConfigError("no weights: expected --use_pretrained or --ckpt FILE")
-    name = choose(args, PIXEL_SAMPLERS)
-    settings = pixel.PixelSamplerConfig(name, args.skip_type, args.timesteps, args.eta).validate(config.diffusion)
-    sampler = pixel.PixelSampler(config, settings, device)
-    check_steps(args.cali_st, sampler.evaluations)
-    return pixel.make_calibration_set(load_unet(config, args.ckpt).to(device), sampler, args.seed, recipe)
+def parse(argv: Sequence[str] | None) -> CalibrationSetOptions:
+    """The options of these words, checked against the model's configuration."""
+    args = make_parser().parse_args(argv)
+    if is_latent(args.config):
+        conditioning = load_latent_config(args.config).conditioning
+        validate_typed(args, latent_rules(None if conditioning is None else conditioning.kind))
+        if not args.ckpt:
+            raise ConfigError("no weights: expected --ckpt FILE or FOLDER")
+        known = LATENT_SAMPLERS.names()
+    else:
+        load_pixel_config(args.config)
+        validate_typed(args, PIXEL_RULES)
+        if not (args.ckpt or args.use_pretrained):
+            raise ConfigError("no weights: expected --use_pretrained or --ckpt FILE")
+        known = PIXEL_SAMPLERS.names()
+    _fill_defaults(args, known)
+    recipe = CalibrationConfig(
+        num_timesteps=args.cali_st, samples=args.cali_n, batch_size=args.cali_batch_size
+    ).validate()
+    return from_args(CalibrationSetOptions, args, recipe=recipe, device=from_args(DeviceOptions, args))
 
 
-def draw_latent(args: argparse.Namespace, recipe: CalibrationConfig, device: torch.device) -> CalibrationSet:
-    config = load_latent_config(args.config)
-    if not args.ckpt:
-        raise ConfigError("no weights: expected --ckpt FILE or FOLDER")
-    check_typed(args, latent_rules(None if config.conditioning is None else config.conditioning.kind))
-    scale = 7.5 if args.scale is None else args.scale
-    settings = latent.LatentSamplerConfig(choose(args, LATENT_SAMPLERS), args.timesteps, args.eta, scale).validate(config)
-    checkpoint = open_checkpoint(args.ckpt, config)
+def _fill_defaults(args: argparse.Namespace, known: list[str]) -> None:
+    """Set the options whose default depends on the model; ConfigError for the sampler of another family."""
+    args.sample_type = args.sample_type or known[0]
+    args.scale = 7.5 if args.scale is None else args.scale
+    if args.sample_type not in known:
+        raise ConfigError(f"--sample_type {args.sample_type}: expected one of {', '.join(known)} for this model")
+
+
+def draw_pixel(options: CalibrationSetOptions, device: torch.device) -> CalibrationSet:
+    """The set of a pixel model."""
+    config = load_pixel_config(options.config)
+    settings = PixelSamplerConfig(options.sample_type, options.skip_type, options.timesteps, options.eta)
+    sampler = pixel.PixelSampler(config, settings.validate(config.diffusion), device)
+    validate_num_timesteps(options.recipe.num_timesteps, sampler.evaluations)
+    network = load_unet(config, options.ckpt).to(device)
+    return pixel.make_calibration_set(network, sampler, options.seed, options.recipe)
+
+
+def draw_latent(options: CalibrationSetOptions, device: torch.device) -> CalibrationSet:
+    """The set of a latent model."""
+    config = load_latent_config(options.config)
+    settings = LatentSamplerConfig(options.sample_type, options.timesteps, options.eta, options.scale)
+    checkpoint = open_checkpoint(options.ckpt or "", config)
     model_parts = cache(lambda: checkpoint.model_parts().to(device))
-    sampler = latent.LatentSampler(config, settings, device)
-    if config.conditioning is not None and config.conditioning.kind is ClassEmbedder:
-        sampler.conditions = class_conditions(
-            model_parts, parse_classes(args.classes, int(config.conditioning.params["n_classes"]) - 1)
-        )
-    elif config.conditioning is not None:
-        prompts = read_prompts(args.from_file) if args.from_file else None
+    sampler = latent.LatentSampler(config, settings.validate(config), device)
+    conditioning = config.conditioning
+    if conditioning is not None and conditioning.kind is ClassEmbedder:
+        classes = parse_classes(options.classes, int(conditioning.params["n_classes"]) - 1)
+        sampler.conditions = class_conditions(model_parts, classes)
+    elif conditioning is not None:
+        prompts = read_prompts(options.from_file) if options.from_file else None
         prompt_of = (lambda i: prompts[i % len(prompts)]) if prompts else calibration_prompt(config.path)
         sampler.conditions = text_conditions(model_parts, prompt_of)
-    check_steps(args.cali_st, sampler.evaluations)
-    return latent.make_calibration_set(checkpoint.unet().to(device), sampler, args.seed, recipe)
+    validate_num_timesteps(options.recipe.num_timesteps, sampler.evaluations)
+    return latent.make_calibration_set(checkpoint.unet().to(device), sampler, options.seed, options.recipe)
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
-    setup_threads(args.threads)
-    device = select_device(args.device)
-    recipe = CalibrationConfig(steps=args.cali_st, samples=args.cali_n, batch_size=args.cali_batch_size).validate()
-    check_writable(args.output)
-    log_to(None, args.verbose)
-    data = (draw_latent if is_latent(args.config) else draw_pixel)(args, recipe, device)
-    save_set(args.output, data)
-    print(f"{args.output}: {len(data.xs)} time steps of {len(data.xs[0])} samples each")
+    """Run the command."""
+    options = parse(argv)
+    device = options.device.apply()
+    check_writable(options.output)
+    log_to(None, options.verbose)
+    try:
+        data = (draw_latent if is_latent(options.config) else draw_pixel)(options, device)
+    except (ConfigError, CheckpointError) as error:
+        raise error.renamed({"timesteps": "--timesteps"}) from None
+    save_set(options.output, data)
+    print(f"{options.output}: {len(data.xs)} time steps of {len(data.xs[0])} samples each")

@@ -3,7 +3,7 @@
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import ClassVar, Self
@@ -47,7 +47,7 @@ class TextCommand(SamplingCommand):
     """`txt2img.py` with the values of all its options; `make_parser` describes them."""
 
     sampler_rules: ClassVar[tuple[Rule, ...]] = SAMPLER_RULES
-    option_of_field: ClassVar[dict[str, str]] = {"timesteps": "--ddim_steps"}
+    option_of_field: ClassVar[dict[str, str]] = {"timesteps": "--ddim_steps", "eta": "--ddim_eta"}
 
     prompt: str = "a painting of a virus monster playing guitar"
     from_file: Path | None = None
@@ -72,7 +72,7 @@ class TextCommand(SamplingCommand):
     ckpt: Path = Path(CHECKPOINT)
     seed: int = 42
     no_grad_ckpt: bool = False
-    run: RunOptions = RunOptions(precision="autocast")
+    run: RunOptions = field(default_factory=lambda: RunOptions(precision="autocast"))
 
     @classmethod
     def make_parser(cls) -> Parser:
@@ -113,7 +113,7 @@ class TextCommand(SamplingCommand):
 
     @classmethod
     def validate_args(cls, args: argparse.Namespace) -> None:
-        """Check options that contradict each other; ConfigError names them."""
+        """Check options that contradict each other, and resolve --laion400m; ConfigError names them."""
         if args.plms and args.dpm:
             raise ConfigError("--plms and --dpm: expected one of them")
         if args.laion400m:
@@ -226,7 +226,7 @@ class TextCommand(SamplingCommand):
 
 
 def write_cut_prompts(folder: Path, text: nn.Module | None, prompts: Sequence[str]) -> None:
-    """Write `cut_prompts.txt` beside the images: prompts that are too long, with what the model does not see of each."""
+    """Write `cut_prompts.txt` beside the images: too long prompts, with what the model does not see of them."""
     if isinstance(text, FrozenCLIPEmbedder) and (cut := cut_prompts(text, dict.fromkeys(prompts))):
         lines = [f"prompt: {prompt}\ncut off: {rest}\n" for prompt, rest in cut.items()]
         write_text(folder / "cut_prompts.txt", "\n".join(lines))

@@ -45,7 +45,7 @@ def quantized_layer(
 
 def attention_product(symmetric: bool, sm_abit: int):
     config = QuantConfig(quant_act=True, a_sym=symmetric, sm_abit=sm_abit)
-    return AttentionMatMulSpec(("w", "v"), softmax="w", always_zero=True, follows_a_sym=False).build(config, None)
+    return AttentionMatMulSpec(("w", "v"), softmax="w", always_zero=True, follows_a_sym=False).make(config, None)
 
 
 def check(layer: nn.Module, *inputs: torch.Tensor, tolerance: float = 1e-6) -> bool:
@@ -67,7 +67,10 @@ def check(layer: nn.Module, *inputs: torch.Tensor, tolerance: float = 1e-6) -> b
 
 
 def right(model: nn.Module) -> bool:
-    """Whether integer products of these layers are right here: sums of two products of 8-bit weights overflow 16 bits without VNNI."""
+    """Whether integer products of these layers are right on this processor.
+
+    Without VNNI, sums of two products with 8-bit weights overflow 16 bits.
+    """
     layers = list(model.modules())
     wide = any(q.n_bits > 4 for layer in layers if isinstance(layer, QuantLayer) for q in layer.weight_quantizers)
     attends = any(

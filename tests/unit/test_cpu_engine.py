@@ -167,7 +167,7 @@ def test_bfloat16_between_the_products_costs_no_more_than_its_rounding(operators
 
 @torch.no_grad()
 def test_bfloat16_keeps_what_weight_zero_points_leave(operators):
-    """An outlier in each channel moves the zero points away from 128; the sum that is taken out then cancels most of the product."""
+    """An outlier in each channel moves zero points away from 128: the correction then cancels most of the product."""
     torch.manual_seed(0)
     convolutions = [nn.Conv2d(64, 32, size, padding=size // 2) for size in (1, 3)]
     for conv in convolutions:
@@ -230,7 +230,7 @@ def test_what_cannot_run_on_integers_stays(network, rows, monkeypatch):
     simulated = Calibration(network, PIXEL, LINEAR, CalibrationConfig(), rows).run()
     weights_only = Calibration(network, PIXEL, replace(LINEAR, quant_act=False), CalibrationConfig(), rows).run()
     assert apply_engine(weights_only, "auto") is weights_only
-    with pytest.raises(ConfigError, match="^engine integer: activations"):
+    with pytest.raises(ConfigError, match=r"^engine integer: activations"):
         apply_engine(weights_only, "integer")
     with pytest.raises(ConfigError, match="not quantized"):
         apply_engine(network, "integer")
@@ -376,7 +376,7 @@ ISA = """
 import json, torch
 from tests.support import tiny
 from ddim.family import PIXEL
-from qdiff.calibration.run import calibrate
+from qdiff.calibration.run import Calibration
 from qdiff.config import CalibrationConfig, QuantConfig
 from qdiff.engines import select
 from qdiff.engines.select import apply_engine
@@ -384,7 +384,7 @@ select.MIN_MEAN_WEIGHTS = 0
 network = tiny.unet()
 rows = tiny.rows(network)
 quant = QuantConfig(weight_bit=8, quant_act=True, split=True, quant_mode="linear")
-simulated = calibrate(network, PIXEL, quant, CalibrationConfig(), rows)
+simulated = Calibration(network, PIXEL, quant, CalibrationConfig(), rows).run()
 with torch.no_grad():
     x = tuple(part[:4] for part in rows.inputs)
     found, expected = apply_engine(simulated, "auto")(*x), simulated(*x)

@@ -69,9 +69,10 @@ def test_wide_int8_linear_layers_are_exact():
 
 def test_what_does_not_fit_int8_is_told_apart():
     x = torch.randn(20, 16)
-    fits = lambda layer, **changes: Int8Linear.fits(
-        quantized_layer(layer, QuantLinear, changes.get("bits", 8), True, "max", x)
-    )
+
+    def fits(layer, bits=8):
+        return Int8Linear.fits(quantized_layer(layer, QuantLinear, bits, True, "max", x))
+
     assert fits(nn.Linear(16, 8)) and not fits(nn.Linear(16, 9)) and not fits(nn.Linear(16, 8), bits=12)
     far = quantized_layer(nn.Linear(16, 8), QuantLinear, 8, False, "mse", x.clamp(0, 1) + 1e4)
     assert far.act_quantizer.zero_point.abs() > 1e6 and not Int8Linear.fits(far)  # its sums would leave int32
@@ -120,7 +121,7 @@ def test_whole_networks_are_the_simulation(kind, tmp_path):
 def test_int8_products_that_would_not_be_used_are_refused():
     network = tiny.unet()
     quantized = Calibration(network, PIXEL, replace(LINEAR, act_bit=16), CalibrationConfig(), tiny.rows(network)).run()
-    with pytest.raises(ConfigError, match="^engine integer: no linear layer"):
+    with pytest.raises(ConfigError, match=r"^engine integer: no linear layer"):
         on_gpu(quantized, int8_products=True)
     with pytest.raises(ConfigError, match="not quantized"):
         on_gpu(network, int8_products=True)
