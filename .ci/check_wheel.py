@@ -1,4 +1,7 @@
-"""Try an installed wheel, from a folder that is not a clone: every module, a tiny network, two steps of sampling, a command."""
+"""Try an installed wheel from a folder that is not a clone.
+
+Every module is imported, a tiny network is quantized, saved and loaded, two steps are sampled, and commands are run.
+"""
 
 import importlib
 import pkgutil
@@ -64,7 +67,9 @@ def main() -> None:
     x, t = torch.randn(16, 3, 8, 8), torch.arange(16.0)
     network = qdiff.quantize(Denoiser(), (x, t), weight_bit=4, iters=5, iters_a=5, iters_tune=2, batch_size=8)
     assert torch.isfinite(network(x, t)).all()
-    print("a tiny network is quantized")
+    qdiff.save("tiny.safetensors", network)
+    assert torch.equal(qdiff.load("tiny.safetensors", model=Denoiser(), device="cpu")(x, t), network(x, t))
+    print("a tiny network is quantized, saved and loaded")
 
     config = load_config("configs/cifar10.yml")
     load_latent_config("configs/stable-diffusion/v1-inference.yaml")

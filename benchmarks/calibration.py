@@ -1,16 +1,15 @@
 """What a calibration costs, projected from a few iterations of every unit.
 
     python benchmarks/calibration.py --config configs/cifar10.yml
-    python benchmarks/calibration.py --config models/ldm/lsun_beds256/config.yaml --batch 4 --rows 4
+    python benchmarks/calibration.py --config models/ldm/lsun_beds256/config.yaml --batch 4 --samples 4
     python benchmarks/calibration.py --capture
 
-Random weights. After a warm-up every unit runs 1 and then 3 iterations of each phase on the same rows: the difference gives
-the time of an iteration, the rest is done once for each unit. The totals of both presets follow for the
-rows that the paper takes; `--batch` smaller than the preset's batch is scaled up linearly. The passes over held-out rows
-and those of the bias correction are counted at a third of an iteration's time a row. `--csv` writes the time of every unit.
-`--capture` shows how the cost of
-getting each unit's inputs and outputs grows with the number of units, beside that of running the network from
-the start for every unit.
+Random weights. After a warm-up every unit runs 1 and then 3 iterations of each phase on the same samples. The
+difference gives the time of an iteration; the rest is done once for each unit. The totals of both presets follow for
+the number of samples that the paper takes. A `--batch` smaller than the preset's batch is scaled up linearly. A pass of
+validation or of the bias correction is counted at a third of an iteration's time for each sample. `--csv` writes the
+time of every unit. `--capture` shows how the cost of getting each unit's inputs and outputs grows with the number of
+units, beside the cost of running the network from the start for every unit.
 """
 
 import argparse
@@ -29,11 +28,12 @@ from ddim.unet import UNet
 from ldm.config import load_config as load_latent
 from ldm.family import LATENT
 from ldm.unet import UNetModel
+from qdiff.architecture import Architecture
 from qdiff.calibration.blockwise import BlockwiseRunner, trace_execution
 from qdiff.calibration.cache import Cache
 from qdiff.calibration.data import CalibrationData
 from qdiff.calibration.directory import MANIFEST, CalibrationDir, read_records
-from qdiff.calibration.reconstruct import HELD_OUT_CHECKS
+from qdiff.calibration.reconstruct import VALIDATIONS
 from qdiff.calibration.run import Calibration
 from qdiff.config import PRESETS, CalibrationConfig, QuantConfig
 from qdiff.model import quantize_model, units
@@ -44,13 +44,13 @@ CPU = torch.device("cpu")
 QUANT = QuantConfig(
     weight_bit=4, quant_act=True, a_sym=True, split=True, weight_scale_method="mse", act_scale_method="mse"
 )
-PUBLISHED_ROWS = {"pixel": 20 * 256, "latent": 20 * 256, "text": 25 * 128 * 2}
+PUBLISHED_SAMPLES = {"pixel": 20 * 256, "latent": 20 * 256, "text": 25 * 128 * 2}
 PUBLISHED_BATCH = {"pixel": 32, "latent": 32, "text": 8}
 FAST_SAMPLES = PRESETS["fast"].samples
 
 
 def load(path: Path) -> tuple:
-    """(network with random weights, family, inputs of one row, kind)."""
+    """(network with random weights, architecture, inputs of one sample, kind)."""
     if "target" not in yaml.safe_load(path.read_text())["model"]:
         config = load_pixel(path)
         size = config.model.image_size
@@ -63,34 +63,36 @@ def load(path: Path) -> tuple:
     return UNetModel(unet), LATENT, tuple(inputs), "text" if unet.context_dim else "latent"
 
 
-def many(row: tuple, count: int) -> CalibrationData:
+def random_data(sample: tuple, count: int) -> CalibrationData:
+    """Random inputs with the shapes of `sample`, at time steps from 0 to 999."""
     torch.manual_seed(0)
-    return CalibrationData(
-        tuple(torch.randn(count, *part.shape[1:]) if part.dim() > 1 else torch.linspace(0, 999, count) for part in row)
+    inputs = (
+        torch.randn(count, *part.shape[1:]) if part.dim() > 1 else torch.linspace(0, 999, count) for part in sample
     )
+    return CalibrationData(tuple(inputs))
 
 
 def seconds_of(
-    model: torch.nn.Module, family: object, rows: CalibrationData, batch: int, iterations: int
+    model: torch.nn.Module, architecture: Architecture, data: CalibrationData, batch: int, iterations: int
 ) -> tuple[dict[str, float], float]:
     """CPU seconds of each step of a calibration, and of the captures between the steps."""
-    config = CalibrationConfig(batch_size=batch, iters=iterations, iters_a=iterations, held_out=1 / len(rows))
+    config = CalibrationConfig(batch_size=batch, iters=iterations, iters_a=iterations, held_out=1 / len(data))
     with tempfile.TemporaryDirectory() as folder:
         began = time.process_time()
-        Calibration(model, family, QUANT, config, rows, directory=CalibrationDir(Path(folder))).run()
+        Calibration(model, architecture, QUANT, config, data, directory=CalibrationDir(Path(folder))).run()
         total = time.process_time() - began
-        entries = read_records(Path(folder) / MANIFEST)
-    steps = {entry["step"]: entry["cpu_seconds"] for entry in entries}
+        records = read_records(Path(folder) / MANIFEST)
+    steps = {record["step"]: record["cpu_seconds"] for record in records}
     return steps, total - sum(steps.values())
 
 
 def project(args: argparse.Namespace) -> None:
-    model, family, row, kind = load(args.config)
+    model, architecture, sample, kind = load(args.config)
     model = model.eval().requires_grad_(False)
-    rows = many(row, args.rows)
-    seconds_of(model, family, rows, args.batch, 1)  # warm-up: oneDNN compiles its kernels for every shape
-    once, capture = seconds_of(model, family, rows, args.batch, 1)
-    thrice, _ = seconds_of(model, family, rows, args.batch, 3)
+    data = random_data(sample, args.samples)
+    seconds_of(model, architecture, data, args.batch, 1)  # warm-up: oneDNN compiles its kernels for every shape
+    once, capture = seconds_of(model, architecture, data, args.batch, 1)
+    thrice, _ = seconds_of(model, architecture, data, args.batch, 3)
     iteration = {step: (thrice[step] - once[step]) / 2 for step in once if step != "ranges"}
     per_phase = {
         phase: sum(value for step, value in iteration.items() if step.startswith(phase))
@@ -99,7 +101,8 @@ def project(args: argparse.Namespace) -> None:
     count = sum(step.startswith("weights") for step in iteration)
     print(f"{args.config}: {count} units, CPU seconds of an iteration at batch {args.batch}, summed over the units:")
     print(
-        f"  weights {per_phase['weights']:.2f}, activations {per_phase['activations']:.2f}; captures {capture / args.rows:.3f} a row"
+        f"  weights {per_phase['weights']:.2f}, activations {per_phase['activations']:.2f}; "
+        f"captures {capture / args.samples:.3f} a sample"
     )
     slowest = sorted(iteration, key=iteration.get, reverse=True)[:3]
     print("  slowest: " + ", ".join(f"{step} {iteration[step]:.3f}" for step in slowest))
@@ -112,61 +115,58 @@ def project(args: argparse.Namespace) -> None:
                 ]
             )
     for name, preset in PRESETS.items():
-        total_rows = PUBLISHED_ROWS[kind] if name == "published" else PUBLISHED_ROWS[kind] * FAST_SAMPLES // 256
+        num_samples = PUBLISHED_SAMPLES[kind] if name == "published" else PUBLISHED_SAMPLES[kind] * FAST_SAMPLES // 256
         scale = PUBLISHED_BATCH[kind] / args.batch
         fitting = scale * (preset.iters * per_phase["weights"] + preset.iters_a * per_phase["activations"])
-        tuning = (
-            preset.iters_tune * preset.batch_tune * 4 * capture / args.rows / 4
-        )  # one pass forward and two back, one of the reference
-        captures = total_rows * capture / args.rows
-        held_out = preset.held_out * total_rows
-        passes = per_phase["weights"] * (3 * held_out + total_rows) + per_phase["activations"] * held_out * (
-            2 + HELD_OUT_CHECKS
-        )
-        checks = passes / (3 * args.batch)
-        total = fitting + captures + tuning + checks
+        # an iteration is one pass forward, two back, and one of the full-precision network; a capture has four passes
+        tuning = preset.iters_tune * preset.batch_tune * 4 * capture / args.samples / 4
+        captures = num_samples * capture / args.samples
+        num_validation = preset.held_out * num_samples
+        passes = per_phase["weights"] * (3 * num_validation + num_samples)
+        passes += per_phase["activations"] * num_validation * (2 + VALIDATIONS)
+        validation = passes / (3 * args.batch)
+        total = fitting + captures + tuning + validation
         print(
-            f"  {name}: {total / 3600:.1f} h: fitting {fitting / 3600:.1f}, held-out rows {checks / 3600:.2f}, "
-            f"captures {captures / 3600:.2f}, final fit {tuning / 3600:.2f}"
+            f"  {name}: {total / 3600:.1f} h: fitting {fitting / 3600:.1f}, validation {validation / 3600:.2f}, "
+            f"captures {captures / 3600:.2f}, fine-tuning {tuning / 3600:.2f}"
         )
-        wrapped = quantize_model(model, family, QUANT)
-        peak = (
-            trace_execution(wrapped, units(wrapped, family), rows, CPU).peak_elements
-            * total_rows
-            * (2 if preset.bfloat16 else 4)
-        )
-        print(f"    activations of {total_rows} rows: {peak / 1e9:.1f} GB (memory and files)")
+        wrapped = quantize_model(model, architecture, QUANT)
+        order = trace_execution(wrapped, units(wrapped, architecture), data, CPU)
+        peak = order.peak_elements * num_samples * (2 if preset.bfloat16 else 4)
+        print(f"    activations of {num_samples} samples: {peak / 1e9:.1f} GB (memory and files)")
     print(f"  peak memory of this run: {peak_memory() / 1e9:.1f} GB")
 
 
 @torch.no_grad()
 def capture_growth(args: argparse.Namespace) -> None:
-    print("units  replay s  from the start s  (captures of every unit's output, 8 rows, one phase, one network)")
+    print(
+        "units  unit by unit s  from the start s  (captures of every unit's output, 8 samples, one phase, one network)"
+    )
     for depth in (1, 2, 3, 4):
         config = replace(
             load_pixel(ROOT / "configs/cifar10.yml").model, ch=32, norm_groups=8, num_res_blocks=depth, dropout=0.0
         )
         model = UNet(config).eval().requires_grad_(False)
-        rows = many((torch.randn(1, 3, 32, 32), torch.ones(1)), 8)
+        data = random_data((torch.randn(1, 3, 32, 32), torch.ones(1)), 8)
         wrapped = quantize_model(model, PIXEL, QUANT)
-        plan = trace_execution(wrapped, units(wrapped, PIXEL), rows, CPU)
+        order = trace_execution(wrapped, units(wrapped, PIXEL), data, CPU)
         times = []
         for restart in (False, True):
-            replay = BlockwiseRunner(model, plan, rows, 8, CPU, Cache())
+            runner = BlockwiseRunner(model, order, data, 8, CPU, Cache())
             began = time.process_time()
-            for unit in plan.order:
-                replay.finish(unit)
+            for unit in order.units:
+                runner.finish(unit)
                 if restart:
-                    replay.finished.clear()
+                    runner.finished.clear()
             times.append(time.process_time() - began)
-        print(f"{len(plan.order):5}  {times[0]:8.2f}  {times[1]:16.2f}", flush=True)
+        print(f"{len(order.units):5}  {times[0]:14.2f}  {times[1]:16.2f}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, default=ROOT / "configs/cifar10.yml")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--csv", type=Path, help="also write the time of every unit")
     parser.add_argument("--capture", action="store_true")
     args = parser.parse_args()

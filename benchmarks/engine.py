@@ -6,11 +6,11 @@
 
     python benchmarks/engine.py --batch 8 --onnx
 
-Random weights, nearest rounding. Each pair runs float32 and every setting in turn; "rest bfloat16" has what lies
-between the products in it (`--precision autocast`). Beside them the simulation, and bfloat16 autocast in channels_last
-memory of the full-precision network. `--onnx` adds the exported network in ONNX Runtime and in OpenVINO (its rest in float32
-and in bfloat16), those that are installed, and to each line the relative difference of its output from the
-simulation of the same bits in float64.
+Random weights, nearest rounding. Each pair runs float32 and every setting in turn. With "rest bfloat16" all that lies
+between the integer products runs in bfloat16 (`--precision autocast`). The simulation, and bfloat16 autocast of the
+full-precision network in channels_last memory, run beside them. `--onnx` adds the exported network in ONNX Runtime and
+in OpenVINO (its rest in float32 and in bfloat16), if they are installed, and to each line the relative difference of
+its output from the simulation of the same bits in float64.
 """
 
 import argparse
@@ -42,7 +42,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def load(path: Path, batch: int, size: int | None) -> tuple:
-    """(network with random weights, family, inputs)."""
+    """(network with random weights, architecture, inputs)."""
     if "target" not in yaml.safe_load(path.read_text())["model"]:
         config = load_pixel(path).model
         size = size or config.image_size
@@ -107,13 +107,13 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model, family, inputs = load(args.config, args.batch, args.size)
+    model, architecture, inputs = load(args.config, args.batch, args.size)
     model = model.eval().requires_grad_(False)
     runs: dict[str, Callable[[], torch.Tensor]] = {"float32": lambda: model(*inputs)}
     exact: dict[int, torch.Tensor] = {}
     for bits in (4, 8):
         quant = QuantConfig(bits, quant_act=True, a_sym=True, sm_abit=args.sm_abit, split=True, quant_mode="linear")
-        simulated = Calibration(model, family, quant, CalibrationConfig(), CalibrationData(inputs)).run()
+        simulated = Calibration(model, architecture, quant, CalibrationConfig(), CalibrationData(inputs)).run()
         integer = to_integer(simulated)
         runs[f"W{bits}A8 integer"] = lambda integer=integer: integer(*inputs)
         runs[f"W{bits}A8 integer, rest bfloat16"] = lambda integer=integer: in_bfloat16(integer, inputs)
@@ -139,9 +139,8 @@ def main() -> None:
         for name, run in runs.items():
             times[name].append(cpu_time(run))
     base = times["float32"]
-    print(
-        f"{args.config}, batch {args.batch}, {platform.processor() or platform.machine()}; float32 {statistics.median(base) * 1e3:.0f} ms"
-    )
+    machine = platform.processor() or platform.machine()
+    print(f"{args.config}, batch {args.batch}, {machine}; float32 {statistics.median(base) * 1e3:.0f} ms")
     for name, values in times.items():
         ratio = statistics.median(value / first for value, first in zip(values, base, strict=True))
         print(

@@ -2,8 +2,9 @@
 
     python benchmarks/memory.py
 
-Random weights. Each line is a process of its own that loads its file and evaluates a batch twice; its peaks of anonymous
-memory (pages that are not a mapped file's) and of resident memory are sampled every 10 ms, less what it holds before it loads.
+Random weights. Each line is a process of its own that loads its file and evaluates a batch twice. Its peaks of
+anonymous memory (pages that belong to no mapped file) and of resident memory are sampled every 10 ms, minus what it
+holds before it loads.
 """
 
 import argparse
@@ -30,10 +31,8 @@ import sys, time, torch
 from safetensors.torch import load_file
 from ddim.config import load_config
 from ddim.unet import UNet
-import ddim.family
+import qdiff
 from ddim.weights import load_unet
-from qdiff.checkpoint import load_packed
-from qdiff.engines.select import apply_engine
 torch.set_num_threads(1)
 x, t = torch.randn({batch}, 3, 32, 32), torch.full(({batch},), 500.0)
 torch.nn.functional.conv2d(x, torch.randn(8, 3, 3, 3))
@@ -43,7 +42,7 @@ start = time.perf_counter()
 if {engine!r} == "float32":
     network = load_unet(load_config({config!r}), {file!r}).eval().requires_grad_(False)
 else:
-    network = apply_engine(load_packed({file!r})[0], {engine!r})
+    network = qdiff.load({file!r}, device="cpu", engine={engine!r})
 print(time.perf_counter() - start, flush=True)
 with torch.no_grad():
     for _ in range(2):
@@ -60,9 +59,7 @@ def memory(pid: int) -> tuple[int, int]:
 
 def measure(engine: str, file: Path, batch: int) -> tuple[float, int, int]:
     """(seconds to load, peaks of anonymous and of resident memory above the start)."""
-    code = CHILD.format(
-        root=str(ROOT), engine=engine, file=str(file), batch=batch, config=str(ROOT / "configs/cifar10.yml")
-    )
+    code = CHILD.format(engine=engine, file=str(file), batch=batch, config=str(ROOT / "configs/cifar10.yml"))
     process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline().strip() == "ready"
     before = peak = memory(process.pid)
@@ -85,12 +82,12 @@ def main() -> None:
     torch.manual_seed(0)
     config = load_config(ROOT / "configs/cifar10.yml").model
     network = UNet(config).eval().requires_grad_(False)
-    rows = CalibrationData((torch.randn(2, 3, 32, 32), torch.tensor([10.0, 900.0])))
+    data = CalibrationData((torch.randn(2, 3, 32, 32), torch.tensor([10.0, 900.0])))
     quant = QuantConfig(4, quant_act=True, a_sym=True, split=True, quant_mode="linear")
     with tempfile.TemporaryDirectory() as folder:
         full, packed = Path(folder) / "full.safetensors", Path(folder) / "w4a8.safetensors"
         save_file(network.state_dict(), full)
-        quantized = Calibration(network, PIXEL, quant, CalibrationConfig(), rows).run()
+        quantized = Calibration(network, PIXEL, quant, CalibrationConfig(), data).run()
         save_packed(packed, quantized, PackedInfo(PIXEL.name, unet_config_dict(config), quant, {}, ""))
         for engine, file in (("float32", full), ("simulated", packed), ("integer", packed)):
             seconds, anonymous, resident = measure(engine, file, args.batch)

@@ -1,6 +1,8 @@
-"""Whole sampling (50 steps and decoding) of the bundled models, integer products against float32: one thread, CPU time, paired.
+"""Whole sampling of the bundled models, integer products against float32: one thread, CPU time, paired.
 
-python benchmarks/sampling.py
+    python benchmarks/sampling.py
+
+Each model samples 50 steps and decodes. Each pair runs float32 and every checkpoint in turn.
 """
 
 import argparse
@@ -11,9 +13,14 @@ import torch
 
 from qdiff.checkpoint import load_packed
 from qdiff.engines.cpu import to_integer
-from qdiff_cli.bundled import NAMES, load_bundled
+from qdiff_cli.bundled import NAMES, folder_of, sampling_command
+from qdiff_cli.sampling_run import SamplingRun
 
-CPU = torch.device("cpu")
+
+def sample_all(run: SamplingRun, network: torch.nn.Module) -> None:
+    """Sample every image of the run once."""
+    for batch in run.batches(run.total):
+        run.sample(network, batch)
 
 
 @torch.no_grad()
@@ -24,19 +31,19 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     for name in NAMES:
-        model = load_bundled(name, args.images, CPU)
-        networks = {"float32": model.model}
+        run = sampling_command(name, args.images).on("cpu", 1).make_run()
+        networks = {"float32": run.load_full_precision()}
         for kind in ("w8a8", "w4a8"):
-            networks[f"{kind.upper()} integer"] = to_integer(load_packed(model.folder / f"{kind}.safetensors")[0])
-        model.job.draw(networks["W8A8 integer"], range(1))
+            networks[f"{kind.upper()} integer"] = to_integer(load_packed(folder_of(name) / f"{kind}.safetensors")[0])
+        run.sample(networks["W8A8 integer"], range(1))
         times: dict[str, list[float]] = {label: [] for label in networks}
         for _ in range(args.pairs):
             for label, network in networks.items():
                 start = time.process_time()
-                model.sample(network)
+                sample_all(run, network)
                 times[label].append(time.process_time() - start)
         base = times["float32"]
-        print(f"{name}: float32 {statistics.median(base) / args.images * 1e3:.0f} ms an image", end="")
+        print(f"{name}: float32 {statistics.median(base) / run.total * 1e3:.0f} ms an image", end="")
         for label, values in times.items():
             if label != "float32":
                 print(f"; {label} {statistics.median(v / b for v, b in zip(values, base, strict=True)):.3f}", end="")

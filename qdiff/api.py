@@ -48,6 +48,8 @@ def load(
         CheckpointError: no such file, damaged, of another format, or not of this `model`.
         ConfigError: a device or an engine that cannot be used; `model` is missing or not needed.
     """
+    if model is not None and not isinstance(model, nn.Module):
+        raise ConfigError(f": expected an nn.Module, found {type(model).__name__}", field="model")
     network = PackedFile.open(path).network(model=model)
     return apply_engine(network.to(select_device(device)), engine)
 

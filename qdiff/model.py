@@ -101,7 +101,7 @@ def apply_plan(model: nn.Module, plan: QuantPlan, config: QuantConfig) -> nn.Mod
     """A copy of `model` in which the modules of `plan` are quantized; see `quantize_model`.
 
     Raises:
-        AttributeError: the model has no module at a path of the plan.
+        AttributeError: the model has no module, or no attention matmul, at a path of the plan.
         NotImplementedError: a layer that is known, but not in this form, by path.
     """
     config.validate()
@@ -111,8 +111,8 @@ def apply_plan(model: nn.Module, plan: QuantPlan, config: QuantConfig) -> nn.Mod
     if groups is not None:
         wrapped.timestep_groups = groups  # type: ignore[assignment]  # an attribute, so that copies have their own
         wrapped.register_forward_pre_hook(_set_timesteps)
-    device = next(model.parameters()).device
     splits = {id(wrapped.get_submodule(path)): split for path, split in plan.layers.items()}
+    device = next(model.parameters()).device
 
     def quantized(path: str, module: nn.Module) -> nn.Module | None:
         return _quantized(path, module, config, splits[id(module)], groups) if id(module) in splits else None
@@ -120,7 +120,10 @@ def apply_plan(model: nn.Module, plan: QuantPlan, config: QuantConfig) -> nn.Mod
     replace_modules(wrapped, quantized)
     for path, spec in plan.matmuls.items():
         parent, _, name = path.rpartition(".")
-        setattr(wrapped.get_submodule(parent), name, spec.make(config, groups).to(device))
+        block = wrapped.get_submodule(parent)
+        if not isinstance(getattr(block, name, None), MatMul):
+            raise AttributeError(f"{path} is no attention matmul (expected a qdiff.layers.MatMul)")
+        setattr(block, name, spec.make(config, groups).to(device))
     for path, module in wrapped.named_modules():
         if isinstance(module, Quantizer):
             module.name = path

@@ -141,6 +141,8 @@ _LOADS = "in a calibration: --cali_ckpt loads a finished one"
 _WEIGHTS = "cali_iters cali_lr_w weight_scale_method"
 _SCALES = "cali_iters_a cali_lr cali_p"
 _RANGES = "a_min_max running_stat rs_sm_only"
+# `linear` has no reconstruction, so these change nothing there
+RECONSTRUCTION_OPTIONS = ("cali_cache_gb", "cali_iters_tune", *_WEIGHTS.split(), *_SCALES.split())
 _RECIPE = (
     f"cali_data_path cali_st cali_n preset cali_batch_size cali_cache_gb cali_iters_tune {_RANGES} {_WEIGHTS} {_SCALES}"
 )

@@ -12,7 +12,7 @@ from qdiff.errors import ConfigError
 from qdiff.utils.files import file_hash, write_text
 from qdiff_cli.commands.txt2img import TextCommand
 from qdiff_cli.quantization import DRAWN_SET, PACKED
-from qdiff_cli.quantization_options import QuantizationOptions
+from qdiff_cli.quantization_options import RECONSTRUCTION_OPTIONS, QuantizationOptions
 from qdiff_cli.sampling_run import SamplingCommand
 from qdiff_cli.tables import FULL, LINEAR, QDIFF, PaperTable, Row
 
@@ -120,6 +120,8 @@ class TableCommands:
         if row.act_bit < 32:
             changes |= self.table.activations
         changes = {name: value for name, value in changes.items() if name not in self.given}
+        if row.method == LINEAR:
+            changes |= dict.fromkeys(RECONSTRUCTION_OPTIONS)  # they would make equal calibrations look different
         return replace(self.table.command.quantization, **changes)
 
     def started(self, row: Row, seed: int) -> SamplingCommand:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from qdiff.architecture import CUSTOM, family_names, find_architecture
 from qdiff.checkpoint.hashes import tensor_hash
 from qdiff.checkpoint.reading import (
-    assign_parameters,
     check_finite,
     existing,
     first_line,
@@ -143,11 +142,18 @@ def save_packed(path: str | Path, model: nn.Module, info: PackedInfo) -> None:
         save_file(tensors, temporary, metadata={"qdiff": json.dumps(header, separators=(",", ":"))})
 
 
-def _other_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The persistent buffers of a network that are not those of quantizers, such as the statistics of batch norms."""
-    quantizers = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, Quantizer))
-    names = set(model.state_dict()) - {name for name, _ in model.named_parameters()}
-    return {name: buffer for name, buffer in model.named_buffers() if name in names and not name.startswith(quantizers)}
+def _other_buffers(model: nn.Module, every_path: bool = False) -> dict[str, Tensor]:
+    """The persistent buffers of a network that are not those of quantizers, such as the statistics of batch norms.
+
+    Args:
+        model: the network.
+        every_path: list a buffer that stands at several paths under each of them, not under the first alone.
+    """
+    modules = model.named_modules(remove_duplicate=False)
+    quantizers = tuple(f"{path}." for path, module in modules if isinstance(module, Quantizer))
+    buffers = model.named_buffers(remove_duplicate=not every_path)
+    persistent = set(model.state_dict())
+    return {name: buffer for name, buffer in buffers if name in persistent and not name.startswith(quantizers)}
 
 
 def _header_hash(header: Mapping[str, Any]) -> str:
@@ -270,7 +276,7 @@ class PackedFile:
             )
         wrapped = self._wrapped(model)
         tensors = self._tensors()
-        _check_shapes(wrapped, tensors, self.path)
+        _check_tensors(wrapped, tensors, self.info.config.quant_act, self.path)
         _fill(wrapped, tensors, self.info.config.quant_act)
         enable_activations(wrapped, activations)
         remember_info(wrapped, replace(self.info, config=replace(self.info.config, quant_act=activations)))
@@ -349,27 +355,61 @@ def load_packed(path: str | Path, activations: bool | None = None) -> tuple[nn.M
     return network, info
 
 
-def _check_shapes(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """CheckpointError if a tensor of the network is missing in the file, or has another number of elements."""
-    expected = {name: p.numel() for name, p in model.named_parameters()}
+def _names_in_file(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """From the name of each parameter and each other buffer of a network to its name in the file.
+
+    A file holds a tensor that stands at several paths once, under the first one.
+    """
+    names: dict[str, str] = {}
+    first: dict[int, str] = {}
+    parameters = model.named_parameters(remove_duplicate=False)
+    for name, tensor in [*parameters, *_other_buffers(model, every_path=True).items()]:
+        shared = first.setdefault(id(tensor), name)
+        names[name] = name if name in tensors else shared
+    return names
+
+
+def _check_tensors(model: nn.Module, tensors: Mapping[str, Tensor], activations: bool, path: Path) -> None:
+    """CheckpointError unless the file holds exactly the tensors of the network, in their shapes.
+
+    Args:
+        model: the network.
+        tensors: what the file holds.
+        activations: the file holds activation scales.
+        path: the file, for messages.
+    """
+    own = dict(model.named_parameters(remove_duplicate=False)) | _other_buffers(model, every_path=True)
+    names = _names_in_file(model, tensors)
+    expected: dict[str, tuple[int, ...]] = {names[name]: tuple(tensor.shape) for name, tensor in own.items()}
     for stem, layer in quant_layers(model).items():
         for name, quantizer in layer.named_weight_quantizers():
-            count = quantizer.integers.numel()
-            expected[f"{stem}.{name}.integers"] = -(-count * quantizer.n_bits // 8)
-    for name, count in expected.items():
+            expected[f"{stem}.{name}.integers"] = (-(-quantizer.integers.numel() * quantizer.n_bits // 8),)
+            expected |= dict.fromkeys(_qparam_names(f"{stem}.{name}"), (quantizer.scale.numel(),))
+    if activations:
+        for stem, act_quantizer in act_quantizers(model).items():
+            expected |= dict.fromkeys(_qparam_names(stem), tuple(act_quantizer.scale.shape))
+    for name, shape in expected.items():
         if name not in tensors:
             raise CheckpointError(f"{path}: another network: it holds no {name}")
-        if tensors[name].numel() != count:
-            raise CheckpointError(
-                f"{path}: another network: {name} has {tensors[name].numel()} elements, expected {count}"
-            )
+        if (found := tuple(tensors[name].shape)) != shape:
+            raise CheckpointError(f"{path}: another network: {name} has the shape {found}, expected {shape}")
+    if unknown := sorted(set(tensors) - set(expected)):
+        raise CheckpointError(f"{path}: another network: it holds {unknown[0]}, which the network does not have")
+
+
+def _qparam_names(stem: str) -> tuple[str, str]:
+    return f"{stem}.delta", f"{stem}.zero_point"
 
 
 def _fill(model: nn.Module, tensors: Mapping[str, Tensor], activations: bool) -> None:
-    assign_parameters(model, {name: tensors[name] for name, _ in model.named_parameters()})
-    for name in _other_buffers(model):
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    values: dict[str, Tensor] = {}
+    for name, stored in _names_in_file(model, tensors).items():
+        if stored not in values:
+            is_parameter = name in parameters
+            values[stored] = nn.Parameter(tensors[stored], requires_grad=False) if is_parameter else tensors[stored]
         parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, tensors[name])
+        setattr(model.get_submodule(parent), attribute, values[stored])
     for path, layer in quant_layers(model).items():
         integers = []
         for name, quantizer in layer.named_weight_quantizers():

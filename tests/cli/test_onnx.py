@@ -131,7 +131,7 @@ def test_the_command_fixes_the_sizes_that_are_given(tmp_path):
 
 
 def test_what_onnx_cannot_hold_is_named(network, rows):
-    for change, words in (({"act_bit": 6}, "6-bit"), ({"time_bounds": (500.0,)}, "time-step sets")):
+    for change, words in (({"act_bit": 6}, "6-bit"), ({"time_bounds": (500.0,)}, "timestep groups")):
         model = Calibration(
             network, PIXEL, QuantConfig(quant_act=True, quant_mode="linear", **change), CalibrationConfig(), rows
         ).run()

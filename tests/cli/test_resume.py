@@ -4,7 +4,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -131,14 +131,15 @@ import torch, torch.distributed as dist
 from pathlib import Path
 from tests.support import tiny
 from ddim.family import PIXEL
-from qdiff.calibration.run import CalibrationDir, calibrate
+from qdiff.calibration.directory import CalibrationDir
+from qdiff.calibration.run import Calibration
 from qdiff.config import CalibrationConfig, QuantConfig
 torch.set_num_threads(1)
 if {world} > 1:
     dist.init_process_group("gloo")
 network = tiny.unet()
 quant, config, place = QuantConfig(**{quant}), CalibrationConfig(**{config}), CalibrationDir(Path({folder!r}))
-model = calibrate(network, PIXEL, quant, config, tiny.rows(network), workplace=place)
+model = Calibration(network, PIXEL, quant, config, tiny.rows(network), directory=place).run()
 torch.save(model.state_dict(), {folder!r} + "/done.pt")
 if {world} > 1:
     dist.barrier()
@@ -148,7 +149,7 @@ if {world} > 1:
 def script(tmp_path, config, world=1, folder="calibration"):
     (tmp_path / folder).mkdir(exist_ok=True)
     path = tmp_path / f"{folder}.py"
-    values = {"world": world, "quant": W4A8.to_dict(), "config": config.to_dict(), "folder": str(tmp_path / folder)}
+    values = {"world": world, "quant": W4A8.to_dict(), "config": asdict(config), "folder": str(tmp_path / folder)}
     path.write_text(CALIBRATE.format(**values))
     return path
 
@@ -242,8 +243,9 @@ dist.init_process_group("gloo")
 torch.manual_seed(0)
 layer = nn.Linear(6, 5)
 x, target = torch.randn(32, 6), torch.randn(32, 5)
-data = UnitData(lambda index: ((x[index],), target[index]), 32, 28, 9)
-loss = data.gradients(layer, data.draw(torch.Generator().manual_seed(0)), 2.0, [layer.weight, layer.bias])
+data = UnitData(lambda index: ((x[index],), target[index]), range(28), range(28, 32), 9)
+batch = data.random_batch(torch.Generator().manual_seed(0))
+loss = data.add_gradients(layer, batch, 2.0, [layer.weight, layer.bias])
 path = f"{sys.argv[1]}/{dist.get_world_size()}-{dist.get_rank()}.pt"
 torch.save({"weight": layer.weight.grad, "bias": layer.bias.grad, "loss": loss}, path)
 dist.destroy_process_group()
@@ -393,7 +395,7 @@ def test_wrong_settings_are_named(options, words):
 
 
 def test_wrong_inputs_are_named():
-    with pytest.raises(ConfigError, match="1 rows: expected 2 or more"):
+    with pytest.raises(ConfigError, match="1 samples: expected 2 or more"):
         qdiff.quantize(Denoiser(), (torch.randn(1, 3, 8, 8), torch.zeros(1)))
     with pytest.raises(ConfigError, match="weight is bfloat16: expected float32"):
         qdiff.quantize(Denoiser().bfloat16(), INPUTS)

@@ -154,7 +154,7 @@ def test_ptq_alone_generates_the_set_and_calibrates(files, tmp_path):
     assert (
         len(torch.load(run_folder(tmp_path) / "calibration_set.pt", weights_only=True)["xs"]) == 5
     )  # as many as the sampler makes
-    assert re.search(r"weights 1/\d+ temb.dense.0: held-out error", (run_folder(tmp_path) / "run.log").read_text())
+    assert re.search(r"weights 1/\d+ temb.dense.0: validation loss", (run_folder(tmp_path) / "run.log").read_text())
 
 
 @pytest.mark.parametrize("command", PUBLISHED)

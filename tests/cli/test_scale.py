@@ -16,7 +16,7 @@ from qdiff.evaluation.features import Extractor, extract
 from qdiff.evaluation.images import Selected
 from qdiff.utils.memory import peak_memory
 from qdiff_cli.images import load_png
-from qdiff_cli.running import Ranks, sample_missing
+from qdiff_cli.runs import sample_missing
 from tests.support import commands, tiny
 
 SAMPLE = "sample_diffusion_ddim.py"
@@ -46,9 +46,9 @@ class Stub:
 def simulate(folder: Path, total: int) -> None:
     first, second = Stub(dies_at=total // 64 // 2), Stub()
     with pytest.raises(KeyboardInterrupt):
-        sample_missing(folder, total, 64, first, Ranks())
+        sample_missing(folder, total, 64, first)
     early = peak_memory()
-    sample_missing(folder, total, 64, second, Ranks())
+    sample_missing(folder, total, 64, second)
     grown = peak_memory() - early
     assert {path.name for path in folder.iterdir()} == {f"{i}.png" for i in range(total)}
     made = first.made + second.made

@@ -1,4 +1,4 @@
-"""Quantized layers, products and tiny networks for the tests of the engines."""
+"""Quantized layers, attention matmuls and tiny networks for the tests of the engines."""
 
 import copy
 
@@ -19,7 +19,7 @@ from qdiff.scale_rules import choose_qparams
 from tests.support import golden, tiny, tiny_latent
 
 LINEAR = QuantConfig(weight_bit=4, quant_act=True, a_sym=True, split=True, quant_mode="linear")
-SATURATES = probe.why_unavailable()  # why 8-bit products are wrong on this processor; None where they are right
+SATURATES = probe.why_unavailable()  # why 8-bit products are wrong on this processor; None if they are right
 
 
 def _int_mm_saturates() -> str | None:
@@ -43,7 +43,7 @@ def quantized_layer(
     return quantized
 
 
-def attention_product(symmetric: bool, sm_abit: int):
+def attention_matmul(symmetric: bool, sm_abit: int):
     config = QuantConfig(quant_act=True, a_sym=symmetric, sm_abit=sm_abit)
     return AttentionMatMulSpec(("w", "v"), softmax="w", always_zero=True, follows_a_sym=False).make(config, None)
 
@@ -86,7 +86,7 @@ def skip_numbers(compared: bool) -> None:
 
 
 def network_of(kind, folder):
-    """A tiny network of each family: (network, family, rows)."""
+    """A tiny network of a family: (network, architecture, calibration samples)."""
     if kind == "pixel":
         network = tiny.unet()
         return network, PIXEL, tiny.rows(network)

@@ -7,7 +7,10 @@ from qdiff.engines import cpu_kernels, probe
 
 @pytest.fixture
 def integer_path(monkeypatch):
-    """The integer path runs on every processor, whatever the probe says: its logic is the same, only 8-bit numbers can be wrong."""
+    """Run the integer path on every processor, whatever the probe says.
+
+    Its logic is the same everywhere; only 8-bit numbers can be wrong.
+    """
     monkeypatch.setattr(probe, "why_unavailable", lambda: None)
 
 

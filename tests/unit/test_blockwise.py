@@ -20,7 +20,7 @@ from qdiff.utils.memory import halving, working_memory
 CPU = torch.device("cpu")
 
 
-def plan_of(network, rows):
+def order_of(network, rows):
     wrapped = quantize_model(network, PIXEL, QuantConfig())
     return trace_execution(wrapped, units(wrapped, PIXEL), rows, CPU)
 
@@ -28,23 +28,23 @@ def plan_of(network, rows):
 @torch.no_grad()
 @pytest.mark.parametrize("budget", [None, 0])
 def test_every_unit_sees_what_it_sees_in_a_whole_pass(network, rows, budget, tmp_path):
-    plan = plan_of(network, rows)
+    order = order_of(network, rows)
     seen = {}
     handles = [
         network.get_submodule(unit).register_forward_hook(
             lambda _, args, out, unit=unit: seen.update({unit: (args, out)})
         )
-        for unit in plan.order
+        for unit in order.units
     ]
     final = network(*rows.inputs)
     for handle in handles:
         handle.remove()
-    replay = BlockwiseRunner(network, plan, rows, len(rows), CPU, Cache(budget, tmp_path))
-    for unit in plan.order:
-        call, arguments = replay.arguments(unit)
+    runner = BlockwiseRunner(network, order, rows, len(rows), CPU, Cache(budget, tmp_path))
+    for unit in order.units:
+        call, arguments = runner.arguments(unit)
         for found, expected in zip(arguments, seen[unit][0], strict=True):
             assert torch.equal(found.read(slice(None), CPU), expected)
-        output = replay.finish(unit, call, arguments)
+        output = runner.finish(unit, call, arguments)
         assert torch.equal(output.read(slice(None), CPU), seen[unit][1])
     assert torch.equal(output.read(slice(None), CPU), final)
     assert not list(tmp_path.iterdir())  # mapped files have no names
@@ -52,7 +52,7 @@ def test_every_unit_sees_what_it_sees_in_a_whole_pass(network, rows, budget, tmp
 
 def test_the_cost_of_a_calibration_is_linear_in_the_number_of_units(network, rows):
     """Whatever the number of units, a layer runs once for each batch of rows."""
-    plan = plan_of(network, rows)
+    order = order_of(network, rows)
     runs = {path: 0 for path, module in network.named_modules() if isinstance(module, nn.Conv2d)}
 
     def counted(path, convolve):
@@ -66,23 +66,23 @@ def test_the_cost_of_a_calibration_is_linear_in_the_number_of_units(network, row
     for path in runs:
         module = network.get_submodule(path)
         module._conv_forward = counted(path, module._conv_forward)
-    replay = BlockwiseRunner(network, plan, rows, 16, CPU, Cache())
-    for unit in plan.order:
-        replay.finish(unit)
+    runner = BlockwiseRunner(network, order, rows, 16, CPU, Cache())
+    for unit in order.units:
+        runner.finish(unit)
     batches = -(-len(rows) // 16)
     # a convolution before a separate time projection inside a block runs once more, to reach that projection
     assert set(runs.values()) <= {batches, 2 * batches} and min(runs.values()) == batches
 
 
 def test_outputs_are_dropped_when_no_unit_needs_them(network, rows):
-    plan = plan_of(network, rows)
+    order = order_of(network, rows)
     cache = Cache()
-    replay = BlockwiseRunner(network, plan, rows, 16, CPU, cache)
-    for unit in plan.order:
-        replay.finish(unit)
-        assert cache.used <= plan.peak_elements * len(rows) * 4
-    replay.release()
-    assert cache.used == 0 and not replay.outputs
+    runner = BlockwiseRunner(network, order, rows, 16, CPU, cache)
+    for unit in order.units:
+        runner.finish(unit)
+        assert cache.used <= order.peak_elements * len(rows) * 4
+    runner.release()
+    assert cache.used == 0 and not runner.outputs
 
 
 def test_calls_by_keyword_and_constants(tmp_path):
@@ -104,11 +104,11 @@ def test_calls_by_keyword_and_constants(tmp_path):
 
     net = Net().requires_grad_(False)
     rows = CalibrationData((torch.randn(5, 4), torch.rand(5)))
-    plan = trace_execution(net, ["block"], rows, CPU)
-    replay = BlockwiseRunner(net, plan, rows, 2, CPU, Cache(0, tmp_path))
-    call, arguments = replay.arguments("block")
+    order = trace_execution(net, ["block"], rows, CPU)
+    runner = BlockwiseRunner(net, order, rows, 2, CPU, Cache(0, tmp_path))
+    call, arguments = runner.arguments("block")
     expected = net.block(rows.inputs[0].relu(), scale=rows.inputs[1])
-    assert torch.allclose(replay.finish("block", call, arguments).read(slice(None), CPU), expected)
+    assert torch.allclose(runner.finish("block", call, arguments).read(slice(None), CPU), expected)
 
 
 @pytest.mark.parametrize(
@@ -134,11 +134,11 @@ def test_a_graph_that_is_cut_is_named():
     net.forward = lambda x: net.c(net.a(x).detach() + net.b(x))
     net.requires_grad_(False)
     rows = CalibrationData((torch.randn(3, 4),))
-    replay = BlockwiseRunner(net, trace_execution(net, ["a", "b", "c"], rows, CPU), rows, 2, CPU, Cache())
+    runner = BlockwiseRunner(net, trace_execution(net, ["a", "b", "c"], rows, CPU), rows, 2, CPU, Cache())
     for unit in ("a", "b"):
-        replay.finish(unit)
+        runner.finish(unit)
     with pytest.raises(RuntimeError, match="c: an input is not a number"):
-        replay.arguments("c")
+        runner.arguments("c")
 
 
 def test_bfloat16_is_kept_where_asked_and_read_in_the_precision_written():
@@ -179,13 +179,13 @@ def test_operations_in_place_change_nothing_that_is_kept():
     torch.manual_seed(0)
     network, x = InPlace(), torch.randn(7, 4, 6, 6)
     rows = CalibrationData((x.clone(), torch.ones(7, 1, 1, 1)))
-    plan = trace_execution(network, [f"layers.{i}" for i in range(6)], rows, CPU)
-    replay = BlockwiseRunner(network, plan, rows, 3, CPU, Cache())
-    for unit in plan.order:
-        call, arguments = replay.arguments(unit)
+    order = trace_execution(network, [f"layers.{i}" for i in range(6)], rows, CPU)
+    runner = BlockwiseRunner(network, order, rows, 3, CPU, Cache())
+    for unit in order.units:
+        call, arguments = runner.arguments(unit)
         for start in (0, 3):  # as the fit of a unit reads them, twice
             call(network.get_submodule(unit), [part.read(slice(start, start + 3), CPU) for part in arguments])
-        output = replay.finish(unit, call, arguments)
+        output = runner.finish(unit, call, arguments)
     seen = []
     network.layers[5].register_forward_hook(lambda _, args, result: seen.append(result.clone()))
     network(x.clone(), torch.ones(7, 1, 1, 1))
@@ -197,8 +197,8 @@ def test_a_forward_of_a_module_s_own_is_kept():
     network = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     network[0].forward = lambda x: nn.functional.linear(x, network[0].weight) + 100
     rows = CalibrationData((torch.randn(4, 3),))
-    plan = trace_execution(network, ["0", "1"], rows, CPU)
-    first = BlockwiseRunner(network, plan, rows, 2, CPU, Cache()).finish("0")
+    order = trace_execution(network, ["0", "1"], rows, CPU)
+    first = BlockwiseRunner(network, order, rows, 2, CPU, Cache()).finish("0")
     assert first.read(slice(0, 4), CPU).min() > 50
     assert network[0](torch.zeros(1, 3)).min() > 50
 
@@ -217,9 +217,9 @@ def test_other_constants_for_other_rows_are_named():
             return x.reshape(count, -1)
 
     network, rows = Sized(), CalibrationData((torch.randn(5, 3),))
-    plan = trace_execution(network, ["block"], rows, CPU)
+    order = trace_execution(network, ["block"], rows, CPU)
     with pytest.raises(RuntimeError, match=r"block: is called with .* what is no tensor must be the same"):
-        BlockwiseRunner(network, plan, rows, 3, CPU, Cache()).arguments("block")
+        BlockwiseRunner(network, order, rows, 3, CPU, Cache()).arguments("block")
 
 
 def test_a_network_that_returns_no_tensor_is_named_before_work():
@@ -235,20 +235,21 @@ def test_a_network_that_returns_no_tensor_is_named_before_work():
         trace_execution(Pair(), ["layer"], CalibrationData((torch.randn(4, 3),)), CPU)
 
 
-def test_whole_trajectories_are_held_out():
+def test_whole_trajectories_are_the_validation_split():
     trajectories = torch.arange(8).repeat(5)
     rows = CalibrationData((torch.randn(40, 2), torch.arange(40.0)), trajectories)
-    found, begins = rows.split(0.25, 3)
-    judges = set(found.trajectories[begins:].tolist())
-    assert len(judges) == 2 and begins == 30 and not judges & set(found.trajectories[:begins].tolist())
+    found = rows.split(0.25, 3)
+    assert found.train == range(30) and found.validation == range(30, 40)
+    validates = set(found.trajectories[30:].tolist())
+    assert len(validates) == 2 and not validates & set(found.trajectories[:30].tolist())
     assert sorted(found.inputs[1].tolist()) == list(range(40))
     assert torch.equal(trajectories[found.inputs[1].long()], found.trajectories)
-    alone, begins = CalibrationData((torch.randn(40, 2),)).split(0.25, 3)
-    assert len(alone) == 40 and begins == 30
+    alone = CalibrationData((torch.randn(40, 2),)).split(0.25, 3)
+    assert len(alone) == 40 and alone.train == range(30) and alone.validation == range(30, 40)
 
 
 def test_too_little_room_is_an_error_before_work(tmp_path):
-    with pytest.raises(ConfigError, match=r"GB free in .*cali_n"):
+    with pytest.raises(ConfigError, match=r"GB free in .*take fewer samples"):
         Cache(0, tmp_path).check_space(10**18, 0)
     with pytest.raises(ConfigError, match=r"0.0 GB for activations and 1000000000.0 GB for its files"):
         Cache(0, tmp_path).check_space(1, 10**18)
@@ -284,9 +285,12 @@ def test_working_memory_is_what_the_work_held_at_its_peak():
 def test_quantized_weights_do_not_disturb_the_plan(network, rows):
     wrapped = quantize_model(network, PIXEL, QuantConfig(weight_bit=4))
     init_weights(wrapped, "max")
-    assert trace_execution(wrapped, units(wrapped, PIXEL), rows, CPU) == plan_of(network, rows)
+    assert trace_execution(wrapped, units(wrapped, PIXEL), rows, CPU) == order_of(network, rows)
 
 
 def test_an_unknown_family_of_blocks_needs_no_output_layer(network):
-    family = Architecture("odd", build=lambda _: network, blocks={type(network.mid.block_1): None})
-    assert family.output_layer(network.mid.block_1) is None and family.output_layer(network.conv_in) is network.conv_in
+    architecture = Architecture("odd", make_unet=lambda _: network, blocks={type(network.mid.block_1): None})
+    assert (
+        architecture.output_layer(network.mid.block_1) is None
+        and architecture.output_layer(network.conv_in) is network.conv_in
+    )

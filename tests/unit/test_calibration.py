@@ -87,14 +87,14 @@ def test_an_unknown_layer_is_named():
             super().__init__()
             self.deconv = nn.ConvTranspose2d(3, 3, 2)
 
-    family = Architecture("odd", build=lambda _: Odd(), blocks={})
+    architecture = Architecture("odd", make_unet=lambda _: Odd(), blocks={})
     with pytest.raises(TypeError, match=r"deconv.*ConvTranspose2d"):
-        quantize_model(Odd(), family, W4A8)
+        quantize_model(Odd(), architecture, W4A8)
 
 
 def test_time_projections_are_units_of_their_own(network, rows):
     model = quantize_model(network, PIXEL, W4A8)
-    order = trace_execution(model, units(model, PIXEL), rows, CPU).order
+    order = trace_execution(model, units(model, PIXEL), rows, CPU).units
     assert order[0] == "temb.dense.0" and order[-1] == "conv_out"
     assert order.index("mid.block_1.temb_proj") < order.index("mid.block_1") < order.index("mid.attn_1")
     covered = [
@@ -137,14 +137,14 @@ def test_ranges_do_not_depend_on_the_slices_of_an_attention(monkeypatch, method,
     rows = CalibrationData((torch.randn(24, 16, 32) * torch.linspace(0.5, 2, 24)[:, None, None], torch.arange(24.0)))
     bounds = timestep_group_bounds(rows, change["timestep_groups"]) if "timestep_groups" in change else ()
     quant = QuantConfig(quant_act=True, act_scale_method=method, time_bounds=bounds)
-    family = Architecture("attending", lambda _: None, {}, attention_matmuls=LATENT.attention_matmuls)
+    architecture = Architecture("attending", lambda _: None, {}, attention_matmuls=LATENT.attention_matmuls)
     monkeypatch.setattr(
         "qdiff.calibration.ranges.RULE_ELEMENTS", 2**13
     )  # fewer than there are, so that samples stand for all
     found = []
     for size in (2**28, 1):
         monkeypatch.setattr("ldm.attention.SLICE_BYTES", size)
-        model = quantize_model(network, family, quant)
+        model = quantize_model(network, architecture, quant)
         init_activation_ranges(model, rows, quant, CalibrationConfig(running_stat="running_stat" in change), CPU)
         with torch.no_grad():
             output = golden.relative_error(model(*rows.inputs), network(*rows.inputs))
@@ -158,14 +158,14 @@ def test_ranges_do_not_depend_on_the_slices_of_an_attention(monkeypatch, method,
                 },
             )
         )
-    (whole, deltas), (sliced, others) = found
-    assert set(deltas) == {"q", "k", "v", "w"} and sliced < 1.1 * whole
-    for name, scale in deltas.items():
+    (whole, scales), (sliced, others) = found
+    assert set(scales) == {"q", "k", "v", "w"} and sliced < 1.1 * whole
+    for name, scale in scales.items():
         exact = bounds or (method == "max" and name != "w")
         assert torch.allclose(others[name], scale, rtol=1e-6 if exact else 0.05), name
 
 
-def test_ranges_take_fewer_rows_where_memory_does_not_suffice(network, rows, caplog):
+def test_ranges_take_fewer_samples_where_memory_does_not_suffice(network, rows, caplog):
     model = quantize_model(network, PIXEL, W4A8)
     sizes = []
 
@@ -215,11 +215,11 @@ def test_what_cannot_be_quantized_is_named():
     net = nn.Sequential(nn.Conv2d(4, 4, 3, padding_mode="circular"))
     with pytest.raises(NotImplementedError, match="0: padding_mode 'circular'"):
         quantize_model(net, Architecture("odd", lambda _: None, {}), QuantConfig())
-    family = Architecture(
-        "odd", lambda _: None, {}, attention_matmuls={nn.Sequential: {"qk": AttentionMatMulSpec({"q": "q", "k": "k"})}}
+    architecture = Architecture(
+        "odd", lambda _: None, {}, attention_matmuls={nn.Sequential: {"qk": AttentionMatMulSpec(("q", "k"))}}
     )
-    with pytest.raises(TypeError, match="Sequential has no product qk"):
-        quantize_model(nn.Sequential(nn.Linear(4, 4)), family, QuantConfig())
+    with pytest.raises(TypeError, match="Sequential has no attention matmul qk"):
+        quantize_model(nn.Sequential(nn.Linear(4, 4)), architecture, QuantConfig())
 
 
 def test_a_split_linear_layer_splits_channels_not_tokens():
@@ -234,15 +234,15 @@ def test_a_split_linear_layer_splits_channels_not_tokens():
 
 
 def test_running_statistics_of_softmax_only(network, rows):
-    deltas = {}
+    scales = {}
     for only in (False, True):
         model = quantize_model(network, PIXEL, W4A8)
         init_activation_ranges(model, rows, W4A8, CalibrationConfig(running_stat=True, rs_sm_only=only), CPU)
-        deltas[only] = {name: q.scale.item() for name, q in act_quantizers(model).items()}
+        scales[only] = {name: q.scale.item() for name, q in act_quantizers(model).items()}
     plain = quantize_model(network, PIXEL, W4A8)
     init_activation_ranges(plain, rows, W4A8, CalibrationConfig(), CPU)
-    assert deltas[True]["conv_in.act_quantizer"] == plain.conv_in.act_quantizer.scale.item()
-    assert len(rows) <= 64 or deltas[False]["conv_in.act_quantizer"] != deltas[True]["conv_in.act_quantizer"]
+    assert scales[True]["conv_in.act_quantizer"] == plain.conv_in.act_quantizer.scale.item()
+    assert len(rows) <= 64 or scales[False]["conv_in.act_quantizer"] != scales[True]["conv_in.act_quantizer"]
 
 
 def test_calibration_beats_nearest_rounding_and_leaves_the_model_alone(network, rows, caplog):
@@ -254,11 +254,9 @@ def test_calibration_beats_nearest_rounding_and_leaves_the_model_alone(network, 
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     recipe = CalibrationConfig(num_timesteps=4, samples=16, batch_size=16, iters=120, lr=3e-2, iters_a=0)
     weights = QuantConfig(weight_bit=4, split=True)
-    nearest = Calibration(
-        network, PIXEL, QuantConfig(**{**weights.to_dict(), "quant_mode": "linear"}), recipe, rows
-    ).run()
+    nearest = Calibration(network, PIXEL, weights, recipe, rows).nearest()
     calibrated = Calibration(network, PIXEL, weights, recipe, rows).run()
-    pairs = [tuple(map(float, found)) for found in re.findall(r"held-out error (\S+) -> (\S+), ", caplog.text)]
+    pairs = [tuple(map(float, found)) for found in re.findall(r"validation loss (\S+) -> (\S+), ", caplog.text)]
     assert len(pairs) == len(units(calibrated, PIXEL))
     ratios = [after / start for start, after in pairs]
     assert max(ratios) <= 1 and sum(ratios) / len(ratios) < 0.75
@@ -291,7 +289,7 @@ def _unit(n_bits=4):
     layer = QuantLinear(nn.Linear(16, 8), n_bits, 8, True)
     x = torch.randn(128, 4) @ torch.randn(4, 16)  # few directions, as the activations of a trained network have
     target = nn.functional.linear(x, layer.weight, layer.bias)
-    return layer, UnitData(lambda index: ((x[index],), target[index]), 128, 112, 32)
+    return layer, UnitData(lambda index: ((x[index],), target[index]), range(112), range(112, 128), 32)
 
 
 def test_adaround_beats_nearest_on_one_layer():
@@ -324,7 +322,7 @@ def test_activation_phase_ends_after_checks_without_a_better_one(patience, itera
     assert len(ticks) == iterations
 
 
-def test_activation_phase_mends_a_bad_step_size():
+def test_activation_phase_mends_a_bad_scale():
     layer, data = _unit(8)
     layer.init_weight_scales("max")
     layer.act_quantizer.set_qparams(data.read(slice(None))[0][0].abs().max() / 127 * 4, torch.tensor(0.0))
@@ -343,7 +341,7 @@ def test_sixteen_bit_softmax_stays_fixed(network, rows):
     kept = {name: q.scale.clone() for name, q in act_quantizers(model).items() if q.is_softmax}
     block = model.mid.attn_1
     x = torch.randn(64, 32, 4, 4)
-    data = UnitData(lambda index: ((x[index],), network.mid.attn_1(x[index])), 64, 48, 16)
+    data = UnitData(lambda index: ((x[index],), network.mid.attn_1(x[index])), range(48), range(48, 64), 16)
     quantizers = list(act_quantizers(block).values())
     reconstruct_activations(block, quantizers, data, CalibrationConfig(iters_a=10, lr_a=1e-2), 0, lambda _: None)
     assert kept and all(torch.equal(act_quantizers(model)[name].scale, scale) for name, scale in kept.items())
@@ -409,7 +407,7 @@ def test_bad_sets_of_guided_networks_are_refused(tmp_path, rows, words):
 
 def test_too_few_steps_in_a_set():
     data = CalibrationSet([torch.zeros(2, 3, 8, 8)], [torch.zeros(2)])
-    with pytest.raises(CheckpointError, match="cali_st"):
+    with pytest.raises(CheckpointError, match=r"^num_timesteps 2: the calibration set holds 1 time steps"):
         data.select(2, 1)
 
 
@@ -419,17 +417,20 @@ def test_bad_widths_are_refused(settings):
         QuantConfig(**settings).validate()
 
 
-# --- time-step sets -----------------------------------------------------------------------------
+# --- timestep groups ----------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def test_time_step_sets_round_trip_and_serve_rows_of_different_times(network, rows, tmp_path):
-    """A batch of mixed times equals its rows one by one; the packed file keeps the sets, the published format refuses them."""
+def test_timestep_groups_round_trip_and_serve_samples_of_different_times(network, rows, tmp_path):
+    """A batch of mixed times equals its samples one by one.
+
+    The packed file keeps the groups, the published format refuses them.
+    """
     quant = replace(W4A8, time_bounds=timestep_group_bounds(rows, 3))
     assert len(quant.time_bounds) == 2
     model = Calibration(network, PIXEL, quant, replace(SHORT, iters=3, iters_a=3, iters_tune=3), rows).run()
-    deltas = [q.scale for q in act_quantizers(model).values()]
-    assert all(scale.shape == (3,) for scale in deltas) and any(scale.unique().numel() == 3 for scale in deltas)
+    scales = [q.scale for q in act_quantizers(model).values()]
+    assert all(scale.shape == (3,) for scale in scales) and any(scale.unique().numel() == 3 for scale in scales)
     x, t = (part[::7].double() for part in rows.inputs)
     model.double()
     together = model(x, t)
@@ -437,26 +438,26 @@ def test_time_step_sets_round_trip_and_serve_rows_of_different_times(network, ro
     assert golden.relative_error(together, apart) < 1e-9
     model.float()
     info = PackedInfo(PIXEL.name, unet_config_dict(tiny.MODEL), quant, {}, "")
-    save_packed(tmp_path / "sets.safetensors", model, info)
-    loaded, read = load_packed(tmp_path / "sets.safetensors")
+    save_packed(tmp_path / "groups.safetensors", model, info)
+    loaded, read = load_packed(tmp_path / "groups.safetensors")
     assert read.config == quant and torch.equal(loaded(*rows.inputs), model(*rows.inputs))
-    with pytest.raises(CheckpointError, match="time-step sets"):
-        save_published(tmp_path / "sets.pth", model, PIXEL, network.state_dict(), activations=True)
+    with pytest.raises(CheckpointError, match="timestep groups"):
+        save_published(tmp_path / "groups.pth", model, PIXEL, network.state_dict(), activations=True)
 
 
-def test_sets_have_equally_many_time_steps():
+def test_groups_have_equally_many_time_steps():
     rows = CalibrationData((torch.zeros(6, 1), torch.tensor([0.0, 10.0, 20.0, 30.0, 40.0, 50.0])))
     assert timestep_group_bounds(rows, 3) == (15.0, 35.0)
-    steps = TimestepGroups((15.0, 35.0))
-    steps.set(rows.inputs[1])
-    assert steps.current.tolist() == [0, 0, 1, 1, 2, 2]
-    steps.set(torch.tensor([36.0, 49.0]))
-    assert steps.current == 2
+    groups = TimestepGroups((15.0, 35.0))
+    groups.set(rows.inputs[1])
+    assert groups.current.tolist() == [0, 0, 1, 1, 2, 2]
+    groups.set(torch.tensor([36.0, 49.0]))
+    assert groups.current == 2
     with pytest.raises(ConfigError, match="timestep_groups 7"):
         timestep_group_bounds(rows, 7)
 
 
-def test_a_set_without_rows_takes_its_neighbors_range(network, rows):
+def test_a_group_without_samples_takes_its_neighbors_range(network, rows):
     quant = replace(W4A8, time_bounds=(*timestep_group_bounds(rows, 2), 2000.0))
     model = quantize_model(network, PIXEL, quant)
     init_activation_ranges(model, rows, quant, SHORT, CPU)

@@ -1,4 +1,4 @@
-"""Calibration files of other layouts: what can mean one thing only becomes the published layout, all else is one clear line."""
+"""Calibration files of other layouts: an unambiguous one becomes the published layout, any other is one clear line."""
 
 import numpy as np
 import pytest

@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import save_file
 
 from ddim.family import PIXEL
+from qdiff import architecture
 from qdiff.checkpoint import (
     PackedInfo,
     load_packed,
     load_published,
     midpoint_weights,
-    packed,
     published_shapes,
     read_tensors,
     save_packed,
@@ -25,7 +25,7 @@ from qdiff.config import QuantConfig
 from qdiff.errors import CheckpointError, ConfigError
 from qdiff.model import enable_activations
 from tests.support import tiny
-from tests.support.quantized import BUILD, Payload, T, X, quantized
+from tests.support.quantized import UNET_CONFIG, Payload, T, X, quantized
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def files(tmp_path):
     save_packed(
         tmp_path / "q.safetensors",
         model,
-        PackedInfo("pixel", BUILD, quant, {"iters": 1}, state_hash(unet.state_dict())),
+        PackedInfo("pixel", UNET_CONFIG, quant, {"iters": 1}, state_hash(unet.state_dict())),
     )
     return tmp_path, model, quant
 
@@ -48,15 +48,15 @@ def test_round_trips_give_the_same_bits(tmp_path, settings):
     unet, model, quant = quantized(**settings)
     expected = model(X, T)
     save_published(tmp_path / "q.pth", model, PIXEL, unet.state_dict(), activations=True)
-    save_packed(tmp_path / "q.safetensors", model, PackedInfo("pixel", BUILD, quant, {}, ""))
-    if quant.sm_abit != 16:  # random step sizes are no 16-bit ones, and are refused as such
-        assert torch.equal(load_published(tmp_path / "q.pth", BUILD, PIXEL, quant)(X, T), expected)
+    save_packed(tmp_path / "q.safetensors", model, PackedInfo("pixel", UNET_CONFIG, quant, {}, ""))
+    if quant.sm_abit != 16:  # random scales are no 16-bit ones, and are refused as such
+        assert torch.equal(load_published(tmp_path / "q.pth", UNET_CONFIG, PIXEL, quant)(X, T), expected)
     packed, info = load_packed(tmp_path / "q.safetensors")
     assert torch.equal(packed(X, T), expected) and info.config == quant
     # published again, without the full-precision weights
     save_published(tmp_path / "again.pth", packed, PIXEL, midpoint_weights(packed), activations=True)
     weights_only = QuantConfig(**{**quant.to_dict(), "quant_act": False})
-    again = load_published(tmp_path / "again.pth", BUILD, PIXEL, weights_only)
+    again = load_published(tmp_path / "again.pth", UNET_CONFIG, PIXEL, weights_only)
     enable_activations(packed, False)
     assert torch.equal(again(X, T), packed(X, T))
 
@@ -101,7 +101,7 @@ def test_truncation_is_noticed(files, name):
     content = (folder / name).read_bytes()
     (folder / name).write_bytes(content[: len(content) // 2])
     with pytest.raises(CheckpointError, match="damaged"):
-        load_published(folder / name, BUILD, PIXEL, quant) if name.endswith("pth") else load_packed(folder / name)
+        load_published(folder / name, UNET_CONFIG, PIXEL, quant) if name.endswith("pth") else load_packed(folder / name)
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -171,24 +171,24 @@ def test_a_pickle_that_runs_code_does_not(tmp_path, writer, protocol):
     ("change", "words"),
     [
         ({"weight_bit": 8}, "4-bit"),
-        ({"split": False}, "--split"),
-        ({"a_sym": False}, "--a_sym"),
-        ({"sm_abit": 16}, "--sm_abit"),
+        ({"split": False}, "split mismatch"),
+        ({"a_sym": False}, "a_sym mismatch"),
+        ({"sm_abit": 16}, "sm_abit 16 was given"),
     ],
 )
 def test_wrong_options_for_a_published_file_are_refused(files, change, words):
     folder, _, quant = files
     with pytest.raises(CheckpointError, match=words):
-        load_published(folder / "q.pth", BUILD, PIXEL, QuantConfig(**{**quant.to_dict(), **change}))
+        load_published(folder / "q.pth", UNET_CONFIG, PIXEL, QuantConfig(**{**quant.to_dict(), **change}))
 
 
 def test_other_channels_and_other_families_are_refused(files):
     folder, _, quant = files
     with pytest.raises(CheckpointError, match="expected"):
-        load_published(folder / "q.pth", {**BUILD, "ch": 32}, PIXEL, quant)
+        load_published(folder / "q.pth", {**UNET_CONFIG, "ch": 32}, PIXEL, quant)
     save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(1)}, folder / "latent.safetensors")
     with pytest.raises(CheckpointError, match="latent"):
-        load_published(folder / "latent.safetensors", BUILD, PIXEL, quant)
+        load_published(folder / "latent.safetensors", UNET_CONFIG, PIXEL, quant)
 
 
 def test_weights_only_file_and_activations_asked_for(tmp_path):
@@ -196,8 +196,8 @@ def test_weights_only_file_and_activations_asked_for(tmp_path):
     save_published(tmp_path / "w.pth", model, PIXEL, unet.state_dict(), activations=False)
     assert not any("act_quantizer" in name for name in read_tensors(tmp_path / "w.pth"))
     with pytest.raises(CheckpointError, match="weights only"):
-        load_published(tmp_path / "w.pth", BUILD, PIXEL, quant)
-    plain = load_published(tmp_path / "w.pth", BUILD, PIXEL, QuantConfig(weight_bit=4, split=True))
+        load_published(tmp_path / "w.pth", UNET_CONFIG, PIXEL, quant)
+    plain = load_published(tmp_path / "w.pth", UNET_CONFIG, PIXEL, QuantConfig(weight_bit=4, split=True))
     enable_activations(model, False)
     assert torch.equal(plain(X, T), model(X, T))
 
@@ -209,26 +209,26 @@ def test_not_finite_values_are_named(files):
     state["model.conv_in.weight"][0, 0, 0, 0] = float("nan")
     torch.save(state, folder / "nan.pth")
     with pytest.raises(CheckpointError, match=r"conv_in\.weight"):
-        load_published(folder / "nan.pth", BUILD, PIXEL, quant)
+        load_published(folder / "nan.pth", UNET_CONFIG, PIXEL, quant)
 
 
 def test_other_widths_of_asymmetric_activations_are_named(tmp_path):
     unet, model, quant = quantized(a_sym=False)
     save_published(tmp_path / "q.pth", model, PIXEL, unet.state_dict(), activations=True)
-    load_published(tmp_path / "q.pth", BUILD, PIXEL, quant)
+    load_published(tmp_path / "q.pth", UNET_CONFIG, PIXEL, quant)
     for bits in (4, 6, 7, 9, 16):
         with pytest.raises(
             CheckpointError,
-            match=rf"--act_bit {bits} was given, but the activation zero points of the file are those of 8",
+            match=rf"act_bit {bits} was given, but the activation zero points of the file are those of 8",
         ):
-            load_published(tmp_path / "q.pth", BUILD, PIXEL, replace(quant, act_bit=bits))
+            load_published(tmp_path / "q.pth", UNET_CONFIG, PIXEL, replace(quant, act_bit=bits))
 
 
 def test_symmetric_activations_do_not_tell_their_width_and_the_log_says_so(tmp_path, caplog):
     unet, model, quant = quantized(a_sym=True)
     save_published(tmp_path / "q.pth", model, PIXEL, unet.state_dict(), activations=True)
-    load_published(tmp_path / "q.pth", BUILD, PIXEL, quant)
-    assert "the width of its activations cannot be told" in caplog.text
+    load_published(tmp_path / "q.pth", UNET_CONFIG, PIXEL, quant)
+    assert "it does not show the width of its activations" in caplog.text
 
 
 def test_published_files_do_not_hold_their_own_name(files, tmp_path):
@@ -238,10 +238,10 @@ def test_published_files_do_not_hold_their_own_name(files, tmp_path):
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def test_a_family_that_is_not_imported_is_named(files, monkeypatch):
+def test_a_family_that_is_not_registered_is_named(files, monkeypatch):
     folder, _, _ = files
-    monkeypatch.setattr(packed, "FAMILIES", {})
-    with pytest.raises(CheckpointError, match=r"no family is registered: ddim\.family"):
+    monkeypatch.setattr(architecture, "_FAMILIES", {})
+    with pytest.raises(CheckpointError, match=r"of the pixel family, expected custom"):
         load_packed(folder / "q.safetensors")
 
 

@@ -26,7 +26,7 @@ from qdiff.errors import ConfigError
 from qdiff.layers import ActQuantizer, QuantConv1d, QuantConv2d, QuantLinear, QuantMatMul
 from qdiff.scale_rules import choose_qparams
 from tests.support import golden, tiny
-from tests.support.engines import LINEAR, attention_product, check, network_of, quantized_layer, right, skip_numbers
+from tests.support.engines import LINEAR, attention_matmul, check, network_of, quantized_layer, right, skip_numbers
 
 pytestmark = pytest.mark.usefixtures("integer_path")
 
@@ -96,11 +96,11 @@ def test_wide_linear_layers_keep_what_weight_zero_points_leave():
 
 
 @torch.no_grad()
-def test_every_attention_product_is_exact(operators):
+def test_every_attention_matmul_is_exact(operators):
     compared = []
     for symmetric, sm_abit in product([True, False], [8, 16]):
         torch.manual_seed(0)
-        attention = attention_product(symmetric, sm_abit)
+        attention = attention_matmul(symmetric, sm_abit)
         assert isinstance(attention, QuantMatMul)
         operands = [torch.softmax(torch.randn(4, 19, 13) * 4, 2), torch.randn(4, 13, 8)]
         for quantizer, x in zip(attention.act_quantizers, operands, strict=True):
@@ -121,9 +121,9 @@ def test_whole_networks_are_as_near_to_float64_as_float32_is(tmp_path):
     """Over 8 inputs the median error of the integer network is at most 1.5 times that of the float32 simulation."""
     compared = []
     for kind, bits, symmetric in product(KINDS, [4, 8], [True, False]):
-        network, family, rows = network_of(kind, tmp_path)
+        network, architecture, rows = network_of(kind, tmp_path)
         simulated = Calibration(
-            network, family, replace(LINEAR, weight_bit=bits, a_sym=symmetric), CalibrationConfig(), rows
+            network, architecture, replace(LINEAR, weight_bit=bits, a_sym=symmetric), CalibrationConfig(), rows
         ).run()
         integer, exact = to_integer(simulated), copy.deepcopy(simulated).double()
         errors = {"integer": [], "simulated": []}
@@ -145,8 +145,10 @@ def test_whole_networks_are_as_near_to_float64_as_float32_is(tmp_path):
 def test_bfloat16_between_the_products_costs_no_more_than_its_rounding(operators, tmp_path):
     compared = []
     for kind, bits in product(KINDS, [4, 8]):
-        network, family, rows = network_of(kind, tmp_path)
-        simulated = Calibration(network, family, replace(LINEAR, weight_bit=bits), CalibrationConfig(), rows).run()
+        network, architecture, rows = network_of(kind, tmp_path)
+        simulated = Calibration(
+            network, architecture, replace(LINEAR, weight_bit=bits), CalibrationConfig(), rows
+        ).run()
         inputs = tuple(part[::8] for part in rows.inputs)
         integer, exact = to_integer(simulated), simulated(*inputs)
         seen = set()
@@ -194,8 +196,10 @@ def test_bfloat16_keeps_what_weight_zero_points_leave(operators):
 
 @torch.no_grad()
 def test_autocast_keeps_integer_products(tmp_path):
-    network, family, rows = network_of("text", tmp_path)
-    simulated = Calibration(network, family, replace(LINEAR, sm_abit=16, a_sym=False), CalibrationConfig(), rows).run()
+    network, architecture, rows = network_of("text", tmp_path)
+    simulated = Calibration(
+        network, architecture, replace(LINEAR, sm_abit=16, a_sym=False), CalibrationConfig(), rows
+    ).run()
     integer = to_integer(simulated)
     with torch.autocast("cpu", torch.bfloat16):
         found = integer(*rows.inputs)
@@ -209,7 +213,7 @@ def test_autocast_keeps_integer_products(tmp_path):
 
 
 @torch.no_grad()
-def test_time_step_sets_and_mixed_rows():
+def test_timestep_groups_and_mixed_samples():
     network = tiny.unet()
     rows = tiny.rows(network)
     simulated = Calibration(
@@ -327,7 +331,7 @@ def test_inputs_that_the_operators_cannot_take_are_simulated():
             quantized_layer(nn.Conv2d(8, 6, 3), QuantConv2d, 4, False, "max", torch.randn(4, 8, 5, 5)),
             [torch.randn(4, 8, 5, 5)],
         ),
-        (attention_product(True, 8), [torch.rand(4, 7, 8), torch.randn(4, 8, 5)]),
+        (attention_matmul(True, 8), [torch.rand(4, 7, 8), torch.randn(4, 8, 5)]),
     ]
     for layer, inputs in cases:
         integer = cpu.integer_form(layer)

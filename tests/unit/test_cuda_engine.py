@@ -91,8 +91,8 @@ def test_few_rows_run_as_the_packed_layer():
 
 def simulated(kind, folder):
     """A tiny quantized network of a family and inputs of it."""
-    model, family, rows = network_of(kind, folder)
-    return Calibration(model, family, replace(LINEAR, a_sym=False), CalibrationConfig(), rows).run(), tuple(
+    model, architecture, rows = network_of(kind, folder)
+    return Calibration(model, architecture, replace(LINEAR, a_sym=False), CalibrationConfig(), rows).run(), tuple(
         part[:4] for part in rows.inputs
     )
 

@@ -159,7 +159,7 @@ def test_weights_that_want_to_run_code_are_refused(tmp_path):
 
 
 def test_fid_is_the_formula(both):
-    """Heusel et al. 2017 with a symmetric square root in NumPy, on as many features as make covariances of full rank."""
+    """Heusel et al. 2017 with a symmetric square root in NumPy, on so few features that covariances have full rank."""
     columns = torch.cat([found.features for found in both]).var(0).topk(24).indices
     x, y = (found.features[:, columns].double().numpy() for found in both)
     logits, name = both[0].logits, both[0].extractor
@@ -389,7 +389,7 @@ def test_perceptual_distance_is_a_distance():
 
 
 def test_x_errors_follow_the_same_noise():
-    """A network that is 0 predicts x_t / sqrt(a) for x_0: its states differ from those of full precision, by nothing at the first step."""
+    """A network that is 0 predicts x_t / sqrt(a) for x_0: after the first step its states differ from full precision."""
     network = tiny.unet()
     trajectories = Trajectories()
     for chunk in (range(0, 3), range(3, 5)):

@@ -18,7 +18,7 @@ from qdiff.errors import ConfigError
 from qdiff.layers import QuantConv1d, QuantConv2d, QuantLinear
 from qdiff.scale_rules import choose_qparams
 from tests.support import golden
-from tests.support.engines import attention_product, check, quantized_layer, right, skip_numbers
+from tests.support.engines import attention_matmul, check, quantized_layer, right, skip_numbers
 from tests.support.foreign import INPUTS, QUICK, Denoiser, Residual
 
 pytestmark = pytest.mark.usefixtures("integer_path")
@@ -82,34 +82,34 @@ SHAPES = [  # of both operands, and whether they run on integers
 
 
 @torch.no_grad()
-def test_attention_products_of_every_shape_are_exact(operators):
+def test_attention_matmuls_of_every_shape_are_exact(operators):
     for first, second, integer in SHAPES:
         torch.manual_seed(0)
-        product = attention_product(False, 8)
+        matmul = attention_matmul(False, 8)
         a, b = torch.rand(first), torch.randn(second)
-        for quantizer, x in zip(product.act_quantizers, (a, b), strict=True):
+        for quantizer, x in zip(matmul.act_quantizers, (a, b), strict=True):
             quantizer.set_qparams(
                 *choose_qparams(x, 8, symmetric=quantizer.symmetric, always_zero=quantizer.always_zero)
             )
             quantizer.enabled = True
             x.copy_(quantizer(x))  # so that no value lies on the edge between two integers
-        form = cpu.integer_form(product)
+        form = cpu.integer_form(matmul)
         calls = []
         form.simulated.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         found = form(a, b)
         assert bool(calls) != integer
-        expected = copy.deepcopy(product).double()(a.double(), b.double())
+        expected = copy.deepcopy(matmul).double()(a.double(), b.double())
         assert found.shape == expected.shape
-        if right(product) or not integer:
+        if right(matmul) or not integer:
             assert golden.relative_error(found.double(), expected) < 1e-6
-    skip_numbers(right(product))
+    skip_numbers(right(matmul))
 
 
 @torch.no_grad()
-def test_attention_products_that_are_not_quantized_stay():
-    product = attention_product(False, 8)
+def test_attention_matmuls_that_are_not_quantized_stay():
+    matmul = attention_matmul(False, 8)
     a, b = torch.rand(2, 5, 6), torch.randn(2, 6, 7)
-    assert torch.equal(cpu.IntegerMatMul(product)(a, b), a @ b)
+    assert torch.equal(cpu.IntegerMatMul(matmul)(a, b), a @ b)
 
 
 @torch.no_grad()
@@ -140,7 +140,7 @@ def test_a_network_quantized_from_python_runs_on_integers():
     quantized = qdiff.quantize(model, INPUTS, weight_bit=8, blocks=[Residual], timestep_groups=2, **QUICK)
     integer = apply_engine(quantized, "integer")
     with torch.no_grad():
-        for rows in (slice(0, 1), slice(11, 12), slice(None)):  # of each time-step set, of both
+        for rows in (slice(0, 1), slice(11, 12), slice(None)):  # of each timestep group, of both
             inputs = tuple(tensor[rows] for tensor in INPUTS)
             found, expected = integer(*inputs), quantized(*inputs)
             assert found.shape == expected.shape and torch.isfinite(found).all()

@@ -11,11 +11,11 @@ The version of commit 7e19632 wrote them once. The network was `tests.support.ti
 one resolution of 8x8, one residual block, norms of 2 groups, and attention in the middle only (2,947
 parameters). Its weights have 4 bits by the rule `mse`, its activations have 8 bits, are symmetric by the rule
 `max`, and the shortcuts are split. The calibration set had 4 time steps with 16 samples each; rounding was
-learned for 40 iterations at a learning rate of 0.03, activation step sizes for 10 at 0.001. So biases are
+learned for 40 iterations at a learning rate of 0.03, activation scales for 10 at 0.001. So biases are
 corrected, and 442 of the integers are not those of nearest rounding.
 
 `expected.safetensors` was filled from the network in memory, before either file was read again. It holds for
-each layer the integers (uint8), step sizes, and zero points, by the names of the modules; each parameter that
+each layer the integers (uint8), scales, and zero points, by the names of the modules; each parameter that
 is not quantized; the inputs `x` [2, 3, 8, 8] and `t` [2]; and the outputs `y` (weights and activations
 quantized) and `y_weights_only`, with everything cast to float64.
 
@@ -52,8 +52,8 @@ def model(request: pytest.FixtureRequest) -> nn.Module:
     """The network, read from the file of each format."""
     if request.param == "packed":
         return load_packed(FROZEN / "tiny_w4a8.safetensors")[0]
-    build = PackedFile.open(FROZEN / "tiny_w4a8.safetensors").info.unet_config
-    return load_published(FROZEN / "tiny_w4a8.pth", build, PIXEL, QUANT)
+    unet_config = PackedFile.open(FROZEN / "tiny_w4a8.safetensors").info.unet_config
+    return load_published(FROZEN / "tiny_w4a8.pth", unet_config, PIXEL, QUANT)
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ few = settings(max_examples=12, **REPEATABLE)
 RULES = ("max", "max_scale", "mse")
 MODES = ("qdiff", "linear")
 widths = st.integers(2, 16)
-steps = st.floats(1e-6, 1e3)
+scales = st.floats(1e-6, 1e3)
 seeds = st.integers(0, 2**32 - 1)
 
 
@@ -73,10 +73,10 @@ def test_packed_integers_are_a_little_endian_stream_of_bits(data, n_bits, shape)
 
 @st.composite
 def quantizers(draw: st.DrawFn) -> tuple[Tensor, Tensor, int, bool]:
-    """(delta, zero_point, n_bits, symmetric) in float64; zero points may lie outside the grid."""
+    """(scale, zero_point, n_bits, symmetric) in float64; zero points may lie outside the grid."""
     n_bits, symmetric = draw(widths), draw(st.booleans())
     zero = 0 if symmetric else draw(st.integers(-(2**n_bits), 2 ** (n_bits + 1)))
-    return torch.tensor(draw(steps)).double(), torch.tensor(zero).double(), n_bits, symmetric
+    return torch.tensor(draw(scales)).double(), torch.tensor(zero).double(), n_bits, symmetric
 
 
 @st.composite
@@ -142,11 +142,11 @@ def test_scales_are_positive_and_zero_points_whole(seed, n_bits, symmetric, rule
 
 
 @many
-@given(seeds, widths, steps, st.data())
-def test_integers_become_alphas_and_integers_again(seed, n_bits, step, data):
+@given(seeds, widths, scales, st.data())
+def test_integers_become_alphas_and_integers_again(seed, n_bits, value, data):
     """For any rounding of any weight, also a clamped one, in float32 as published files hold it."""
     zero = torch.tensor(float(data.draw(st.integers(-(2**n_bits), 2 ** (n_bits + 1)))))
-    scale = torch.tensor(step)
+    scale = torch.tensor(value)
     weight = (torch.rand(5, 7, generator=generator(seed)) * 3 - 1.5) * 2**n_bits * scale
     up = torch.rand(5, 7, generator=generator(seed + 1)) < 0.5
     integers = torch.clamp((weight / scale).floor() + up + zero, 0, 2**n_bits - 1)
@@ -159,9 +159,9 @@ def test_integers_become_alphas_and_integers_again(seed, n_bits, step, data):
 
 
 @many
-@given(seeds, widths, steps)
-def test_the_initial_alpha_keeps_the_weight_and_rounds_to_nearest(seed, n_bits, step):
-    scale = torch.tensor(step).double()
+@given(seeds, widths, scales)
+def test_the_initial_alpha_keeps_the_weight_and_rounds_to_nearest(seed, n_bits, value):
+    scale = torch.tensor(value).double()
     zero = torch.tensor(2.0 ** (n_bits - 1)).double()
     weight = (torch.rand(50, generator=generator(seed)).double() * (2**n_bits - 1) - zero) * scale
     alpha = Q.init_alpha(weight, scale)
@@ -254,7 +254,7 @@ def test_published_files_give_back_what_was_saved(tmp_path_factory, quant, seed)
     path = tmp_path_factory.mktemp("published") / "q.pth"
     unet, model = quantized(quant, seed)
     if quant.time_bounds:
-        with pytest.raises(CheckpointError, match="time-step sets"):
+        with pytest.raises(CheckpointError, match="timestep groups"):
             save_published(path, model, PIXEL, unet.state_dict(), quant.quant_act)
         quant = replace(quant, time_bounds=())
         unet, model = quantized(quant, seed)

@@ -1,4 +1,7 @@
-"""Training checkpoints as full-precision input: the EMA where there is one, prefixes gone, and a log line that says what was taken."""
+"""Training checkpoints as full-precision input.
+
+The EMA weights come first, prefixes of wrappers are removed, and a log line says what was taken.
+"""
 
 from collections import OrderedDict
 

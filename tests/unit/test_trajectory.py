@@ -1,4 +1,4 @@
-"""Figures of merit against their definitions."""
+"""Trajectory errors and image similarity against their definitions."""
 
 import math
 import subprocess
@@ -36,5 +36,9 @@ def test_trajectory_error_of_a_scaled_network_is_its_scale():
 
 @pytest.mark.multiprocess
 def test_torchvision_becomes_importable_beside_any_torch():
-    code = "from qdiff.utils.compat import make_torchvision_importable as m; m(); import torchvision.transforms, torchmetrics"
+    code = """
+from qdiff.utils.compat import make_torchvision_importable
+make_torchvision_importable()
+import torchvision.transforms, torchmetrics
+"""
     subprocess.run([sys.executable, "-c", code], check=True, cwd=commands.REPOSITORY)

@@ -1,4 +1,4 @@
-"""What `qdiff.quantize` keeps, splits and leaves in full precision, on a network of a stranger."""
+"""What `qdiff.quantize` keeps, splits and leaves in full precision, on a foreign network."""
 
 import logging
 
@@ -13,7 +13,7 @@ from tests.support.foreign import QUICK, Denoiser
 
 
 class Attention(nn.Module):
-    """An attention block of somebody else: its products are plain calls."""
+    """A foreign attention block, whose matmuls are plain function calls."""
 
     def __init__(self, width):
         super().__init__()
@@ -68,7 +68,7 @@ ALL = {"stem", "attention.qkv", "attention.out", "join", "head.0.0", "head.2"}
         (["join", "head.2"], {"join", "head.2"}),
     ],
 )
-def test_what_is_kept_keeps_everything_inside(keep, kept, caplog):
+def test_a_name_in_keep_keeps_everything_inside(keep, kept, caplog):
     with caplog.at_level(logging.WARNING):
         network = quantize(keep=["position", *keep])
     assert quantized_layers(network) == ALL - kept
@@ -77,7 +77,7 @@ def test_what_is_kept_keeps_everything_inside(keep, kept, caplog):
     )
 
 
-def test_products_and_shortcuts_in_full_precision_are_told(caplog):
+def test_matmuls_and_shortcuts_in_full_precision_are_logged(caplog):
     with caplog.at_level(logging.WARNING):
         quantize()
     assert "2 attention products stay in full precision" in caplog.text and "attention (2)" in caplog.text
@@ -87,7 +87,7 @@ def test_products_and_shortcuts_in_full_precision_are_told(caplog):
         quantize(splits={"join": 8}, act_bit=None)
     assert (
         "concatenation" not in caplog.text and "attention products" not in caplog.text
-    )  # of weights alone there are none
+    )  # weights alone have no attention matmuls
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_products_and_shortcuts_in_full_precision_are_told(caplog):
         ({"keep": ["haed"]}, "keep: no haed in the network"),
         ({"keep": ["head.7*"]}, "keep: no head"),
         ({"keep": [nn.Bilinear]}, "keep: no Bilinear"),
-        ({"products": {nn.Bilinear: None}}, "products: no Bilinear"),
+        ({"attention_matmuls": {nn.Bilinear: None}}, "attention_matmuls: no Bilinear"),
         ({"splits": {"jion": 8}}, "splits: no layer jion"),
         ({"splits": {"join": 16}}, "splits: join has 16 input channels"),
         ({"blocks": [nn.LSTM]}, "blocks: no LSTM"),
