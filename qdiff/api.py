@@ -117,12 +117,9 @@ def quantize(
             `qdiff.architecture.AttentionMatMulSpec`.
         splits: for layers whose input is a concatenation, by path: the channels of its first half (Q-Diffusion,
             section 4.3).
-        timestep_groups: the number of groups of time steps with activation scales of their own (TFMQ-DM, arXiv
-            2311.16503).
+        timestep_groups: the number of groups of time steps with activation scales of their own (arXiv 2311.16503).
         preset: the recipe: `fast` or `published`.
-        folder: keeps every finished unit there; the same call then continues after an interruption. At the end it
-            also has
-            a report: `layers.csv`, `layers.png`, `units.png`.
+        folder: keeps finished units, so that the same call continues after an interruption, and a report at the end.
         recipe: settings that replace those of the preset (`qdiff.config.CalibrationConfig`).
 
     Returns:
@@ -151,28 +148,43 @@ def quantize(
         attention_matmuls=dict(attention_matmuls or {}),
         split_points=lambda _: dict(splits or {}),
     )
-    quant = QuantConfig(
+    bounds = timestep_group_bounds(data, timestep_groups) if timestep_groups > 1 else ()
+    quant = _formats(weight_bit, act_bit, symmetric, bool(splits), bounds)
+    config = replace(PRESETS[preset], **recipe)  # type: ignore[arg-type]  # validated above
+    directory = CalibrationDir(None if folder is None else Path(folder))
+    return _calibrate(Calibration(deepcopy(model), architecture, quant, config, data, directory=directory))
+
+
+def _formats(
+    weight_bit: int, act_bit: int | None, symmetric: bool, split: bool, bounds: tuple[float, ...]
+) -> QuantConfig:
+    """The number formats of a custom network; its ranges are searched by `mse`."""
+    return QuantConfig(
         weight_bit=weight_bit,
         act_bit=8 if act_bit is None else act_bit,
         quant_act=act_bit is not None,
         sm_abit=8 if act_bit is None else act_bit,
         a_sym=symmetric,
-        split=bool(splits),
+        split=split,
         weight_scale_method="mse",
         act_scale_method="mse",
-        time_bounds=timestep_group_bounds(data, timestep_groups) if timestep_groups > 1 else (),
-    )
+        time_bounds=bounds,
+    ).validate()
+
+
+def _calibrate(calibration: Calibration) -> nn.Module:
+    """Run a calibration of a custom network, write its report, and attach what `save` needs."""
+    model, architecture, quant, data = calibration.model, calibration.architecture, calibration.quant, calibration.data
+    assert data is not None  # given by `quantize`
     plan = QuantPlan.of(model, architecture, quant.split)
-    config, model = replace(PRESETS[preset], **recipe), deepcopy(model)  # type: ignore[arg-type]  # validated above
     _log_unquantized(model, architecture, quant, data)
-    directory = CalibrationDir(None if folder is None else Path(folder))
-    calibration = Calibration(model, architecture, quant, config, data, directory=directory)
     quantized = calibration.run()
-    if directory.folder is not None and distributed.rank() == 0:
-        calibration.report(directory.folder, quantized)
-    header = config.to_dict() | {"rows_sha256": data.hash()}
-    info = PackedInfo(CUSTOM, plan.to_dict(), quant, header, state_hash(model.state_dict()))
-    remember_info(quantized, info)
+    folder = calibration.directory.folder
+    if folder is not None and distributed.rank() == 0:
+        calibration.report(folder, quantized)
+    header = calibration.config.to_dict() | {"rows_sha256": data.hash()}
+    source = state_hash(model.state_dict())
+    remember_info(quantized, PackedInfo(CUSTOM, plan.to_dict(), quant, header, source))
     return quantized
 
 

@@ -233,7 +233,8 @@ def infer_act_bits(architecture: Architecture, state: Mapping[str, Tensor]) -> i
     zeros = [float(tensor) for name, tensor in state.items() if name.endswith(tuple(names))]
     if not zeros or not any(zeros):
         return None
-    return round(math.log2(max(1.0, float(torch.tensor(zeros).median())))) + 1
+    # the middle of a 2-bit grid is 1.5, so that 1 is a zero point of 2 bits too
+    return max(2, round(math.log2(max(1.0, float(torch.tensor(zeros).median())))) + 1)
 
 
 def _check_activations(

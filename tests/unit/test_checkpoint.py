@@ -21,6 +21,7 @@ from qdiff.checkpoint import (
     save_published,
     state_hash,
 )
+from qdiff.checkpoint.published import infer_act_bits
 from qdiff.config import QuantConfig
 from qdiff.errors import CheckpointError, ConfigError
 from qdiff.model import enable_activations
@@ -250,3 +251,10 @@ def test_header_tells_how_it_was_made(files):
     _, info = load_packed(folder / "q.safetensors")
     assert info.calibration == {"iters": 1} and info.config == quant and len(info.source_sha256) == 64
     assert json.loads(json.dumps(info.unet_config))["ch"] == tiny.MODEL.ch
+
+
+def test_2_bit_activations_show_their_width():
+    """The middle of the grid is 1.5: zero points of 1 and of 2 belong to 2 bits."""
+    for zero in (1.0, 2.0):
+        state = {"model.mid.attn_1.act_quantizer_q.zero_point": torch.tensor(zero)}
+        assert infer_act_bits(PIXEL, state) == 2

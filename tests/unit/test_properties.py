@@ -212,7 +212,8 @@ def quantized(quant: QuantConfig, seed: int) -> tuple[UNet, nn.Module]:
     for quantizer in act_quantizers(model).values():
         shape, (_, high) = quantizer.scale.shape, Q.integer_range(quantizer.n_bits, quantizer.symmetric)
         top = 1.0 if quantizer.is_softmax else 8.0
-        zero = torch.zeros(shape) if quant.a_sym else (high * (torch.rand(shape) / 2 + 0.25)).round()
+        # near enough to the middle of the grid to show the width in a published file
+        zero = torch.zeros(shape) if quant.a_sym else (high * (torch.rand(shape) * 0.3 + 0.37)).round()
         quantizer.set_qparams(top / high * (torch.rand(shape) / 2 + 0.5), zero)
     enable_activations(model, quant.quant_act)
     return unet, model
