@@ -115,7 +115,13 @@ def apply_plan(model: nn.Module, plan: QuantPlan, config: QuantConfig) -> nn.Mod
     device = next(model.parameters()).device
 
     def quantized(path: str, module: nn.Module) -> nn.Module | None:
-        return _quantized(path, module, config, splits[id(module)], groups) if id(module) in splits else None
+        if id(module) not in splits:
+            return None
+        make, split = LAYER_TYPES[type(module)], splits[id(module)]
+        try:
+            return make(module, config.weight_bit, config.act_bit, config.a_sym, split, groups)
+        except NotImplementedError as error:
+            raise NotImplementedError(f"{path or 'the network'}: {error}") from None
 
     replace_modules(wrapped, quantized)
     for path, spec in plan.matmuls.items():
@@ -176,15 +182,6 @@ def is_inside(path: str, outer: str) -> bool:
 def has_own_behavior(module: nn.Module) -> bool:
     """Whether a module does something that one in its place would not: hooks, or a `forward` of its own."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
-
-
-def _quantized(
-    path: str, layer: nn.Module, config: QuantConfig, split: int, groups: TimestepGroups | None
-) -> QuantLayer:
-    try:
-        return LAYER_TYPES[type(layer)](layer, config.weight_bit, config.act_bit, config.a_sym, split, groups)
-    except NotImplementedError as error:
-        raise NotImplementedError(f"{path or 'the network'}: {error}") from None
 
 
 def copy_weights(source: nn.Module, target: nn.Module) -> None:

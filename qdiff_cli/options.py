@@ -61,14 +61,68 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
+def _never(args: "ParsedArgs", value: object) -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class Rule:
+    """When options act. An option that was typed and does not act is refused.
+
+    Attributes:
+        options: their names, separated by spaces.
+        acts: from all options to whether these act.
+        when: that in words.
+        harmless: whether a value of these options asks for what happens anyway.
+    """
+
+    options: str
+    acts: Callable[["ParsedArgs"], bool]
+    when: str
+    harmless: Callable[["ParsedArgs", Any], bool] = _never
+
+
+class ParsedArgs(argparse.Namespace):
+    """The values of all options, and the names of those that were typed."""
+
+    typed: frozenset[str] = frozenset()
+
+    def make(self, kind: type[C], **others: Any) -> C:
+        """A frozen group of options.
+
+        Args:
+            kind: a dataclass whose fields have the names of options.
+            others: fields that are not options.
+        """
+        names = [field.name for field in fields(kind) if field.name not in others]  # type: ignore[arg-type]  # a dataclass
+        return kind(**{name: getattr(self, name) for name in names}, **others)
+
+    def without_effect(self, rules: Sequence["Rule"]) -> Iterator[tuple[str, "Rule"]]:
+        """The options that were typed and do not act, each with the rule that says so."""
+        for rule in rules:
+            for name in rule.options.split():
+                if name in self.typed and not rule.acts(self) and not rule.harmless(self, getattr(self, name)):
+                    yield name, rule
+
+    def validate(self, rules: Sequence["Rule"]) -> None:
+        """Check that every option that was typed acts.
+
+        Raises:
+            ConfigError: the first that does not, with what it needs.
+        """
+        for name, rule in self.without_effect(rules):
+            shown = "" if getattr(self, name) is True else f" {getattr(self, name)}"
+            raise ConfigError(f"--{name.replace('continue_run', 'continue')}{shown}: acts only {rule.when}")
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, and which knows the options that were typed."""
 
     def __init__(self, description: str) -> None:
         super().__init__(description=description, formatter_class=_Help, allow_abbrev=False)
 
-    def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:  # type: ignore[override]  # one form
-        """Parse the words; the namespace has `typed` too, the names of the options that were given."""
+    def parse_args(self, args: Sequence[str] | None = None) -> ParsedArgs:  # type: ignore[override]  # one form of it
+        """Parse the words."""
         words = sys.argv[1:] if args is None else args
         for word in words:
             try:
@@ -79,25 +133,13 @@ class Parser(argparse.ArgumentParser):
         untouched = object()
         nothing = argparse.Namespace(**{action.dest: untouched for action in self._actions})
         given = super().parse_args(words, nothing)
-        values = super().parse_args(words)
+        values = super().parse_args(words, ParsedArgs())
         values.typed = frozenset(name for name, value in vars(given).items() if value is not untouched)
         return values
 
     def error(self, message: str) -> NoReturn:
         """End with one line on stderr and status 2."""
         self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def from_args(kind: type[C], args: argparse.Namespace, **others: Any) -> C:
-    """A frozen group of options from a namespace.
-
-    Args:
-        kind: a dataclass whose fields have the names of options.
-        args: the parsed options.
-        others: fields that are not options.
-    """
-    names = [field.name for field in fields(kind) if field.name not in others]  # type: ignore[arg-type]  # a dataclass
-    return kind(**{name: getattr(args, name) for name in names}, **others)
 
 
 def to_settings(values: Mapping[str, object]) -> dict[str, object]:
@@ -208,46 +250,6 @@ def autocast_dtype(device: torch.device, precision: str) -> torch.dtype | None:
     if device.type != "cpu":
         return torch.float16
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else None
-
-
-def _never(args: argparse.Namespace, value: object) -> bool:
-    return False
-
-
-@dataclass(frozen=True)
-class Rule:
-    """When options act. An option that was typed and does not act is refused.
-
-    Attributes:
-        options: their names, separated by spaces.
-        acts: from all options to whether these act.
-        when: that in words.
-        harmless: whether a value of these options asks for what happens anyway.
-    """
-
-    options: str
-    acts: Callable[[argparse.Namespace], bool]
-    when: str
-    harmless: Callable[[argparse.Namespace, Any], bool] = _never
-
-
-def without_effect(args: argparse.Namespace, rules: Sequence[Rule]) -> Iterator[tuple[str, Rule]]:
-    """The options that were typed and do not act, each with the rule that says so."""
-    for rule in rules:
-        for name in rule.options.split():
-            if name in args.typed and not rule.acts(args) and not rule.harmless(args, getattr(args, name)):
-                yield name, rule
-
-
-def validate_typed(args: argparse.Namespace, rules: Sequence[Rule]) -> None:
-    """Check that every option that was typed acts.
-
-    Raises:
-        ConfigError: the first that does not, with what it needs.
-    """
-    for name, rule in without_effect(args, rules):
-        shown = "" if getattr(args, name) is True else f" {getattr(args, name)}"
-        raise ConfigError(f"--{name.replace('continue_run', 'continue')}{shown}: acts only {rule.when}")
 
 
 def run_main(main: Callable[[list[str] | None], object], argv: list[str] | None = None) -> None:

@@ -1,6 +1,5 @@
 """The quantization options of the published scripts: their parser, when each of them acts, and what they resolve to."""
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,6 +59,68 @@ class QuantizationOptions:
     cali_p: float | None = None
     cali_iters_tune: int | None = None
     cali_cache_gb: float | None = None
+
+    def resolve(self, task: QuantizationTask, run_seed: int) -> "QuantizationConfig | None":
+        """What the options mean for a model; None without --ptq.
+
+        Args:
+            task: the model.
+            run_seed: the seed of the calibration.
+
+        Raises:
+            ConfigError: settings that cannot work.
+        """
+        if not self.ptq:
+            return None
+        recipe = self._recipe(task.evaluations, run_seed)
+        if self.timestep_groups > recipe.num_timesteps:
+            message = f" {self.timestep_groups}: the calibration set has {recipe.num_timesteps} time steps (--cali_st)"
+            raise ConfigError(message, field="timestep_groups")
+        return QuantizationConfig(
+            formats=self._formats(task),
+            recipe=recipe,
+            checkpoint=self.cali_ckpt,
+            weights_only=self.resume_w,
+            data_file=None if self.cali_data_path is None else Path(self.cali_data_path),
+            timestep_groups=self.timestep_groups,
+            samples_given=self.cali_n is not None,
+            cache_bytes=None if self.cali_cache_gb is None else int(self.cali_cache_gb * 1e9),
+        )
+
+    def _formats(self, task: QuantizationTask) -> QuantConfig:
+        """The number formats; `linear` always takes min-max ranges, the preset `fast` searches ranges by `mse`."""
+        linear, fast = self.quant_mode == "linear", self.preset == "fast"
+        weights = self.weight_scale_method or ("mse" if fast else task.weight_scale_method)
+        acts = "max" if self.a_min_max else "mse" if fast else task.act_scale_method
+        return QuantConfig(
+            weight_bit=self.weight_bit,
+            act_bit=self.act_bit,
+            quant_act=self.quant_act,
+            sm_abit=self.sm_abit,
+            a_sym=self.a_sym,
+            split=self.split,
+            weight_scale_method="max" if linear else weights,
+            act_scale_method="max" if linear else acts,
+            quant_mode=self.quant_mode,
+        ).validate()
+
+    def _recipe(self, evaluations: int, run_seed: int) -> CalibrationConfig:
+        """The recipe; time steps and samples depend on where the set comes from and on the sampler's evaluations."""
+        generated, preset = self.cali_data_path is None, PRESETS[self.preset]
+        values = {field: getattr(self, option) for option, (field, _, _) in RECIPE_OPTIONS.items()}
+        if generated and self.cali_st and (self.resume_w or not self.cali_ckpt):
+            validate_num_timesteps(self.cali_st, evaluations)
+        num_timesteps = min(OWN_TIMESTEPS, evaluations) if generated else preset.num_timesteps
+        samples = min(OWN_SAMPLES, preset.samples) if generated else preset.samples
+        return replace(
+            preset,
+            num_timesteps=self.cali_st or num_timesteps,
+            samples=self.cali_n or samples,
+            running_stat=self.running_stat,
+            rs_sm_only=self.rs_sm_only,
+            seed=run_seed,
+            **{field: value for field, value in values.items() if value is not None},
+        ).validate()
 
 
 @dataclass(frozen=True)
@@ -132,11 +193,6 @@ def _preset_values(field: str) -> str:
     return ", ".join(f"{getattr(preset, field):g} {name}" for name, preset in PRESETS.items())
 
 
-def _calibrates(args: argparse.Namespace) -> bool:
-    """Whether the command calibrates, and does not only load."""
-    return args.ptq and (args.resume_w or not args.cali_ckpt)
-
-
 _LOADS = "in a calibration: --cali_ckpt loads a finished one"
 _WEIGHTS = "cali_iters cali_lr_w weight_scale_method"
 _SCALES = "cali_iters_a cali_lr cali_p"
@@ -157,10 +213,10 @@ RULES = (
     Rule("resume_w", lambda args: bool(args.cali_ckpt), "with --cali_ckpt FILE, to take the weights from"),
     Rule("resume_w", lambda args: args.quant_act, "with --quant_act: there is nothing else to calibrate"),
     Rule(f"act_bit sm_abit a_sym {_RANGES} {_SCALES}", lambda args: args.quant_act, "with --quant_act"),
-    Rule(_RECIPE, _calibrates, _LOADS),
+    Rule(_RECIPE, lambda args: args.resume_w or not args.cali_ckpt, _LOADS),
     Rule(
         "timestep_groups",
-        lambda args: _calibrates(args) and args.quant_act,
+        lambda args: args.ptq and args.quant_act and (args.resume_w or not args.cali_ckpt),
         "in a calibration with --quant_act",
         lambda args, value: value == 1,
     ),
@@ -186,69 +242,3 @@ RULES = (
         lambda args, value: value != "integer",
     ),
 )
-
-
-def resolve(options: QuantizationOptions, task: QuantizationTask, run_seed: int) -> QuantizationConfig | None:
-    """What the options mean for a model; None without --ptq.
-
-    Args:
-        options: the options.
-        task: the model.
-        run_seed: the seed of the calibration.
-
-    Raises:
-        ConfigError: settings that cannot work.
-    """
-    if not options.ptq:
-        return None
-    recipe = _recipe(options, task.evaluations, run_seed)
-    if options.timestep_groups > recipe.num_timesteps:
-        message = f" {options.timestep_groups}: the calibration set has {recipe.num_timesteps} time steps (--cali_st)"
-        raise ConfigError(message, field="timestep_groups")
-    return QuantizationConfig(
-        formats=_formats(options, task),
-        recipe=recipe,
-        checkpoint=options.cali_ckpt,
-        weights_only=options.resume_w,
-        data_file=None if options.cali_data_path is None else Path(options.cali_data_path),
-        timestep_groups=options.timestep_groups,
-        samples_given=options.cali_n is not None,
-        cache_bytes=None if options.cali_cache_gb is None else int(options.cali_cache_gb * 1e9),
-    )
-
-
-def _formats(options: QuantizationOptions, task: QuantizationTask) -> QuantConfig:
-    """The number formats; `linear` always takes min-max ranges, the preset `fast` searches ranges by `mse`."""
-    linear, fast = options.quant_mode == "linear", options.preset == "fast"
-    weights = options.weight_scale_method or ("mse" if fast else task.weight_scale_method)
-    acts = "max" if options.a_min_max else "mse" if fast else task.act_scale_method
-    return QuantConfig(
-        weight_bit=options.weight_bit,
-        act_bit=options.act_bit,
-        quant_act=options.quant_act,
-        sm_abit=options.sm_abit,
-        a_sym=options.a_sym,
-        split=options.split,
-        weight_scale_method="max" if linear else weights,
-        act_scale_method="max" if linear else acts,
-        quant_mode=options.quant_mode,
-    ).validate()
-
-
-def _recipe(options: QuantizationOptions, evaluations: int, run_seed: int) -> CalibrationConfig:
-    """The recipe; time steps and samples depend on where the set comes from and on the sampler's evaluations."""
-    generated, preset = options.cali_data_path is None, PRESETS[options.preset]
-    values = {field: getattr(options, option) for option, (field, _, _) in RECIPE_OPTIONS.items()}
-    if generated and options.cali_st and (options.resume_w or not options.cali_ckpt):
-        validate_num_timesteps(options.cali_st, evaluations)
-    timesteps = min(OWN_TIMESTEPS, evaluations) if generated else preset.num_timesteps
-    samples = min(OWN_SAMPLES, preset.samples) if generated else preset.samples
-    return replace(
-        preset,
-        num_timesteps=options.cali_st or timesteps,
-        samples=options.cali_n or samples,
-        running_stat=options.running_stat,
-        rs_sm_only=options.rs_sm_only,
-        seed=run_seed,
-        **{field: value for field, value in values.items() if value is not None},
-    ).validate()

@@ -25,7 +25,6 @@ from qdiff_cli.evaluation import EvaluationConfig, evaluate, validate_inputs
 from qdiff_cli.images import load_png
 from qdiff_cli.options import OPTION_OF_FIELD, DeviceOptions
 from qdiff_cli.quantization import PACKED, load_calibrated
-from qdiff_cli.quantization_options import resolve
 from qdiff_cli.sampling_run import SamplingRun
 from qdiff_cli.table_commands import TableCommands, hashes, read_json
 from qdiff_cli.tables import DASH, FULL, QDIFF, PaperTable, Row
@@ -229,7 +228,7 @@ class TableRun:
         }
         task, fitting = self.full_precision(None).task, 0.0
         for row in missing.values():
-            config = resolve(self.commands.quantization(row), task, self.table.command.seed)
+            config = self.commands.quantization(row).resolve(task, self.table.command.seed)
             if config is not None:
                 recipe = config.recipe
                 fitting += 3 * evaluation * recipe.batch_size * (recipe.iters + recipe.iters_a)

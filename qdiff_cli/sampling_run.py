@@ -1,6 +1,5 @@
 """A sampling command with its options, and the run that it describes: alike for all three sampling scripts."""
 
-import argparse
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -11,14 +10,15 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from qdiff.engines.select import apply_engine
 from qdiff.errors import CheckpointError, ConfigError
 from qdiff.samplers import Callback, Denoiser
 from qdiff.task import QuantizationTask
 from qdiff.utils import distributed
 from qdiff.utils.memory import Fitting, halving
 from qdiff_cli.images import load_metadata
-from qdiff_cli.options import Parser, Rule, RunOptions, autocast_dtype, from_args, to_settings, validate_typed
-from qdiff_cli.quantization import prepare_network
+from qdiff_cli.options import ParsedArgs, Parser, Rule, RunOptions, autocast_dtype, to_settings
+from qdiff_cli.quantization import NetworkSource
 from qdiff_cli.quantization_options import RULES, QuantizationConfig, QuantizationOptions
 from qdiff_cli.runs import discard_on_error, log_to, open_run, sample_missing
 
@@ -127,9 +127,8 @@ class SamplingRun:
         if first() == 0:
             self.begin(folder)
         with discard_on_error(folder):
-            network = prepare_network(
-                self.quantization, self.task, self.device, folder, options.engine, options.continue_run
-            )
+            source = NetworkSource(self.quantization, self.task, self.device, folder)
+            network = apply_engine(source.network(options.continue_run), options.engine)
         sample_missing(
             images, self.total, self.batch_size, lambda indices: self.sample(network, indices), self.name, self.metadata
         )
@@ -181,10 +180,13 @@ class SamplingCommand(ABC):
     def make_parser(cls) -> Parser:
         """The parser of the command's options."""
 
-    @classmethod
-    def validate_args(cls, args: argparse.Namespace) -> None:
-        """Check options that contradict each other; ConfigError names them."""
-        return None
+    def resolved(self) -> Self:
+        """The same command, with options that stand for others replaced by these.
+
+        Raises:
+            ConfigError: options that contradict each other.
+        """
+        return self
 
     @abstractmethod
     def _make_run(self) -> SamplingRun:
@@ -222,9 +224,9 @@ class SamplingCommand(ABC):
             ConfigError: an option that would have no effect, or options that contradict each other.
         """
         args = cls.make_parser().parse_args(argv)
-        cls.validate_args(args)
-        validate_typed(args, (*cls.sampler_rules, *RULES))
-        return cls._from_args(args)
+        command = cls._of(args)
+        args.validate((*cls.sampler_rules, *RULES))
+        return command
 
     def changed(self, words: Sequence[str]) -> tuple[Self, frozenset[str]]:
         """The same command with options replaced by those of `words`, and the names of these options.
@@ -239,14 +241,13 @@ class SamplingCommand(ABC):
             action.required = False
         parser.set_defaults(**self._options())
         args = parser.parse_args(words)
-        self.validate_args(args)
-        validate_typed(args, self.sampler_rules)
-        return self._from_args(args), args.typed
+        command = self._of(args)
+        args.validate(self.sampler_rules)
+        return command, args.typed
 
     @classmethod
-    def _from_args(cls, args: argparse.Namespace) -> Self:
-        run, quantization = from_args(RunOptions, args), from_args(QuantizationOptions, args)
-        return from_args(cls, args, run=run, quantization=quantization)
+    def _of(cls, args: ParsedArgs) -> Self:
+        return args.make(cls, run=args.make(RunOptions), quantization=args.make(QuantizationOptions)).resolved()
 
     def _options(self) -> dict[str, Any]:
         """The values of all options by name."""

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-os.environ["OMP_NUM_THREADS"] = (
-    "1"  # before NumPy is imported: its sums depend on the number of threads, as PyTorch's do
-)
+# before NumPy is imported: its sums depend on the number of threads, as PyTorch's do
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.calibration.data import CalibrationData
-from qdiff.config import CalibrationConfig, QuantConfig
+from qdiff.config import CalibrationConfig
 from qdiff.errors import ConfigError, NonFiniteError
 from qdiff.layers import ActQuantizer
 from qdiff.model import act_quantizers, enable_activations
@@ -21,7 +21,7 @@ RULE_ELEMENTS = 2**18  # values of one activation that a scale rule sees, beside
 
 @torch.no_grad()
 def init_activation_ranges(
-    model: nn.Module, data: CalibrationData, quant: QuantConfig, config: CalibrationConfig, device: torch.device
+    model: nn.Module, data: CalibrationData, method: str, config: CalibrationConfig, device: torch.device
 ) -> None:
     """Set the scale and zero point of every activation quantizer, in order of execution.
 
@@ -33,7 +33,7 @@ def init_activation_ranges(
     Args:
         model: the quantized network; changed in place.
         data: the samples.
-        quant: the number formats and the scale rule.
+        method: the scale rule of activations.
         config: the recipe.
         device: where the network is.
 
@@ -47,7 +47,7 @@ def init_activation_ranges(
     def first_ranges(chosen: Tensor) -> None:
         for path, quantizer in act_quantizers(model).items():
             first = _RangeOfEachGroup if quantizer.groups else _Range
-            quantizer.observer = _finite(path, first(quantizer, quant.act_scale_method))
+            quantizer.observer = _finite(path, first(quantizer, method))
         model(*(part.to(device) for part in data[chosen]))
 
     fitting = largest_fitting(first_ranges, order[:RANGE_SAMPLES])

@@ -136,7 +136,8 @@ class Calibration:
         if self.weights_from is None:
             init_weights(quantized, self.quant.weight_scale_method)
         if self.quant.quant_act:
-            init_activation_ranges(quantized, self._samples(), self.quant, self.config, self.device)
+            method = self.quant.act_scale_method
+            init_activation_ranges(quantized, self._samples(), method, self.config, self.device)
 
     def _reconstruct(self, quantized: nn.Module) -> None:
         samples = self._samples()
@@ -339,7 +340,8 @@ class _Run:
         return reconstruct_activations(unit, quantizers, data, self.config, seed, on_iteration)
 
     def _init_ranges(self, _: OnIteration) -> None:
-        init_activation_ranges(self.quantized, self.data.training_data(), self.quant, self.config, self.device)
+        method = self.quant.act_scale_method
+        init_activation_ranges(self.quantized, self.data.training_data(), method, self.config, self.device)
 
     def _finetune(self, on_iteration: OnIteration) -> UnitResult:
         tuner = FineTuner(self.calibration.model, self.quantized, self.data, self.config, self.calibration.prediction)

@@ -20,7 +20,7 @@ from qdiff.evaluation.page import Page, markdown_table
 from qdiff.utils.files import atomic_write, check_writable, write_text
 from qdiff_cli.bundled import NAMES, folder_of, sampling_command
 from qdiff_cli.comparison import FULL, Comparison, compare, costs, save_rows
-from qdiff_cli.options import DeviceOptions, Parser, add_device_options, from_args, positive, split_command
+from qdiff_cli.options import DeviceOptions, Parser, add_device_options, positive, split_command
 from qdiff_cli.quantization import load_calibrated
 from qdiff_cli.runs import log_to
 from qdiff_cli.sampling_commands import parse_sampling_command
@@ -68,7 +68,7 @@ def parse(argv: Sequence[str] | None) -> CompareOptions:
         parser.error("expected either --bundled or a sampling command after --")
     if words and not args.checkpoints:
         parser.error("expected --checkpoints")
-    device = from_args(DeviceOptions, args)
+    device = args.make(DeviceOptions)
     if args.bundled:
         command = sampling_command(args.bundled, args.images).on(device.device, device.threads)
     else:

@@ -18,7 +18,7 @@ from qdiff.evaluation.trajectory import Trajectories
 from qdiff.utils.files import check_writable
 from qdiff_cli.bundled import folder_of, sampling_command
 from qdiff_cli.comparison import FULL, save_rows
-from qdiff_cli.options import DeviceOptions, Parser, add_device_options, from_args, positive
+from qdiff_cli.options import DeviceOptions, Parser, add_device_options, positive
 from qdiff_cli.runs import log_to
 
 NEAREST = "W4A8 nearest"
@@ -51,7 +51,7 @@ def parse(argv: Sequence[str] | None) -> DemoOptions:
     parser.add_argument("--images", type=positive, default=16)
     add_device_options(parser)
     args = parser.parse_args(argv)
-    return DemoOptions(args.output, args.images, from_args(DeviceOptions, args))
+    return DemoOptions(args.output, args.images, args.make(DeviceOptions))
 
 
 class Demo:

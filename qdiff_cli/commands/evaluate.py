@@ -19,7 +19,7 @@ from qdiff_cli.evaluation import (
     validate_metrics,
 )
 from qdiff_cli.images import save_npz
-from qdiff_cli.options import DeviceOptions, from_args, split_command
+from qdiff_cli.options import DeviceOptions, split_command
 from qdiff_cli.runs import log_to
 from qdiff_cli.sampling_commands import parse_sampling_command
 from qdiff_cli.sampling_run import SamplingCommand
@@ -54,7 +54,7 @@ def parse(argv: Sequence[str] | None) -> EvaluateOptions:
     command = parse_sampling_command(words) if words else None
     if getattr(command, "skip_save", False):
         raise ConfigError("--skip_save: no images would be left to evaluate")
-    return EvaluateOptions(from_args(EvaluationConfig, args), args.images, command, from_args(DeviceOptions, args))
+    return EvaluateOptions(args.make(EvaluationConfig), args.images, command, args.make(DeviceOptions))
 
 
 def show(figures: Mapping[str, Any]) -> str:

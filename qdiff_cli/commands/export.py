@@ -22,9 +22,9 @@ from qdiff.task import QuantizationTask
 from qdiff.utils.extras import require_extra
 from qdiff.utils.files import check_writable
 from qdiff_cli.families import is_latent
-from qdiff_cli.options import Parser, Rule, from_args, positive, project_file, validate_typed
+from qdiff_cli.options import Parser, Rule, positive, project_file
 from qdiff_cli.quantization import load_calibrated, write_model_parts
-from qdiff_cli.quantization_options import RULES, QuantizationOptions, add_quantization_options, resolve
+from qdiff_cli.quantization_options import RULES, QuantizationOptions, add_quantization_options
 from qdiff_cli.runs import log_to
 
 CPU = torch.device("cpu")
@@ -78,8 +78,8 @@ def parse(argv: Sequence[str] | None) -> ExportOptions:
             f"-o {args.output}: expected a name ending in .safetensors (packed), .pth (published) or .onnx"
         )
     args.ptq = True  # a calibrated checkpoint is of a quantized network
-    validate_typed(args, EXPORT_RULES)
-    return from_args(ExportOptions, args, quantization=from_args(QuantizationOptions, args))
+    args.validate(EXPORT_RULES)
+    return args.make(ExportOptions, quantization=args.make(QuantizationOptions))
 
 
 def make_task(options: ExportOptions) -> QuantizationTask:
@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
     check_writable(output)
     log_to(None, verbose=False)
     task = make_task(options)
-    config = resolve(options.quantization, task, run_seed=0)
+    config = options.quantization.resolve(task, run_seed=0)
     assert config is not None  # --ptq is implied
     network = load_calibrated(options.cali_ckpt, task, config.formats)
     if suffix == ".onnx":

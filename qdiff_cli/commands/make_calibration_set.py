@@ -1,6 +1,5 @@
 """Draw a calibration set from a model's own sampling trajectory, in the published file format."""
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -26,14 +25,13 @@ from qdiff_cli.commands.sample_ddim import SAMPLER_RULES
 from qdiff_cli.families import is_latent
 from qdiff_cli.options import (
     DeviceOptions,
+    ParsedArgs,
     Parser,
     Rule,
     add_device_options,
-    from_args,
     positive,
     project_file,
     seed,
-    validate_typed,
 )
 from qdiff_cli.runs import log_to
 
@@ -129,13 +127,13 @@ def parse(argv: Sequence[str] | None) -> CalibrationSetOptions:
     args = make_parser().parse_args(argv)
     if is_latent(args.config):
         conditioning = load_latent_config(args.config).conditioning
-        validate_typed(args, latent_rules(None if conditioning is None else conditioning.kind))
+        args.validate(latent_rules(None if conditioning is None else conditioning.kind))
         if not args.ckpt:
             raise ConfigError("no weights: expected --ckpt FILE or FOLDER")
         known = LATENT_SAMPLERS.names()
     else:
         load_pixel_config(args.config)
-        validate_typed(args, PIXEL_RULES)
+        args.validate(PIXEL_RULES)
         if not (args.ckpt or args.use_pretrained):
             raise ConfigError("no weights: expected --use_pretrained or --ckpt FILE")
         known = PIXEL_SAMPLERS.names()
@@ -143,10 +141,10 @@ def parse(argv: Sequence[str] | None) -> CalibrationSetOptions:
     recipe = CalibrationConfig(
         num_timesteps=args.cali_st, samples=args.cali_n, batch_size=args.cali_batch_size
     ).validate()
-    return from_args(CalibrationSetOptions, args, recipe=recipe, device=from_args(DeviceOptions, args))
+    return args.make(CalibrationSetOptions, recipe=recipe, device=args.make(DeviceOptions))
 
 
-def _fill_defaults(args: argparse.Namespace, known: list[str]) -> None:
+def _fill_defaults(args: ParsedArgs, known: list[str]) -> None:
     """Set the options whose default depends on the model; ConfigError for the sampler of another family."""
     args.sample_type = args.sample_type or known[0]
     args.scale = 7.5 if args.scale is None else args.scale

@@ -1,6 +1,5 @@
 """Fill a table of the paper, or that of the bundled models: calibrate, sample and evaluate each row."""
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,12 +15,11 @@ from qdiff.utils.files import check_writable
 from qdiff_cli.evaluation import EvaluationConfig, open_reference
 from qdiff_cli.options import (
     DeviceOptions,
+    ParsedArgs,
     Parser,
     add_device_options,
-    from_args,
     positive,
     split_command,
-    without_effect,
 )
 from qdiff_cli.quantization_options import RULES, QuantizationOptions
 from qdiff_cli.reproduction import Check, ReproductionConfig, TableRun, write_tables
@@ -89,7 +87,7 @@ def parse(argv: Sequence[str] | None) -> ReproduceOptions:
     """The options of these words, checked."""
     own, words = split_command(argv)
     args = make_parser().parse_args(own)
-    tables, device = _chosen_tables(args), from_args(DeviceOptions, args)
+    tables, device = _chosen_tables(args), args.make(DeviceOptions)
     evaluation = EvaluationConfig(
         reference=args.reference,
         metrics=args.metrics,
@@ -110,7 +108,7 @@ def parse(argv: Sequence[str] | None) -> ReproduceOptions:
     return ReproduceOptions(args.table, commands, config, args.check)
 
 
-def _chosen_tables(args: argparse.Namespace) -> list[PaperTable]:
+def _chosen_tables(args: ParsedArgs) -> list[PaperTable]:
     """The tables asked for; ConfigError for options that none of them heeds."""
     known = TABLES[args.table]()
     if unknown := sorted(set(args.models or []) - {table.name for table in known}):
@@ -147,8 +145,8 @@ def _validate_heeded(commands: TableCommands, given: frozenset[str] | set[str]) 
     heeded: set[str] = set()
     for row in rows:
         values: dict[str, Any] = vars(commands.quantization(row)) | {"cali_ckpt": commands.given_checkpoint(row)}
-        args = argparse.Namespace(**values, typed=frozenset(wanted))
-        heeded |= wanted - {name for name, _ in without_effect(args, RULES)}
+        args = ParsedArgs(**values, typed=frozenset(wanted))
+        heeded |= wanted - {name for name, _ in args.without_effect(RULES)}
     if silent := sorted(wanted - heeded - ALWAYS):
         raise ConfigError(
             f"--{silent[0]}: no row of the table {commands.table.name} heeds it ({len(rows)} quantized rows)"

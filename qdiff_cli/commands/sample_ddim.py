@@ -10,7 +10,7 @@ from ddim.sampling import PixelSampler, pixel_task
 from qdiff.errors import ConfigError
 from qdiff_cli.images import to_uint8
 from qdiff_cli.options import Parser, Rule, add_run_options, positive, project_file, seed
-from qdiff_cli.quantization_options import add_quantization_options, resolve
+from qdiff_cli.quantization_options import add_quantization_options
 from qdiff_cli.sampling_run import SamplingCommand, SamplingRun
 
 SAMPLER_RULES = (
@@ -86,7 +86,7 @@ class PixelCommand(SamplingCommand):
             options=self.run,
             device=device,
             task=task,
-            quantization=resolve(self.quantization, task, self.seed),
+            quantization=self.quantization.resolve(task, self.seed),
             sample_latents=lambda network, indices, callback: sampler(network, indices, self.seed, callback),
             decode=to_uint8,
             denoiser=sampler.denoiser,

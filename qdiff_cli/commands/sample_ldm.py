@@ -1,6 +1,5 @@
 """Sample images from a latent diffusion model, in full precision or quantized, calibrating it first if needed."""
 
-import argparse
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -19,7 +18,7 @@ from qdiff.utils.files import write_text
 from qdiff.utils.resources import find
 from qdiff_cli.images import save_npz, to_uint8_truncated
 from qdiff_cli.options import Parser, Rule, add_run_options, positive, project_file, seed
-from qdiff_cli.quantization_options import add_quantization_options, resolve
+from qdiff_cli.quantization_options import add_quantization_options
 from qdiff_cli.sampling_run import SamplingCommand, SamplingRun
 
 NAME = "sample_{:06d}.png"
@@ -83,11 +82,11 @@ class LatentCommand(SamplingCommand):
         add_quantization_options(parser)
         return parser
 
-    @classmethod
-    def validate_args(cls, args: argparse.Namespace) -> None:
-        """Check options that contradict each other; ConfigError names them."""
-        if args.vanilla_sample and args.dpm:
+    def resolved(self) -> Self:
+        """The same command; ConfigError for samplers that contradict each other."""
+        if self.vanilla_sample and self.dpm:
             raise ConfigError("--vanilla_sample and --dpm: expected one of them")
+        return self
 
     def _make_run(self) -> SamplingRun:
         device = self.run.apply()
@@ -99,7 +98,7 @@ class LatentCommand(SamplingCommand):
         sampler = LatentSampler(config, settings, device)
         act_rule = "max" if self.quantization.a_min_max else "mse"
         task = latent_task(checkpoint, sampler, self.seed, act_rule, lambda path: model_parts().save(path))
-        quantization = resolve(self.quantization, task, self.seed)
+        quantization = self.quantization.resolve(task, self.seed)
         if classes:
             sampler.conditions = class_conditions(model_parts, classes)
         model_parts()  # a missing file is an error now

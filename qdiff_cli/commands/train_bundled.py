@@ -32,7 +32,7 @@ from qdiff.errors import ConfigError
 from qdiff.utils.files import atomic_write, check_writable
 from qdiff.utils.resources import clone
 from qdiff_cli.images import make_grid, save_png, to_uint8, to_uint8_truncated
-from qdiff_cli.options import DeviceOptions, Parser, add_device_options, from_args, positive, project_file
+from qdiff_cli.options import DeviceOptions, Parser, add_device_options, positive, project_file
 from qdiff_cli.runs import log_to
 
 SAMPLES, COLUMNS = 64, 16  # of the picture of samples
@@ -68,7 +68,7 @@ def parse(argv: Sequence[str] | None) -> TrainOptions:
     parser.add_argument("--steps", type=positive, help="training steps (default: the configuration's)")
     add_device_options(parser)
     args = parser.parse_args(argv)
-    options = from_args(TrainOptions, args, device=from_args(DeviceOptions, args))
+    options = args.make(TrainOptions, device=args.make(DeviceOptions))
     if not options.config.is_file():
         raise ConfigError(f"--config {options.config}: no such file")
     if options.is_pixel and "part" in args.typed:

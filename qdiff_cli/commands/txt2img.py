@@ -1,6 +1,5 @@
 """Images from text with Stable Diffusion v1, in full precision or quantized, calibrating it first if needed."""
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -21,7 +20,7 @@ from qdiff.errors import ConfigError
 from qdiff.utils.files import write_text
 from qdiff_cli.images import load_png, make_grid, save_png, to_uint8_truncated
 from qdiff_cli.options import Parser, Rule, RunOptions, add_run_options, positive, project_file, seed
-from qdiff_cli.quantization_options import add_quantization_options, resolve
+from qdiff_cli.quantization_options import add_quantization_options
 from qdiff_cli.sampling_run import SamplingCommand, SamplingRun
 
 NAME = "{:05d}.png"
@@ -111,13 +110,14 @@ class TextCommand(SamplingCommand):
         add_quantization_options(parser)
         return parser
 
-    @classmethod
-    def validate_args(cls, args: argparse.Namespace) -> None:
-        """Check options that contradict each other, and resolve --laion400m; ConfigError names them."""
-        if args.plms and args.dpm:
+    def resolved(self) -> Self:
+        """The same command with the files of --laion400m; ConfigError for samplers that contradict each other."""
+        if self.plms and self.dpm:
             raise ConfigError("--plms and --dpm: expected one of them")
-        if args.laion400m:
-            args.config, args.ckpt = map(project_file, LAION400M)
+        if not self.laion400m:
+            return self
+        config, ckpt = map(project_file, LAION400M)
+        return replace(self, config=config, ckpt=ckpt)
 
     @property
     def sampler_name(self) -> str:
@@ -147,7 +147,7 @@ class TextCommand(SamplingCommand):
         task = latent_task(
             checkpoint, calibration_sampler, self.seed, save_model_parts=lambda path: model_parts().save(path)
         )
-        quantization = resolve(self.quantization, task, self.seed)
+        quantization = self.quantization.resolve(task, self.seed)
         model_parts()  # a missing file is an error now
         total = self.n_iter * len(prompts) * self.n_samples
         guided = f"{self.sampler_name}, {self.ddim_steps} steps, guidance {self.scale:g}"

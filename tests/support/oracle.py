@@ -31,7 +31,7 @@ Array = np.ndarray
 Scale = Array | float  # one number, or an array that broadcasts: one value for each channel
 Denoiser = Callable[[Array, float], Array]  # eps(x_t, t), of the shape of x_t
 
-MIN_DELTA = 1e-8  # the least step size that a degenerate range gets
+MIN_DELTA = 1e-8  # the least scale that a degenerate range gets
 SHRINK_FACTORS = [(100 - i) / 100 for i in range(80)]  # 1.00, 0.99, ..., 0.21
 MSE_POWER = 2.4  # the error of the rule `mse` is the mean of |x - x^|^2.4
 
@@ -128,7 +128,7 @@ def scale_of_range(
     """(delta, zero_point) of the range [low, high] by the rules `max` and `max_scale` of the published code.
 
     The rule `max_scale` multiplies the ends of the range by (b + 2) / 8. If the quantizer is symmetric, this
-    changes the step size. Otherwise it changes the zero point alone, which may then lie outside the grid.
+    changes the scale. Otherwise it changes the zero point alone, which may then lie outside the grid.
     """
     growth = (n_bits + 2) / 8 if rule == "max_scale" else 1.0
     if symmetric:

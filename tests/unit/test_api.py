@@ -520,7 +520,7 @@ def test_a_new_rule_sees_the_activations(seen, monkeypatch, elements):
     network = network_of(0).eval()
     family = Architecture("own", lambda _: network, {}, keep=("position",), attention_matmuls=MATMULS)
     model = quantize_model(network, family, quant)
-    init_activation_ranges(model, CalibrationData(INPUTS), quant, CalibrationConfig(), CPU)
+    init_activation_ranges(model, CalibrationData(INPUTS), "new", CalibrationConfig(), CPU)
     assert set(seen) == set(act_quantizers(model))
     assert all(len(found) == (2 if ".act_quantizer_" in name else 1) for name, found in seen.items())
     assert all(values.shape[0] == 1 and values.shape[1] > 2 for found in seen.values() for values in found)
@@ -542,7 +542,7 @@ def test_a_new_rule_sees_the_activations_of_each_timestep_group(seen):
     network = network_of(0).eval()
     family = Architecture("own", lambda _: network, {}, keep=("position",), attention_matmuls=MATMULS)
     model = quantize_model(network, family, quant)
-    init_activation_ranges(model, CalibrationData(INPUTS), quant, CalibrationConfig(), CPU)
+    init_activation_ranges(model, CalibrationData(INPUTS), "new", CalibrationConfig(), CPU)
     groups = [INPUTS[0][part] for part in (slice(0, 4), slice(4, 8), slice(8, 12))]
     for values, expected in zip(seen["stem.act_quantizer"], groups, strict=True):
         assert torch.equal(sorted_values(values), sorted_values(expected))

@@ -109,9 +109,11 @@ def test_ranges_come_from_all_time_steps(network, rows):
     x[-1] *= 50
     for running in (False, True):
         model = quantize_model(network, PIXEL, W4A8)
-        init_activation_ranges(model, CalibrationData((x, t)), W4A8, CalibrationConfig(running_stat=running), CPU)
+        init_activation_ranges(
+            model, CalibrationData((x, t)), W4A8.act_scale_method, CalibrationConfig(running_stat=running), CPU
+        )
         plain = quantize_model(network, PIXEL, W4A8)
-        init_activation_ranges(plain, rows, W4A8, CalibrationConfig(running_stat=running), CPU)
+        init_activation_ranges(plain, rows, W4A8.act_scale_method, CalibrationConfig(running_stat=running), CPU)
         grown, before = (m.conv_in.act_quantizer.scale.item() for m in (model, plain))
         assert grown > (10 if not running else 1.5) * before
 
@@ -145,7 +147,9 @@ def test_ranges_do_not_depend_on_the_slices_of_an_attention(monkeypatch, method,
     for size in (2**28, 1):
         monkeypatch.setattr("ldm.attention.SLICE_BYTES", size)
         model = quantize_model(network, architecture, quant)
-        init_activation_ranges(model, rows, quant, CalibrationConfig(running_stat="running_stat" in change), CPU)
+        init_activation_ranges(
+            model, rows, quant.act_scale_method, CalibrationConfig(running_stat="running_stat" in change), CPU
+        )
         with torch.no_grad():
             output = golden.relative_error(model(*rows.inputs), network(*rows.inputs))
         found.append(
@@ -175,7 +179,7 @@ def test_ranges_take_fewer_samples_where_memory_does_not_suffice(network, rows, 
             raise RuntimeError("MPS backend out of memory")
 
     with model.register_forward_pre_hook(small):
-        init_activation_ranges(model, rows, W4A8, CalibrationConfig(running_stat=True), CPU)
+        init_activation_ranges(model, rows, W4A8.act_scale_method, CalibrationConfig(running_stat=True), CPU)
     assert (
         sizes[:3] == [64, 32, 16]
         and max(sizes[2:]) == 16
@@ -237,10 +241,12 @@ def test_running_statistics_of_softmax_only(network, rows):
     scales = {}
     for only in (False, True):
         model = quantize_model(network, PIXEL, W4A8)
-        init_activation_ranges(model, rows, W4A8, CalibrationConfig(running_stat=True, rs_sm_only=only), CPU)
+        init_activation_ranges(
+            model, rows, W4A8.act_scale_method, CalibrationConfig(running_stat=True, rs_sm_only=only), CPU
+        )
         scales[only] = {name: q.scale.item() for name, q in act_quantizers(model).items()}
     plain = quantize_model(network, PIXEL, W4A8)
-    init_activation_ranges(plain, rows, W4A8, CalibrationConfig(), CPU)
+    init_activation_ranges(plain, rows, W4A8.act_scale_method, CalibrationConfig(), CPU)
     assert scales[True]["conv_in.act_quantizer"] == plain.conv_in.act_quantizer.scale.item()
     assert len(rows) <= 64 or scales[False]["conv_in.act_quantizer"] != scales[True]["conv_in.act_quantizer"]
 
@@ -460,6 +466,6 @@ def test_groups_have_equally_many_time_steps():
 def test_a_group_without_samples_takes_its_neighbors_range(network, rows):
     quant = replace(W4A8, time_bounds=(*timestep_group_bounds(rows, 2), 2000.0))
     model = quantize_model(network, PIXEL, quant)
-    init_activation_ranges(model, rows, quant, SHORT, CPU)
+    init_activation_ranges(model, rows, quant.act_scale_method, SHORT, CPU)
     scale = model.conv_in.act_quantizer.scale
     assert scale.shape == (3,) and scale[1] == scale[2]

@@ -389,7 +389,7 @@ def test_perceptual_distance_is_a_distance():
 
 
 def test_x_errors_follow_the_same_noise():
-    """A network that is 0 predicts x_t / sqrt(a) for x_0: after the first step its states differ from full precision."""
+    """A network that is 0 predicts x_t / sqrt(a) for x_0: after step 1 its states differ from full precision."""
     network = tiny.unet()
     trajectories = Trajectories()
     for chunk in (range(0, 3), range(3, 5)):

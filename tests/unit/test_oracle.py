@@ -1,7 +1,7 @@
 """The code of this project against `tests.support.oracle`, which was written from the papers in float64.
 
 Both sides compute in float64 wherever our code allows it, and then they agree to a few units of the last
-place. Step sizes are stored in float32, so they agree to its last place. Zero points and integers must be
+place. Scales are stored in float32, so they agree to its last place. Zero points and integers must be
 equal.
 """
 
@@ -81,7 +81,7 @@ def test_scales(rule):
     cases = itertools.product(data_of_each_kind().items(), WIDTHS, (False, True), (False, True))
     for (kind, x), n_bits, symmetric, always_zero in cases:
         if kind == "negative" and always_zero and not symmetric:
-            continue  # probabilities are not negative: the range has no step size
+            continue  # probabilities are not negative: the range has no scale
         settings = {"symmetric": symmetric, "always_zero": always_zero}
         for channel_wise in (False, True):
             case = (kind, rule, n_bits, symmetric, always_zero, channel_wise)
@@ -92,7 +92,7 @@ def test_scales(rule):
             assert np.array_equal(array(zero), expected_zero), case
 
 
-def test_degenerate_ranges_get_the_least_step_size():
+def test_degenerate_ranges_get_the_least_scale():
     """The zero point of a constant negative channel exceeds 2^24; float32 does not hold them all."""
     for value, rule, symmetric in itertools.product((0.0, 2.0, -0.1914), RULES, (False, True)):
         x = torch.full((3, 5), value)
@@ -102,7 +102,7 @@ def test_degenerate_ranges_get_the_least_step_size():
 
 
 def test_integers_and_values():
-    """Both sides hold the same step sizes. Some data are outside the range, some halfway between integers."""
+    """Both sides hold the same scales. Some data are outside the range, some halfway between integers."""
     x = 40 * normal(3, 200, seed=2)
     x[1, :40] = torch.arange(-20, 20) + 0.5
     for n_bits, symmetric, channel_wise in itertools.product(WIDTHS, (False, True), (False, True)):
@@ -311,7 +311,7 @@ class Block:
 
     @staticmethod
     def scale(name: str, quantizer: ActQuantizer, number: int, pixel: bool) -> tuple[float, float]:
-        """A step size and a zero point: probabilities reach 1, other operands reach 3, 4, or 5 on both sides.
+        """A scale and a zero point: probabilities reach 1, other operands reach 3, 4, or 5 on both sides.
 
         Only in the pixel family do unsigned probabilities have a zero point, as every other activation does.
         """

@@ -50,7 +50,7 @@ def test_degenerate_range_is_reported(caplog):
     assert "degenerate" in caplog.text
 
 
-def test_step_size_gradient_is_that_of_lsq():
+def test_gradient_of_the_scale_is_that_of_lsq():
     x = torch.tensor([0.3, -0.2, 5.0, -5.0], dtype=torch.float64)
     scale = torch.tensor(0.25, dtype=torch.float64, requires_grad=True)
     Q.fake_quantize(x, scale, torch.tensor(0.0, dtype=torch.float64), 4, True).sum().backward()
