@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import ClassVar, Self
 
 from ddim.config import load_config
-from ddim.samplers import PixelSamplerConfig
+from ddim.samplers import PIXEL_SAMPLERS, PixelSamplerConfig
 from ddim.sampling import PixelSampler, pixel_task
 from qdiff.errors import ConfigError
 from qdiff_cli.images import to_uint8
@@ -57,8 +57,7 @@ class PixelCommand(SamplingCommand):
         words = "the weights that the configuration names"
         parser.add_argument("--use_pretrained", action="store_true", help=words)
         parser.add_argument("--seed", type=seed, default=1234)
-        choices = ["generalized", "dpm_solver", "ddpm_noisy"]
-        parser.add_argument("--sample_type", default="generalized", choices=choices)
+        parser.add_argument("--sample_type", default="generalized", choices=PIXEL_SAMPLERS.names())
         words = "spacing of the time steps"
         parser.add_argument("--skip_type", default="uniform", choices=["uniform", "quad"], help=words)
         parser.add_argument("--timesteps", type=positive, default=1000, help="sampling steps")
