@@ -27,7 +27,7 @@ from qdiff_cli.bundled import folder_of, sampling_command
 
 NAME = "emoji32"
 RECIPE = CalibrationConfig(num_timesteps=20, samples=32)
-FINETUNING = CalibrationConfig(iters_tune=300, held_out=0.02)
+FINETUNING = CalibrationConfig(iters_tune=300, validation_fraction=0.02)
 
 
 @torch.no_grad()
@@ -56,7 +56,7 @@ def main() -> None:
     run.sample(model, range(args.images), lambda x, t, eps: trajectory.append((x.clone(), t.clone(), eps.clone())))
     data = run.task.make_calibration_set(model, RECIPE).select(RECIPE.num_timesteps, RECIPE.samples)
     seen = CalibrationData(tuple(torch.cat(parts) for parts in zip(*((x, t) for x, t, _ in trajectory), strict=True)))
-    num_train = len(seen) - int(FINETUNING.held_out * len(seen))
+    num_train = len(seen) - int(FINETUNING.validation_fraction * len(seen))
     for symmetric in (True, False):
         min_max = QuantConfig(
             8, quant_act=True, a_sym=symmetric, split=True, weight_scale_method="mse", quant_mode="linear"

@@ -76,7 +76,7 @@ def seconds_of(
     model: torch.nn.Module, architecture: Architecture, data: CalibrationData, batch: int, iterations: int
 ) -> tuple[dict[str, float], float]:
     """CPU seconds of each step of a calibration, and of the captures between the steps."""
-    config = CalibrationConfig(batch_size=batch, iters=iterations, iters_a=iterations, held_out=1 / len(data))
+    config = CalibrationConfig(batch_size=batch, iters=iterations, iters_a=iterations, validation_fraction=1 / len(data))
     with tempfile.TemporaryDirectory() as folder:
         began = time.process_time()
         Calibration(model, architecture, QUANT, config, data, directory=CalibrationDir(Path(folder))).run()
@@ -121,7 +121,7 @@ def project(args: argparse.Namespace) -> None:
         # an iteration is one pass forward, two back, and one of the full-precision network; a capture has four passes
         tuning = preset.iters_tune * preset.batch_tune * 4 * capture / args.samples / 4
         captures = num_samples * capture / args.samples
-        num_validation = preset.held_out * num_samples
+        num_validation = preset.validation_fraction * num_samples
         passes = per_phase["weights"] * (3 * num_validation + num_samples)
         passes += per_phase["activations"] * num_validation * (2 + VALIDATIONS)
         validation = passes / (3 * args.batch)

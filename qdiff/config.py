@@ -8,6 +8,7 @@ from qdiff.errors import ConfigError
 from qdiff.scale_rules import SCALE_RULES
 
 MODES = ("qdiff", "linear")
+FILE_KEYS = {"num_timesteps": "steps", "validation_fraction": "held_out"}  # of settings with another name in files
 
 
 def _require(condition: bool, field: str, message: str) -> None:
@@ -99,7 +100,7 @@ class CalibrationConfig:
         rs_sm_only: with `running_stat`, moving averages for attention probabilities only.
         rounding_weight: weight of AdaRound's regularizer in the loss.
         warmup: fraction of `iters` before the regularizer acts.
-        held_out: fraction of the samples in the validation split, which chooses the best result and is never trained
+        validation_fraction: fraction of the samples in the validation split, which chooses the best result and is never trained
             on.
         patience: activation scales of a unit are done after this number of validations in a row without a better one
             (20 validations fit in `iters_a`); 0: never before the end.
@@ -122,7 +123,7 @@ class CalibrationConfig:
     rs_sm_only: bool = False
     rounding_weight: float = 0.01
     warmup: float = 0.2
-    held_out: float = 0.125
+    validation_fraction: float = 0.125
     patience: int = 0
     iters_tune: int = 0
     lr_tune: float = 1e-2
@@ -146,8 +147,7 @@ class CalibrationConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as files hold them."""
-        values = asdict(self)
-        return {"steps": values.pop("num_timesteps")} | values
+        return {FILE_KEYS.get(name, name): value for name, value in asdict(self).items()}
 
 
 PRESETS = {

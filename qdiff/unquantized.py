@@ -132,7 +132,7 @@ def log_unquantized(found: Unquantized, activations: bool) -> None:
         places = ", ".join(f"{path} ({count})" if count > 1 else path for path, count in found.matmuls.items())
         total = sum(found.matmuls.values())
         log.warning(
-            "%d attention products stay in full precision "
+            "%d attention matmuls stay in full precision "
             "(as MatMul modules they can be named in attention_matmuls): %s",
             total,
             places,

@@ -143,7 +143,7 @@ class Calibration:
         samples = self._samples()
         if len(samples) < 2:
             raise ConfigError(f"a calibration set of {len(samples)} samples: expected 2 or more, for both splits")
-        data = samples.split(self.config.held_out, self.config.seed)
+        data = samples.split(self.config.validation_fraction, self.config.seed)
         order = trace_execution(quantized, units(quantized, self.architecture), data, self.device)
         with _resume_log(self.directory.folder, self._settings(quantized, order, data)) as checkpoint:
             run = _Run(self, quantized, data, order, checkpoint)

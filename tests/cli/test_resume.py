@@ -205,7 +205,7 @@ def test_two_processes_calibrate_as_one(tmp_path):
 def test_two_processes_end_within_the_spread_of_seeds(tmp_path, network, rows):
     """The held-out error of a calibration by two processes lies within that of three seeds in one process."""
 
-    arranged, begins = rows.split(SHORT.held_out, SHORT.seed)
+    arranged, begins = rows.split(SHORT.validation_fraction, SHORT.seed)
     judges = arranged[begins:]
 
     def final(state):

@@ -80,7 +80,7 @@ def test_a_name_in_keep_keeps_everything_inside(keep, kept, caplog):
 def test_matmuls_and_shortcuts_in_full_precision_are_logged(caplog):
     with caplog.at_level(logging.WARNING):
         quantize()
-    assert "2 attention products stay in full precision" in caplog.text and "attention (2)" in caplog.text
+    assert "2 attention matmuls stay in full precision" in caplog.text and "attention (2)" in caplog.text
     assert "1 layers see a concatenation through one quantizer" in caplog.text and "join: 8" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.WARNING):
