@@ -76,7 +76,8 @@ def seconds_of(
     model: torch.nn.Module, architecture: Architecture, data: CalibrationData, batch: int, iterations: int
 ) -> tuple[dict[str, float], float]:
     """CPU seconds of each step of a calibration, and of the captures between the steps."""
-    config = CalibrationConfig(batch_size=batch, iters=iterations, iters_a=iterations, validation_fraction=1 / len(data))
+    one = 1 / len(data)
+    config = CalibrationConfig(batch_size=batch, iters=iterations, iters_a=iterations, validation_fraction=one)
     with tempfile.TemporaryDirectory() as folder:
         began = time.process_time()
         Calibration(model, architecture, QUANT, config, data, directory=CalibrationDir(Path(folder))).run()

@@ -3,7 +3,8 @@
     python benchmarks/trace_option.py act_bit cali_iters timesteps
 
 Runs a short calibration of the bundled pixel model and watches every call. A function of this project counts if it was
-called and its code names the value (the option, or the field that it becomes), or if it was called with an argument that
+called and its code names the value (the option, or the field that it becomes), or if it was called with an argument
+that
 holds the value: a namespace or one of the frozen configurations on the option's way. `self` is no argument. Nested
 functions count as part of the function around them.
 """

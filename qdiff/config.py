@@ -100,8 +100,8 @@ class CalibrationConfig:
         rs_sm_only: with `running_stat`, moving averages for attention probabilities only.
         rounding_weight: weight of AdaRound's regularizer in the loss.
         warmup: fraction of `iters` before the regularizer acts.
-        validation_fraction: fraction of the samples in the validation split, which chooses the best result and is never trained
-            on.
+        validation_fraction: fraction of the samples in the validation split, which chooses the best result and is
+            never trained on.
         patience: activation scales of a unit are done after this number of validations in a row without a better one
             (20 validations fit in `iters_a`); 0: never before the end.
         iters_tune: iterations of the end-to-end fine-tuning of scales, biases and norm affines; 0: none.

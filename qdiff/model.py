@@ -1,4 +1,4 @@
-"""Wrapping: a full-precision network becomes a quantized one, layer by layer, as its architecture says."""
+"""Wrapping: replaces the layers of a full-precision network by quantized ones, as its architecture describes."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
@@ -24,10 +24,11 @@ UNQUANTIZED = (*NORMS, nn.Embedding, nn.PReLU)
 
 @dataclass(frozen=True)
 class QuantPlan:
-    """Which modules of a network are quantized, by path. It rebuilds the quantized form of a network from its file.
+    """The modules of a network that are quantized, by path. A packed file of a custom network stores its plan.
 
     Attributes:
-        layers: the layers, each with the input channels of the first half of its concatenated input (0: not split).
+        layers: for each layer the number of input channels in the first half of its concatenated input; 0: the input
+            is not split.
         matmuls: the attention matmuls.
     """
 
@@ -36,24 +37,28 @@ class QuantPlan:
 
     @classmethod
     def of(cls, model: nn.Module, architecture: Architecture, split: bool) -> "QuantPlan":
-        """What `architecture` says of `model`; `split`: concatenated shortcuts get two quantizers.
+        """The plan for `model`.
+
+        Args:
+            model: the full-precision network.
+            architecture: its architecture.
+            split: give each half of a concatenated shortcut its own quantizer.
 
         Raises:
-            TypeError: a module that can be neither quantized nor kept, by path and type; a block without an attention
-                matmul that the architecture names.
+            TypeError: a module can be neither quantized nor left in full precision, or a block has no attention matmul
+                of a name that the architecture lists. The message has the path and the type.
         """
         validate_layers(model, architecture)
-        kept = _kept(model, architecture)
+        unquantized = _unquantized_ids(model, architecture)
         splits = architecture.split_points(model) if split else {}
-        split_of = {
-            id(model.get_submodule(path)): channels for path, channels in splits.items()
-        }  # one layer, several paths
+        # by identity, because one layer may stand at several paths
+        split_channels = {id(model.get_submodule(path)): channels for path, channels in splits.items()}
         layers, matmuls = {}, {}
         for path, module in model.named_modules():
-            if id(module) in kept:
+            if id(module) in unquantized:
                 continue
             if type(module) in LAYER_TYPES:
-                layers[path] = split_of.get(id(module), 0)
+                layers[path] = split_channels.get(id(module), 0)
             for name, spec in architecture.attention_matmuls.get(type(module), {}).items():
                 if not isinstance(getattr(module, name, None), MatMul):
                     raise TypeError(
@@ -64,15 +69,16 @@ class QuantPlan:
         return cls(layers, matmuls)
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as JSON can hold it."""
+        """The plan in types that JSON has."""
         return {"layers": dict(self.layers), "matmuls": {path: asdict(spec) for path, spec in self.matmuls.items()}}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "QuantPlan":
-        """Rebuild from `to_dict`.
+        """Undo `to_dict`.
 
         Raises:
-            KeyError, TypeError: another structure.
+            KeyError: a key is missing.
+            TypeError: a value has another type, or an attention matmul has other fields.
         """
         matmuls = {
             path: AttentionMatMulSpec(**spec | {"operands": tuple(spec["operands"])})
@@ -84,46 +90,47 @@ class QuantPlan:
 def quantize_model(model: nn.Module, architecture: Architecture, config: QuantConfig) -> nn.Module:
     """A copy of `model`, in eval mode, with every layer and attention matmul replaced by its quantized form.
 
-    Parameters are shared with `model` until a layer's integers are set; `model` itself is not changed. Nothing is
-    quantized
-    yet: weights are in full precision and activation quantizers are off. With timestep groups the second input of the
-    network is the time step of each sample.
+    The copy shares its parameters with `model` until the integers of a layer are set; `model` itself is not changed.
+    Nothing is quantized yet: weights are in full precision and activation quantizers are off. With timestep groups the
+    second input of the network is the time step of each sample.
 
     Raises:
-        TypeError: a layer with parameters that the registry does not know, or that has hooks or a `forward` of its
-            own, by path and type; a block without an attention matmul of the architecture.
-        NotImplementedError: a layer that is known, but not in this form, by path.
+        TypeError: a layer has parameters and no registered quantized form, or has hooks or its own `forward`; or a
+            block has no attention matmul of a name that the architecture lists. The message has the path and the type.
+        NotImplementedError: a layer of a registered type has options without a quantized form. The message has its
+            path.
     """
     return apply_plan(model, QuantPlan.of(model, architecture, config.split), config)
 
 
 def apply_plan(model: nn.Module, plan: QuantPlan, config: QuantConfig) -> nn.Module:
-    """A copy of `model` in which the modules of `plan` are quantized; see `quantize_model`.
+    """A copy of `model` with quantized forms of the modules that `plan` lists; see `quantize_model`.
 
     Raises:
         AttributeError: the model has no module, or no attention matmul, at a path of the plan.
-        NotImplementedError: a layer that is known, but not in this form, by path.
+        NotImplementedError: a layer of a registered type has options without a quantized form. The message has its
+            path.
     """
     config.validate()
     shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     wrapped = copy.deepcopy(model, shared).eval()
     groups = TimestepGroups(config.time_bounds) if config.time_bounds else None
     if groups is not None:
-        wrapped.timestep_groups = groups  # type: ignore[assignment]  # an attribute, so that copies have their own
+        wrapped.timestep_groups = groups  # type: ignore[assignment]  # an attribute, so that a copy gets its own
         wrapped.register_forward_pre_hook(_set_timesteps)
     splits = {id(wrapped.get_submodule(path)): split for path, split in plan.layers.items()}
     device = next(model.parameters()).device
 
-    def quantized(path: str, module: nn.Module) -> nn.Module | None:
+    def make_quantized(path: str, module: nn.Module) -> nn.Module | None:
         if id(module) not in splits:
             return None
-        make, split = LAYER_TYPES[type(module)], splits[id(module)]
+        layer_type, split = LAYER_TYPES[type(module)], splits[id(module)]
         try:
-            return make(module, config.weight_bit, config.act_bit, config.a_sym, split, groups)
+            return layer_type(module, config.weight_bit, config.act_bit, config.a_sym, split, groups)
         except NotImplementedError as error:
             raise NotImplementedError(f"{path or 'the network'}: {error}") from None
 
-    replace_modules(wrapped, quantized)
+    replace_modules(wrapped, make_quantized)
     for path, spec in plan.matmuls.items():
         parent, _, name = path.rpartition(".")
         block = wrapped.get_submodule(parent)
@@ -137,18 +144,18 @@ def apply_plan(model: nn.Module, plan: QuantPlan, config: QuantConfig) -> nn.Mod
 
 
 def validate_layers(model: nn.Module, architecture: Architecture) -> None:
-    """Check that every module of `model` can be quantized or is kept.
+    """Check that every module of `model` can be quantized or left in full precision.
 
     Raises:
-        TypeError: the first that is neither, by path and type.
+        TypeError: the first module for which neither is possible. The message has its path and its type.
     """
-    kept = _kept(model, architecture)
+    unquantized = _unquantized_ids(model, architecture)
     for path, module in model.named_modules():
-        if id(module) in kept:
+        if id(module) in unquantized:
             continue
         if type(module) not in LAYER_TYPES:
-            own = [f"{path}.{name}".lstrip(".") for name, _ in module.named_parameters(recurse=False)]
-            if not all(architecture.keeps(name) for name in own):
+            own_parameters = [f"{path}.{name}".lstrip(".") for name, _ in module.named_parameters(recurse=False)]
+            if not all(architecture.keeps(name) for name in own_parameters):
                 raise TypeError(
                     f"{path or 'the network'}: no quantized form registered for {type(module).__name__}, "
                     "expected it among `keep`"
@@ -160,45 +167,45 @@ def validate_layers(model: nn.Module, architecture: Architecture) -> None:
             )
 
 
-def _kept(model: nn.Module, architecture: Architecture) -> set[int]:
-    """The ids of modules whose own parameters stay as they are, by any of their paths."""
-    kept: set[int] = set()
+def _unquantized_ids(model: nn.Module, architecture: Architecture) -> set[int]:
+    """The ids of modules whose own parameters stay in full precision. One of a module's paths is enough for that."""
+    ids: set[int] = set()
     for path, module in model.named_modules(remove_duplicate=False):
         if architecture.keeps(path):
-            kept |= {id(inner) for inner in module.modules()}
+            ids |= {id(inner) for inner in module.modules()}
         elif isinstance(module, UNQUANTIZED):
-            kept.add(id(module))
+            ids.add(id(module))
         elif type(module) in architecture.keep:
-            whole = not list(module.parameters(recurse=False))
-            kept |= {id(inner) for inner in module.modules()} if whole else {id(module)}
-    return kept
+            is_container = not list(module.parameters(recurse=False))
+            ids |= {id(inner) for inner in module.modules()} if is_container else {id(module)}
+    return ids
 
 
 def is_inside(path: str, outer: str) -> bool:
-    """Whether the module at `path` lies inside the one at `outer` (the network's own path is empty)."""
+    """Whether the module at `path` lies inside the module at `outer`. The path of the network itself is empty."""
     return path != outer and (not outer or path.startswith(f"{outer}."))
 
 
 def has_own_behavior(module: nn.Module) -> bool:
-    """Whether a module does something that one in its place would not: hooks, or a `forward` of its own."""
+    """Whether a module has hooks or its own `forward`, which a replacement of the module would lose."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def copy_weights(source: nn.Module, target: nn.Module) -> None:
-    """Give `target` the quantized weights and the parameters of `source`; its activation quantizers stay as they are.
+    """Copy the quantized weights and the parameters of `source` to `target`, but not its activation quantizers.
 
     Both are quantized forms of one network.
     """
-    own = {name: tensor for name, tensor in target.state_dict().items() if ".act_quantizer" in f".{name}"}
-    target.load_state_dict(source.state_dict() | own, assign=True)
+    activation_state = {name: tensor for name, tensor in target.state_dict().items() if ".act_quantizer" in f".{name}"}
+    target.load_state_dict(source.state_dict() | activation_state, assign=True)
     for layer in quant_layers(target).values():
         layer.freeze()
 
 
 def _set_timesteps(model: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Forward hook: the second input of the network is the time step of each sample."""
+    """Forward hook that sets the timestep groups from the second input of the network, the time step of each sample."""
     groups = find_timestep_groups(model)
-    assert groups is not None  # the hook is registered with them
+    assert groups is not None  # the hook is registered only for networks with timestep groups
     groups.set(inputs[1])
 
 
@@ -206,26 +213,26 @@ def replace_modules(model: nn.Module, replacement: Callable[[str, nn.Module], nn
     """Replace modules inside `model`.
 
     Args:
-        model: the network; changed in place.
-        replacement: from a path and the module there to the new module, or to None if it stays. It is called once for
-            each module, whatever the number of its paths.
+        model: the network; it is changed in place.
+        replacement: returns the new module for a path and the module there, or None if the module stays. It is called
+            once for each module, even if the module stands at several paths.
     """
-    found: dict[int, nn.Module | None] = {}
-    for path, module in list(model.named_modules(remove_duplicate=False)):  # a module may stand at several paths
-        if id(module) not in found:
-            found[id(module)] = replacement(path, module)
-        if (new := found[id(module)]) is not None:
+    replacements: dict[int, nn.Module | None] = {}
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if id(module) not in replacements:
+            replacements[id(module)] = replacement(path, module)
+        if (new := replacements[id(module)]) is not None:
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, new)
 
 
 def quant_layers(model: nn.Module) -> dict[str, QuantLayer]:
-    """Quantized layers by path."""
+    """The quantized layers of `model`, by path."""
     return {path: module for path, module in model.named_modules() if isinstance(module, QuantLayer)}
 
 
 def act_quantizers(model: nn.Module) -> dict[str, ActQuantizer]:
-    """Activation quantizers by path."""
+    """The activation quantizers of `model`, by path."""
     return {path: module for path, module in model.named_modules() if isinstance(module, ActQuantizer)}
 
 
@@ -241,20 +248,20 @@ def enable_activations(model: nn.Module, enabled: bool) -> None:
 
 
 def init_weights(model: nn.Module, method: str) -> None:
-    """Quantize every weight to nearest, with scales by the rule `method` (`qdiff.scale_rules`)."""
+    """Quantize every weight by nearest rounding, with scales by the rule `method` (`qdiff.scale_rules`)."""
     for layer in quant_layers(model).values():
         layer.init_weight_scales(method)
 
 
 def units(model: nn.Module, architecture: Architecture) -> list[str]:
-    """Reconstruction units by path: each block, each separate layer of a block, every layer outside blocks.
+    """The paths of the reconstruction units: the blocks, the separate layers of blocks, and the layers outside blocks.
 
-    The order is that of the modules; the calibration puts them in order of execution.
+    They come in the order of the modules; the calibration sorts them by order of execution.
 
     Raises:
-        ConfigError: a block inside another.
+        ConfigError: a block lies inside another block.
     """
-    found: list[str] = []
+    paths: list[str] = []
     blocks: list[str] = []
     for path, module in model.named_modules():
         inside = any(is_inside(path, block) for block in blocks)
@@ -269,14 +276,14 @@ def units(model: nn.Module, architecture: Architecture) -> list[str]:
                     field="blocks",
                 )
             blocks.append(path)
-            found.append(path)
+            paths.append(path)
         elif isinstance(module, QuantLayer) and (not inside or architecture.is_separate(path)):
-            found.append(path)
-    return found
+            paths.append(path)
+    return paths
 
 
 def unit_modules(unit: nn.Module, architecture: Architecture) -> Iterator[tuple[str, QuantLayer | QuantMatMul]]:
-    """The quantized layers and matmuls that belong to a unit, by path: all inside it except the separate layers."""
+    """The quantized layers and attention matmuls of a unit, by path. Separate layers are not among them."""
     for path, module in unit.named_modules():
         if isinstance(module, QuantLayer | QuantMatMul) and (not path or not architecture.is_separate(path)):
             yield path, module

@@ -23,7 +23,7 @@ def folder_of(name: str) -> Path:
 
 
 def quantization_options(name: str) -> QuantizationOptions:
-    """The options of the calibrated checkpoints of a bundled model; the width of the weights is the checkpoint's."""
+    """The options of the calibrated checkpoints of a bundled model, except the bit width of the weights."""
     options = QuantizationOptions(ptq=True, quant_act=True, split=True)
     if name == "emoji32":
         return replace(options, a_sym=True)
@@ -31,15 +31,15 @@ def quantization_options(name: str) -> QuantizationOptions:
 
 
 def sampling_command(name: str, images: int, seed: int = 0) -> SamplingCommand:
-    """The sampling command of a bundled model in full precision: 50 deterministic steps.
+    """The sampling command of a bundled model in full precision, with 50 deterministic steps.
 
     Args:
         name: one of `NAMES`.
-        images: the number of images; the text model makes a multiple of 8.
+        images: the number of images. The text model rounds it up to a multiple of 8, the number of its prompts.
         seed: seed of the noise.
 
     Raises:
-        ConfigError: no such model, or it is not there because the packages were installed without the clone.
+        ConfigError: there is no model of this name, or the packages were installed without the bundled models.
     """
     if name not in NAMES:
         raise ConfigError(f"{name}: expected one of {', '.join(NAMES)}")

@@ -1,4 +1,4 @@
-"""Networks against full precision from the same noises: errors along the trajectory, images, cost."""
+"""Compares networks with full precision from the same noises: errors along the trajectory, images and cost."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,15 +25,16 @@ FULL = "full precision"
 
 @dataclass(frozen=True)
 class Comparison:
-    """Networks against full precision, by the networks' names.
+    """The comparison of networks with full precision. Every attribute is a dict by the name of the network.
 
     Attributes:
         eps: errors of eps on the full-precision trajectory.
-        x: errors of x_t on each network's own trajectory.
-        similarity: of the images to those of full precision.
-        images: uint8 [N, 3, H, W]; full precision is among them.
+        x: errors of x_t on the trajectory of each network itself.
+        similarity: the similarity of the images to the full-precision ones.
+        images: uint8 images [N, 3, H, W]; the dict has an entry for full precision too.
         seconds: wall time of an image.
-        memory: bytes at the peak of sampling a batch, above those held before; None: not measured on this device.
+        memory: peak memory while a batch is sampled, in bytes above the memory before it; None: this device does not
+            measure it.
     """
 
     eps: dict[str, StepErrors]
@@ -45,16 +46,16 @@ class Comparison:
 
 
 def compare(run: SamplingRun, model: nn.Module, networks: Mapping[str, nn.Module], count: int) -> Comparison:
-    """Sample `count` images with each network, in batches of the run's size.
+    """Sample images with each network, and compare them with full precision.
 
     Args:
-        run: the sampling run.
+        run: the sampling run, which has the batch size.
         model: the full-precision network.
         networks: quantized networks by name.
-        count: images of each network.
+        count: the number of images of each network.
     """
     require_extra("eval", "torchmetrics")
-    lite0 = load_lite0()  # first, because it may be missing
+    lite0 = load_lite0()  # before the sampling, because it may be missing
     trajectories = Trajectories()
     images: dict[str, list[Tensor]] = {name: [] for name in (FULL, *networks)}
     seconds = dict.fromkeys(images, 0.0)
@@ -75,12 +76,12 @@ def compare(run: SamplingRun, model: nn.Module, networks: Mapping[str, nn.Module
         name: image_similarity(zip(joined[name].split(16), joined[FULL].split(16), strict=True), lite0)
         for name in networks
     }
-    memory = {name: max(found, default=None) for name, found in peaks.items()}
+    memory = {name: max(values, default=None) for name, values in peaks.items()}
     return Comparison(trajectories.eps_errors(), trajectories.x_errors(), similarity, joined, seconds, memory)
 
 
-def costs(run: SamplingRun, networks: Mapping[str, nn.Module]) -> dict[str, Cost]:
-    """The cost of each simulated network, and of full precision, for one image."""
+def measure_costs(run: SamplingRun, networks: Mapping[str, nn.Module]) -> dict[str, Cost]:
+    """Measure the cost of one evaluation on one sample, for each simulated network and for full precision."""
     inputs: list[tuple[Tensor, ...]] = []
 
     def remember(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -93,28 +94,29 @@ def costs(run: SamplingRun, networks: Mapping[str, nn.Module]) -> dict[str, Cost
         x = torch.zeros(1, *run.task.input_shape, device=run.device)
         run.denoiser(first, range(1))(x, torch.zeros(1, device=run.device))
         hook.remove()
-    one = tuple(part[:1] for part in inputs[0])
-    quantized = {name: measure_cost(network, one) for name, network in networks.items()}
-    return {FULL: measure_cost(first, one, 32, 32)} | quantized
+    sample = tuple(part[:1] for part in inputs[0])  # guidance gives the network two samples for an image
+    quantized = {name: measure_cost(network, sample) for name, network in networks.items()}
+    return {FULL: measure_cost(first, sample, 32, 32)} | quantized
 
 
-def label_rows(grids: Mapping[str, Tensor]) -> Image.Image:
-    """Grids below one another, each with its name above it."""
+def stack_labeled_grids(grids: Mapping[str, Tensor]) -> Image.Image:
+    """Arrange grids below one another, each with its name above it."""
     width, height = next(iter(grids.values())).shape[2], next(iter(grids.values())).shape[1]
-    font, line = ImageFont.load_default(size=15), 22
-    picture = Image.new("RGB", (width, len(grids) * (height + line)), "white")
+    font, label_height = ImageFont.load_default(size=15), 22
+    picture = Image.new("RGB", (width, len(grids) * (height + label_height)), "white")
     draw = ImageDraw.Draw(picture)
     for i, (name, grid) in enumerate(grids.items()):
-        draw.text((4, i * (height + line) + 2), name, fill="black", font=font)
-        picture.paste(Image.fromarray(grid.permute(1, 2, 0).numpy()), (0, i * (height + line) + line))
+        top = i * (height + label_height)
+        draw.text((4, top + 2), name, fill="black", font=font)
+        picture.paste(Image.fromarray(grid.permute(1, 2, 0).numpy()), (0, top + label_height))
     return picture
 
 
-def save_rows(path: Path, images: Mapping[str, Tensor], count: int = 16) -> None:
-    """The first `count` images of each network, one row each."""
+def save_image_rows(path: Path, images: Mapping[str, Tensor], count: int = 16) -> None:
+    """Write a picture with a row for each network, of its first `count` images."""
     scale = 1 if next(iter(images.values())).shape[2] > 32 else 2
     grids = {
         name: make_grid(batch[:count], columns=min(count, len(batch)), scale=scale) for name, batch in images.items()
     }
     with atomic_write(path) as temporary, temporary.open("wb") as file:
-        label_rows(grids).save(file, format="PNG")
+        stack_labeled_grids(grids).save(file, format="PNG")

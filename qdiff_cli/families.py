@@ -1,4 +1,4 @@
-"""Which family the YAML file of a model belongs to."""
+"""Decides which family the YAML file of a model belongs to."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from qdiff.errors import ConfigError
 
 
 def is_latent(path: str | Path) -> bool:
-    """Whether a YAML file describes a latent model, whose sections have targets.
+    """Whether a YAML file describes a latent model. Its section `model` names a target class.
 
     Raises:
         ConfigError: the file cannot be read.

@@ -1,4 +1,4 @@
-"""Images: tensors to PNG files and grids."""
+"""Conversion of tensors to images, PNG files, grids and `.npz` files."""
 
 import zipfile
 from collections.abc import Sequence
@@ -17,17 +17,17 @@ from qdiff.utils.pictures import decode_rgb
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """Images in [-1, 1], [N, C, H, W], to uint8, rounded to nearest (the pixel family's rule)."""
+    """Convert images [N, C, H, W] from [-1, 1] to uint8, rounded to nearest, as the pixel family does."""
     return ((x + 1) / 2).clamp(0, 1).mul(255).add(0.5).clamp(0, 255).to(torch.uint8).cpu()
 
 
 def to_uint8_truncated(x: Tensor) -> Tensor:
-    """Images in [-1, 1], [N, C, H, W], to uint8, cut off after the point (the latent family's rule)."""
+    """Convert images [N, C, H, W] from [-1, 1] to uint8, truncated, as the latent family does."""
     return ((x.float() + 1) / 2).clamp(0, 1).mul(255).to(torch.uint8).cpu()
 
 
 def save_png(path: str | Path, image: Tensor, metadata: dict[str, str] | None = None) -> None:
-    """Write one uint8 image [C, H, W], atomically; `metadata` becomes its text chunks."""
+    """Write a uint8 image [C, H, W] atomically, with `metadata` as its text chunks."""
     array = image.permute(1, 2, 0).numpy()
     picture = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
     info = PngInfo()
@@ -38,12 +38,12 @@ def save_png(path: str | Path, image: Tensor, metadata: dict[str, str] | None = 
 
 
 def load_png(path: str | Path) -> Tensor:
-    """A PNG as uint8 [3, H, W]."""
+    """Read a PNG file as uint8 [3, H, W]."""
     return torch.from_numpy(np.array(decode_rgb(path, str(path)))).permute(2, 0, 1)
 
 
 def load_metadata(path: Path) -> dict[str, str]:
-    """The text inside a PNG file; ConfigError for one that is broken."""
+    """Read the text chunks of a PNG file. ConfigError if the file is broken."""
     try:
         with Image.open(path) as picture:
             return {str(key): value for key, value in picture.info.items() if isinstance(value, str)}
@@ -52,7 +52,7 @@ def load_metadata(path: Path) -> dict[str, str]:
 
 
 def save_npz(path: Path, files: Sequence[Path]) -> None:
-    """All images in one `.npz`: uint8 [N, H, W, C], `arr_0`. One image is in memory at a time."""
+    """Write images to a `.npz` file, as uint8 [N, H, W, C] with the key `arr_0`. One image is in memory at a time."""
     shape = (len(files), *load_png(files[0]).permute(1, 2, 0).shape)
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     with (
@@ -66,8 +66,8 @@ def save_npz(path: Path, files: Sequence[Path]) -> None:
 
 
 def make_grid(images: Tensor, columns: int, scale: int = 1) -> Tensor:
-    """Tile uint8 images [N, C, H, W] into one [3, H', W'] on white, each enlarged `scale` times."""
+    """Arrange uint8 images [N, C, H, W], each enlarged `scale` times, in a grid [3, H', W'] on white."""
     make_torchvision_importable()
-    from torchvision.utils import make_grid as tile  # takes a second, for which most runs have no use
+    from torchvision.utils import make_grid as tile  # the import takes a second, and most runs need no grid
 
     return tile(images.repeat_interleave(scale, 2).repeat_interleave(scale, 3), nrow=columns, padding=2, pad_value=255)

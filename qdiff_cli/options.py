@@ -1,4 +1,4 @@
-"""The command line: one parser for all scripts, typed groups of options, bad input as one line on stderr."""
+"""The parser of all scripts, typed groups of options, and errors as one line on stderr."""
 
 import argparse
 import logging
@@ -19,25 +19,13 @@ from qdiff.utils.memory import is_out_of_memory
 from qdiff.utils.resources import find
 
 log = logging.getLogger(__name__)
-C = TypeVar("C")
+OptionGroup = TypeVar("OptionGroup")
 
-# The option that sets each field of the library's configurations, for messages.
+# The option that sets each field of the library's configurations, for error messages.
 SAME_NAME = (
-    *(
-        "a_sym",
-        "act_bit",
-        "batch_tune",
-        "captions",
-        "ckpt",
-        "classes",
-        "config",
-        "device",
-        "engine",
-        "eta",
-        "quant_act",
-    ),
-    *("quant_mode", "sample_type", "skip_type", "sm_abit", "split", "timestep_groups", "use_pretrained", "weight_bit"),
-    *("weight_scale_method",),
+    *("a_sym", "act_bit", "batch_tune", "captions", "ckpt", "classes", "config", "device", "engine", "eta"),
+    *("quant_act", "quant_mode", "sample_type", "skip_type", "sm_abit", "split", "timestep_groups", "use_pretrained"),
+    *("weight_bit", "weight_scale_method"),
 )
 OPTION_OF_FIELD = {name: f"--{name}" for name in SAME_NAME} | {
     "batch_size": "--cali_batch_size",
@@ -53,62 +41,67 @@ OPTION_OF_FIELD = {name: f"--{name}" for name in SAME_NAME} | {
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Appends the default to a help text that does not mention it."""
+    """Appends the default value of an option to its help text, unless the text mentions it or the value is empty."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or "default" in (action.help or ""):
+        has_no_value = action.default is False or action.default in (None, [])
+        if has_no_value or "default" in (action.help or ""):
             return action.help
         return super()._get_help_string(action)
 
 
-def _never(args: "ParsedArgs", value: object) -> bool:
+def _never_harmless(args: "ParsedArgs", value: object) -> bool:
     return False
 
 
 @dataclass(frozen=True)
 class Rule:
-    """When options act. An option that was typed and does not act is refused.
+    """States when options have an effect. An option that was given and has no effect is refused.
 
     Attributes:
-        options: their names, separated by spaces.
-        acts: from all options to whether these act.
-        when: that in words.
-        harmless: whether a value of these options asks for what happens anyway.
+        options: the names of the options, separated by spaces.
+        acts: whether the options have an effect, from the values of all options.
+        when: the condition as text, for the error message.
+        harmless: whether a value of the options agrees with what happens anyway, and is accepted.
     """
 
     options: str
     acts: Callable[["ParsedArgs"], bool]
     when: str
-    harmless: Callable[["ParsedArgs", Any], bool] = _never
+    harmless: Callable[["ParsedArgs", Any], bool] = _never_harmless
 
 
 class ParsedArgs(argparse.Namespace):
-    """The values of all options, and the names of those that were typed."""
+    """The values of all options, and the names of the options that were given on the command line.
+
+    Attributes:
+        typed: the names of the given options.
+    """
 
     typed: frozenset[str] = frozenset()
 
-    def make(self, kind: type[C], **others: Any) -> C:
-        """A frozen group of options.
+    def make(self, kind: type[OptionGroup], **others: Any) -> OptionGroup:
+        """Make a typed group of options.
 
         Args:
             kind: a dataclass whose fields have the names of options.
-            others: fields that are not options.
+            others: the values of fields that are not options.
         """
         names = [field.name for field in fields(kind) if field.name not in others]  # type: ignore[arg-type]  # a dataclass
         return kind(**{name: getattr(self, name) for name in names}, **others)
 
     def without_effect(self, rules: Sequence["Rule"]) -> Iterator[tuple[str, "Rule"]]:
-        """The options that were typed and do not act, each with the rule that says so."""
+        """The given options that have no effect, each with the rule that it breaks."""
         for rule in rules:
             for name in rule.options.split():
                 if name in self.typed and not rule.acts(self) and not rule.harmless(self, getattr(self, name)):
                     yield name, rule
 
     def validate(self, rules: Sequence["Rule"]) -> None:
-        """Check that every option that was typed acts.
+        """Check that every given option has an effect.
 
         Raises:
-            ConfigError: the first that does not, with what it needs.
+            ConfigError: the first option without an effect, and what it needs.
         """
         for name, rule in self.without_effect(rules):
             shown = "" if getattr(self, name) is True else f" {getattr(self, name)}"
@@ -116,34 +109,34 @@ class ParsedArgs(argparse.Namespace):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, and which knows the options that were typed."""
+    """An argument parser that prints errors as one line and remembers which options were given."""
 
     def __init__(self, description: str) -> None:
         super().__init__(description=description, formatter_class=_Help, allow_abbrev=False)
 
     def parse_args(self, args: Sequence[str] | None = None) -> ParsedArgs:  # type: ignore[override]  # one form of it
-        """Parse the words."""
-        words = sys.argv[1:] if args is None else args
-        for word in words:
+        """Parse the arguments of a command; None: those of this process."""
+        args = sys.argv[1:] if args is None else args
+        for arg in args:
             try:
-                word.encode("utf-8")
+                arg.encode("utf-8")
             except UnicodeEncodeError:  # files of weights cannot be opened under such a name
-                readable = word.encode("utf-8", "backslashreplace").decode("utf-8")
+                readable = arg.encode("utf-8", "backslashreplace").decode("utf-8")
                 self.error(f"{readable!r}: expected text in UTF-8")
-        untouched = object()
-        nothing = argparse.Namespace(**{action.dest: untouched for action in self._actions})
-        given = super().parse_args(words, nothing)
-        values = super().parse_args(words, ParsedArgs())
-        values.typed = frozenset(name for name, value in vars(given).items() if value is not untouched)
+        not_given = object()
+        markers = argparse.Namespace(**{action.dest: not_given for action in self._actions})
+        given = super().parse_args(args, markers)
+        values = super().parse_args(args, ParsedArgs())
+        values.typed = frozenset(name for name, value in vars(given).items() if value is not not_given)
         return values
 
     def error(self, message: str) -> NoReturn:
-        """End with one line on stderr and status 2."""
+        """Exit with one line on stderr and status 2."""
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def to_settings(values: Mapping[str, object]) -> dict[str, object]:
-    """Options as `run.json` holds them, with paths as text and bytes of a name that are not UTF-8 as escapes."""
+    """Convert the values of options to the form of `run.json`: paths as text, with escapes for bytes not in UTF-8."""
 
     def readable(value: object) -> object:
         if isinstance(value, Path | str):
@@ -154,14 +147,14 @@ def to_settings(values: Mapping[str, object]) -> dict[str, object]:
 
 
 def split_command(argv: Sequence[str] | None) -> tuple[list[str], list[str]]:
-    """A script's own words, and those after `--`, which belong to a sampling command."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    at = words.index("--") if "--" in words else len(words)
-    return words[:at], words[at + 1 :]
+    """Split the arguments of a script at `--`. The arguments behind it belong to a sampling command."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    end = args.index("--") if "--" in args else len(args)
+    return args[:end], args[end + 1 :]
 
 
 def positive(text: str) -> int:
-    """A whole number of at least 1."""
+    """Parse a whole number of at least 1."""
     value = int(text) if text.lstrip("-").isdigit() else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
@@ -169,12 +162,12 @@ def positive(text: str) -> int:
 
 
 def project_file(text: str) -> Path:
-    """A file or folder: as given, else the project's own of this name (`qdiff.utils.resources.find`)."""
+    """Parse a path. If nothing exists there, the project's file or folder of this name is taken."""
     return find(text)
 
 
 def seed(text: str) -> int:
-    """A seed: 0 to 2^63 - 1."""
+    """Parse a seed, 0 to 2^63 - 1."""
     value = int(text) if text.isdigit() else -1
     if not 0 <= value < 2**63:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of 0 to 2^63 - 1")
@@ -183,18 +176,18 @@ def seed(text: str) -> int:
 
 @dataclass(frozen=True)
 class DeviceOptions:
-    """Where a command works.
+    """The device of a command.
 
     Attributes:
         device: auto | cpu | cuda | mps.
-        threads: CPU threads of each process. The order of sums, so the last bits of images, depends on it.
+        threads: CPU threads of each process. The order of sums depends on it, and so do the last bits of images.
     """
 
     device: str = "auto"
     threads: int = os.cpu_count() or 1
 
     def apply(self) -> torch.device:
-        """Set the number of threads of this process; the device.
+        """Set the number of threads of this process, and return the device.
 
         Raises:
             ConfigError: the device is not present.
@@ -210,7 +203,7 @@ class RunOptions(DeviceOptions):
     Attributes:
         continue_run: continue the newest run in the output folder.
         engine: auto | integer | simulated (`qdiff.engines.select`).
-        precision: full | autocast (float16 on GPUs, bfloat16 on CPUs that are fast at it).
+        precision: full | autocast (float16 on GPUs; bfloat16 on CPUs that support it, else float32).
         verbose: log details.
     """
 
@@ -221,30 +214,28 @@ class RunOptions(DeviceOptions):
 
 
 def add_device_options(group: argparse._ActionsContainer) -> None:
-    """Add --device and --threads to a parser or to a group of one."""
+    """Add --device and --threads to a parser or to one of its groups."""
     choices = ["auto", "cpu", "cuda", "mps"]
-    group.add_argument("--device", default="auto", choices=choices, help="auto: the best one present")
-    words = "CPU threads of each process; the same number gives the same bits"
-    group.add_argument("--threads", type=positive, default=os.cpu_count() or 1, help=words)
+    group.add_argument("--device", default="auto", choices=choices, help="device; auto: the fastest one present")
+    help_text = "CPU threads of each process; the last bits of images depend on it"
+    group.add_argument("--threads", type=positive, default=os.cpu_count() or 1, help=help_text)
 
 
 def add_run_options(parser: Parser, precision: str = "full") -> None:
-    """Add the options of `RunOptions`; `precision` is the default of --precision."""
+    """Add the options of `RunOptions`. `precision` is the default of --precision."""
     group = parser.add_argument_group("run")
     add_device_options(group)
-    words = "continue the newest run in the output folder"
-    group.add_argument("--continue", dest="continue_run", action="store_true", help=words)
-    words = (
-        "products of a quantized network: on integers (CPU), or simulated; auto: integers if they are exact and fast"
-    )
-    group.add_argument("--engine", default="auto", choices=ENGINES, help=words)
-    words = "autocast: float16 on GPUs, bfloat16 on CPUs that are fast at it"
-    group.add_argument("--precision", default=precision, choices=["full", "autocast"], help=words)
+    help_text = "continue the newest run in the output folder"
+    group.add_argument("--continue", dest="continue_run", action="store_true", help=help_text)
+    help_text = "arithmetic of a quantized network: integer (CPU) or simulated; auto: integer if it is exact and fast"
+    group.add_argument("--engine", default="auto", choices=ENGINES, help=help_text)
+    help_text = "autocast: float16 on GPUs, bfloat16 on CPUs that support it"
+    group.add_argument("--precision", default=precision, choices=["full", "autocast"], help=help_text)
     group.add_argument("--verbose", action="store_true", help="log details")
 
 
 def autocast_dtype(device: torch.device, precision: str) -> torch.dtype | None:
-    """The half precision of --precision that the device is fast at; None: float32."""
+    """The half-precision type that --precision selects on the device; None: float32."""
     if precision == "full":
         return None
     if device.type != "cpu":
@@ -253,13 +244,13 @@ def autocast_dtype(device: torch.device, precision: str) -> torch.dtype | None:
 
 
 def run_main(main: Callable[[list[str] | None], object], argv: list[str] | None = None) -> None:
-    """Call `main`; an error that the user can mend ends in one line on stderr and status 1."""
+    """Call `main`. An error that the user can fix ends in one line on stderr and status 1."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal that is not UTF-8 shows replacements
+        if hasattr(stream, "reconfigure"):  # a terminal without UTF-8 shows escapes
             stream.reconfigure(errors="backslashreplace")
     try:
         main(argv)
-        sys.stdout.flush()  # a full disk behind it is an error here, not at the end of Python
+        sys.stdout.flush()  # reports a full disk here, not when Python exits
     except (ConfigError, CheckpointError) as error:
         fail(error.with_options(OPTION_OF_FIELD))
     except OSError as error:
@@ -274,6 +265,6 @@ def run_main(main: Callable[[list[str] | None], object], argv: list[str] | None 
 
 
 def fail(message: str) -> NoReturn:
-    """End with one line on stderr and status 1."""
+    """Exit with one line on stderr and status 1."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(1)

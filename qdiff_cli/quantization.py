@@ -1,4 +1,4 @@
-"""The network that samples: in full precision, loaded from a calibrated checkpoint, or calibrated now."""
+"""The network of a run: in full precision, loaded from a calibrated checkpoint, or calibrated now."""
 
 import logging
 from dataclasses import replace
@@ -23,14 +23,19 @@ from qdiff_cli.quantization_options import QuantizationConfig
 
 log = logging.getLogger(__name__)
 
-PACKED, PUBLISHED, DRAWN_SET = "ckpt.safetensors", "ckpt.pth", "calibration_set.pt"
+PACKED, PUBLISHED, GENERATED_SET = "ckpt.safetensors", "ckpt.pth", "calibration_set.pt"
 
 
 def load_calibrated(path: Path, task: QuantizationTask, formats: QuantConfig) -> nn.Module:
-    """A calibrated checkpoint of either format, compared with the number formats given.
+    """Load a calibrated checkpoint of either file format.
+
+    Args:
+        path: the checkpoint.
+        task: the model.
+        formats: the expected number formats.
 
     Raises:
-        CheckpointError: they differ, or the file cannot be used.
+        CheckpointError: the file has other number formats, or cannot be used.
     """
     packed = PackedFile.find(path)
     if packed is not None:
@@ -42,15 +47,15 @@ def load_calibrated(path: Path, task: QuantizationTask, formats: QuantConfig) ->
 
 
 class NetworkSource:
-    """Where the network of a run comes from.
+    """Provides the network of a run.
 
-    Several processes calibrate together: each takes its share of every batch, and the first one writes.
+    Several processes calibrate together. Each takes its share of every batch, and the first process writes the files.
 
     Args:
         config: how the network is quantized; None: full precision.
         task: the model.
-        device: where the network works.
-        folder: the run's folder; a calibration's results go there.
+        device: the device of the network.
+        folder: the folder of the run. The results of a calibration go there.
     """
 
     def __init__(
@@ -59,10 +64,10 @@ class NetworkSource:
         self.config, self.task, self.device, self.folder = config, task, device, folder
 
     def network(self, continue_run: bool) -> nn.Module:
-        """The network, simulated, in eval mode, on the device.
+        """The simulated network on the device, in eval mode.
 
         Args:
-            continue_run: load a calibration that the folder holds.
+            continue_run: load the result of a calibration if the folder holds one.
         """
         if self.config is None:
             return self.task.load_unet().to(self.device).eval()
@@ -75,25 +80,26 @@ class NetworkSource:
 
     @property
     def _settings(self) -> QuantizationConfig:
-        assert self.config is not None  # checked by `network`
+        assert self.config is not None  # `network` returns before for full precision
         return self.config
 
     def _calibrated(self) -> nn.Module:
+        """Calibrate the network, and write the results."""
         config, task = self._settings, self.task
-        finished = self._finished_weights()
+        reused_weights = self._load_reused_weights()
         data = None if config.data_file is None else load_set(config.data_file, task.input_shape, task.context_dim)
         model = task.load_unet().to(self.device).eval()
-        self._validate_source(finished, model)
-        data = self._drawn_set(model) if data is None else data
-        recipe, formats = self._fitting_recipe(data), config.formats
+        self._validate_source(reused_weights, model)
+        data = self._generated_set(model) if data is None else data
+        recipe, formats = self._limited_recipe(data), config.formats
         samples = data.select(recipe.num_timesteps, recipe.samples)
         if config.timestep_groups > 1:
             bounds = timestep_group_bounds(samples, config.timestep_groups)
             formats = replace(formats, time_bounds=bounds).validate()
         weights_from = None
-        if finished is not None:
+        if reused_weights is not None:
             weights_from = quantize_model(model, task.architecture, formats).requires_grad_(False)
-            copy_weights(finished.to(self.device), weights_from)
+            copy_weights(reused_weights.to(self.device), weights_from)
         directory = CalibrationDir(self.folder / "calibration", config.cache_bytes)
         calibration = Calibration(
             model, task.architecture, formats, recipe, samples, weights_from, directory, task.prediction
@@ -104,42 +110,42 @@ class NetworkSource:
         distributed.barrier()
         return quantized
 
-    def _finished_weights(self) -> nn.Module | None:
-        """The quantized network whose weights are taken as they are, if any."""
+    def _load_reused_weights(self) -> nn.Module | None:
+        """Load the network whose quantized weights are reused, without activation scales; None: there is none."""
         config = self._settings
         if not config.weights_only or config.checkpoint is None:
             return None
         return load_calibrated(config.checkpoint, self.task, replace(config.formats, quant_act=False))
 
-    def _validate_source(self, finished: nn.Module | None, model: nn.Module) -> None:
-        """Raise CheckpointError if quantized weights were made from other full-precision weights."""
-        info = None if finished is None else remembered_info(finished)
+    def _validate_source(self, quantized: nn.Module | None, model: nn.Module) -> None:
+        """Raise CheckpointError if the reused weights come from other full-precision weights than those of `model`."""
+        info = None if quantized is None else remembered_info(quantized)
         if info is not None and info.source_sha256 not in ("", state_hash(model.state_dict())):
             raise CheckpointError(
                 f"{self._settings.checkpoint}: its weights were made from another full-precision checkpoint "
                 "than the one given"
             )
 
-    def _drawn_set(self, model: nn.Module) -> CalibrationSet:
-        """The calibration set from the model's own trajectory, kept in the run's folder."""
-        file, task = self.folder / DRAWN_SET, self.task
+    def _generated_set(self, model: nn.Module) -> CalibrationSet:
+        """The calibration set in the folder of the run. It is generated with `model` if the folder has none."""
+        file, task = self.folder / GENERATED_SET, self.task
         if distributed.rank() == 0 and not file.is_file():
             save_set(file, task.make_calibration_set(model, self._settings.recipe))
         distributed.barrier()
         return load_set(file, task.input_shape, task.context_dim)
 
-    def _fitting_recipe(self, data: CalibrationSet) -> CalibrationConfig:
-        """The recipe with no more samples than the set holds."""
-        config, held = self._settings, len(data.xs[0])
-        if config.recipe.samples <= held:
+    def _limited_recipe(self, data: CalibrationSet) -> CalibrationConfig:
+        """The recipe with at most as many samples as the calibration set holds."""
+        config, available = self._settings, len(data.xs[0])
+        if config.recipe.samples <= available:
             return config.recipe
         if config.samples_given:
             message = "--cali_n %d: the calibration set holds %d samples of each time step, all are used"
-            log.warning(message, config.recipe.samples, held)
-        return replace(config.recipe, samples=held)
+            log.warning(message, config.recipe.samples, available)
+        return replace(config.recipe, samples=available)
 
     def _write_results(self, calibration: Calibration, quantized: nn.Module, samples: CalibrationData) -> None:
-        """Write both checkpoints and the report with its pictures."""
+        """Write the checkpoints in both file formats, and the report with its pictures."""
         task, folder = self.task, self.folder
         state, formats = calibration.model.state_dict(), calibration.quant
         header = calibration.config.to_dict() | {"rows_sha256": samples.hash()}
@@ -154,10 +160,10 @@ class NetworkSource:
 
 
 def write_model_parts(task: QuantizationTask, folder: Path) -> dict[str, str] | None:
-    """Write the rest of a latent model beside its packed checkpoint.
+    """Write the first stage and the conditioner of a latent model into a folder, beside its packed checkpoint.
 
     Returns:
-        What the checkpoint's header says of the file; None for models of one part.
+        The name and the hash of the file, for the header of the checkpoint; None: the model has no such parts.
     """
     if task.save_model_parts is None:
         return None

@@ -1,4 +1,4 @@
-"""The quantization options of the published scripts: their parser, when each of them acts, and what they resolve to."""
+"""The quantization options of the published scripts: their parser, their rules and what they resolve to."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ from qdiff.scale_rules import SCALE_RULES
 from qdiff.task import QuantizationTask
 from qdiff_cli.options import Parser, Rule, positive, project_file
 
-OWN_TIMESTEPS, OWN_SAMPLES = 20, 256  # at most, of a calibration set that is generated: the paper's
+GENERATED_TIMESTEPS, GENERATED_SAMPLES = 20, 256  # the largest size of a generated calibration set, from the paper
 
 # For each option of the recipe: the field of `CalibrationConfig`, its type, and the help text.
 RECIPE_OPTIONS: dict[str, tuple[str, Callable[[str], int | float], str]] = {
@@ -21,14 +21,14 @@ RECIPE_OPTIONS: dict[str, tuple[str, Callable[[str], int | float], str]] = {
     "cali_lr_w": ("lr", float, "learning rate of AdaRound"),
     "cali_iters_a": ("iters_a", int, "iterations of the activation scales per unit"),
     "cali_lr": ("lr_a", float, "learning rate of the activation scales"),
-    "cali_p": ("p", float, "norm of the activation reconstruction loss"),
-    "cali_iters_tune": ("iters_tune", int, "iterations of the end-to-end fine-tuning after the units"),
+    "cali_p": ("p", float, "norm p of the reconstruction loss of activations"),
+    "cali_iters_tune": ("iters_tune", int, "iterations of the final end-to-end fine-tuning"),
 }
 
 
 @dataclass(frozen=True)
 class QuantizationOptions:
-    """The options, under their published names and with their defaults; `add_quantization_options` describes them."""
+    """The options with their published names and defaults. `add_quantization_options` describes them."""
 
     ptq: bool = False
     quant_act: bool = False
@@ -61,14 +61,14 @@ class QuantizationOptions:
     cali_cache_gb: float | None = None
 
     def resolve(self, task: QuantizationTask, run_seed: int) -> "QuantizationConfig | None":
-        """What the options mean for a model; None without --ptq.
+        """Resolve the options for a model; None without --ptq.
 
         Args:
             task: the model.
             run_seed: the seed of the calibration.
 
         Raises:
-            ConfigError: settings that cannot work.
+            ConfigError: a setting that cannot work.
         """
         if not self.ptq:
             return None
@@ -88,10 +88,10 @@ class QuantizationOptions:
         )
 
     def _formats(self, task: QuantizationTask) -> QuantConfig:
-        """The number formats; `linear` always takes min-max ranges, the preset `fast` searches ranges by `mse`."""
+        """The number formats. `linear` always uses min-max ranges, and the preset `fast` the scale rule `mse`."""
         linear, fast = self.quant_mode == "linear", self.preset == "fast"
-        weights = self.weight_scale_method or ("mse" if fast else task.weight_scale_method)
-        acts = "max" if self.a_min_max else "mse" if fast else task.act_scale_method
+        weight_rule = self.weight_scale_method or ("mse" if fast else task.weight_scale_method)
+        act_rule = "max" if self.a_min_max else "mse" if fast else task.act_scale_method
         return QuantConfig(
             weight_bit=self.weight_bit,
             act_bit=self.act_bit,
@@ -99,19 +99,24 @@ class QuantizationOptions:
             sm_abit=self.sm_abit,
             a_sym=self.a_sym,
             split=self.split,
-            weight_scale_method="max" if linear else weights,
-            act_scale_method="max" if linear else acts,
+            weight_scale_method="max" if linear else weight_rule,
+            act_scale_method="max" if linear else act_rule,
             quant_mode=self.quant_mode,
         ).validate()
 
     def _recipe(self, evaluations: int, run_seed: int) -> CalibrationConfig:
-        """The recipe; time steps and samples depend on where the set comes from and on the sampler's evaluations."""
+        """The recipe. Its numbers of time steps and samples depend on whether the calibration set is generated.
+
+        Args:
+            evaluations: the number of evaluations of the network by the sampler.
+            run_seed: the seed of the calibration.
+        """
         generated, preset = self.cali_data_path is None, PRESETS[self.preset]
         values = {field: getattr(self, option) for option, (field, _, _) in RECIPE_OPTIONS.items()}
         if generated and self.cali_st and (self.resume_w or not self.cali_ckpt):
             validate_num_timesteps(self.cali_st, evaluations)
-        num_timesteps = min(OWN_TIMESTEPS, evaluations) if generated else preset.num_timesteps
-        samples = min(OWN_SAMPLES, preset.samples) if generated else preset.samples
+        num_timesteps = min(GENERATED_TIMESTEPS, evaluations) if generated else preset.num_timesteps
+        samples = min(GENERATED_SAMPLES, preset.samples) if generated else preset.samples
         return replace(
             preset,
             num_timesteps=self.cali_st or num_timesteps,
@@ -125,17 +130,17 @@ class QuantizationOptions:
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """What the options resolve to: how a network is quantized, and where the result comes from.
+    """The resolved options: how a network is quantized, and whether it is loaded or calibrated.
 
     Attributes:
         formats: the number formats.
         recipe: the recipe of a calibration.
         checkpoint: a calibrated checkpoint to load; None: calibrate.
-        weights_only: take the weights of `checkpoint` and calibrate the activations.
-        data_file: the calibration set; None: it is generated.
-        timestep_groups: the number of groups of time steps with activation scales of their own.
-        samples_given: the number of samples was asked for, so that a smaller set is worth a warning.
-        cache_bytes: memory for activations; None: half of what is free.
+        weights_only: take the weights from `checkpoint`, and calibrate the activations.
+        data_file: the file of the calibration set; None: it is generated.
+        timestep_groups: the number of groups of time steps, each with its own activation scales.
+        samples_given: the number of samples was given, so a smaller calibration set causes a warning.
+        cache_bytes: memory for cached activations, in bytes; None: half of the free memory.
     """
 
     formats: QuantConfig
@@ -149,47 +154,46 @@ class QuantizationConfig:
 
 
 def add_quantization_options(parser: Parser) -> None:
-    """Add the options of `QuantizationOptions`, with published names and defaults."""
+    """Add the options of `QuantizationOptions`, with their published names and defaults."""
     group = parser.add_argument_group("quantization")
     group.add_argument("--ptq", action="store_true", help="quantize the network")
     group.add_argument("--quant_act", action="store_true", help="quantize activations too")
-    group.add_argument("--weight_bit", type=int, default=8)
-    group.add_argument("--act_bit", type=int, default=8)
-    group.add_argument("--sm_abit", type=int, default=8, help="bits of the attention probabilities")
-    words = "linear: nearest rounding, no reconstruction"
-    group.add_argument("--quant_mode", default="qdiff", choices=MODES, help=words)
-    words = "scale rule of the weights (default: the family's published rule)"
-    group.add_argument("--weight_scale_method", choices=SCALE_RULES.names(), help=words)
-    group.add_argument("--a_sym", action="store_true", help="symmetric activations")
-    group.add_argument("--a_min_max", action="store_true", help="min-max activation ranges")
-    group.add_argument("--running_stat", action="store_true", help="moving averages for the activation ranges")
-    words = "moving averages for attention probabilities only"
-    group.add_argument("--rs_sm_only", action="store_true", help=words)
-    words = "calibrate activation scales for this number of groups of time steps (packed files only)"
-    group.add_argument("--timestep_groups", type=positive, default=1, help=words)
-    group.add_argument("--split", action="store_true", help="two quantizers for concatenated shortcuts")
-    words = "the model is conditional (accepted for the published commands)"
-    group.add_argument("--cond", action="store_true", help=words)
-    words = "calibrated checkpoint, published (.pth) or packed (.safetensors)"
-    group.add_argument("--cali_ckpt", type=project_file, help=words)
-    group.add_argument("--cali_data_path", help="calibration set; without it and --cali_ckpt one is generated")
-    group.add_argument("--resume", action="store_true", help="accepted beside --cali_ckpt, changes nothing")
-    words = "weights from --cali_ckpt, calibrate activations only"
-    group.add_argument("--resume_w", action="store_true", help=words)
-    defaults = f"{CalibrationConfig.num_timesteps} of a file, {OWN_TIMESTEPS} of a generated one"
-    words = f"time steps used of the calibration set (default: {defaults})"
-    group.add_argument("--cali_st", type=positive, help=words)
-    defaults = f"{_preset_values('samples')}; of a generated set at most {OWN_SAMPLES}"
+    group.add_argument("--weight_bit", type=int, default=8, help="bits of weights")
+    group.add_argument("--act_bit", type=int, default=8, help="bits of activations")
+    group.add_argument("--sm_abit", type=int, default=8, help="bits of attention probabilities")
+    help_text = "qdiff: reconstruction; linear: nearest rounding with min-max ranges"
+    group.add_argument("--quant_mode", default="qdiff", choices=MODES, help=help_text)
+    help_text = "scale rule of weights (default: the published rule of the model's family)"
+    group.add_argument("--weight_scale_method", choices=SCALE_RULES.names(), help=help_text)
+    group.add_argument("--a_sym", action="store_true", help="quantize activations symmetrically")
+    group.add_argument("--a_min_max", action="store_true", help="use min-max ranges for activations")
+    group.add_argument("--running_stat", action="store_true", help="use moving averages for activation ranges")
+    group.add_argument("--rs_sm_only", action="store_true", help="use moving averages for attention probabilities only")
+    help_text = "number of groups of time steps, each with its own activation scales (only in packed files)"
+    group.add_argument("--timestep_groups", type=positive, default=1, help=help_text)
+    group.add_argument("--split", action="store_true", help="use two quantizers for concatenated shortcuts")
+    help_text = "no effect; accepted because published commands have it"
+    group.add_argument("--cond", action="store_true", help=help_text)
+    help_text = "calibrated checkpoint, published (.pth) or packed (.safetensors)"
+    group.add_argument("--cali_ckpt", type=project_file, help=help_text)
+    group.add_argument("--cali_data_path", help="file of the calibration set (default: a calibration set is generated)")
+    group.add_argument("--resume", action="store_true", help="no effect; accepted because published commands have it")
+    help_text = "take the weights from --cali_ckpt and calibrate the activations"
+    group.add_argument("--resume_w", action="store_true", help=help_text)
+    defaults = f"{CalibrationConfig.num_timesteps} from a file, {GENERATED_TIMESTEPS} from a generated set"
+    group.add_argument("--cali_st", type=positive, help=f"time steps of the calibration set (default: {defaults})")
+    defaults = f"{_preset_values('samples')}; at most {GENERATED_SAMPLES} from a generated set"
     group.add_argument("--cali_n", type=positive, help=f"samples of each time step (default: {defaults})")
-    words = "the recipe: the paper's, or one that takes a small part of its time"
-    group.add_argument("--preset", default="published", choices=list(PRESETS), help=words)
-    for option, (field, kind, words) in RECIPE_OPTIONS.items():
-        group.add_argument(f"--{option}", type=kind, help=f"{words} (default: {_preset_values(field)})")
-    words = "memory for activations, the rest goes to files (default: half of what is free)"
-    group.add_argument("--cali_cache_gb", type=float, help=words)
+    help_text = "recipe: published by the paper, or fast, which takes a small part of its time"
+    group.add_argument("--preset", default="published", choices=list(PRESETS), help=help_text)
+    for option, (field, kind, description) in RECIPE_OPTIONS.items():
+        group.add_argument(f"--{option}", type=kind, help=f"{description} (default: {_preset_values(field)})")
+    help_text = "memory for cached activations in GB, the rest goes to files (default: half of the free memory)"
+    group.add_argument("--cali_cache_gb", type=float, help=help_text)
 
 
 def _preset_values(field: str) -> str:
+    """The values of a field in all presets, for help texts."""
     return ", ".join(f"{getattr(preset, field):g} {name}" for name, preset in PRESETS.items())
 
 
@@ -197,13 +201,13 @@ _LOADS = "in a calibration: --cali_ckpt loads a finished one"
 _WEIGHTS = "cali_iters cali_lr_w weight_scale_method"
 _SCALES = "cali_iters_a cali_lr cali_p"
 _RANGES = "a_min_max running_stat rs_sm_only"
-# `linear` has no reconstruction, so these change nothing there
+# `linear` has no reconstruction, so these options have no effect on it.
 RECONSTRUCTION_OPTIONS = ("cali_cache_gb", "cali_iters_tune", *_WEIGHTS.split(), *_SCALES.split())
 _RECIPE = (
     f"cali_data_path cali_st cali_n preset cali_batch_size cali_cache_gb cali_iters_tune {_RANGES} {_WEIGHTS} {_SCALES}"
 )
-# When the quantization options act, in the order in which violations are reported. --cond, --resume and --no_grad_ckpt
-# change nothing and are always accepted.
+# When the quantization options have an effect, in the order in which violations are reported. --cond, --resume and
+# --no_grad_ckpt never have one and are always accepted.
 RULES = (
     Rule(
         f"quant_act weight_bit act_bit sm_abit quant_mode a_sym split cali_ckpt resume_w {_RECIPE}",
@@ -220,7 +224,7 @@ RULES = (
         "in a calibration with --quant_act",
         lambda args, value: value == 1,
     ),
-    Rule(  # a packed file says itself how it was calibrated
+    Rule(  # a packed file stores how it was calibrated, so the option may be repeated beside it
         "quant_mode",
         lambda args: not args.cali_ckpt or PackedFile.find(args.cali_ckpt) is not None,
         _LOADS,
@@ -238,7 +242,7 @@ RULES = (
     Rule(
         "engine",
         lambda args: args.ptq and args.quant_act,
-        "with --ptq and --quant_act: only quantized activations make integer products",
+        "with --ptq and --quant_act: integer arithmetic needs quantized activations",
         lambda args, value: value != "integer",
     ),
 )

@@ -1,4 +1,4 @@
-"""Runs: the output folder, the log, and the loop over images that an interruption cannot spoil."""
+"""Runs: their output folder, their log, and a loop over images that can be interrupted and continued."""
 
 import json
 import logging
@@ -20,27 +20,28 @@ from qdiff.utils.files import write_text
 from qdiff_cli.images import save_png
 
 log = logging.getLogger(__name__)
-_handlers: list[logging.Handler] = []  # those that `log_to` added
+_handlers: list[logging.Handler] = []  # the handlers that `log_to` added to the root logger
 
+# Settings that may differ when a run is continued.
 IGNORED_SETTINGS = {"continue_run", "verbose", "logdir", "outdir", "resume", "cali_cache_gb"}
-RENAMED_SETTINGS = {"time_sets": "timestep_groups"}  # in run.json of version 0.1.0
-OWN_FILES = {"run.json", "run.log", "sampling_config.yaml", "cut_prompts.txt"}  # of a run that has made nothing yet
+RENAMED_SETTINGS = {"time_sets": "timestep_groups"}  # old names in a run.json of version 0.1.0
+OWN_FILES = {"run.json", "run.log", "sampling_config.yaml", "cut_prompts.txt"}  # files of a run without results
 
 
 def open_run(parent: Path, settings: Mapping[str, Any], continue_run: bool, extends: str) -> Path:
-    """Open a run's folder: a new one, `<parent>/<timestamp>`, or the newest one there if a run is continued.
+    """Open the folder of a run: a new folder `<parent>/<timestamp>`, or the newest one if a run is continued.
 
-    The settings are kept in its `run.json`. If a run is continued, the settings that change its images must be the
+    The settings are stored in its `run.json`. When a run is continued, the settings that change its images must be the
     same.
 
     Args:
         parent: the folder of run folders.
-        settings: all options.
+        settings: the values of all options by name.
         continue_run: continue the newest run.
-        extends: the option that only says how many images there are; it may differ when a run is continued.
+        extends: the option that only sets the number of images. It may differ when a run is continued.
 
     Raises:
-        ConfigError: nothing to continue, other settings, or a folder that cannot be written.
+        ConfigError: there is no run to continue, it has other settings, or the folder cannot be written.
     """
     ignored = IGNORED_SETTINGS | {extends}
     settings = {key: value for key, value in settings.items() if key not in ignored}
@@ -49,7 +50,7 @@ def open_run(parent: Path, settings: Mapping[str, Any], continue_run: bool, exte
         if not runs:
             raise ConfigError(f"--continue: no earlier run in {parent}")
         _validate_settings(runs[-1], settings, ignored)
-        for leftover in runs[-1].rglob(".*.part"):  # of a file that was being written when the run was killed
+        for leftover in runs[-1].rglob(".*.part"):  # from a run that was killed while it wrote a file
             leftover.unlink(missing_ok=True)
         return runs[-1]
     folder = parent / time.strftime("%Y-%m-%d-%H-%M-%S")
@@ -72,17 +73,18 @@ def open_run(parent: Path, settings: Mapping[str, Any], continue_run: bool, exte
 
 @contextmanager
 def discard_on_error(folder: Path) -> Iterator[None]:
-    """Remove a run's folder if the work inside the `with` fails before it has written more than its settings."""
+    """Remove the folder of a run if the code inside the `with` fails before it has written results."""
     try:
         yield
     except (ConfigError, CheckpointError, OSError):
-        first = distributed.rank() == 0
-        if first and folder.is_dir() and {path.name for path in folder.iterdir()} <= OWN_FILES:
+        is_first = distributed.rank() == 0
+        if is_first and folder.is_dir() and {path.name for path in folder.iterdir()} <= OWN_FILES:
             shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
 def _validate_settings(folder: Path, settings: Mapping[str, Any], ignored: set[str]) -> None:
+    """Raise ConfigError if the run in `folder` has other settings, except those in `ignored`."""
     try:
         before = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError):
@@ -95,7 +97,7 @@ def _validate_settings(folder: Path, settings: Mapping[str, Any], ignored: set[s
 
 
 class _LogFile(logging.FileHandler):
-    """A log file. If it cannot be written, the run goes on without it and says so once."""
+    """A log file. If it cannot be written, the run continues without it after one warning."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         logging.getLogger().removeHandler(self)
@@ -103,7 +105,12 @@ class _LogFile(logging.FileHandler):
 
 
 def log_to(folder: Path | None, verbose: bool) -> None:
-    """Log to stderr and to `<folder>/run.log`, and no longer to where an earlier call said."""
+    """Log to stderr and to a file. An earlier call has no effect any more.
+
+    Args:
+        folder: the folder of `run.log`; None: log to stderr only.
+        verbose: log details.
+    """
     root = logging.getLogger()
     for handler in _handlers:
         root.removeHandler(handler)
@@ -111,13 +118,13 @@ def log_to(folder: Path | None, verbose: bool) -> None:
     root.setLevel(logging.DEBUG if verbose else logging.INFO)
     for chatty in ("matplotlib", "PIL"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    form = logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
+    formatter = logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
     handlers: list[logging.Handler] = [logging.StreamHandler()]
     handlers[0].setLevel(logging.INFO if verbose else logging.WARNING)
     if folder is not None:
         handlers.append(_LogFile(folder / "run.log", encoding="utf-8", errors="backslashreplace"))
     for handler in handlers:
-        handler.setFormatter(form)
+        handler.setFormatter(formatter)
         root.addHandler(handler)
     _handlers[:] = handlers
 
@@ -132,29 +139,29 @@ def sample_missing(
 ) -> int:
     """Write the images 0 to total - 1 that are not in `folder` yet.
 
-    Images come in fixed batches. A batch of which any image is missing is sampled as a whole, so an image has the
+    Batches always consist of the same images. A batch with a missing image is sampled as a whole, so an image has the
     same bits whenever and on whatever process it is sampled.
 
     Args:
         folder: the folder of the images.
-        total: their number.
+        total: the number of images.
         batch_size: images of one batch.
-        sample: from the indices of a batch to uint8 images [N, C, H, W].
+        sample: returns uint8 images [N, C, H, W] for the indices of a batch.
         name: the pattern of the file names.
-        metadata: the text inside image i.
+        metadata: returns the text chunks of the image with an index; None: images have no text.
 
     Returns:
         The number of images that this process wrote.
     """
     folder.mkdir(parents=True, exist_ok=True)
     batches = [list(range(start, min(start + batch_size, total))) for start in range(0, total, batch_size)]
-    todo = [batch for batch in batches if any(not (folder / name.format(i)).exists() for i in batch)]
+    missing = [batch for batch in batches if any(not (folder / name.format(i)).exists() for i in batch)]
     rank, world = distributed.rank(), distributed.world()
-    mine = todo if world == 1 else [batch for batch in todo if batch[0] // batch_size % world == rank]
-    done = total - sum(len(batch) for batch in todo)
-    count, written = done + sum(map(len, mine)), 0
-    with logging_redirect_tqdm(), tqdm(total=count, initial=done, desc="sampling", unit="image") as progress:
-        for batch in mine:
+    own = missing if world == 1 else [batch for batch in missing if batch[0] // batch_size % world == rank]
+    finished = total - sum(len(batch) for batch in missing)
+    count, written = finished + sum(map(len, own)), 0
+    with logging_redirect_tqdm(), tqdm(total=count, initial=finished, desc="sampling", unit="image") as progress:
+        for batch in own:
             for i, image in zip(batch, sample(batch), strict=True):
                 if not (folder / name.format(i)).exists():
                     save_png(folder / name.format(i), image, metadata(i) if metadata else None)

@@ -1,4 +1,4 @@
-"""The one list of sampling commands, and reading one that stands after `--` in another command."""
+"""The list of sampling commands, and the parser for a sampling command inside the arguments of another command."""
 
 from collections.abc import Sequence
 from importlib import import_module
@@ -7,7 +7,7 @@ from pathlib import Path
 from qdiff.errors import ConfigError
 from qdiff_cli.sampling_run import SamplingCommand
 
-# The name of each script that samples, and where its command is.
+# For each script that samples: the module and the class of its command.
 SAMPLING_COMMANDS = {
     "sample_diffusion_ddim.py": "qdiff_cli.commands.sample_ddim:PixelCommand",
     "sample_diffusion_ldm.py": "qdiff_cli.commands.sample_ldm:LatentCommand",
@@ -15,16 +15,16 @@ SAMPLING_COMMANDS = {
 }
 
 
-def parse_sampling_command(words: Sequence[str]) -> SamplingCommand:
-    """The command of a sampling script's name and its options.
+def parse_sampling_command(args: Sequence[str]) -> SamplingCommand:
+    """Parse the name of a sampling script and its options.
 
     Raises:
-        ConfigError: no such script, or options that cannot be meant.
+        ConfigError: no sampling script has this name, or its options contradict each other.
     """
-    name = Path(words[0]).name if words else ""
+    name = Path(args[0]).name if args else ""
     if name not in SAMPLING_COMMANDS:
         known = ", ".join(SAMPLING_COMMANDS)
         raise ConfigError(f"{name or 'no command'}: expected a sampling command, one of {known} and its options")
     module, _, attribute = SAMPLING_COMMANDS[name].partition(":")
     command: type[SamplingCommand] = getattr(import_module(module), attribute)
-    return command.parse(words[1:])
+    return command.parse(args[1:])

@@ -1,4 +1,4 @@
-"""A sampling command with its options, and the run that it describes: alike for all three sampling scripts."""
+"""A sampling command with its options, and the run that it describes. All sampling scripts share these classes."""
 
 import logging
 from abc import ABC, abstractmethod
@@ -25,34 +25,34 @@ from qdiff_cli.runs import discard_on_error, log_to, open_run, sample_missing
 log = logging.getLogger(__name__)
 
 
-def _nothing(folder: Path) -> None:
+def _do_nothing(folder: Path) -> None:
     pass
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingRun:
-    """A sampling command made ready: checked options with the model and the sampler that they describe.
+    """A run that is ready to sample: checked options with the model and the sampler that they describe.
 
     Attributes:
-        title: what is sampled, in words.
-        settings: all options, as `run.json` keeps them.
+        title: a description of the model and the sampler.
+        settings: the values of all options, in the form of `run.json`.
         options: how the command runs.
-        device: where.
+        device: the device of the network.
         task: the model.
-        quantization: how its network is quantized; None: it is not.
-        sample_latents: from (network, indices, callback of the sampler) to x_0 or latents.
-        decode: from these to uint8 images [N, 3, H, W].
-        denoiser: from (network, indices) to eps(x_t, t) for the images of these indices.
+        quantization: how the network is quantized; None: full precision.
+        sample_latents: returns x_0 or latents for (network, indices of the images, callback of the sampler).
+        decode: converts the result of `sample_latents` to uint8 images [N, 3, H, W].
+        denoiser: returns the function eps(x_t, t) for (network, indices of the images).
         total: the number of images.
         batch_size: images of one batch.
         runs: the folder of run folders.
-        images: the folder of images inside a run.
-        name: the pattern of the images' names.
-        metadata: the text inside image i.
-        extends: the option that says how many images there are.
-        fitting: the largest batch that is known to fit into memory.
-        begin: called with the run's folder before sampling, by the first process.
-        finish: called with it after sampling.
+        images: the name of the folder of images inside the folder of a run.
+        name: the pattern of the names of the images.
+        metadata: returns the text chunks of the image with an index; None: images have no text.
+        extends: the option that sets the number of images.
+        fitting: the largest batch size that is known to fit into memory.
+        begin: is called with the folder of the run before sampling, by the first process.
+        finish: is called with the folder of the run after sampling, by the first process.
     """
 
     title: str
@@ -72,16 +72,16 @@ class SamplingRun:
     metadata: Callable[[int], dict[str, str]] | None = None
     extends: str = "max_images"
     fitting: Fitting = field(default_factory=Fitting)
-    begin: Callable[[Path], None] = _nothing
-    finish: Callable[[Path], None] = _nothing
+    begin: Callable[[Path], None] = _do_nothing
+    finish: Callable[[Path], None] = _do_nothing
 
     def sample(self, network: nn.Module, indices: Sequence[int], callback: Callback | None = None) -> Tensor:
         """Sample images.
 
         Args:
             network: the UNet.
-            indices: the N images. On out-of-memory the batch is split in half and retried.
-            callback: called with (x_t, t, eps) after every evaluation; such a batch is not split.
+            indices: the indices of N images. On out-of-memory the batch is split in half and retried.
+            callback: is called with (x_t, t, eps) after every evaluation. A batch with a callback is not split.
 
         Returns:
             uint8 images [N, 3, H, W].
@@ -89,21 +89,21 @@ class SamplingRun:
         Raises:
             NonFiniteError: a value is not finite, before or after decoding.
         """
-        half = autocast_dtype(self.device, self.options.precision)
+        dtype = autocast_dtype(self.device, self.options.precision)
         parts: list[Tensor] = []
 
-        def work(part: Sequence[int]) -> None:
-            with torch.autocast(self.device.type, half or torch.float32, enabled=half is not None):
+        def sample_part(part: Sequence[int]) -> None:
+            with torch.autocast(self.device.type, dtype or torch.float32, enabled=dtype is not None):
                 parts.append(self.decode(self.sample_latents(network, part, callback)))
 
         if callback is None:
-            halving(work, indices, self.fitting)
+            halving(sample_part, indices, self.fitting)
         else:
-            work(indices)
+            sample_part(indices)
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def batches(self, count: int) -> list[range]:
-        """The first `count` images in batches."""
+        """The indices of the first `count` images, in batches."""
         return [range(start, min(start + self.batch_size, count)) for start in range(0, count, self.batch_size)]
 
     def load_full_precision(self) -> nn.Module:
@@ -111,20 +111,23 @@ class SamplingRun:
         return self.task.load_unet().to(self.device).eval()
 
     def execute(self) -> Path:
-        """Load or calibrate the network, sample the images that are missing; the folder of the images.
+        """Load or calibrate the network, and sample the missing images.
+
+        Returns:
+            The folder of the images.
 
         Raises:
-            ConfigError: a run that cannot be continued; images are missing at the end.
+            ConfigError: the run cannot be continued, or images are missing at the end.
         """
         distributed.connect(self.device)
-        options, first = self.options, distributed.rank
+        options, is_first = self.options, distributed.rank() == 0
         folder = distributed.run_on_first(
             lambda: open_run(self.runs, self.settings, options.continue_run, self.extends)
         )
-        log_to(folder if first() == 0 else None, options.verbose)
+        log_to(folder if is_first else None, options.verbose)
         images = folder / self.images
         distributed.run_on_first(lambda: self._validate_metadata(images))
-        if first() == 0:
+        if is_first:
             self.begin(folder)
         with discard_on_error(folder):
             source = NetworkSource(self.quantization, self.task, self.device, folder)
@@ -137,7 +140,7 @@ class SamplingRun:
             raise ConfigError(
                 f"{images}: {missing} of {self.total} images are missing; expected a folder that all processes share"
             )
-        if first() == 0:
+        if is_first:
             dtype = autocast_dtype(self.device, options.precision) or torch.float32
             log.info("precision: %s", str(dtype).removeprefix("torch."))
             self.finish(folder)
@@ -145,7 +148,7 @@ class SamplingRun:
         return images
 
     def _validate_metadata(self, images: Path) -> None:
-        """Raise ConfigError if an image of a continued run was sampled from another prompt than it has now."""
+        """Raise ConfigError if an image of a continued run was sampled from another prompt than it would be now."""
         if self.metadata is None or not self.options.continue_run:
             return
         for i in range(self.total):
@@ -160,16 +163,18 @@ class SamplingRun:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingCommand(ABC):
-    """A sampling command with the values of all its options. Subclasses have a field for each option of their own.
+    """A sampling command with the values of all its options. A subclass has a field for each option of its script.
 
     Attributes:
+        sampler_rules: when the options of the sampler have an effect.
+        option_of_field: the option of each setting that has another name in this script.
         seed: seed of the noise, 0 to 2^63 - 1.
         run: how the command runs.
         quantization: the quantization options.
     """
 
-    sampler_rules: ClassVar[tuple[Rule, ...]] = ()  # when the options of the sampler act
-    option_of_field: ClassVar[Mapping[str, str]] = {}  # of settings whose option has a name of its own here
+    sampler_rules: ClassVar[tuple[Rule, ...]] = ()
+    option_of_field: ClassVar[Mapping[str, str]] = {}
 
     seed: int
     run: RunOptions = field(default_factory=RunOptions)
@@ -181,16 +186,16 @@ class SamplingCommand(ABC):
         """The parser of the command's options."""
 
     def resolved(self) -> Self:
-        """The same command, with options that stand for others replaced by these.
+        """The same command, with each option that abbreviates other options replaced by them.
 
         Raises:
-            ConfigError: options that contradict each other.
+            ConfigError: options contradict each other.
         """
         return self
 
     @abstractmethod
     def _make_run(self) -> SamplingRun:
-        """The run that the options describe, checked."""
+        """Check the options, and make the run that they describe."""
 
     @abstractmethod
     def to_folder(self, folder: Path) -> Self:
@@ -198,18 +203,18 @@ class SamplingCommand(ABC):
 
     @abstractmethod
     def with_images(self, count: int) -> Self:
-        """The same command for this number of images or the next larger one that it can make."""
+        """The same command for this number of images, rounded up to a number that it can sample."""
 
     @abstractmethod
     def with_num_steps(self, num_steps: int) -> Self:
         """The same command with another number of sampling steps."""
 
     def make_run(self) -> SamplingRun:
-        """The run that the options describe, checked.
+        """Check the options, and make the run that they describe.
 
         Raises:
-            ConfigError: options that cannot work together or with this model.
-            CheckpointError: a file that cannot be used.
+            ConfigError: options cannot work together or with this model.
+            CheckpointError: a file cannot be used.
         """
         try:
             return self._make_run()
@@ -218,52 +223,59 @@ class SamplingCommand(ABC):
 
     @classmethod
     def parse(cls, argv: Sequence[str] | None) -> Self:
-        """The command of these words.
+        """Parse the arguments of the command; None: those of this process.
 
         Raises:
-            ConfigError: an option that would have no effect, or options that contradict each other.
+            ConfigError: an option would have no effect, or options contradict each other.
         """
         args = cls.make_parser().parse_args(argv)
         command = cls._of(args)
         args.validate((*cls.sampler_rules, *RULES))
         return command
 
-    def changed(self, words: Sequence[str]) -> tuple[Self, frozenset[str]]:
-        """The same command with options replaced by those of `words`, and the names of these options.
+    def changed(self, args: Sequence[str]) -> tuple[Self, frozenset[str]]:
+        """The same command with some options replaced.
 
-        Quantization options are not checked for an effect: that depends on what they are combined with.
+        Quantization options are not checked for an effect, because it depends on the options they are combined with.
+
+        Args:
+            args: the replaced options, as arguments of the command.
+
+        Returns:
+            The command, and the names of the replaced options.
 
         Raises:
-            ConfigError: an option of the sampler that would have no effect.
+            ConfigError: an option of the sampler would have no effect.
         """
         parser = self.make_parser()
         for action in parser._actions:
             action.required = False
         parser.set_defaults(**self._options())
-        args = parser.parse_args(words)
-        command = self._of(args)
-        args.validate(self.sampler_rules)
-        return command, args.typed
+        values = parser.parse_args(args)
+        command = self._of(values)
+        values.validate(self.sampler_rules)
+        return command, values.typed
 
     @classmethod
     def _of(cls, args: ParsedArgs) -> Self:
+        """The command with the values of parsed arguments."""
         return args.make(cls, run=args.make(RunOptions), quantization=args.make(QuantizationOptions)).resolved()
 
     def _options(self) -> dict[str, Any]:
         """The values of all options by name."""
         groups = {"run", "quantization"}
-        own = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in groups}
-        return own | vars(self.run) | vars(self.quantization)
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in groups}
+        return values | vars(self.run) | vars(self.quantization)
 
     def settings(self) -> dict[str, object]:
-        """All options, as `run.json` keeps them."""
+        """The values of all options, in the form of `run.json`."""
         return to_settings(self._options())
 
     def input_files(self) -> list[Path]:
-        """The files among the values of the options."""
+        """The existing files among the values of the options."""
         values = [Path(value) for value in self._options().values() if isinstance(value, Path | str)]
         return [path for path in values if path.is_file()]
 
     def on(self, device: str, threads: int) -> Self:
-        """The same command on another device."""
+        """The same command on another device, with this number of threads."""
         return replace(self, run=replace(self.run, device=device, threads=threads))

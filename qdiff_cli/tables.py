@@ -1,4 +1,4 @@
-"""The tables that `reproduce.py` fills: their rows, the sampling command behind them, the published figures."""
+"""The tables that `reproduce.py` fills: their rows, their sampling commands and the published figures."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -14,18 +14,18 @@ from qdiff_cli.quantization_options import QuantizationOptions
 from qdiff_cli.sampling_run import SamplingCommand
 
 FULL, LINEAR, QDIFF = "full precision", "linear", "Q-Diffusion"
-DASH = "\N{EN DASH}"  # a published figure that was not read in a source that can be cited
+DASH = "\N{EN DASH}"  # stands for a published figure without a source that can be cited
 
 
 @dataclass(frozen=True)
 class Row:
-    """A setting of a table.
+    """A row of a table: a method with its bit widths.
 
     Attributes:
         method: `FULL`, `LINEAR` or `QDIFF`.
-        weight_bit: the width of weights.
-        act_bit: the width of activations; 32: full precision.
-        published: its published figures, as text.
+        weight_bit: bits of weights; 32: full precision.
+        act_bit: bits of activations; 32: full precision.
+        published: the published figures by name, as text.
     """
 
     method: str
@@ -35,39 +35,39 @@ class Row:
 
     @property
     def name(self) -> str:
-        """What the table calls it."""
+        """The name of the row in the table."""
         return self.method if self.method == FULL else f"{self.method} W{self.weight_bit}A{self.act_bit}"
 
     @property
     def slug(self) -> str:
-        """Its name in --rows and in paths."""
+        """The name of the row in --rows and in paths."""
         return self.name.lower().replace(" ", "-")
 
     @property
     def file(self) -> str:
-        """The calibrated checkpoint that this row looks for, without its suffix."""
+        """The name of the calibrated checkpoint for this row, without its suffix."""
         return f"w{self.weight_bit}a{self.act_bit}"
 
 
 @dataclass(frozen=True)
 class PaperTable:
-    """A table of the paper, or that of a bundled model.
+    """A table of the paper, or the table of a bundled model.
 
     Attributes:
-        name: its name in --table and in paths.
-        title: its heading.
-        command: the sampling command in full precision, with the options of a calibration. Number, seed and folder of
-            the images are set for each row.
-        activations: the options that quantize activations, by name, beside those of `command`.
-        rows: its settings.
-        metrics: the figures of evaluate.py.
-        images: how many images the published figures come from.
-        source: where in the paper the figures stand that are a dash here.
-        reference: what images are compared with; None: other samples of full precision.
-        crop: the size that reference images are cut to.
-        checkpoints: a folder of calibrated checkpoints that come with the model.
-        captions: whether images are made from COCO captions, one image each.
-        prompts: whether images carry their prompts, for the CLIP score.
+        name: the name of the table in --table and in paths.
+        title: the heading.
+        command: the sampling command in full precision, with the options of a calibration. The number, seed and folder
+            of the images are set for each row.
+        activations: the additional options of rows with quantized activations, by name.
+        rows: the rows.
+        metrics: the metrics of evaluate.py.
+        images: the number of images of the published figures.
+        source: the table of the paper with the figures that are a dash here.
+        reference: the reference images; None: they are given, or sampled in full precision for a bundled model.
+        crop: the size that reference images are cut to, in pixels; None: they are not cut.
+        checkpoints: a folder of calibrated checkpoints of a bundled model; None: the table is not of a bundled model.
+        captions: images are sampled from COCO captions, one image for each caption.
+        prompts: images store their prompts, for the CLIP score.
     """
 
     name: str
@@ -86,16 +86,22 @@ class PaperTable:
 
     @property
     def bundled(self) -> bool:
-        """Whether it is the table of a bundled model."""
+        """Whether this is the table of a bundled model."""
         return self.checkpoints is not None
 
 
 def _rows(full: dict[str, str], linear: Sequence[dict[str, str]], qdiff: Sequence[dict[str, str]]) -> list[Row]:
-    """Rows in the order W8A32, W4A32, W8A8, W4A8."""
-    settings = [(8, 32), (4, 32), (8, 8), (4, 8)]
+    """The usual rows of a table.
+
+    Args:
+        full: the published figures of full precision.
+        linear: the published figures of nearest rounding, in the order W8A32, W4A32, W8A8, W4A8.
+        qdiff: the published figures of Q-Diffusion, in the same order.
+    """
+    bits = [(8, 32), (4, 32), (8, 8), (4, 8)]
     rows = [Row(FULL, published=full)]
-    for (weight, act), first, second in zip(settings, linear, qdiff, strict=True):
-        rows += [Row(LINEAR, weight, act, first), Row(QDIFF, weight, act, second)]
+    for (weight_bit, act_bit), of_linear, of_qdiff in zip(bits, linear, qdiff, strict=True):
+        rows += [Row(LINEAR, weight_bit, act_bit, of_linear), Row(QDIFF, weight_bit, act_bit, of_qdiff)]
     return rows
 
 
@@ -131,7 +137,7 @@ def _cifar10() -> PaperTable:
 
 
 def _lsun(name: str, folder: str, title: str, custom_steps: int, eta: float, rows: Sequence[Row]) -> PaperTable:
-    bedroom = {"a_sym": True, "a_min_max": True, "running_stat": True} if name == "lsun-bedroom" else {}
+    more_options = {"a_sym": True, "a_min_max": True, "running_stat": True} if name == "lsun-bedroom" else {}
     return PaperTable(
         name=name,
         title=title,
@@ -143,7 +149,7 @@ def _lsun(name: str, folder: str, title: str, custom_steps: int, eta: float, row
             seed=41,
             quantization=QuantizationOptions(cali_st=20, cali_batch_size=32, cali_n=256),
         ),
-        activations={"quant_act": True, "act_bit": 8} | bedroom,
+        activations={"quant_act": True, "act_bit": 8} | more_options,
         rows=rows,
         metrics=("fid", "kid", "pr"),
         images=50_000,
@@ -166,7 +172,7 @@ def _church() -> PaperTable:
 
 def _stable_diffusion() -> PaperTable:
     figures = (("13.15", ".3146"), ("13.31", ".3134"), ("14.49", ".3121"))
-    full, eight, four = ({"fid": fid, "clip": clip} for fid, clip in figures)
+    full, w8a8, w4a8 = ({"fid": fid, "clip": clip} for fid, clip in figures)
     recipe = QuantizationOptions(split=True, cali_st=25, cali_batch_size=8, cali_n=128)
     return PaperTable(
         name="stable-diffusion",
@@ -188,9 +194,9 @@ def _stable_diffusion() -> PaperTable:
         rows=[
             Row(FULL, published=full),
             Row(LINEAR, 8, 8),
-            Row(QDIFF, 8, 8, eight),
+            Row(QDIFF, 8, 8, w8a8),
             Row(LINEAR, 4, 8),
-            Row(QDIFF, 4, 8, four),
+            Row(QDIFF, 4, 8, w4a8),
         ],
         metrics=("fid", "kid", "pr"),
         images=30_000,

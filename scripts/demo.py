@@ -1,10 +1,10 @@
-"""The main job on the bundled models: the same noises in full precision and quantized, one picture and table per family.
+"""Sample the bundled models from the same noises in full precision and quantized, with pictures and tables.
 
     python scripts/demo.py --output demo_output
 
-Writes demo_<model>.png for each bundled model and prints tables: file size, PSNR and SSIM of
-the images against full precision, relative error of eps averaged over the trajectory (of the first 4
-images), seconds per image. A picture grows by a row as soon as one is sampled.
+The command writes the picture demo_<model>.png for each bundled model, and prints a table with the file size, the PSNR
+and SSIM of the images against full precision, the relative error of eps (the mean over the trajectory of the first 4
+images) and the seconds for an image. A picture grows by a row whenever a network has sampled its images.
 """
 
 from qdiff_cli.commands.demo import main

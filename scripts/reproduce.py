@@ -1,13 +1,14 @@
-"""Fill a table of the paper, or that of the bundled models: calibrate or load, sample, evaluate, each row beside its published numbers.
+"""Fill a table of the paper, or the table of the bundled models: calibrate, sample and evaluate each row.
 
     python scripts/reproduce.py --table bundled
-    python scripts/reproduce.py --table cifar10 --checkpoints calibrated --device cuda
     python scripts/reproduce.py --table cifar10 --checkpoints calibrated --check
 
-Every stage is kept below --output, and the same command goes on after an interruption. Calibrated checkpoints are looked
-for in --checkpoints as w8a8, w4a8, ... with .safetensors or .pth; a row without one calibrates (the published recipe; --preset fast takes
-a small part of its time). `--check` needs no reference images: it tells in minutes whether the weights, the
-checkpoints and the options fit together. Words after `--` go to every sampling command. `torchrun` shares all work.
+The table shows each row beside its published figures. All results are stored below --output, and after an interruption
+the same command continues. A row looks for its calibrated checkpoint in --checkpoints under names such as
+w8a8.safetensors and w4a8.pth. A row without a checkpoint is calibrated with the published recipe; --preset fast takes a
+small part of its time. --check needs no reference images: it checks in minutes whether the weights, the checkpoints and
+the options fit together. Options after `--` are given to every sampling command. `torchrun` divides all work among
+processes.
 """
 
 from qdiff_cli.commands.reproduce import main

@@ -4,8 +4,9 @@
         --timesteps 100 --eta 0 --skip_type quad --ptq --weight_bit 4 --quant_mode qdiff \
         --quant_act --act_bit 8 --a_sym --split -l results --cali_ckpt ckpt.pth
 
-Images go to <logdir>/samples/<timestamp>/img/0.png, ...; the same command with --continue makes those
-that are missing. Image i depends on (--seed, i) only.
+The images are written to <logdir>/samples/<timestamp>/img/0.png and so on. The same command with --continue samples the
+missing ones. Image i depends only on i and --seed. A calibration with --timestep_groups gives each group of time steps
+its own activation scales.
 """
 
 from qdiff_cli.commands.sample_ddim import main

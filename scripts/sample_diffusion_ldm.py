@@ -3,8 +3,8 @@
     python scripts/sample_diffusion_ldm.py -r models/ldm/lsun_beds256/model.ckpt -n 20 --batch_size 10 \
         -c 200 -e 1.0 --seed 41 --ptq --weight_bit 4 --quant_act --act_bit 8 --a_sym -l results --cali_ckpt ckpt.pth
 
-The YAML file is `config.yaml` beside the checkpoint; further words `model.params.key=value` override it.
-Images go to <logdir>/<model>/samples/<timestamp>/img, all of them as one .npz beside it.
+The YAML file is `config.yaml` beside the checkpoint. Arguments of the form `model.params.key=value` override its
+settings. The images are written to <logdir>/<model>/samples/<timestamp>/img, and all of them to one .npz beside it.
 """
 
 from qdiff_cli.commands.sample_ldm import main

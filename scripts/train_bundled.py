@@ -1,13 +1,13 @@
-"""Train a bundled model on emoji and write its EMA weights in half precision.
+"""Train a bundled model on emoji, and write its EMA weights in half precision.
 
     npm pack emoji-datasource-google@16.0.0
     python scripts/train_bundled.py --config configs/emoji32.yml --emoji emoji-datasource-google-16.0.0.tgz
-    python scripts/train_bundled.py --config models/ldm/emoji64/config.yaml --part first_stage --emoji ...
-    python scripts/train_bundled.py --config models/ldm/emoji64/config.yaml --emoji ...
-    python scripts/train_bundled.py --config models/ldm/emoji64-text/config.yaml --emoji ...
+    python scripts/train_bundled.py --config models/ldm/emoji64/config.yaml --part first_stage \
+        --emoji emoji-datasource-google-16.0.0.tgz
 
-The state is kept beside the output (<output>.state) and the same command continues from it. The
-autoencoder (`first_stage`) comes first; the text model takes that of the unconditional one.
+The autoencoder of a latent model (--part first_stage) is trained before its UNet. The text model uses the autoencoder
+of the unconditional one. The state of the training is stored in the output folder (`*.state`), and the same command
+continues from it.
 """
 
 from qdiff_cli.commands.train_bundled import main

@@ -1,4 +1,4 @@
-"""Print functions and classes that are too long to see: `python tests/check_length.py FOLDER ...`; status 1 if there are any."""
+"""Print functions and classes that are too long to see: `python tests/check_length.py FOLDER ...`; status 1 if any."""
 
 import ast
 import sys

@@ -1,4 +1,4 @@
-"""The calibration set: (x_t, t[, context]) from the model's own sampling trajectory, over all time steps."""
+"""The calibration set: (x_t, t[, context]) of all time steps, from the sampling trajectory of the model itself."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,14 +16,15 @@ from qdiff.utils.files import atomic_write
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """A calibration set as the published file holds it: lists over time steps, in the order in which sampling visits
-    them.
+    """A calibration set in the structure of the published file.
+
+    The lists are over time steps, in the order in which sampling visits them.
 
     Attributes:
         xs: x_t, [N, C, H, W] for each time step.
         ts: the time of each sample, [N] for each time step.
-        cs: conditional contexts, [N, L, D] for each time step, of guided models only.
-        ucs: unconditional contexts, likewise.
+        cs: conditional contexts, [N, L, D] for each time step; None: the model is not guided.
+        ucs: unconditional contexts, [N, L, D] for each time step; None: the model is not guided.
     """
 
     xs: list[Tensor]
@@ -32,10 +33,14 @@ class CalibrationSet:
     ucs: list[Tensor] | None = None
 
     def select(self, num_timesteps: int, samples: int) -> "CalibrationData":
-        """Take `num_timesteps` time steps, spread evenly, and the first `samples` samples of each.
+        """Select time steps, spread evenly, and the first samples of each.
+
+        Args:
+            num_timesteps: the number of time steps.
+            samples: the number of samples of each time step.
 
         Raises:
-            CheckpointError: the set holds fewer.
+            CheckpointError: the set holds fewer time steps or samples.
         """
         if num_timesteps > len(self.ts):
             message = f" {num_timesteps}: the calibration set holds {len(self.ts)} time steps"
@@ -55,7 +60,7 @@ class CalibrationSet:
 
 
 def _spread(count: int, total: int) -> list[int]:
-    """`count` of `total` numbers, spread evenly up to the end, also if `count` does not divide `total`."""
+    """`count` indices below `total`, spread evenly up to the end, also if `count` does not divide `total`."""
     return [total * i // count for i in range(count)]
 
 
@@ -65,7 +70,7 @@ class CalibrationData:
 
     Attributes:
         inputs: the positional inputs of the network (x_t, t, contexts), each with the samples first.
-        trajectories: the number of the trajectory that each sample was taken from, [N]; None: no two belong together.
+        trajectories: the number of the trajectory that each sample comes from, [N]; None: each has its own trajectory.
         num_train: samples before this index are the training split, the others the validation split, which is never
             trained on. None: the data is not split, and all of it is for training.
     """
@@ -78,7 +83,7 @@ class CalibrationData:
         return len(self.inputs[0])
 
     def __getitem__(self, index: Tensor | slice) -> tuple[Tensor, ...]:
-        """Copies of some samples, which may be changed in place."""
+        """Copies of some samples. They may be changed in place."""
         return tuple(tensor[index].clone() if isinstance(index, slice) else tensor[index] for tensor in self.inputs)
 
     @property
@@ -101,31 +106,36 @@ class CalibrationData:
         return state_hash({str(number): tensor for number, tensor in enumerate(parts)})
 
     def split(self, fraction: float, seed: int) -> "CalibrationData":
-        """The samples in random order, with a training and a validation split.
+        """Shuffle the samples and divide them into a training and a validation split.
 
-        Whole trajectories go to the validation split: another time step of a trajectory, or the same one with another
-        condition, would tell about it.
+        The validation split consists of whole trajectories. Samples of one trajectory (its other time steps, or the
+        same time step with another condition) are too similar to judge one another.
 
         Args:
-            fraction: the share of the trajectories in the validation split; at least one trajectory is.
-            seed: seed of the order and of the choice.
+            fraction: the share of the trajectories in the validation split, 0 to 1. At least one trajectory is in it.
+            seed: seed of the order and of the choice of trajectories.
         """
         generator = torch.Generator().manual_seed(seed)
-        of_sample = torch.arange(len(self)) if self.trajectories is None else self.trajectories
-        if len(numbers := of_sample.unique()) < 2:
-            numbers = of_sample = torch.arange(len(self))
-        chosen = numbers[torch.randperm(len(numbers), generator=generator)][: max(1, int(len(numbers) * fraction))]
+        trajectories = torch.arange(len(self)) if self.trajectories is None else self.trajectories
+        if len(numbers := trajectories.unique()) < 2:
+            numbers = trajectories = torch.arange(len(self))
+        shuffled = numbers[torch.randperm(len(numbers), generator=generator)]
+        validation_numbers = shuffled[: max(1, int(len(numbers) * fraction))]
         order = torch.randperm(len(self), generator=generator)
-        validates = torch.isin(of_sample[order], chosen)
-        order = torch.cat([order[~validates], order[validates]])
-        return CalibrationData(self[order], of_sample[order], int((~validates).sum()))
+        is_validation = torch.isin(trajectories[order], validation_numbers)
+        order = torch.cat([order[~is_validation], order[is_validation]])
+        return CalibrationData(self[order], trajectories[order], int((~is_validation).sum()))
 
 
 def validate_num_timesteps(num_timesteps: int, evaluations: int) -> None:
-    """Check that a sampler makes enough steps.
+    """Check that a sampler makes enough steps for a calibration set.
+
+    Args:
+        num_timesteps: the number of time steps of the calibration set.
+        evaluations: the number of time steps at which the sampler evaluates the network.
 
     Raises:
-        ConfigError: more time steps are asked for than the sampler evaluates the network at.
+        ConfigError: `num_timesteps` is larger than `evaluations`.
     """
     if num_timesteps > evaluations:
         message = f" {num_timesteps}: the sampler makes only {evaluations} steps"
@@ -133,14 +143,14 @@ def validate_num_timesteps(num_timesteps: int, evaluations: int) -> None:
 
 
 class Recorder:
-    """A sampler's callback that records x_t and t at some evaluations of the network.
+    """A callback of a sampler that records x_t and t at some evaluations of the network.
 
     Args:
-        num_timesteps: how many evaluations are recorded, spread evenly.
-        total: how many the sampler makes.
+        num_timesteps: the number of evaluations that are recorded, spread evenly.
+        total: the number of evaluations that the sampler makes.
 
     Raises:
-        ConfigError: the sampler makes fewer.
+        ConfigError: `num_timesteps` is larger than `total`.
     """
 
     def __init__(self, num_timesteps: int, total: int) -> None:
@@ -164,13 +174,13 @@ def generate(
     samples: int,
     batch_size: int,
 ) -> CalibrationSet:
-    """Draw a calibration set: run the full-precision sampler and record some of its evaluations.
+    """Generate a calibration set: run the full-precision sampler and record some of its evaluations.
 
     Args:
-        run_sampler: samples the images of the given indices and calls the callback at each evaluation.
-        num_timesteps: how many evaluations are recorded.
-        evaluations: how many the sampler makes for one image.
-        samples: how many images are sampled.
+        run_sampler: samples the images of the given indices and calls the recorder at each evaluation.
+        num_timesteps: the number of evaluations that are recorded.
+        evaluations: the number of evaluations that the sampler makes for one image.
+        samples: the number of images that are sampled.
         batch_size: images of one batch.
     """
     recorders = []
@@ -187,35 +197,36 @@ def generate(
 
 
 def save_set(path: str | Path, data: CalibrationSet) -> None:
-    """Write the published file, a dict of lists of tensors."""
+    """Write a calibration set to a published file, a dict of lists of tensors."""
     content = {"xs": data.xs, "ts": data.ts}
     if data.cs is not None and data.ucs is not None:
         content |= {"cs": data.cs, "ucs": data.ucs}
-    with atomic_write(path) as temporary, temporary.open("wb") as file:  # a path would leave its name inside
+    with (
+        atomic_write(path) as temporary,
+        temporary.open("wb") as file,
+    ):  # given a path, torch stores its name in the file
         torch.save(content, file)
 
 
 def load_set(path: str | Path, shape: Iterable[int], context_dim: int | None = None) -> CalibrationSet:
     """Read a calibration file and check it against the network.
 
-    Other layouts than the published one are read if they can mean one thing only (`qdiff.calibration.file_layouts`).
+    Files with another layout than the published one are read if the layout is unambiguous
+    (`qdiff.calibration.file_layouts`).
 
     Args:
         path: the file.
         shape: (C, H, W) of x_t.
-        context_dim: the width of the contexts that the network takes, with and without the condition; None: it takes
-            none.
+        context_dim: the width of the contexts of the network; None: the network takes no contexts.
 
     Raises:
-        CheckpointError: not a calibration set, damaged, ambiguous, or for another network.
+        CheckpointError: the file is not a calibration set, or it is damaged, ambiguous, or for another network.
     """
     content = load_object(path, arrays=True)
     if not isinstance(content, dict) or not {"xs", "ts"} <= set(content):
-        found = (
-            f"a dict with {', '.join(map(str, list(content)[:4]))}"
-            if isinstance(content, dict)
-            else type(content).__name__
-        )
+        found = type(content).__name__
+        if isinstance(content, dict):
+            found = f"a dict with {', '.join(map(str, list(content)[:4]))}"
         raise CheckpointError(f"{path}: expected a calibration set (a dict with xs and ts), found {found}")
     content = {name: content[name] for name in ("xs", "ts", "cs", "ucs") if content.get(name) is not None}
     expected = {"xs", "ts"} if context_dim is None else {"xs", "ts", "cs", "ucs"}
@@ -225,6 +236,6 @@ def load_set(path: str | Path, shape: Iterable[int], context_dim: int | None = N
             f"{path}: expected {', '.join(sorted(expected))} for {kind} network, found {', '.join(sorted(content))}"
         )
     layout = Layout(path, tuple(shape), context_dim)
-    parts = layout.lists(content)
-    layout.check(parts)
-    return CalibrationSet(parts["xs"], parts["ts"], parts.get("cs"), parts.get("ucs"))
+    entries = layout.read(content)
+    layout.validate(entries)
+    return CalibrationSet(entries["xs"], entries["ts"], entries.get("cs"), entries.get("ucs"))

@@ -1,4 +1,4 @@
-"""Checkpoints: reading any of them safely, and the two formats of a quantized network, published and packed."""
+"""Checkpoints: safe reading, and the two file formats of a quantized network, published and packed."""
 
 from qdiff.checkpoint.hashes import state_hash
 from qdiff.checkpoint.packed import (

@@ -1,4 +1,4 @@
-"""Hashes by which weights and rows are known; those of files are in `qdiff.utils.files`."""
+"""Hashes that identify weights and calibration samples. `qdiff.utils.files` has the hashes of files."""
 
 import hashlib
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def state_hash(state: Mapping[str, Tensor]) -> str:
-    """sha256 over names, types, shapes and bytes of a state dict, in order of the names."""
+    """The sha256 of a state dict: of the names, types, shapes and bytes of its tensors, in order of the names."""
     digest = hashlib.sha256()
     for name in sorted(state):
         digest.update(name.encode())
@@ -17,7 +17,7 @@ def state_hash(state: Mapping[str, Tensor]) -> str:
 
 
 def tensor_hash(tensor: Tensor) -> str:
-    """sha256 of a tensor's type, shape and bytes."""
+    """The sha256 of the type, the shape and the bytes of a tensor."""
     digest = hashlib.sha256(f"{tensor.dtype}{list(tensor.shape)}".encode())
     digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

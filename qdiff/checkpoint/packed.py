@@ -1,6 +1,6 @@
-"""The packed format: safetensors with the integers at their true width and a sha256 of every tensor.
+"""The packed format: a safetensors file with the integers at their true bit width and a sha256 of every tensor.
 
-The header has everything that is needed to rebuild the network.
+Its header holds all settings that are needed to rebuild the network.
 """
 
 import hashlib
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from qdiff.architecture import CUSTOM, family_names, find_architecture
 from qdiff.checkpoint.hashes import tensor_hash
 from qdiff.checkpoint.reading import (
-    check_finite,
-    existing,
+    existing_file,
     first_line,
     is_safetensors,
     open_safetensors,
+    validate_finite,
 )
 from qdiff.config import QuantConfig
 from qdiff.errors import CheckpointError, ConfigError
@@ -37,13 +37,14 @@ class PackedInfo:
     """The header of a packed file.
 
     Attributes:
-        family: the name of the network's family (`qdiff.architecture`); `custom` for networks of `qdiff.quantize`.
-        unet_config: the network's configuration, for the family's `make_unet`; of a custom network its `QuantPlan`.
+        family: the family of the network (`qdiff.architecture`); `custom` for networks of `qdiff.quantize`.
+        unet_config: the configuration of the network, for `make_unet` of its family; for a custom network its
+            `QuantPlan`.
         config: the number formats.
         calibration: how the network was calibrated.
         source_sha256: the hash of the full-precision weights (`state_hash`).
-        model_parts: for a latent model, the file beside this one that holds the first stage and the conditioner:
-            {"file", "sha256"}.
+        model_parts: for a latent model, the name ("file") and the hash ("sha256") of the file beside this one that
+            holds the first stage and the conditioner; None: the model has no such parts.
     """
 
     family: str
@@ -62,7 +63,7 @@ def pack_integers(values: Tensor, n_bits: int) -> Tensor:
         n_bits: their width, 2 to 16.
 
     Returns:
-        A little-endian bit stream: uint8 [ceil(N * n_bits / 8)].
+        A little-endian bit stream, uint8 [ceil(N * n_bits / 8)].
     """
     flat = values.reshape(-1).to(torch.int32)
     if n_bits == 8:
@@ -86,7 +87,7 @@ def unpack_integers(packed: Tensor, n_bits: int, shape: Iterable[int]) -> Tensor
         shape: their shape.
 
     Returns:
-        uint8 up to 8 bits, int32 above, of `shape`.
+        The integers, as uint8 up to 8 bits and as int32 above.
     """
     shape = tuple(shape)
     count = torch.Size(shape).numel()
@@ -104,20 +105,21 @@ def unpack_integers(packed: Tensor, n_bits: int, shape: Iterable[int]) -> Tensor
 
 
 def save_packed(path: str | Path, model: nn.Module, info: PackedInfo) -> None:
-    """Write the packed format: integers at their true width, scales, and the rest in float32.
+    """Write the packed format: integers at their true width, scales and zero points, and the parameters in float32.
 
     Args:
         path: the file to write.
-        model: the quantized network, not on an engine.
+        model: the quantized network; no engine was applied to it.
         info: its header.
 
     Raises:
         WriteError: the file cannot be written.
     """
-    tensors = {name: p.detach().float() for name, p in model.named_parameters()} | _other_buffers(model)
-    for path_of_layer, layer in quant_layers(model).items():
+    tensors = {name: parameter.detach().float() for name, parameter in model.named_parameters()}
+    tensors |= _other_buffers(model)
+    for layer_path, layer in quant_layers(model).items():
         for name, quantizer in layer.named_weight_quantizers():
-            stem = f"{path_of_layer}.{name}"
+            stem = f"{layer_path}.{name}"
             tensors[f"{stem}.integers"] = pack_integers(quantizer.integers.cpu(), quantizer.n_bits)
             tensors[f"{stem}.delta"] = quantizer.scale.flatten()
             tensors[f"{stem}.zero_point"] = _small_integers(quantizer.zero_point.flatten())
@@ -143,11 +145,11 @@ def save_packed(path: str | Path, model: nn.Module, info: PackedInfo) -> None:
 
 
 def _other_buffers(model: nn.Module, every_path: bool = False) -> dict[str, Tensor]:
-    """The persistent buffers of a network that are not those of quantizers, such as the statistics of batch norms.
+    """The persistent buffers of a network except those of quantizers, such as the statistics of batch norms.
 
     Args:
         model: the network.
-        every_path: list a buffer that stands at several paths under each of them, not under the first alone.
+        every_path: list a buffer that stands at several paths under each of them, not only under the first.
     """
     modules = model.named_modules(remove_duplicate=False)
     quantizers = tuple(f"{path}." for path, module in modules if isinstance(module, Quantizer))
@@ -157,12 +159,13 @@ def _other_buffers(model: nn.Module, every_path: bool = False) -> dict[str, Tens
 
 
 def _header_hash(header: Mapping[str, Any]) -> str:
+    """The sha256 of the header without the hash itself."""
     content = {key: value for key, value in header.items() if key != "header_sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _small_integers(values: Tensor) -> Tensor:
-    """Zero points as int16 if they fit (they are whole numbers), else as they are."""
+    """Convert zero points, which are whole numbers, to int16 if they fit."""
     return values.to(torch.int16) if values.abs().max() < 2**15 else values
 
 
@@ -171,9 +174,9 @@ class PackedFile:
     """A packed file whose header has been read and checked.
 
     Attributes:
-        path: where it is.
+        path: the file.
         info: its header.
-        hashes: the sha256 of every tensor.
+        hashes: the sha256 of every tensor, by name.
     """
 
     path: Path
@@ -182,24 +185,25 @@ class PackedFile:
 
     @classmethod
     def find(cls, path: str | Path) -> "PackedFile | None":
-        """Open a file if it is a packed one; None for files of other formats.
+        """Open a packed file; None for a file of another format.
 
         Raises:
-            CheckpointError: no such file, damaged, or a packed file of another version or of an unknown family.
+            CheckpointError: the file is missing or damaged, or it is a packed file of another version or of an unknown
+                family.
         """
-        path = existing(path)
+        path = existing_file(path)
         if not is_safetensors(path):
             return None
         with open_safetensors(path) as file:
-            text = (file.metadata() or {}).get("qdiff")
-        return None if text is None else cls._from_header(path, text)
+            header = (file.metadata() or {}).get("qdiff")
+        return None if header is None else cls._from_header(path, header)
 
     @classmethod
     def open(cls, path: str | Path) -> "PackedFile":
         """Open a packed file.
 
         Raises:
-            CheckpointError: as `find`; a file of another format.
+            CheckpointError: see `find`; also if the file has another format.
         """
         if (packed := cls.find(path)) is not None:
             return packed
@@ -207,9 +211,10 @@ class PackedFile:
         raise CheckpointError(f"{path}: {kind}not a packed quantized checkpoint")
 
     @classmethod
-    def _from_header(cls, path: Path, text: str) -> "PackedFile":
+    def _from_header(cls, path: Path, header_json: str) -> "PackedFile":
+        """Parse and check the header of the file at `path`."""
         try:
-            header = json.loads(text)
+            header = json.loads(header_json)
             if header["format"] != "qdiff-packed" or header["version"] != PACKED_VERSION:
                 raise CheckpointError(
                     f"{path}: format {header['format']} version {header['version']}: "
@@ -235,10 +240,15 @@ class PackedFile:
         return packed
 
     def check(self, family: str, unet_config: Mapping[str, Any], quant: QuantConfig) -> None:
-        """Compare the header with the network and the number formats that are wanted.
+        """Compare the header with the expected network and number formats.
+
+        Args:
+            family: the family of the network.
+            unet_config: the configuration of the network.
+            quant: the number formats.
 
         Raises:
-            CheckpointError: another family or network, or other formats; both values are named.
+            CheckpointError: the file holds another network, or has other formats. The message has both values.
         """
         info, path = self.info, self.path
         if info.family != family:
@@ -252,37 +262,39 @@ class PackedFile:
         if quant.quant_mode == "linear" != info.config.quant_mode:
             raise CheckpointError(" linear: its rounding was learned", field="quant_mode", where=f"{path}: ")
         for name in ["weight_bit", "split"] + (["act_bit", "a_sym", "sm_abit"] if quant.quant_act else []):
-            found, given = getattr(info.config, name), getattr(quant, name)
-            if found != given:
-                message = f": the file has {found}, called with {given}"
+            in_file, given = getattr(info.config, name), getattr(quant, name)
+            if in_file != given:
+                message = f": the file has {in_file}, called with {given}"
                 raise CheckpointError(message, field=name, where=f"{path}: ")
 
     def network(self, activations: bool | None = None, model: nn.Module | None = None) -> nn.Module:
-        """The quantized network; every tensor is checked against its sha256.
+        """Load the quantized network. Every tensor is checked against its sha256.
 
         Args:
-            activations: quantize activations; None: as the network was calibrated. A file with activation scales serves
-                weights-only networks too.
-            model: the full-precision network of a custom file: its structure is used, its parameters are not.
+            activations: quantize activations; None: as the network was calibrated. False is possible for a file with
+                activation scales too.
+            model: the full-precision network of a custom file. Its structure is used, its parameters are not.
 
         Raises:
-            CheckpointError: damaged, activations asked of a weights-only file, or `model` is another network.
-            ConfigError: `model` is missing, or given for a file that does not need it.
+            CheckpointError: the file is damaged, `activations` is True and the file has weights only, or `model` is
+                another network.
+            ConfigError: `model` is missing, or is given for a file that does not need it.
         """
         activations = self.info.config.quant_act if activations is None else activations
         if activations and not self.info.config.quant_act:
             raise CheckpointError(
-                f"{self.path}: activations were asked for, but the file holds no activation step sizes (weights only)"
+                f"{self.path}: activations were asked for, but the file holds no activation scales (weights only)"
             )
         wrapped = self._wrapped(model)
         tensors = self._tensors()
-        _check_tensors(wrapped, tensors, self.info.config.quant_act, self.path)
-        _fill(wrapped, tensors, self.info.config.quant_act)
+        _validate_tensors(wrapped, tensors, self.info.config.quant_act, self.path)
+        _assign_tensors(wrapped, tensors, self.info.config.quant_act)
         enable_activations(wrapped, activations)
         remember_info(wrapped, replace(self.info, config=replace(self.info.config, quant_act=activations)))
         return wrapped
 
     def _wrapped(self, model: nn.Module | None) -> nn.Module:
+        """The quantized form of the network, without the values of the file."""
         info = self.info
         if info.family != CUSTOM:
             if model is not None:
@@ -303,6 +315,7 @@ class PackedFile:
             raise CheckpointError(f"{self.path}: model is another network ({first_line(error)})") from None
 
     def _tensors(self) -> dict[str, Tensor]:
+        """The tensors of the file, checked against their hashes and for finite values."""
         with open_safetensors(self.path) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if set(tensors) != set(self.hashes):
@@ -310,14 +323,14 @@ class PackedFile:
         for name, tensor in tensors.items():
             if tensor_hash(tensor)[:32] != self.hashes[name]:
                 raise CheckpointError(f"{self.path}: damaged: {name} does not match its sha256")
-        check_finite(self.path, tensors)
+        validate_finite(self.path, tensors)
         return tensors
 
     def model_parts_file(self) -> Path:
         """The file that holds the first stage and the conditioner, checked against its sha256.
 
         Raises:
-            CheckpointError: none is named, or it is missing or another one.
+            CheckpointError: the header names no file, or the file is missing or has another hash.
         """
         parts = self.info.model_parts
         if not parts:
@@ -334,7 +347,7 @@ class PackedFile:
 
 def remember_info(network: nn.Module, info: PackedInfo) -> None:
     """Attach the header to a quantized network, so that `qdiff.save` can write it."""
-    network.packed_info = info  # type: ignore[assignment]  # a plain attribute, which copies of the network share
+    network.packed_info = info  # type: ignore[assignment]  # a plain attribute; copies of the network share it
 
 
 def remembered_info(network: nn.Module) -> PackedInfo | None:
@@ -343,12 +356,12 @@ def remembered_info(network: nn.Module) -> PackedInfo | None:
 
 
 def _comparable(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Lists as tuples, so that a configuration read from JSON compares with one from code."""
+    """Convert lists to tuples, so that a configuration from JSON can be compared with one from code."""
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
 def load_packed(path: str | Path, activations: bool | None = None) -> tuple[nn.Module, PackedInfo]:
-    """A quantized network from a packed file alone, and its header; see `PackedFile.network`."""
+    """Load a quantized network and its header from a packed file; see `PackedFile.network`."""
     network = PackedFile.open(path).network(activations)
     info = remembered_info(network)
     assert info is not None  # attached by `PackedFile.network`
@@ -356,27 +369,30 @@ def load_packed(path: str | Path, activations: bool | None = None) -> tuple[nn.M
 
 
 def _names_in_file(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """From the name of each parameter and each other buffer of a network to its name in the file.
+    """The name in the file of each parameter and of each buffer that no quantizer has, by its name in `model`.
 
-    A file holds a tensor that stands at several paths once, under the first one.
+    A file holds a tensor that stands at several paths once, under the first of them.
     """
     names: dict[str, str] = {}
-    first: dict[int, str] = {}
+    first_names: dict[int, str] = {}
     parameters = model.named_parameters(remove_duplicate=False)
     for name, tensor in [*parameters, *_other_buffers(model, every_path=True).items()]:
-        shared = first.setdefault(id(tensor), name)
-        names[name] = name if name in tensors else shared
+        first_name = first_names.setdefault(id(tensor), name)
+        names[name] = name if name in tensors else first_name
     return names
 
 
-def _check_tensors(model: nn.Module, tensors: Mapping[str, Tensor], activations: bool, path: Path) -> None:
-    """CheckpointError unless the file holds exactly the tensors of the network, in their shapes.
+def _validate_tensors(model: nn.Module, tensors: Mapping[str, Tensor], activations: bool, path: Path) -> None:
+    """Check that the file holds exactly the tensors of the network, in their shapes.
 
     Args:
         model: the network.
-        tensors: what the file holds.
+        tensors: the tensors of the file.
         activations: the file holds activation scales.
         path: the file, for messages.
+
+    Raises:
+        CheckpointError: a tensor is missing or unknown, or has another shape.
     """
     own = dict(model.named_parameters(remove_duplicate=False)) | _other_buffers(model, every_path=True)
     names = _names_in_file(model, tensors)
@@ -398,18 +414,20 @@ def _check_tensors(model: nn.Module, tensors: Mapping[str, Tensor], activations:
 
 
 def _qparam_names(stem: str) -> tuple[str, str]:
+    """The names in a file of the scale and the zero point of a quantizer."""
     return f"{stem}.delta", f"{stem}.zero_point"
 
 
-def _fill(model: nn.Module, tensors: Mapping[str, Tensor], activations: bool) -> None:
+def _assign_tensors(model: nn.Module, tensors: Mapping[str, Tensor], activations: bool) -> None:
+    """Assign the tensors of a packed file to the network. Without activation scales, the network gets NaN for them."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     values: dict[str, Tensor] = {}
-    for name, stored in _names_in_file(model, tensors).items():
-        if stored not in values:
-            is_parameter = name in parameters
-            values[stored] = nn.Parameter(tensors[stored], requires_grad=False) if is_parameter else tensors[stored]
+    for name, name_in_file in _names_in_file(model, tensors).items():
+        if name_in_file not in values:
+            tensor = tensors[name_in_file]
+            values[name_in_file] = nn.Parameter(tensor, requires_grad=False) if name in parameters else tensor
         parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, values[stored])
+        setattr(model.get_submodule(parent), attribute, values[name_in_file])
     for path, layer in quant_layers(model).items():
         integers = []
         for name, quantizer in layer.named_weight_quantizers():

@@ -1,7 +1,7 @@
-"""The published format: `torch.save` of the quantized network's state, prefix `model.`, weights in full precision
-with alphas.
+"""The published format: the state dict of a quantized network, written by `torch.save`.
 
-Bit widths are not stored; they are inferred where possible and compared with the settings given.
+Its names have the prefix `model.`. It holds full-precision weights, and the alphas that decide how they are rounded.
+Bit widths are not stored; they are inferred if possible, and compared with the settings given.
 """
 
 import logging
@@ -17,12 +17,12 @@ from qdiff import quantizers as Q
 from qdiff.architecture import Architecture
 from qdiff.checkpoint.reading import (
     assign_parameters,
-    check_finite,
-    check_keys,
-    has_acts,
+    describe_state,
+    has_activation_scales,
     has_split,
-    look_of,
     read_tensors,
+    validate_finite,
+    validate_keys,
 )
 from qdiff.config import QuantConfig
 from qdiff.errors import CheckpointError
@@ -35,25 +35,25 @@ PREFIX = "model."
 
 
 def published_names(model: nn.Module, architecture: Architecture) -> dict[str, str]:
-    """From the path of each quantizer of an attention matmul here to its name in a published file."""
+    """The name in a published file of each quantizer of an attention matmul, by its path in `model`."""
     names = {}
     for path, module in model.named_modules():
         for attribute, spec in architecture.attention_matmuls.get(type(module), {}).items():
             for operand in spec.operands:
-                inner = f"{path}.{attribute}.act_quantizer_{operand}"
-                names[inner] = f"{path}.act_quantizer_{operand}" if spec.on_block else inner
+                own_path = f"{path}.{attribute}.act_quantizer_{operand}"
+                names[own_path] = f"{path}.act_quantizer_{operand}" if spec.on_block else own_path
     return names
 
 
 def published_shapes(model: nn.Module, architecture: Architecture, activations: bool = True) -> dict[str, torch.Size]:
-    """Every key of the published file of a quantized network, with its shape.
+    """The names of all tensors in the published file of a quantized network, with their shapes.
 
     Args:
         model: the quantized network.
         architecture: its architecture.
-        activations: the file holds activation scales too.
+        activations: include the activation scales.
     """
-    shapes: dict[str, torch.Size] = {name: p.shape for name, p in model.named_parameters()}
+    shapes: dict[str, torch.Size] = {name: parameter.shape for name, parameter in model.named_parameters()}
     for path, layer in quant_layers(model).items():
         shapes[f"{path}.weight"] = layer.shape
         for name, quantizer in layer.named_weight_quantizers():
@@ -77,44 +77,50 @@ def save_published(
         path: the file to write.
         model: the quantized network.
         architecture: its architecture.
-        weights: the full-precision state dict of the network, because the file stores weights with alphas.
+        weights: the full-precision state dict of the network.
         activations: write the activation scales too.
 
     Raises:
-        CheckpointError: the network has timestep groups, which this format cannot hold, or the weights are those of
-            another network.
+        CheckpointError: the network has timestep groups, which this format cannot hold, or its integers are not a
+            rounding of `weights`.
     """
     if find_timestep_groups(model) is not None:
         raise CheckpointError(f"{path}: the published format holds one scale for all time steps, not timestep groups")
-    state: dict[str, Tensor] = {name: p.detach() for name, p in model.named_parameters()}
+    state: dict[str, Tensor] = {name: parameter.detach() for name, parameter in model.named_parameters()}
     for layer_path, layer in quant_layers(model).items():
         weight = weights[f"{layer_path}.weight"].detach().float().cpu()
         state[f"{layer_path}.weight"] = weight
         for (name, quantizer), part in zip(layer.named_weight_quantizers(), layer._parts(weight), strict=True):
             stem = f"{layer_path}.{name}"
-            scale, zero = quantizer.scale.cpu(), quantizer.zero_point.cpu()
+            scale, zero_point = quantizer.scale.cpu(), quantizer.zero_point.cpu()
             integers = quantizer.integers.cpu().float()
-            alpha = Q.alpha_from_integers(part, integers, scale, zero)
-            if not torch.equal(Q.hard_integers(part, alpha, scale, zero, quantizer.n_bits), integers):
+            alpha = Q.alpha_from_integers(part, integers, scale, zero_point)
+            if not torch.equal(Q.hard_integers(part, alpha, scale, zero_point, quantizer.n_bits), integers):
                 raise CheckpointError(
                     f"{path}: {layer_path}: its integers are not a rounding of the full-precision weights given"
                 )
             state[f"{stem}.alpha"] = alpha
-            state[f"{stem}.delta"], state[f"{stem}.zero_point"] = scale, zero
+            state[f"{stem}.delta"], state[f"{stem}.zero_point"] = scale, zero_point
     if activations:
         renamed = published_names(model, architecture)
         for name, act_quantizer in act_quantizers(model).items():
             stem = renamed.get(name, name)
             state[f"{stem}.delta"], state[f"{stem}.zero_point"] = act_quantizer.scale, act_quantizer.zero_point
-    with atomic_write(path) as temporary, temporary.open("wb") as file:  # a path would leave its name inside
+    with (
+        atomic_write(path) as temporary,
+        temporary.open("wb") as file,
+    ):  # given a path, torch stores its name in the file
         torch.save({PREFIX + name: tensor.cpu().contiguous() for name, tensor in state.items()}, file)
 
 
 def midpoint_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Stand-ins for lost full-precision weights: the middle of each rounding interval."""
+    """Substitutes for full-precision weights that are not available: the middle of each rounding interval."""
     weights = {}
     for name, layer in quant_layers(model).items():
-        parts = [(q.integers.float() - q.zero_point + 0.5) * q.scale for q in layer.weight_quantizers]
+        parts = [
+            (quantizer.integers.float() - quantizer.zero_point + 0.5) * quantizer.scale
+            for quantizer in layer.weight_quantizers
+        ]
         weights[f"{name}.weight"] = torch.cat(parts, dim=1)
     return weights
 
@@ -122,39 +128,41 @@ def midpoint_weights(model: nn.Module) -> dict[str, Tensor]:
 def load_published(
     path: str | Path, unet_config: Mapping[str, Any], architecture: Architecture, config: QuantConfig
 ) -> nn.Module:
-    """A quantized network from a published file: without a forward pass, random data or a second copy of the weights.
+    """Load a quantized network from a published file, without a forward pass or a second copy of the weights.
 
     Args:
         path: the file.
-        unet_config: the network's configuration, for `architecture.make_unet`.
+        unet_config: the configuration of the network, for `architecture.make_unet`.
         architecture: its architecture.
-        config: the number formats given; they are compared with what the file shows of itself.
+        config: the number formats. They are compared with those that can be inferred from the file.
 
     Raises:
-        CheckpointError: another network, split or not, other widths or symmetry, or damaged.
+        CheckpointError: the file is damaged, holds another network, or has other bit widths, another symmetry or
+            another split than `config`.
     """
     state = read_tensors(path)
-    _check_split(path, state, config)
-    activations = has_acts(state)
+    _validate_split(path, state, config)
+    activations = has_activation_scales(state)
     if config.quant_act and not activations:
-        message = " was given, but the file holds no activation step sizes (weights only)"
+        message = " was given, but the file holds no activation scales (weights only)"
         raise CheckpointError(message, field="quant_act", where=f"{path}: ")
     with torch.device("meta"):
         model = quantize_model(architecture.make_unet(dict(unet_config)), architecture, config)
-    check_keys(published_shapes(model, architecture, activations), state, path)
-    check_finite(path, state)
-    _check_steps(path, state)
-    _check_weight_bits(path, model, state, config.weight_bit)
+    validate_keys(published_shapes(model, architecture, activations), state, path)
+    validate_finite(path, state)
+    _validate_scales(path, state)
+    _validate_weight_bits(path, model, state, config.weight_bit)
     if config.quant_act:
-        _check_activations(path, architecture, state, config)
-    _fill_published(model, architecture, state, activations)
+        _validate_activations(path, architecture, state, config)
+    _assign_published(model, architecture, state, activations)
     enable_activations(model, config.quant_act)
     return model
 
 
-def _fill_published(
+def _assign_published(
     model: nn.Module, architecture: Architecture, state: Mapping[str, Tensor], activations: bool
 ) -> None:
+    """Assign the tensors of a published file to the quantized network, with each weight rounded to its integer."""
     parameters = {name: state[PREFIX + name].float().clone() for name, _ in model.named_parameters()}
     assign_parameters(model, parameters)
     for path, layer in quant_layers(model).items():
@@ -162,9 +170,10 @@ def _fill_published(
         weight = state[f"{PREFIX}{path}.weight"].float()
         for (name, quantizer), part in zip(layer.named_weight_quantizers(), layer._parts(weight), strict=True):
             stem = f"{PREFIX}{path}.{name}"
-            scale, zero = state[f"{stem}.delta"].float().clone(), state[f"{stem}.zero_point"].float().clone()
-            quantizer.scale, quantizer.zero_point = scale, zero
-            integers.append(Q.hard_integers(part, state[f"{stem}.alpha"].float(), scale, zero, quantizer.n_bits))
+            scale, zero_point = state[f"{stem}.delta"].float().clone(), state[f"{stem}.zero_point"].float().clone()
+            quantizer.scale, quantizer.zero_point = scale, zero_point
+            alpha = state[f"{stem}.alpha"].float()
+            integers.append(Q.hard_integers(part, alpha, scale, zero_point, quantizer.n_bits))
         layer.set_integers(integers)
     renamed = published_names(model, architecture)
     for path, act_quantizer in act_quantizers(model).items():
@@ -173,35 +182,37 @@ def _fill_published(
         act_quantizer.zero_point = state[f"{stem}.zero_point"].float().clone() if activations else torch.tensor(0.0)
 
 
-def _check_split(path: str | Path, state: Mapping[str, Tensor], config: QuantConfig) -> None:
+def _validate_split(path: str | Path, state: Mapping[str, Tensor], config: QuantConfig) -> None:
+    """Raise CheckpointError if shortcuts are split in the file and not in `config`, or the other way round."""
     if has_split(state) != config.split and any(".weight_quantizer." in key for key in state):
-        given, file = ("with", "without") if config.split else ("without", "with")
-        message = f" mismatch: called {given} it, but the file was made {file} it; {look_of(state)}"
+        given, stored = ("with", "without") if config.split else ("without", "with")
+        message = f" mismatch: called {given} it, but the file was written {stored} it; {describe_state(state)}"
         raise CheckpointError(message, field="split", where=f"{path}: ")
 
 
-def _check_steps(path: str | Path, state: Mapping[str, Tensor]) -> None:
+def _validate_scales(path: str | Path, state: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError for a scale of zero."""
     for name, tensor in state.items():
         if name.endswith(".delta") and (tensor == 0).any():
-            raise CheckpointError(f"{path}: damaged: {name} holds a step size of zero")
+            raise CheckpointError(f"{path}: damaged: {name} holds a scale of zero")
 
 
 def infer_weight_bits(model: nn.Module, state: Mapping[str, Tensor]) -> int | None:
-    """The width whose grid the scales were made for; None if they do not show it.
+    """Infer the bit width of the weights from their scales; None if the scales do not show it.
 
-    Per channel (max w - min w) / scale is (2^b - 1) / f with a shrink factor f in [0.21, 1] that is near 1 for some
-    channel of most tensors; the least ratio of each tensor votes.
+    For each channel (max w - min w) / scale is (2^b - 1) / f, with a shrink factor f in [0.21, 1]. In most tensors f is
+    near 1 for some channel, so the smallest ratio of each tensor votes for a width.
     """
     votes: list[int] = []
     for path, layer in quant_layers(model).items():
         weight = state[f"{PREFIX}{path}.weight"].float()
         for (name, _), part in zip(layer.named_weight_quantizers(), layer._parts(weight), strict=True):
-            rows, scale = part.flatten(1), state[f"{PREFIX}{path}.{name}.delta"].flatten()
-            ratio = ((rows.amax(1) - rows.amin(1)) / scale)[scale > 10 * Q.MIN_SCALE]
+            channels, scale = part.flatten(1), state[f"{PREFIX}{path}.{name}.delta"].flatten()
+            ratio = ((channels.amax(1) - channels.amin(1)) / scale)[scale > 10 * Q.MIN_SCALE]
             if len(ratio) == 0 or ratio.min() <= 0:
                 continue
             n_bits = round(torch.log2(ratio.min() + 1).item())
-            # the shrink that gives this ratio must be one that the search can choose, and not a rare one
+            # the search must be able to choose the shrink factor of this ratio, and must choose it often
             if 0.98 <= ratio.min().item() / (2**n_bits - 1) <= 1.4:
                 votes.append(n_bits)
     total = sum(len(layer.weight_quantizers) for layer in quant_layers(model).values())
@@ -211,54 +222,66 @@ def infer_weight_bits(model: nn.Module, state: Mapping[str, Tensor]) -> int | No
     return winner if votes.count(winner) > 0.8 * total else None
 
 
-def _check_weight_bits(path: str | Path, model: nn.Module, state: Mapping[str, Tensor], weight_bit: int) -> None:
-    found = infer_weight_bits(model, state)
-    if found is None:
+def _validate_weight_bits(path: str | Path, model: nn.Module, state: Mapping[str, Tensor], weight_bit: int) -> None:
+    """Raise CheckpointError if the scales of the weights show another width; warn if they do not show any."""
+    inferred = infer_weight_bits(model, state)
+    if inferred is None:
         log.warning("%s: it does not show the width of its weights: %d bits are taken as given", path, weight_bit)
-    elif found != weight_bit:
-        message = f" {weight_bit} was given, but the step sizes of the file are those of {found}-bit weights"
+    elif inferred != weight_bit:
+        message = f" {weight_bit} was given, but the scales of the file are those of {inferred}-bit weights"
         raise CheckpointError(message, field="weight_bit", where=f"{path}: ")
 
 
 def infer_act_bits(architecture: Architecture, state: Mapping[str, Tensor]) -> int | None:
-    """The width of asymmetric activations; None if nothing in the file shows it.
+    """Infer the bit width of asymmetric activations from their zero points; None if the file does not show it.
 
-    x_t and the q and k of attention are symmetric about 0, so their zero points lie near 2^(b - 1), and b is the
-    width nearest to their median. Symmetric activations have zero points of 0 at every width.
+    x_t and the q and k of attention are distributed symmetrically about 0, so their zero points lie near 2^(b - 1).
+    The width b follows from their median. Symmetric quantization has zero points of 0 at every width.
     """
     names = {f".{architecture.input_layer}.act_quantizer.zero_point"} if architecture.input_layer else set()
     for specs in architecture.attention_matmuls.values():
         for spec in specs.values():
             names |= {f".act_quantizer_{operand}.zero_point" for operand in spec.operands if operand in ("q", "k")}
-    zeros = [float(tensor) for name, tensor in state.items() if name.endswith(tuple(names))]
-    if not zeros or not any(zeros):
+    zero_points = [float(tensor) for name, tensor in state.items() if name.endswith(tuple(names))]
+    if not zero_points or not any(zero_points):
         return None
-    # the middle of a 2-bit grid is 1.5, so that 1 is a zero point of 2 bits too
-    return max(2, round(math.log2(max(1.0, float(torch.tensor(zeros).median())))) + 1)
+    # the middle of a 2-bit grid is 1.5, so a zero point of 1 means 2 bits too
+    return max(2, round(math.log2(max(1.0, float(torch.tensor(zero_points).median())))) + 1)
 
 
-def _check_activations(
+def _validate_activations(
     path: str | Path, architecture: Architecture, state: Mapping[str, Tensor], config: QuantConfig
 ) -> None:
-    zeros = [tensor for name, tensor in state.items() if ".act_quantizer" in name and name.endswith(".zero_point")]
-    symmetric = all(bool((zero == 0).all()) for zero in zeros)
+    """Raise CheckpointError if the file shows another symmetry or other widths of activations than `config`."""
+    suffix = ".zero_point"
+    zero_points = [tensor for name, tensor in state.items() if ".act_quantizer" in name and name.endswith(suffix)]
+    symmetric = all(bool((zero_point == 0).all()) for zero_point in zero_points)
     if symmetric != config.a_sym:
-        given, file = ("with", "asymmetric") if config.a_sym else ("without", "symmetric")
-        message = f" mismatch: called {given} it, but the activations of the file are {file}"
+        given, stored = ("with", "asymmetric") if config.a_sym else ("without", "symmetric")
+        message = f" mismatch: called {given} it, but the activations of the file are {stored}"
         raise CheckpointError(message, field="a_sym", where=f"{path}: ")
-    found = infer_act_bits(architecture, state)
-    if found is None:
+    inferred = infer_act_bits(architecture, state)
+    if inferred is None:
         message = "%s: it does not show the width of its activations: %d bits are taken as given"
         log.warning(message, path, config.act_bit)
-    elif found != config.act_bit:
-        message = f" {config.act_bit} was given, but the activation zero points of the file are those of {found} bits"
+    elif inferred != config.act_bit:
+        message = (
+            f" {config.act_bit} was given, but the activation zero points of the file are those of {inferred} bits"
+        )
         raise CheckpointError(message, field="act_bit", where=f"{path}: ")
-    steps = [float(t) for name, t in state.items() if name.endswith(".act_quantizer_w.delta")]
-    # A probability is at most 1. At 16 bits no step exceeds 1 / 32767; at 8 bits, steps that are all below this would
-    # mean that no attention weight ever exceeds 0.008.
-    if steps and config.sm_abit == 16 and max(steps) > 2 / 32767:
-        message = f" 16 was given, but a softmax step size of {max(steps):.2g} is too coarse for 16 bits"
+    _validate_softmax_bits(path, state, config.sm_abit)
+
+
+def _validate_softmax_bits(path: str | Path, state: Mapping[str, Tensor], sm_abit: int) -> None:
+    """Raise CheckpointError if the scales of attention probabilities do not fit `sm_abit` bits.
+
+    A probability is at most 1, so at 16 bits no scale exceeds 1 / 32767. At 8 bits, scales that are all below this
+    would mean that no attention probability ever exceeds 0.008.
+    """
+    scales = [float(tensor) for name, tensor in state.items() if name.endswith(".act_quantizer_w.delta")]
+    if scales and sm_abit == 16 and max(scales) > 2 / 32767:
+        message = f" 16 was given, but a softmax scale of {max(scales):.2g} is too coarse for 16 bits"
         raise CheckpointError(message, field="sm_abit", where=f"{path}: ")
-    if steps and config.sm_abit <= 8 and max(steps) <= 1 / 32767:
-        message = f" {config.sm_abit} was given, but softmax step sizes of {max(steps):.2g} are those of 16 bits"
+    if scales and sm_abit <= 8 and max(scales) <= 1 / 32767:
+        message = f" {sm_abit} was given, but softmax scales of {max(scales):.2g} are those of 16 bits"
         raise CheckpointError(message, field="sm_abit", where=f"{path}: ")

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qdiff.checkpoint import read_tensors
-from qdiff.checkpoint.reading import check_finite
+from qdiff.checkpoint.reading import validate_finite
 from qdiff.errors import ConfigError
 from qdiff.utils.compat import make_torchvision_importable
 
@@ -44,7 +44,7 @@ class ClipScore:
         make_torchvision_importable()
         from transformers import CLIPModel, CLIPTokenizer
 
-        check_finite(folder / "model.safetensors", read_tensors(folder / "model.safetensors"))
+        validate_finite(folder / "model.safetensors", read_tensors(folder / "model.safetensors"))
         self.model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).to(device).eval()
         self.tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         self.device, self.total, self.count = device, 0.0, 0

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from qdiff.checkpoint import read_tensors
-from qdiff.checkpoint.reading import check_finite
+from qdiff.checkpoint.reading import validate_finite
 from qdiff.errors import ConfigError, NonFiniteError
 from qdiff.evaluation.images import Selected
 from qdiff.evaluation.lite0 import load_lite0, to_input, weights_file
@@ -95,7 +95,7 @@ def _inception(path: Path) -> nn.Module:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     # torch-fidelity unpickles any object, so make sure that the file holds only tensors
-    check_finite(path, read_tensors(path))
+    validate_finite(path, read_tensors(path))
     try:
         return FeatureExtractorInceptionV3(
             "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)

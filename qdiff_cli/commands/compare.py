@@ -1,4 +1,4 @@
-"""Compare quantized networks with full precision, and explain: a folder with tables, pictures and an `index.html`."""
+"""Compare quantized networks with full precision, and write a report with tables and pictures."""
 
 import csv
 import json
@@ -19,14 +19,14 @@ from qdiff.evaluation.explain import observe, plot_errors, plot_ranges, plot_sho
 from qdiff.evaluation.page import Page, markdown_table
 from qdiff.utils.files import atomic_write, check_writable, write_text
 from qdiff_cli.bundled import NAMES, folder_of, sampling_command
-from qdiff_cli.comparison import FULL, Comparison, compare, costs, save_rows
+from qdiff_cli.comparison import FULL, Comparison, compare, measure_costs, save_image_rows
 from qdiff_cli.options import DeviceOptions, Parser, add_device_options, positive, split_command
 from qdiff_cli.quantization import load_calibrated
 from qdiff_cli.runs import log_to
 from qdiff_cli.sampling_commands import parse_sampling_command
 from qdiff_cli.sampling_run import SamplingCommand, SamplingRun
 
-NEAREST_TIMESTEPS, NEAREST_SAMPLES = 20, 16  # of the baseline's ranges
+NEAREST_TIMESTEPS, NEAREST_SAMPLES = 20, 16  # size of the calibration set of nearest rounding
 HEADER = [
     *("setting", "size MB", "GMACs", "TBOPs", "eps error", "last x_t error", "PSNR dB", "SSIM"),
     *("perceptual (lite0)", "s/image", "MB"),
@@ -40,9 +40,9 @@ class CompareOptions:
     Attributes:
         command: the sampling command, in full precision.
         checkpoints: packed checkpoints of its model.
-        output: the folder to write.
-        images: images of each network.
-        nearest: compare nearest rounding too.
+        output: the folder of the report.
+        images: the number of images of each network.
+        nearest: compare with nearest rounding too.
     """
 
     command: SamplingCommand
@@ -53,43 +53,56 @@ class CompareOptions:
 
 
 def parse(argv: Sequence[str] | None) -> CompareOptions:
-    """The options of these words."""
-    own, words = split_command(argv)
+    """Parse the arguments of the command; None: those of this process."""
+    own_args, sampling_args = split_command(argv)
     parser = Parser((__doc__ or "").splitlines()[0])
-    help_text = "a bundled model with its checkpoints, instead of a sampling command"
+    help_text = "bundled model to compare with its checkpoints, instead of a sampling command"
     parser.add_argument("--bundled", choices=NAMES, help=help_text)
     parser.add_argument("--checkpoints", nargs="+", type=Path, default=[], help="packed checkpoints of the model")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="the folder to write")
-    parser.add_argument("--images", type=positive, default=16)
-    parser.add_argument("--no_nearest", action="store_true", help="leave nearest rounding out")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the report")
+    parser.add_argument("--images", type=positive, default=16, help="images of each network")
+    parser.add_argument("--no_nearest", action="store_true", help="do not compare with nearest rounding")
     add_device_options(parser)
-    args = parser.parse_args(own)
-    if bool(args.bundled) == bool(words):
+    args = parser.parse_args(own_args)
+    if bool(args.bundled) == bool(sampling_args):
         parser.error("expected either --bundled or a sampling command after --")
-    if words and not args.checkpoints:
+    if sampling_args and not args.checkpoints:
         parser.error("expected --checkpoints")
     device = args.make(DeviceOptions)
     if args.bundled:
         command = sampling_command(args.bundled, args.images).on(device.device, device.threads)
     else:
-        place = ["--device", device.device, "--threads", str(device.threads)]
-        command = parse_sampling_command([words[0], *place, *words[1:]])
+        device_args = ["--device", device.device, "--threads", str(device.threads)]
+        command = parse_sampling_command([sampling_args[0], *device_args, *sampling_args[1:]])
     if command.quantization.ptq:
         raise ConfigError(
             "expected a sampling command in full precision (without --ptq); the quantized networks are --checkpoints"
         )
-    own_files = [folder_of(args.bundled) / f"{kind}.safetensors" for kind in ("w8a8", "w4a8")] if args.bundled else []
-    checkpoints = tuple(args.checkpoints or own_files)
-    return CompareOptions(command, checkpoints, args.output, args.images, nearest=not args.no_nearest)
+    checkpoints = args.checkpoints
+    if args.bundled and not checkpoints:
+        checkpoints = [folder_of(args.bundled) / f"{bits}.safetensors" for bits in ("w8a8", "w4a8")]
+    return CompareOptions(command, tuple(checkpoints), args.output, args.images, nearest=not args.no_nearest)
 
 
 def label(quant: QuantConfig, activations: bool) -> str:
-    """What the report calls a network."""
+    """The name of a network in the report."""
     return f"W{quant.weight_bit}A{quant.act_bit if activations else 32}"
 
 
 def load_networks(run: SamplingRun, model: nn.Module, options: CompareOptions) -> dict[str, nn.Module]:
-    """Simulated networks by label: each checkpoint with and without activations, and nearest rounding."""
+    """Load simulated networks: each checkpoint with and without quantized activations, and nearest rounding.
+
+    Args:
+        run: the sampling run.
+        model: the full-precision network.
+        options: the options of compare.py.
+
+    Returns:
+        The networks by their names in the report.
+
+    Raises:
+        ConfigError: a checkpoint is not packed, or two checkpoints have the same bit widths.
+    """
     loaded: dict[str, tuple[QuantConfig, nn.Module]] = {}
     for path in options.checkpoints:
         packed = PackedFile.find(path)
@@ -99,7 +112,7 @@ def load_networks(run: SamplingRun, model: nn.Module, options: CompareOptions) -
         for activations in (False, True) if config.quant_act else (False,):
             name = label(config, activations)
             if name in loaded and not activations and config.quant_act:
-                continue  # weights of the same width with other activations: once is enough
+                continue  # another checkpoint has weights of the same width
             if name in loaded:
                 raise ConfigError(f"{path}: a second checkpoint for {name}")
             quant = replace(config, quant_act=activations)
@@ -116,11 +129,11 @@ def load_networks(run: SamplingRun, model: nn.Module, options: CompareOptions) -
     return networks
 
 
-def table_of(found: Comparison, cost: dict[str, Cost]) -> list[list[str]]:
+def table_rows(found: Comparison, costs: dict[str, Cost]) -> list[list[str]]:
     """The rows of the table, as text."""
     rows = []
-    for name, of_network in cost.items():
-        cells = [name, f"{of_network.size / 1e6:.2f}", f"{of_network.macs / 1e9:.3f}", f"{of_network.bops / 1e12:.4f}"]
+    for name, cost in costs.items():
+        cells = [name, f"{cost.size / 1e6:.2f}", f"{cost.macs / 1e9:.3f}", f"{cost.bops / 1e12:.4f}"]
         if name == FULL:
             cells += [""] * 5
         else:
@@ -133,22 +146,22 @@ def table_of(found: Comparison, cost: dict[str, Cost]) -> list[list[str]]:
 
 
 def write_report(
-    folder: Path, run: SamplingRun, model: nn.Module, quantized: nn.Module, found: Comparison, cost: dict[str, Cost]
+    folder: Path, run: SamplingRun, model: nn.Module, quantized: nn.Module, found: Comparison, costs: dict[str, Cost]
 ) -> list[list[str]]:
     """Write tables (Markdown, CSV, JSON), pictures and `index.html`.
 
     Args:
-        folder: where they go.
+        folder: the folder of the report.
         run: the sampling run.
         model: the full-precision network.
         quantized: the quantized network whose activations are shown.
         found: the comparison.
-        cost: the cost of each network.
+        costs: the cost of each network, by name.
 
     Returns:
         The rows of the table.
     """
-    rows = table_of(found, cost)
+    rows = table_rows(found, costs)
     write_text(folder / "table.md", f"{markdown_table(HEADER, rows)}\n\n{DEFINITION}\n")
     with atomic_write(folder / "table.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([HEADER, *rows])
@@ -157,7 +170,7 @@ def write_report(
             "eps": found.eps[name].per_step,
             "x": found.x[name].per_step,
             **asdict(found.similarity[name]),
-            **asdict(cost[name]),
+            **asdict(costs[name]),
         }
         for name in found.similarity
     }
@@ -170,7 +183,7 @@ def _write_page(
     folder: Path, run: SamplingRun, model: nn.Module, quantized: nn.Module, found: Comparison, rows: list[list[str]]
 ) -> None:
     """Write the pictures, and the page that shows them with the table."""
-    save_rows(folder / "images.png", found.images)
+    save_image_rows(folder / "images.png", found.images)
     plot_errors(found.eps, found.x, folder / "errors.png")
     num_steps = len(next(iter(found.eps.values())).per_step)
     batch = range(min(4, run.batch_size))
@@ -195,11 +208,11 @@ def _write_page(
     page.heading("The same noises")
     page.picture("images.png", "One row for each setting")
     page.heading("How errors grow along the trajectory")
-    words = "Left: every network on the full-precision x_t. Right: every network on its own trajectory."
-    page.picture("errors.png", words)
+    caption = "Left: every network on the full-precision x_t. Right: every network on its own trajectory."
+    page.picture("errors.png", caption)
     page.heading("Activations change over the time steps")
-    words = "Inputs of the layers whose ranges change most: a calibration set must hold all time steps"
-    page.picture("ranges.png", words)
+    caption = "Inputs of the layers whose ranges change most: a calibration set must hold all time steps"
+    page.picture("ranges.png", caption)
     if observed.shortcuts:
         plot_shortcuts(observed, folder / "shortcuts.png")
         page.heading("Two halves of a concatenated shortcut")
@@ -220,11 +233,11 @@ def main(argv: list[str] | None = None) -> None:
     log_to(None, verbose=False)
     model = run.load_full_precision()
     simulated = load_networks(run, model, options)
-    cost = costs(run, simulated)
+    costs = measure_costs(run, simulated)
     engine = run.options.engine
     networks = {name: apply_engine(network, engine) for name, network in simulated.items()}
     with torch.no_grad():
         found = compare(run, apply_engine(model, engine), networks, options.images)
-    rows = write_report(options.output, run, model, next(iter(simulated.values())), found, cost)
+    rows = write_report(options.output, run, model, next(iter(simulated.values())), found, costs)
     print(markdown_table(HEADER, rows), DEFINITION, sep="\n\n")
     print(f"{options.output / 'index.html'}")

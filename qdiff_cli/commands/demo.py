@@ -1,4 +1,4 @@
-"""The main job on the bundled models: the same noises in full precision and quantized, with pictures and tables."""
+"""Sample the bundled models from the same noises in full precision and quantized, with pictures and tables."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ from qdiff.evaluation.similarity import psnr, ssim
 from qdiff.evaluation.trajectory import Trajectories
 from qdiff.utils.files import check_writable
 from qdiff_cli.bundled import folder_of, sampling_command
-from qdiff_cli.comparison import FULL, save_rows
+from qdiff_cli.comparison import FULL, save_image_rows
 from qdiff_cli.options import DeviceOptions, Parser, add_device_options, positive
 from qdiff_cli.runs import log_to
 
 NEAREST = "W4A8 nearest"
 RECIPE = CalibrationConfig(num_timesteps=10, samples=8)
-ERROR_IMAGES = 4  # that the error along the trajectory is measured on
-COSTS = {"emoji64": 1, "emoji32": 2, "emoji64-text": 4}  # relative, of an image; the cheapest model comes first
+ERROR_IMAGES = 4  # the number of images for the error along the trajectory
+COSTS = {"emoji64": 1, "emoji32": 2, "emoji64-text": 4}  # relative time of an image; the fastest model comes first
 BAR = "{desc}{percentage:3.0f}%|{bar}| {elapsed} < {remaining}"
 NETWORKS = (FULL, "W8A8", "W4A8", NEAREST)
 
@@ -34,9 +34,9 @@ class DemoOptions:
     """The options of demo.py.
 
     Attributes:
-        output: the folder to write.
-        images: images of each network.
-        device: where the networks work.
+        output: the folder of the pictures.
+        images: the number of images of each network.
+        device: the device of the networks.
     """
 
     output: Path
@@ -45,17 +45,17 @@ class DemoOptions:
 
 
 def parse(argv: Sequence[str] | None) -> DemoOptions:
-    """The options of these words."""
+    """Parse the arguments of the command; None: those of this process."""
     parser = Parser((__doc__ or "").splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("demo_output"))
-    parser.add_argument("--images", type=positive, default=16)
+    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder of the pictures")
+    parser.add_argument("--images", type=positive, default=16, help="images of each network")
     add_device_options(parser)
     args = parser.parse_args(argv)
     return DemoOptions(args.output, args.images, args.make(DeviceOptions))
 
 
 class Demo:
-    """One model: a row of images for each network. A row joins the picture as soon as it is sampled.
+    """Samples a row of images with each network of a model. The picture shows a row as soon as it is sampled.
 
     Args:
         name: the bundled model.
@@ -77,18 +77,18 @@ class Demo:
 
     @property
     def cost(self) -> int:
-        """The cost of the whole model, in units of the progress bar."""
+        """The time for all images of the model, in units of the progress bar."""
         return COSTS[self.name] * self.run.total * len(NETWORKS)
 
     def network(self, name: str) -> nn.Module:
-        """One of `NETWORKS`, on its engine."""
+        """One of `NETWORKS`, with the fastest engine applied."""
         if name == FULL:
             return self.model
-        network = self.nearest_rounding() if name == NEAREST else PackedFile.open(self.files[name]).network()
+        network = self.calibrate_nearest() if name == NEAREST else PackedFile.open(self.files[name]).network()
         return apply_engine(network.to(self.run.device))
 
-    def nearest_rounding(self) -> nn.Module:
-        """The baseline in the number formats of the calibrated file, on a calibration set drawn here."""
+    def calibrate_nearest(self) -> nn.Module:
+        """Nearest rounding in the number formats of the calibrated file, with a calibration set that is generated."""
         quant = PackedFile.open(self.files["W4A8"]).info.config.linear()
         task = self.run.task
         data = task.make_calibration_set(self.model, RECIPE).select(RECIPE.num_timesteps, RECIPE.samples)
@@ -99,7 +99,7 @@ class Demo:
         return network
 
     def callback(self, remember: bool) -> Callable[[Tensor, Tensor, Tensor], None]:
-        """A callback of the sampler that moves the progress bar; with `remember` it keeps the trajectory."""
+        """A callback of the sampler that moves the progress bar. With `remember` it stores the trajectory."""
         share = COSTS[self.name] * self.run.total / self.run.task.evaluations
 
         def on_evaluation(x: Tensor, t: Tensor, eps: Tensor) -> None:
@@ -111,34 +111,34 @@ class Demo:
 
     @torch.no_grad()
     def eps_error(self, network: nn.Module) -> float:
-        """Mean relative error of eps along the full-precision trajectory of the first images."""
+        """The mean relative error of eps along the full-precision trajectory of the first images."""
         errors = Trajectories()
-        watch = errors.watch({"it": self.run.denoiser(network, range(min(ERROR_IMAGES, self.run.total)))})
+        watch = errors.watch({"network": self.run.denoiser(network, range(min(ERROR_IMAGES, self.run.total)))})
         for x, t, eps in self.states:
             watch(x, t, eps)
-        return errors.eps_errors()["it"].mean
+        return errors.eps_errors()["network"].mean
 
-    def line(self, name: str) -> str:
-        """Sample the row of a network and write the picture; the line of the table."""
+    def sample_row(self, name: str) -> str:
+        """Sample the images of a network, and write the picture. Returns the line of the table."""
         network, total = self.network(name), self.run.total
-        began = perf_counter()
+        started = perf_counter()
         self.images[name] = self.run.sample(network, range(total), self.callback(remember=name == FULL))
-        seconds = (perf_counter() - began) / total
-        save_rows(self.picture, self.images)
+        seconds = (perf_counter() - started) / total
+        save_image_rows(self.picture, self.images)
         size = self.files[name].stat().st_size / 1e6
         if name == FULL:
             return f"{name:14} {size:8.2f} {'':8} {'':7} {'':10} {seconds:8.2f}   (stored in half precision)"
-        found, reference = self.images[name], self.images[FULL]
-        likeness = f"{psnr(found, reference):8.1f} {ssim(found, reference):7.3f}"
-        return f"{name:14} {size:8.2f} {likeness} {self.eps_error(network):10.4f} {seconds:8.2f}"
+        images, reference = self.images[name], self.images[FULL]
+        similarity = f"{psnr(images, reference):8.1f} {ssim(images, reference):7.3f}"
+        return f"{name:14} {size:8.2f} {similarity} {self.eps_error(network):10.4f} {seconds:8.2f}"
 
-    def show(self) -> None:
-        """Sample all networks; write the picture and the table."""
+    def sample_all(self) -> None:
+        """Sample the images of all networks, and print the table."""
         self.progress.set_description(self.name)
         columns = f"{'':14} {'file MB':>8} {'PSNR dB':>8} {'SSIM':>7} {'eps error':>10} {'s/image':>8}"
         self.progress.write(f"\n{self.run.title}\n{columns}")
         for name in NETWORKS:
-            self.progress.write(self.line(name))
+            self.progress.write(self.sample_row(name))
         self.progress.write(f"{self.picture}: one row for each line of the table, the same {self.run.total} noises")
 
 
@@ -151,4 +151,4 @@ def main(argv: list[str] | None = None) -> None:
         demos = [Demo(name, options, progress) for name in COSTS]
         progress.total = sum(demo.cost for demo in demos)
         for demo in demos:
-            demo.show()
+            demo.sample_all()

@@ -1,4 +1,4 @@
-"""Evaluate images: FID, Inception score, KID, precision and recall, CLIP score, likeness to full precision."""
+"""Evaluate images: FID, Inception score, KID, precision and recall, CLIP score, similarity to full precision."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -30,10 +30,10 @@ class EvaluateOptions:
     """The options of evaluate.py.
 
     Attributes:
-        evaluation: what is evaluated and how.
-        source: the images; None: those of `command`.
-        command: the sampling command that makes the images; None: they are at `source`.
-        device: where the command works.
+        evaluation: how the images are evaluated.
+        source: the images; None: `command` samples them.
+        command: the sampling command for the images; None: they are at `source`.
+        device: the device of the networks.
     """
 
     evaluation: EvaluationConfig
@@ -43,21 +43,21 @@ class EvaluateOptions:
 
 
 def parse(argv: Sequence[str] | None) -> EvaluateOptions:
-    """The options of these words."""
-    own, words = split_command(argv)
+    """Parse the arguments of the command; None: those of this process."""
+    own_args, sampling_args = split_command(argv)
     parser = evaluation_parser((__doc__ or "").splitlines()[0])
-    args = parser.parse_args(own)
-    if bool(args.images) == bool(words):
+    args = parser.parse_args(own_args)
+    if bool(args.images) == bool(sampling_args):
         parser.error("expected either images or a sampling command after --")
     if args.prompts and not args.clip:
         parser.error("--prompts: expected --clip with it")
-    command = parse_sampling_command(words) if words else None
+    command = parse_sampling_command(sampling_args) if sampling_args else None
     if getattr(command, "skip_save", False):
         raise ConfigError("--skip_save: no images would be left to evaluate")
     return EvaluateOptions(args.make(EvaluationConfig), args.images, command, args.make(DeviceOptions))
 
 
-def show(figures: Mapping[str, Any]) -> str:
+def format_figures(figures: Mapping[str, Any]) -> str:
     """The figures as lines of text, with the note at the end."""
     lines = [f"{'images':12} {figures['count']}"]
     lines += [f"{name:12} {value:.6g}" for name, value in figures.items() if isinstance(value, float)]
@@ -65,11 +65,11 @@ def show(figures: Mapping[str, Any]) -> str:
 
 
 def sample(options: EvaluateOptions) -> str | Path:
-    """Where the images are, once they are sampled."""
+    """Sample the images if there is a sampling command. Returns where the images are."""
     if options.command is None:
         return options.source or ""
     run = options.command.make_run()
-    if not run.options.continue_run:  # which may find more images than are asked for
+    if not run.options.continue_run:  # a continued run may have more images than this command samples
         validate_count(options.evaluation, run.total)
     return run.execute()
 
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     validate_inputs(config)
     source = sample(options)
     log_to(None, verbose=False)
-    options.device.apply()  # the sampling command had threads of its own
+    options.device.apply()  # the sampling command has set its own number of threads
     files = getattr(open_images(source), "files", None)
     if config.npz and files is None:
         raise ConfigError(f"--npz: {source} is not a folder of images")
@@ -94,4 +94,4 @@ def main(argv: list[str] | None = None) -> None:
         save_npz(config.npz, files[: config.count])
     if config.output:
         write_text(config.output, json.dumps(figures, indent=1))
-    print(show(figures))
+    print(format_figures(figures))

@@ -41,7 +41,7 @@ EXPORT_RULES = (
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """The options of export.py; `parse` describes them."""
+    """The options of export.py. `parse` describes them."""
 
     config: Path
     output: Path
@@ -55,20 +55,18 @@ class ExportOptions:
 
 
 def parse(argv: Sequence[str] | None) -> ExportOptions:
-    """The options of these words, checked."""
+    """Parse and check the arguments of the command; None: those of this process."""
     parser = Parser((__doc__ or "").splitlines()[0])
     parser.add_argument("--config", type=project_file, required=True, help="YAML file of the model")
-    words = ".safetensors: packed; .pth: published; .onnx: ONNX"
-    parser.add_argument("-o", "--output", type=Path, required=True, help=words)
-    words = "the batch size that an ONNX network takes (default: any)"
-    parser.add_argument("--batch_size", type=positive, help=words)
+    help_text = "file to write; its suffix selects the format: .safetensors (packed), .pth (published), .onnx"
+    parser.add_argument("-o", "--output", type=Path, required=True, help=help_text)
+    parser.add_argument("--batch_size", type=positive, help="fixed batch size of an ONNX network (default: any)")
     for side, name in (("H", "height"), ("W", "width")):
-        words = f"the {name} in pixels of images of an ONNX network (default: any)"
-        parser.add_argument(f"--{side}", type=positive, help=words)
-    words = "take full-precision weights from the configuration's"
-    parser.add_argument("--use_pretrained", action="store_true", help=words)
-    words = "local full-precision checkpoint (.ckpt, .pth, .safetensors)"
-    parser.add_argument("--ckpt", type=project_file, help=words)
+        help_text = f"fixed {name} of the images of an ONNX network, in pixels (default: any)"
+        parser.add_argument(f"--{side}", type=positive, help=help_text)
+    help_text = "use the full-precision weights that the configuration names"
+    parser.add_argument("--use_pretrained", action="store_true", help=help_text)
+    parser.add_argument("--ckpt", type=project_file, help="local full-precision checkpoint (.ckpt, .pth, .safetensors)")
     add_quantization_options(parser)
     args = parser.parse_args(argv)
     if not args.cali_ckpt:
@@ -77,13 +75,13 @@ def parse(argv: Sequence[str] | None) -> ExportOptions:
         raise ConfigError(
             f"-o {args.output}: expected a name ending in .safetensors (packed), .pth (published) or .onnx"
         )
-    args.ptq = True  # a calibrated checkpoint is of a quantized network
+    args.ptq = True  # a calibrated checkpoint holds a quantized network
     args.validate(EXPORT_RULES)
     return args.make(ExportOptions, quantization=args.make(QuantizationOptions))
 
 
 def make_task(options: ExportOptions) -> QuantizationTask:
-    """The model of the YAML file; nothing is sampled with it."""
+    """The model of the YAML file. Its sampler is not used."""
     if not is_latent(options.config):
         pixel = load_pixel_config(options.config)
         return pixel_task(pixel, options.ckpt, PixelSampler(pixel, PixelSamplerConfig(), CPU), seed=0)
@@ -97,17 +95,17 @@ def make_task(options: ExportOptions) -> QuantizationTask:
 
 
 def example_inputs(options: ExportOptions, task: QuantizationTask) -> tuple[list[torch.Tensor], list[dict[int, str]]]:
-    """Inputs of the ONNX network: x, t and the context of a text model.
+    """Example inputs of the ONNX network: x, t and the context of a text model.
 
     Returns:
-        The tensors, and for each the names of the dimensions that may vary.
+        The tensors, and for each tensor the names of the dimensions that are not fixed.
 
     Raises:
-        ConfigError: --H and --W that the network cannot halve as often as it does.
+        ConfigError: the network cannot process images of the size --H, --W.
     """
     channels, size, _ = task.input_shape
     height, width = (size if side is None else input_size(options, task, side) for side in (options.H, options.W))
-    batch = options.batch_size or 2  # an example of one sample would fix the batch size
+    batch = options.batch_size or 2  # the export would fix the batch size at an example of 1
     inputs = [torch.randn(batch, channels, height, width), torch.full((batch,), 500.0)]
     names = [{0: "batch", 2: "height", 3: "width"}, {0: "batch"}]
     if task.context_dim is not None:
@@ -121,7 +119,11 @@ def example_inputs(options: ExportOptions, task: QuantizationTask) -> tuple[list
 
 
 def input_size(options: ExportOptions, task: QuantizationTask, pixels: int) -> int:
-    """A side of x_t for a side of the images."""
+    """The height or width of x_t for a height or width of the images in pixels.
+
+    Raises:
+        ConfigError: the network cannot halve the side as often as it must.
+    """
     factor = 1
     if is_latent(options.config):
         factor = 2 ** (len(load_latent_config(options.config).first_stage.params["ddconfig"]["ch_mult"]) - 1)
@@ -148,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
         export_onnx(output, network, *example_inputs(options, task), output=task.prediction.kind)
     elif suffix == ".safetensors":
         info = remembered_info(network)
-        assert info is not None  # attached by `load_calibrated`
+        assert info is not None  # `load_calibrated` attaches it
         parts = write_model_parts(task, output.parent) if options.ckpt else info.model_parts
         save_packed(output, network, replace(info, model_parts=parts))
     else:

@@ -1,4 +1,4 @@
-"""Draw a calibration set from a model's own sampling trajectory, in the published file format."""
+"""Generate a calibration set from the sampling trajectory of a model, in the published file format."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,7 +52,7 @@ PIXEL_RULES = (
 
 @dataclass(frozen=True)
 class CalibrationSetOptions:
-    """The options of make_calibration_set.py; `make_parser` describes them."""
+    """The options of make_calibration_set.py. `make_parser` describes them."""
 
     config: Path
     output: Path
@@ -74,27 +74,28 @@ class CalibrationSetOptions:
 def make_parser() -> Parser:
     """The parser of the command's options."""
     parser = Parser((__doc__ or "").splitlines()[0])
-    parser.add_argument("--config", type=project_file, required=True, help="YAML file of the model, of any family")
+    parser.add_argument("--config", type=project_file, required=True, help="YAML file of the model")
     parser.add_argument("-o", "--output", type=Path, required=True, help="file to write")
-    parser.add_argument("--use_pretrained", action="store_true", help="the weights that the configuration names")
-    words = "local full-precision checkpoint (.ckpt, .pth, .safetensors), or a bundled model's folder"
-    parser.add_argument("--ckpt", type=project_file, help=words)
-    parser.add_argument("--seed", type=seed, default=1234)
+    help_text = "use the full-precision weights that the configuration names"
+    parser.add_argument("--use_pretrained", action="store_true", help=help_text)
+    help_text = "local full-precision checkpoint (.ckpt, .pth, .safetensors), or the folder of a bundled model"
+    parser.add_argument("--ckpt", type=project_file, help=help_text)
+    parser.add_argument("--seed", type=seed, default=1234, help="seed of the noise")
     choices = PIXEL_SAMPLERS.names() + LATENT_SAMPLERS.names()
-    words = "default: generalized (pixel), ddim (latent)"
-    parser.add_argument("--sample_type", choices=choices, help=words)
-    words = "spacing of the time steps (pixel models)"
-    parser.add_argument("--skip_type", default="quad", choices=["uniform", "quad"], help=words)
+    parser.add_argument(
+        "--sample_type", choices=choices, help="sampler (default: generalized for pixel models, ddim for latent models)"
+    )
+    help_text = "spacing of the time steps (pixel models)"
+    parser.add_argument("--skip_type", default="quad", choices=["uniform", "quad"], help=help_text)
     parser.add_argument("--timesteps", type=positive, default=100, help="sampling steps")
-    parser.add_argument("--eta", type=float, default=0.0)
-    words = "guidance, of models with text or classes (default: 7.5)"
-    parser.add_argument("--scale", type=float, help=words)
-    words = "prompts, one a line (default: prompts.txt beside the YAML file)"
-    parser.add_argument("--from-file", dest="from_file", type=Path, help=words)
-    parser.add_argument("--classes", help="class numbers, in turn: 25,187 (default: all)")
-    parser.add_argument("--cali_st", type=positive, default=20, help="time steps to keep")
+    parser.add_argument("--eta", type=float, default=0.0, help="noise of DDIM: 0 none, 1 as DDPM")
+    parser.add_argument("--scale", type=float, help="guidance of models with text or classes (default: 7.5)")
+    help_text = "file of prompts, one on each line (default: prompts.txt beside the YAML file)"
+    parser.add_argument("--from-file", dest="from_file", type=Path, help=help_text)
+    parser.add_argument("--classes", help="class numbers, such as 25,187, used in turn (default: all)")
+    parser.add_argument("--cali_st", type=positive, default=20, help="time steps of the calibration set")
     parser.add_argument("--cali_n", type=positive, default=256, help="samples of each time step")
-    parser.add_argument("--cali_batch_size", type=positive, default=32, help="batch size (latent models)")
+    parser.add_argument("--cali_batch_size", type=positive, default=32, help="samples of one batch (latent models)")
     group = parser.add_argument_group("run")
     add_device_options(group)
     group.add_argument("--verbose", action="store_true", help="log details")
@@ -102,7 +103,7 @@ def make_parser() -> Parser:
 
 
 def latent_rules(kind: type | None) -> tuple[Rule, ...]:
-    """When options act for a latent model that is conditioned by `kind` (None: unconditional)."""
+    """The rules for a latent model with the conditioner class `kind` (None: unconditional)."""
     return (
         Rule("use_pretrained skip_type", lambda args: False, "for pixel models"),
         Rule(
@@ -123,7 +124,7 @@ def latent_rules(kind: type | None) -> tuple[Rule, ...]:
 
 
 def parse(argv: Sequence[str] | None) -> CalibrationSetOptions:
-    """The options of these words, checked against the model's configuration."""
+    """Parse the arguments of the command, and check them against the configuration of the model."""
     args = make_parser().parse_args(argv)
     if is_latent(args.config):
         conditioning = load_latent_config(args.config).conditioning
@@ -145,15 +146,15 @@ def parse(argv: Sequence[str] | None) -> CalibrationSetOptions:
 
 
 def _fill_defaults(args: ParsedArgs, known: list[str]) -> None:
-    """Set the options whose default depends on the model; ConfigError for the sampler of another family."""
+    """Set the options whose default depends on the model. ConfigError for a sampler of another family."""
     args.sample_type = args.sample_type or known[0]
     args.scale = 7.5 if args.scale is None else args.scale
     if args.sample_type not in known:
         raise ConfigError(f"--sample_type {args.sample_type}: expected one of {', '.join(known)} for this model")
 
 
-def draw_pixel(options: CalibrationSetOptions, device: torch.device) -> CalibrationSet:
-    """The set of a pixel model."""
+def make_pixel_set(options: CalibrationSetOptions, device: torch.device) -> CalibrationSet:
+    """Generate the calibration set of a pixel model."""
     config = load_pixel_config(options.config)
     settings = PixelSamplerConfig(options.sample_type, options.skip_type, options.timesteps, options.eta)
     sampler = pixel.PixelSampler(config, settings.validate(config.diffusion), device)
@@ -162,8 +163,8 @@ def draw_pixel(options: CalibrationSetOptions, device: torch.device) -> Calibrat
     return pixel.make_calibration_set(network, sampler, options.seed, options.recipe)
 
 
-def draw_latent(options: CalibrationSetOptions, device: torch.device) -> CalibrationSet:
-    """The set of a latent model."""
+def make_latent_set(options: CalibrationSetOptions, device: torch.device) -> CalibrationSet:
+    """Generate the calibration set of a latent model."""
     config = load_latent_config(options.config)
     settings = LatentSamplerConfig(options.sample_type, options.timesteps, options.eta, options.scale)
     checkpoint = open_checkpoint(options.ckpt or "", config)
@@ -188,7 +189,7 @@ def main(argv: list[str] | None = None) -> None:
     check_writable(options.output)
     log_to(None, options.verbose)
     try:
-        data = (draw_latent if is_latent(options.config) else draw_pixel)(options, device)
+        data = (make_latent_set if is_latent(options.config) else make_pixel_set)(options, device)
     except (ConfigError, CheckpointError) as error:
         raise error.renamed({"timesteps": "--timesteps"}) from None
     save_set(options.output, data)

@@ -1,4 +1,4 @@
-"""Fill a table of the paper, or that of the bundled models: calibrate, sample and evaluate each row."""
+"""Fill a table of the paper, or the table of the bundled models: calibrate, sample and evaluate each row."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,14 +22,14 @@ from qdiff_cli.options import (
     split_command,
 )
 from qdiff_cli.quantization_options import RULES, QuantizationOptions
-from qdiff_cli.reproduction import Check, ReproductionConfig, TableRun, write_tables
+from qdiff_cli.reproduction import ReproductionConfig, TableCheck, TableRun, write_tables
 from qdiff_cli.runs import log_to
 from qdiff_cli.table_commands import TableCommands, TableOptions
 from qdiff_cli.tables import FULL, TABLES, PaperTable
 
-# Options after `--` that the rows decide on, and options that are always accepted.
-OF_ROWS = {"ptq", "quant_act", "weight_bit", "act_bit", "quant_mode", "cali_ckpt", "resume_w"}
-ALWAYS = {"cond", "resume"}
+# Options that the rows set, so that they are refused after `--`, and options that are accepted without an effect.
+ROW_OPTIONS = {"ptq", "quant_act", "weight_bit", "act_bit", "quant_mode", "cali_ckpt", "resume_w"}
+ALWAYS_ACCEPTED = {"cond", "resume"}
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class ReproduceOptions:
         table: a name of `TABLES`.
         commands: the commands of each table.
         config: how the tables are filled.
-        check: pass or fail in minutes instead.
+        check: check the weights, checkpoints and options instead.
     """
 
     table: str
@@ -52,41 +52,40 @@ class ReproduceOptions:
 def make_parser() -> Parser:
     """The parser of the command's options."""
     parser = Parser((__doc__ or "").splitlines()[0])
-    parser.add_argument("--table", required=True, choices=list(TABLES))
-    words = "only these: full-precision, linear-w8a8, q-diffusion-w4a8, ..."
-    parser.add_argument("--rows", nargs="+", metavar="NAME", help=words)
-    parser.add_argument("--models", nargs="+", metavar="NAME", help="only these of the bundled models")
-    words = "images of each row (default: as published; 64 for the bundled models)"
-    parser.add_argument("--images", type=positive, help=words)
-    parser.add_argument("--seeds", type=positive, default=1, help="sample every row with this number of seeds")
-    words = "images that the trajectory error is measured on"
-    parser.add_argument("--trajectory_images", type=positive, default=16, help=words)
-    words = "folder of calibrated checkpoints: w4a8.safetensors, w8a8.pth, ..."
-    parser.add_argument("--checkpoints", type=Path, help=words)
-    words = "recipe of calibrations (default: published; fast for the bundled models)"
-    parser.add_argument("--preset", choices=list(PRESETS), help=words)
-    parser.add_argument("--reference", help="reference images or statistics, as evaluate.py takes them")
-    words = "features (default: inception; lite0 for the bundled models)"
-    parser.add_argument("--extractor", choices=EXTRACTORS, help=words)
-    words = "cut reference images to this size (default: 256 for LSUN, 512 for Stable Diffusion)"
-    parser.add_argument("--crop", type=positive, help=words)
-    parser.add_argument("--metrics", nargs="+", choices=METRICS, help="default: those of the table")
-    words = "the extractor's weights (default: fetched, or the installed package's)"
-    parser.add_argument("--weights", type=Path, help=words)
-    words = "COCO annotation file with the captions, for Stable Diffusion"
-    parser.add_argument("--captions", type=Path, help=words)
+    parser.add_argument("--table", required=True, choices=list(TABLES), help="table to fill")
+    help_text = "rows, such as full-precision linear-w8a8 q-diffusion-w4a8 (default: all)"
+    parser.add_argument("--rows", nargs="+", metavar="NAME", help=help_text)
+    parser.add_argument("--models", nargs="+", metavar="NAME", help="bundled models of the table (default: all)")
+    help_text = "images of each row (default: the published number; 64 for the bundled models)"
+    parser.add_argument("--images", type=positive, help=help_text)
+    parser.add_argument("--seeds", type=positive, default=1, help="number of seeds for every row")
+    help_text = "number of images for the trajectory error"
+    parser.add_argument("--trajectory_images", type=positive, default=16, help=help_text)
+    help_text = "folder of calibrated checkpoints, such as w4a8.safetensors and w8a8.pth"
+    parser.add_argument("--checkpoints", type=Path, help=help_text)
+    help_text = "recipe of calibrations (default: published; fast for the bundled models)"
+    parser.add_argument("--preset", choices=list(PRESETS), help=help_text)
+    parser.add_argument("--reference", help="reference images, or saved statistics of them, as for evaluate.py")
+    help_text = "network for the features (default: inception; lite0 for the bundled models)"
+    parser.add_argument("--extractor", choices=EXTRACTORS, help=help_text)
+    help_text = "cut reference images to this size, in pixels (default: 256 for LSUN, 512 for Stable Diffusion)"
+    parser.add_argument("--crop", type=positive, help=help_text)
+    parser.add_argument("--metrics", nargs="+", choices=METRICS, help="metrics (default: the metrics of the table)")
+    help_text = "weights of the extractor (default: downloaded, or from an installed package)"
+    parser.add_argument("--weights", type=Path, help=help_text)
+    parser.add_argument("--captions", type=Path, help="annotation file of COCO with captions, for Stable Diffusion")
     parser.add_argument("--clip", type=Path, help="folder of a CLIP model, for the CLIP score")
-    parser.add_argument("--check", action="store_true", help="pass or fail in minutes, before the long run")
-    parser.add_argument("--output", type=Path, default=Path("reproduced"))
-    parser.add_argument("--cache", type=Path, default=default_cache(), help="where features are kept")
+    parser.add_argument("--check", action="store_true", help="check the inputs in minutes, before a long run")
+    parser.add_argument("--output", type=Path, default=Path("reproduced"), help="output folder")
+    parser.add_argument("--cache", type=Path, default=default_cache(), help="folder of cached features")
     add_device_options(parser)
     return parser
 
 
 def parse(argv: Sequence[str] | None) -> ReproduceOptions:
-    """The options of these words, checked."""
-    own, words = split_command(argv)
-    args = make_parser().parse_args(own)
+    """Parse and check the arguments of the command; None: those of this process."""
+    own_args, sampling_args = split_command(argv)
+    args = make_parser().parse_args(own_args)
     tables, device = _chosen_tables(args), args.make(DeviceOptions)
     evaluation = EvaluationConfig(
         reference=args.reference,
@@ -103,13 +102,13 @@ def parse(argv: Sequence[str] | None) -> ReproduceOptions:
         raise ConfigError(f"--checkpoints {args.checkpoints}: expected a folder")
     rows = None if args.rows is None else tuple(args.rows)
     options = TableOptions(args.output, args.images, rows, args.checkpoints, args.captions)
-    commands = tuple(_commands(table, options, args.preset, device, words) for table in tables)
+    commands = tuple(_commands(table, options, args.preset, device, sampling_args) for table in tables)
     config = ReproductionConfig(args.output, args.seeds, args.trajectory_images, evaluation, args.extractor, device)
     return ReproduceOptions(args.table, commands, config, args.check)
 
 
 def _chosen_tables(args: ParsedArgs) -> list[PaperTable]:
-    """The tables asked for; ConfigError for options that none of them heeds."""
+    """The tables that the options select. ConfigError for an option without an effect on any of them."""
     known = TABLES[args.table]()
     if unknown := sorted(set(args.models or []) - {table.name for table in known}):
         raise ConfigError(f"--models {' '.join(unknown)}: expected some of {', '.join(table.name for table in known)}")
@@ -122,34 +121,46 @@ def _chosen_tables(args: ParsedArgs) -> list[PaperTable]:
 
 
 def _commands(
-    table: PaperTable, options: TableOptions, preset: str | None, device: DeviceOptions, words: Sequence[str]
+    table: PaperTable, options: TableOptions, preset: str | None, device: DeviceOptions, sampling_args: Sequence[str]
 ) -> TableCommands:
-    """The commands of a table, with --preset and the options after `--`."""
+    """The commands of a table, with the value of --preset and the options after `--`.
+
+    Args:
+        table: the table.
+        options: the options of reproduce.py.
+        preset: the value of --preset, if it is given.
+        device: the device of the networks.
+        sampling_args: the options after `--`.
+
+    Raises:
+        ConfigError: an option after `--` is one that the rows set, or has no effect on any row.
+    """
     command = table.command.on(device.device, device.threads)
     if preset is not None:
         command = replace(command, quantization=replace(command.quantization, preset=preset))
-    command, given = command.changed(words)
-    if taken := sorted(OF_ROWS & given):
+    command, given = command.changed(sampling_args)
+    if set_by_rows := sorted(ROW_OPTIONS & given):
         raise ConfigError(
-            f"--{taken[0]}: belongs to the rows of the table; choose them by --rows, and files by --checkpoints"
+            f"--{set_by_rows[0]}: belongs to the rows of the table; choose them by --rows, and files by --checkpoints"
         )
     commands = TableCommands(replace(table, command=command), options, given)
-    _validate_heeded(commands, given | ({"preset"} if preset else set()))
+    _validate_effect(commands, given | ({"preset"} if preset else set()))
     return commands
 
 
-def _validate_heeded(commands: TableCommands, given: frozenset[str] | set[str]) -> None:
-    """Raise ConfigError for a quantization option that no row of the table heeds."""
-    wanted = {name for name in given if name in QuantizationOptions.__dataclass_fields__}
+def _validate_effect(commands: TableCommands, given: frozenset[str] | set[str]) -> None:
+    """Raise ConfigError for a quantization option without an effect on any row of the table."""
+    names = {name for name in given if name in QuantizationOptions.__dataclass_fields__}
     rows = [row for row in commands.rows if row.method != FULL]
-    heeded: set[str] = set()
+    effective: set[str] = set()
     for row in rows:
         values: dict[str, Any] = vars(commands.quantization(row)) | {"cali_ckpt": commands.given_checkpoint(row)}
-        args = ParsedArgs(**values, typed=frozenset(wanted))
-        heeded |= wanted - {name for name, _ in args.without_effect(RULES)}
-    if silent := sorted(wanted - heeded - ALWAYS):
+        args = ParsedArgs(**values, typed=frozenset(names))
+        effective |= names - {name for name, _ in args.without_effect(RULES)}
+    if ineffective := sorted(names - effective - ALWAYS_ACCEPTED):
         raise ConfigError(
-            f"--{silent[0]}: no row of the table {commands.table.name} heeds it ({len(rows)} quantized rows)"
+            f"--{ineffective[0]}: has no effect on any of the {len(rows)} quantized rows of the table "
+            f"{commands.table.name}"
         )
 
 
@@ -164,7 +175,7 @@ def main(argv: list[str] | None = None) -> None:
     log_to(None, verbose=False)
     runs = [TableRun(commands, config, device) for commands in options.commands]
     if options.check:
-        verdicts = [Check(run).passes() for run in runs]  # all of them, whatever the first says
+        verdicts = [TableCheck(run).passes() for run in runs]  # a list, so that all tables are checked
         if not all(verdicts):
             raise ConfigError("the check failed: see the lines above")
         return
@@ -176,10 +187,10 @@ def main(argv: list[str] | None = None) -> None:
         distributed.barrier()
     results: list[dict[str, list[dict[str, Any]]]] = []
     for run in runs:
-        found: dict[str, list[dict[str, Any]]] = {}
-        results.append(found)
-        for row in run.order():
-            found[row.slug] = [run.figures(row, run.table.command.seed + i) for i in range(config.seeds)]
+        of_table: dict[str, list[dict[str, Any]]] = {}
+        results.append(of_table)
+        for row in run.ordered_rows():
+            of_table[row.slug] = [run.figures(row, run.table.command.seed + i) for i in range(config.seeds)]
             if distributed.rank() == 0:
                 write_tables(options.table, config, runs[: len(results)], results)
     if distributed.rank() == 0:

@@ -31,7 +31,7 @@ SAMPLER_RULES = (
 
 @dataclass(frozen=True, kw_only=True)
 class PixelCommand(SamplingCommand):
-    """`sample_diffusion_ddim.py` with the values of all its options; `make_parser` describes them."""
+    """The command `sample_diffusion_ddim.py` with the values of its options. `make_parser` describes them."""
 
     sampler_rules: ClassVar[tuple[Rule, ...]] = SAMPLER_RULES
     option_of_field: ClassVar[dict[str, str]] = {"timesteps": "--timesteps"}
@@ -54,19 +54,20 @@ class PixelCommand(SamplingCommand):
         parser = Parser((__doc__ or "").splitlines()[0])
         parser.add_argument("--config", type=project_file, required=True, help="YAML file of the model")
         parser.add_argument("-l", "--logdir", default="results", help="output folder")
-        words = "the weights that the configuration names"
-        parser.add_argument("--use_pretrained", action="store_true", help=words)
-        parser.add_argument("--seed", type=seed, default=1234)
-        parser.add_argument("--sample_type", default="generalized", choices=PIXEL_SAMPLERS.names())
-        words = "spacing of the time steps"
-        parser.add_argument("--skip_type", default="uniform", choices=["uniform", "quad"], help=words)
+        parser.add_argument(
+            "--use_pretrained", action="store_true", help="use the weights that the configuration names"
+        )
+        parser.add_argument("--seed", type=seed, default=1234, help="seed of the noise")
+        parser.add_argument("--sample_type", default="generalized", choices=PIXEL_SAMPLERS.names(), help="sampler")
+        help_text = "spacing of the time steps"
+        parser.add_argument("--skip_type", default="uniform", choices=["uniform", "quad"], help=help_text)
         parser.add_argument("--timesteps", type=positive, default=1000, help="sampling steps")
         parser.add_argument("--eta", type=float, default=0.0, help="noise of DDIM: 0 none, 1 as DDPM")
-        parser.add_argument("--max_images", type=positive, default=50000)
-        words = "images sampled at a time (default: the configuration's)"
-        parser.add_argument("--batch_size", type=positive, help=words)
-        words = "local full-precision checkpoint (.ckpt, .pth, .safetensors)"
-        parser.add_argument("--ckpt", type=project_file, help=words)
+        parser.add_argument("--max_images", type=positive, default=50000, help="number of images")
+        help_text = "images of one batch (default: the value of the configuration)"
+        parser.add_argument("--batch_size", type=positive, help=help_text)
+        help_text = "local full-precision checkpoint (.ckpt, .pth, .safetensors)"
+        parser.add_argument("--ckpt", type=project_file, help=help_text)
         add_run_options(parser)
         add_quantization_options(parser)
         return parser
@@ -108,5 +109,5 @@ class PixelCommand(SamplingCommand):
 
 
 def main(argv: list[str] | None = None) -> Path:
-    """Run the command; the folder of the images."""
+    """Run the command. Returns the folder of the images."""
     return PixelCommand.parse(argv).make_run().execute()

@@ -40,7 +40,7 @@ SAMPLER_RULES = (
 
 @dataclass(frozen=True, kw_only=True)
 class LatentCommand(SamplingCommand):
-    """`sample_diffusion_ldm.py` with the values of all its options; `make_parser` describes them."""
+    """The command `sample_diffusion_ldm.py` with the values of its options. `make_parser` describes them."""
 
     sampler_rules: ClassVar[tuple[Rule, ...]] = SAMPLER_RULES
     option_of_field: ClassVar[dict[str, str]] = {"timesteps": "--custom_steps"}
@@ -61,29 +61,28 @@ class LatentCommand(SamplingCommand):
     def make_parser(cls) -> Parser:
         """The parser of the command's options."""
         parser = Parser((__doc__ or "").splitlines()[0])
-        words = "a model's checkpoint or its folder"
-        parser.add_argument("-r", "--resume_base", type=project_file, required=True, metavar="CKPT", help=words)
-        parser.add_argument("-n", "--n_samples", type=positive, default=50000)
+        help_text = "checkpoint of the model, or its folder"
+        parser.add_argument("-r", "--resume_base", type=project_file, required=True, metavar="CKPT", help=help_text)
+        parser.add_argument("-n", "--n_samples", type=positive, default=50000, help="number of images")
         parser.add_argument("-e", "--eta", type=float, default=1.0, help="noise of DDIM: 0 none, 1 as DDPM")
-        words = "ancestral sampling over every time step"
-        parser.add_argument("-v", "--vanilla_sample", action="store_true", help=words)
-        parser.add_argument("--dpm", action="store_true", help="DPM-Solver++ 2M")
-        parser.add_argument("--seed", type=seed, required=True)
+        help_text = "use ancestral sampling over every time step"
+        parser.add_argument("-v", "--vanilla_sample", action="store_true", help=help_text)
+        parser.add_argument("--dpm", action="store_true", help="use DPM-Solver++ 2M")
+        parser.add_argument("--seed", type=seed, required=True, help="seed of the noise")
         parser.add_argument("-l", "--logdir", default="results", help="output folder")
-        words = "sampling steps (400 makes 500: the range decides)"
-        parser.add_argument("-c", "--custom_steps", type=positive, default=50, help=words)
-        parser.add_argument("--batch_size", type=positive, default=10)
-        words = "class numbers of a class-conditional model, in turn: 25,187 (default: all)"
-        parser.add_argument("--classes", help=words)
-        words = "guidance of a class-conditional model; 1: none"
-        parser.add_argument("--scale", type=float, default=1.0, help=words)
+        help_text = "sampling steps; DDIM takes every k-th of 1000 time steps, so 400 becomes 500"
+        parser.add_argument("-c", "--custom_steps", type=positive, default=50, help=help_text)
+        parser.add_argument("--batch_size", type=positive, default=10, help="images of one batch")
+        help_text = "class numbers of a class-conditional model, such as 25,187, used in turn (default: all)"
+        parser.add_argument("--classes", help=help_text)
+        parser.add_argument("--scale", type=float, default=1.0, help="guidance of a class-conditional model; 1: none")
         parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the YAML file")
         add_run_options(parser)
         add_quantization_options(parser)
         return parser
 
     def resolved(self) -> Self:
-        """The same command; ConfigError for samplers that contradict each other."""
+        """The same command. ConfigError if its samplers contradict each other."""
         if self.vanilla_sample and self.dpm:
             raise ConfigError("--vanilla_sample and --dpm: expected one of them")
         return self
@@ -127,7 +126,7 @@ class LatentCommand(SamplingCommand):
         return LatentSamplerConfig(sampler, self.custom_steps, eta, self.scale).validate(config)
 
     def _class_numbers(self, config: LatentConfig) -> list[int]:
-        """The classes to sample; ConfigError for a model without classes, or without such a class."""
+        """The classes to sample. ConfigError if the model has no classes, or not all of these classes."""
         conditioning = config.conditioning
         if conditioning is not None and conditioning.kind is ClassEmbedder:
             count = int(conditioning.params.get("n_classes", 1000)) - 1  # the last one is "no class"
@@ -139,15 +138,17 @@ class LatentCommand(SamplingCommand):
         return []
 
     def _model_folder(self) -> Path:
-        """The folder of the model: the one given, or that of the file given. A folder may have a dot in its name."""
+        """The folder of the model: the given folder, whose name may have a dot, or the folder of the given file."""
         path = self.resume_base
         is_folder = path.is_dir() or not (path.is_file() or path.suffix in CHECKPOINT_SUFFIXES)
         return path if is_folder else path.parent
 
     def _write_settings(self, folder: Path) -> None:
+        """Write the values of all options beside the images."""
         write_text(folder / "sampling_config.yaml", yaml.safe_dump(self.settings(), allow_unicode=True))
 
     def _write_npz(self, folder: Path) -> None:
+        """Write all images to a `.npz` file."""
         (folder / "numpy").mkdir(exist_ok=True)
         files = [folder / "img" / NAME.format(i) for i in range(self.n_samples)]
         save_npz(folder / "numpy" / f"{self.n_samples}-samples.npz", files)
@@ -166,11 +167,11 @@ class LatentCommand(SamplingCommand):
 
 
 def config_file(folder: Path) -> Path:
-    """`config.yaml` beside the checkpoint, else the project's own for a model folder of this name."""
-    own = folder / "config.yaml"
-    return own if own.is_file() else find(Path("models/ldm", folder.absolute().name, "config.yaml"))
+    """The YAML file of a model: `config.yaml` in its folder, else the project's file for a folder of this name."""
+    file = folder / "config.yaml"
+    return file if file.is_file() else find(Path("models/ldm", folder.absolute().name, "config.yaml"))
 
 
 def main(argv: list[str] | None = None) -> Path:
-    """Run the command; the folder of the images."""
+    """Run the command. Returns the folder of the images."""
     return LatentCommand.parse(argv).make_run().execute()

@@ -35,13 +35,13 @@ from qdiff_cli.images import make_grid, save_png, to_uint8, to_uint8_truncated
 from qdiff_cli.options import DeviceOptions, Parser, add_device_options, positive, project_file
 from qdiff_cli.runs import log_to
 
-SAMPLES, COLUMNS = 64, 16  # of the picture of samples
+SAMPLES, COLUMNS = 64, 16  # images and columns of the picture of samples
 M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """The options of train_bundled.py; `parse` describes them."""
+    """The options of train_bundled.py. `parse` describes them."""
 
     config: Path
     part: str
@@ -52,20 +52,22 @@ class TrainOptions:
 
     @property
     def is_pixel(self) -> bool:
-        """Whether the YAML file is one of the pixel family."""
+        """Whether the YAML file describes a pixel model."""
         return self.config.suffix == ".yml"
 
 
 def parse(argv: Sequence[str] | None) -> TrainOptions:
-    """The options of these words, checked."""
+    """Parse and check the arguments of the command; None: those of this process."""
     parser = Parser((__doc__ or "").splitlines()[0])
     parser.add_argument("--config", type=project_file, default="configs/emoji32.yml", help="YAML file of the model")
-    parser.add_argument("--part", default="unet", choices=["unet", "first_stage"], help="of a latent model")
-    words = "the archive that `npm pack emoji-datasource-google@16.0.0` makes"
-    parser.add_argument("--emoji", type=Path, required=True, help=words)
-    words = "folder to write (default: that of the model whose YAML file is given)"
-    parser.add_argument("-o", "--output", type=Path, help=words)
-    parser.add_argument("--steps", type=positive, help="training steps (default: the configuration's)")
+    parser.add_argument(
+        "--part", default="unet", choices=["unet", "first_stage"], help="part of a latent model to train"
+    )
+    help_text = "archive that `npm pack emoji-datasource-google@16.0.0` writes"
+    parser.add_argument("--emoji", type=Path, required=True, help=help_text)
+    help_text = "output folder (default: the folder of the bundled model)"
+    parser.add_argument("-o", "--output", type=Path, help=help_text)
+    parser.add_argument("--steps", type=positive, help="training steps (default: the value of the configuration)")
     add_device_options(parser)
     args = parser.parse_args(argv)
     options = args.make(TrainOptions, device=args.make(DeviceOptions))
@@ -77,19 +79,19 @@ def parse(argv: Sequence[str] | None) -> TrainOptions:
 
 
 def training_settings(options: TrainOptions, values: dict[str, Any]) -> TrainingConfig:
-    """The settings of a training section, with the number of steps asked for; seeds this process."""
+    """Read a training section of the configuration, with the steps of --steps, and seed this process."""
     settings = training_config(values)
     torch.manual_seed(settings.seed)
     return replace(settings, steps=options.steps or settings.steps)
 
 
 def to_float(images: Tensor, device: torch.device) -> Tensor:
-    """uint8 images as float32 in [-1, 1]."""
+    """Convert uint8 images to float32 in [-1, 1]."""
     return images.to(device).float().div(127.5).sub(1.0)
 
 
 def contiguous(network: M) -> M:
-    """The network in float32 and in contiguous memory."""
+    """Convert a network to float32 in contiguous memory."""
     return network.float().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # not in the stubs
 
 
@@ -133,7 +135,7 @@ def train_first_stage(options: TrainOptions, config: LatentConfig, folder: Path,
 
 
 def train_latent(options: TrainOptions, config: LatentConfig, folder: Path, device: torch.device) -> None:
-    """Train the UNet of a latent model and, if the model has one, its text tower."""
+    """Train the UNet of a latent model, and its text tower if it has one."""
     settings = training_settings(options, config.training["training"])
     emoji = load_emoji(options.emoji, 64, flags=True)
     autoencoder_file = clone() / "models/ldm/emoji64/stages.safetensors"
@@ -164,14 +166,19 @@ def train_latent(options: TrainOptions, config: LatentConfig, folder: Path, devi
 
 
 def output_folder(options: TrainOptions, network: nn.Module, prefix: str) -> Path:
-    """The folder to write, which is never that of another model.
+    """The output folder. Another model in it is never overwritten.
+
+    Args:
+        options: the options of train_bundled.py.
+        network: the network that will be written.
+        prefix: stands before the names of its weights in the file.
 
     Raises:
-        ConfigError: a folder with another `config.yaml`, or with weights of other shapes; no folder was given for a
-            YAML file that is not that of a bundled model.
+        ConfigError: the folder has another `config.yaml`, or weights of other shapes; or no folder is given, and the
+            YAML file is not that of a bundled model.
     """
-    own = clone() / "configs/emoji32.yml"
-    if options.output is None and options.is_pixel and options.config.resolve() != own.resolve():
+    bundled = clone() / "configs/emoji32.yml"
+    if options.output is None and options.is_pixel and options.config.resolve() != bundled.resolve():
         raise ConfigError(f"-o: expected a folder, as {options.config} is not the YAML file of a bundled model")
     default = clone() / "models/ddim/emoji32" if options.is_pixel else options.config.parent
     folder = options.output or default
@@ -181,8 +188,8 @@ def output_folder(options: TrainOptions, network: nn.Module, prefix: str) -> Pat
             f"-o {folder}: holds the model of another configuration, {config}; expected a folder of its own"
         )
     if weights.is_file():
-        found = {name.removeprefix(prefix): tensor.shape for name, tensor in read_tensors(weights).items()}
-        if found != {name: tensor.shape for name, tensor in network.state_dict().items()}:
+        shapes = {name.removeprefix(prefix): tensor.shape for name, tensor in read_tensors(weights).items()}
+        if shapes != {name: tensor.shape for name, tensor in network.state_dict().items()}:
             raise ConfigError(
                 f"-o {folder}: holds the weights of another model, {weights}; expected a folder of its own"
             )

@@ -1,4 +1,4 @@
-"""Images from text with Stable Diffusion v1, in full precision or quantized, calibrating it first if needed."""
+"""Sample images from text with Stable Diffusion v1, in full precision or quantized, calibrating it first if needed."""
 
 import json
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ NAME = "{:05d}.png"
 CONFIG = "configs/stable-diffusion/v1-inference.yaml"
 CHECKPOINT = "models/ldm/stable-diffusion-v1/model.ckpt"
 LAION400M = ("configs/latent-diffusion/txt2img-1p4B-eval.yaml", "models/ldm/text2img-large/model.ckpt")
-GRID_IMAGES = 144  # at most, if the images themselves are kept: a grid of a long run would not fit into memory
+GRID_IMAGES = 144  # the largest grid beside the images; a grid of all images of a long run would not fit into memory
 SAMPLER_RULES = (
     Rule(
         "ddim_eta",
@@ -43,7 +43,7 @@ SAMPLER_RULES = (
 
 @dataclass(frozen=True, kw_only=True)
 class TextCommand(SamplingCommand):
-    """`txt2img.py` with the values of all its options; `make_parser` describes them."""
+    """The command `txt2img.py` with the values of its options. `make_parser` describes them."""
 
     sampler_rules: ClassVar[tuple[Rule, ...]] = SAMPLER_RULES
     option_of_field: ClassVar[dict[str, str]] = {"timesteps": "--ddim_steps", "eta": "--ddim_eta"}
@@ -77,41 +77,40 @@ class TextCommand(SamplingCommand):
     def make_parser(cls) -> Parser:
         """The parser of the command's options."""
         parser = Parser((__doc__ or "").splitlines()[0])
-        parser.add_argument("--prompt", default="a painting of a virus monster playing guitar")
-        words = "a file of prompts, one a line, instead of --prompt"
-        parser.add_argument("--from-file", dest="from_file", type=Path, help=words)
+        parser.add_argument("--prompt", default="a painting of a virus monster playing guitar", help="prompt")
+        help_text = "file of prompts, one on each line, instead of --prompt"
+        parser.add_argument("--from-file", dest="from_file", type=Path, help=help_text)
         parser.add_argument("--outdir", default="outputs/txt2img-samples", help="output folder")
-        parser.add_argument("--skip_grid", action="store_true", help="no grid")
-        words = "remove the single images once the grid is made"
-        parser.add_argument("--skip_save", action="store_true", help=words)
+        parser.add_argument("--skip_grid", action="store_true", help="do not write a grid")
+        parser.add_argument("--skip_save", action="store_true", help="remove the images after the grid is written")
         parser.add_argument("--ddim_steps", type=positive, default=50, help="sampling steps")
-        parser.add_argument("--plms", action="store_true", help="PLMS (default: DDIM)")
-        parser.add_argument("--dpm", action="store_true", help="DPM-Solver++ 2M")
-        parser.add_argument("--laion400m", action="store_true", help="LAION's 1p4B model")
-        words = "the same starting noises for every prompt and iteration"
-        parser.add_argument("--fixed_code", action="store_true", help=words)
-        parser.add_argument("--ddim_eta", type=float, default=0.0, help="noise of DDIM")
+        parser.add_argument("--plms", action="store_true", help="use PLMS (default: DDIM)")
+        parser.add_argument("--dpm", action="store_true", help="use DPM-Solver++ 2M (default: DDIM)")
+        parser.add_argument("--laion400m", action="store_true", help="use the 1p4B model of LAION")
+        help_text = "start from the same noises for every prompt and round"
+        parser.add_argument("--fixed_code", action="store_true", help=help_text)
+        parser.add_argument("--ddim_eta", type=float, default=0.0, help="noise of DDIM: 0 none, 1 as DDPM")
         parser.add_argument("--n_iter", type=positive, default=2, help="rounds over all prompts")
         parser.add_argument("--H", type=positive, help="height in pixels (default: the model's; 512)")
         parser.add_argument("--W", type=positive, help="width in pixels (default: the model's; 512)")
         parser.add_argument("--C", type=positive, help="latent channels (default: the model's; 4)")
         parser.add_argument("--f", type=positive, help="pixels per latent pixel (default: the model's; 8)")
-        words = "images of each prompt in a round, and the batch size"
-        parser.add_argument("--n_samples", type=positive, default=3, help=words)
+        help_text = "images of each prompt in a round, and the batch size"
+        parser.add_argument("--n_samples", type=positive, default=3, help=help_text)
         parser.add_argument("--n_rows", type=positive, help="columns of the grid (default: n_samples)")
         parser.add_argument("--scale", type=float, default=7.5, help="guidance")
         parser.add_argument("--config", type=project_file, default=CONFIG, help="YAML file of the model")
-        words = "the model's checkpoint or its folder"
-        parser.add_argument("--ckpt", type=project_file, default=CHECKPOINT, help=words)
-        parser.add_argument("--seed", type=seed, default=42)
-        words = "accepted for the published commands; changes nothing"
-        parser.add_argument("--no_grad_ckpt", action="store_true", help=words)
+        help_text = "checkpoint of the model, or its folder"
+        parser.add_argument("--ckpt", type=project_file, default=CHECKPOINT, help=help_text)
+        parser.add_argument("--seed", type=seed, default=42, help="seed of the noise")
+        help_text = "no effect; accepted because published commands have it"
+        parser.add_argument("--no_grad_ckpt", action="store_true", help=help_text)
         add_run_options(parser, precision="autocast")
         add_quantization_options(parser)
         return parser
 
     def resolved(self) -> Self:
-        """The same command with the files of --laion400m; ConfigError for samplers that contradict each other."""
+        """The same command with the files of --laion400m. ConfigError if its samplers contradict each other."""
         if self.plms and self.dpm:
             raise ConfigError("--plms and --dpm: expected one of them")
         if not self.laion400m:
@@ -121,7 +120,7 @@ class TextCommand(SamplingCommand):
 
     @property
     def sampler_name(self) -> str:
-        """The sampler's name in `LATENT_SAMPLERS`."""
+        """The name of the sampler in `LATENT_SAMPLERS`."""
         return "plms" if self.plms else "dpm" if self.dpm else "ddim"
 
     def prompts(self) -> list[str]:
@@ -180,7 +179,7 @@ class TextCommand(SamplingCommand):
         return config
 
     def _latent_shape(self, config: LatentConfig) -> tuple[int, int, int]:
-        """(C, h, w) from --C, --H, --W and --f; ConfigError if the model cannot make such a picture."""
+        """(C, h, w) from --C, --H, --W and --f. ConfigError if the model cannot sample images of this shape."""
         model_factor = 2 ** (len(config.first_stage.params["ddconfig"]["ch_mult"]) - 1)
         factor, channels = self.f or model_factor, self.C or config.channels
         height, width = self.H or config.image_size * factor, self.W or config.image_size * factor
@@ -195,12 +194,14 @@ class TextCommand(SamplingCommand):
         return channels, height // factor, width // factor
 
     def _metadata(self, index: int, prompt: str) -> dict[str, str]:
+        """The text chunks of an image: its prompt, seed, index and settings."""
         shown = {"steps": self.ddim_steps, "sampler": self.sampler_name, "scale": self.scale}
         shown["weight_bit"] = self.quantization.weight_bit if self.quantization.ptq else 32
         shown["act_bit"] = self.quantization.act_bit if self.quantization.quant_act else 32
         return {"prompt": prompt, "seed": str(self.seed), "index": str(index), "settings": json.dumps(shown)}
 
     def _write_grid(self, folder: Path, count: int) -> None:
+        """Write a grid of the images; with --skip_save remove the images."""
         if self.skip_grid:
             return
         files = [folder / "samples" / NAME.format(i) for i in range(count)]
@@ -216,9 +217,9 @@ class TextCommand(SamplingCommand):
         return replace(self, outdir=str(folder))
 
     def with_images(self, count: int) -> Self:
-        """The same command for this number of images or the next multiple of its prompts."""
-        each = len(self.prompts()) * self.n_iter
-        return replace(self, n_samples=-(-count // each))
+        """The same command for this number of images, rounded up to a multiple of its prompts and rounds."""
+        batches = len(self.prompts()) * self.n_iter
+        return replace(self, n_samples=-(-count // batches))
 
     def with_num_steps(self, num_steps: int) -> Self:
         """The same command with another number of sampling steps."""
@@ -226,12 +227,12 @@ class TextCommand(SamplingCommand):
 
 
 def write_cut_prompts(folder: Path, text: nn.Module | None, prompts: Sequence[str]) -> None:
-    """Write `cut_prompts.txt` beside the images: too long prompts, with what the model does not see of them."""
+    """Write `cut_prompts.txt` into a folder: the prompts that are too long, with the part that the model ignores."""
     if isinstance(text, FrozenCLIPEmbedder) and (cut := cut_prompts(text, dict.fromkeys(prompts))):
         lines = [f"prompt: {prompt}\ncut off: {rest}\n" for prompt, rest in cut.items()]
         write_text(folder / "cut_prompts.txt", "\n".join(lines))
 
 
 def main(argv: list[str] | None = None) -> Path:
-    """Run the command; the folder of the images."""
+    """Run the command. Returns the folder of the images."""
     return TextCommand.parse(argv).make_run().execute()

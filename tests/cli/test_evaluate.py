@@ -217,11 +217,13 @@ def test_the_page_opens_in_a_browser(report, tmp_path):
     shutil.copytree(report[0], page)
     counting = (
         "<script>addEventListener('load', () => document.body.dataset.seen = "
-        "[...document.images].filter(i => i.naturalWidth > 100).length + ' ' + document.querySelectorAll('tbody tr').length)</script>"
+        "[...document.images].filter(i => i.naturalWidth > 100).length + ' ' + "
+        "document.querySelectorAll('tbody tr').length)</script>"
     )
     text = (page / "index.html").read_text()
     (page / "index.html").write_text(text.replace("</body>", counting + "</body>"))
-    quiet = "--disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
+    quiet = "--disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    quiet += "--disable-component-update --disable-sync"
     command = [browser, "--headless", "--no-sandbox", *quiet.split(), f"--user-data-dir={tmp_path / 'profile'}"]
     result = subprocess.run(
         [*command, "--dump-dom", f"file://{page / 'index.html'}"], capture_output=True, text=True, timeout=120
@@ -340,7 +342,7 @@ def test_the_check_sees_a_checkpoint_that_nothing_was_learned_for(tmp_path):
 
 @pytest.fixture
 def pixel_table(work, tmp_path):
-    """The CIFAR-10 table on a tiny network: a function of the number of images, the checkpoint and more sampling options."""
+    """The CIFAR-10 table on a tiny network: a function of images, checkpoint and further sampling options."""
     config = tiny.config_file(tmp_path)
 
     def run(images, weights, *more, seeds=1):

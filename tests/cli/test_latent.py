@@ -17,16 +17,21 @@ LDM, TEXT = "sample_diffusion_ldm.py", "txt2img.py"
 QUICK = ["--cali_st", 2, "--cali_n", 4, "--cali_iters", 3, "--cali_iters_a", 3, "--threads", 1]
 PUBLISHED_LDM = [
     "-r {model} -n 20 --batch_size 10 -c 200 -e 1.0 --seed 41 --ptq --weight_bit 4 -l {out} --cali_ckpt {none}",
-    "-r {model} -n 20 --batch_size 10 -c 400 -e 0.0 --seed 41 --ptq --weight_bit 8 --quant_act --act_bit 8 -l {out} --cali_ckpt {none}",
+    "-r {model} -n 20 --batch_size 10 -c 400 -e 0.0 --seed 41 --ptq --weight_bit 8 --quant_act --act_bit "
+    "8 -l {out} --cali_ckpt {none}",
     "-r {model} -n 50000 --batch_size 10 -c 200 -e 1.0 --seed 40 --ptq --weight_bit 4 --quant_mode qdiff --cali_st 20 "
-    "--cali_batch_size 32 --cali_n 256 --quant_act --act_bit 8 --a_sym --a_min_max --running_stat --cali_data_path {none} -l {out}",
+    "--cali_batch_size 32 --cali_n 256 --quant_act --act_bit 8 --a_sym --a_min_max --running_stat "
+    "--cali_data_path {none} -l {out}",
 ]
 PUBLISHED_TEXT = [
-    "--prompt words --plms --cond --ptq --weight_bit 4 --quant_mode qdiff --no_grad_ckpt --split --n_samples 5 --outdir {out} "
+    "--prompt words --plms --cond --ptq --weight_bit 4 --quant_mode qdiff --no_grad_ckpt --split "
+    "--n_samples 5 --outdir {out} "
     "--cali_ckpt {none}",
-    "--prompt words --plms --cond --ptq --weight_bit 8 --quant_mode qdiff --no_grad_ckpt --split --n_samples 5 --quant_act --act_bit 8 "
+    "--prompt words --plms --cond --ptq --weight_bit 8 --quant_mode qdiff --no_grad_ckpt --split "
+    "--n_samples 5 --quant_act --act_bit 8 "
     "--sm_abit 16 --outdir {out} --cali_ckpt {none}",
-    "--prompt words --plms --cond --ptq --weight_bit 4 --quant_mode qdiff --quant_act --act_bit 8 --cali_st 25 --cali_batch_size 8 "
+    "--prompt words --plms --cond --ptq --weight_bit 4 --quant_mode qdiff --quant_act --act_bit 8 "
+    "--cali_st 25 --cali_batch_size 8 "
     "--cali_n 128 --no_grad_ckpt --split --running_stat --sm_abit 16 --cali_data_path {none} --outdir {out}",
 ]
 

@@ -97,8 +97,10 @@ def test_stable_diffusion_at_w4a8_with_16_bit_softmax(tmp_path):
     random_checkpoint(tmp_path / "sd-v1-4.ckpt", config)
     random_calibrated(tmp_path / "ckpt.pth", config, 4, split=True, sm_abit=16, a_sym=False)
     words = (
-        f"--ckpt {tmp_path}/sd-v1-4.ckpt --prompt puppy --plms --cond --ptq --weight_bit 4 --quant_mode qdiff --no_grad_ckpt --split "
-        f"--quant_act --act_bit 8 --sm_abit 16 --n_samples 1 --n_iter 1 --ddim_steps 1 --precision full --threads {os.cpu_count()} "
+        f"--ckpt {tmp_path}/sd-v1-4.ckpt --prompt puppy --plms --cond --ptq --weight_bit 4 --quant_mode qdiff "
+        f"--no_grad_ckpt --split "
+        f"--quant_act --act_bit 8 --sm_abit 16 --n_samples 1 --n_iter 1 --ddim_steps 1 --precision full "
+        f"--threads {os.cpu_count()} "
         f"--outdir {tmp_path}/out --cali_ckpt {tmp_path}/ckpt.pth"
     )
     command = [sys.executable, "scripts/txt2img.py", *words.split()]

@@ -381,7 +381,7 @@ def test_what_cannot_be_written_is_found_before_the_work(models, tmp_path, monke
     file = tmp_path / "file"
     file.write_text("")
     inside, calls = file / "inside", []
-    monkeypatch.setattr("qdiff_cli.commands.make_calibration_set.draw_pixel", lambda *_: calls.append("drawn"))
+    monkeypatch.setattr("qdiff_cli.commands.make_calibration_set.make_pixel_set", lambda *_: calls.append("drawn"))
     words = ["--config", models["config"], "--ckpt", models["weights"], "--timesteps", 4, "--cali_st", 2]
     fails(commands.run("make_calibration_set.py", *words, "-o", inside / "set.pt"), str(inside))
     fails(commands.run("make_calibration_set.py", *words, "-o", tmp_path), "expected a file")
@@ -419,7 +419,7 @@ def full_at(monkeypatch, place: str, number: int):
 
 @pytest.mark.parametrize("place", ["create", "sync", "rename", "folder"])
 def test_a_full_disk_at_any_point_is_one_line(models, tmp_path, monkeypatch, place):
-    """A calibration with its journal, reports, both formats and images; what was kept is continued once there is room."""
+    """A calibration with its resume log, reports, both formats and images; it continues once there is room."""
     short = [
         "--ptq",
         "--weight_bit",

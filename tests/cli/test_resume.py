@@ -120,7 +120,7 @@ def test_unreadable_settings_are_an_error(network, rows, reference, tmp_path):
 
 
 def test_no_unit_ends_worse_than_it_began(reference):
-    """Weights against nearest rounding, activations against the first step sizes, and the fit of all of them at the end."""
+    """Weights against nearest rounding, activations against the first scales, and the fine-tuning at the end."""
     steps = [entry for entry in read_records(reference[1] / MANIFEST) if "before" in entry]
     assert len(steps) == 26 + 26 + 1
     assert all(entry["after"] <= entry["before"] for entry in steps)
@@ -203,10 +203,9 @@ def test_two_processes_calibrate_as_one(tmp_path):
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_two_processes_end_within_the_spread_of_seeds(tmp_path, network, rows):
-    """The held-out error of a calibration by two processes lies within that of three seeds in one process."""
-
-    arranged, begins = rows.split(SHORT.validation_fraction, SHORT.seed)
-    judges = arranged[begins:]
+    """The validation error of a calibration by two processes lies within that of three seeds in one process."""
+    data = rows.split(SHORT.validation_fraction, SHORT.seed)
+    inputs = data[slice(data.validation.start, data.validation.stop)]
 
     def final(state):
         model = quantize_model(network, PIXEL, W4A8)
@@ -215,7 +214,7 @@ def test_two_processes_end_within_the_spread_of_seeds(tmp_path, network, rows):
             layer.freeze()
         enable_activations(model, True)
         with torch.no_grad():
-            return golden.relative_error(model(*judges), network(*judges))
+            return golden.relative_error(model(*inputs), network(*inputs))
 
     config = replace(SHORT, iters=200, iters_a=20, iters_tune=20)
     errors = {}

@@ -16,11 +16,14 @@ from tests.support.quantized import BUILD, Payload, quantized
 
 SAMPLE = "sample_diffusion_ddim.py"
 PUBLISHED = [
-    "--config {config} --use_pretrained --timesteps 100 --eta 0 --skip_type quad --ptq --weight_bit 4 --quant_mode qdiff --split "
+    "--config {config} --use_pretrained --timesteps 100 --eta 0 --skip_type quad --ptq --weight_bit 4 "
+    "--quant_mode qdiff --split "
     "-l {out} --cali_ckpt {ckpt}",
-    "--config {config} --use_pretrained --timesteps 100 --eta 0 --skip_type quad --ptq --weight_bit 4 --quant_mode qdiff "
+    "--config {config} --use_pretrained --timesteps 100 --eta 0 --skip_type quad --ptq --weight_bit 4 "
+    "--quant_mode qdiff "
     "--quant_act --act_bit 8 --a_sym --split -l {out} --cali_ckpt {ckpt}",
-    "--config {config} --use_pretrained --timesteps 100 --eta 0 --skip_type quad --ptq --weight_bit 4 --quant_mode qdiff --cali_st 20 "
+    "--config {config} --use_pretrained --timesteps 100 --eta 0 --skip_type quad --ptq --weight_bit 4 "
+    "--quant_mode qdiff --cali_st 20 "
     "--cali_batch_size 32 --cali_n 256 --quant_act --act_bit 8 --a_sym --split --cali_data_path {data} -l {out}",
 ]
 
