@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from qdiff.errors import CheckpointError, ConfigError, WriteError
 from qdiff.utils import distributed
 from qdiff.utils.files import write_text
-from qdiff_cli.images import save_png
+from qdiff_cli.images import load_metadata, save_png
 
 log = logging.getLogger(__name__)
 _handlers: list[logging.Handler] = []  # the handlers that `log_to` added to the root logger
@@ -26,6 +27,58 @@ _handlers: list[logging.Handler] = []  # the handlers that `log_to` added to the
 IGNORED_SETTINGS = {"continue_run", "verbose", "logdir", "outdir", "resume", "cali_cache_gb"}
 RENAMED_SETTINGS = {"time_sets": "timestep_groups"}  # old names in a run.json of version 0.1.0
 OWN_FILES = {"run.json", "run.log", "sampling_config.yaml", "cut_prompts.txt"}  # files of a run without results
+
+
+def _do_nothing(folder: Path) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class RunOutput:
+    """The files of a run.
+
+    Attributes:
+        runs: the folder of run folders.
+        images: the name of the folder of images inside the folder of a run.
+        name: the pattern of the names of the images.
+        metadata: returns the text chunks of the image with an index; None: images have no text.
+        extends: the option that sets the number of images.
+        begin: is called with the folder of the run before sampling, by the first process.
+        finish: is called with the folder of the run after sampling, by the first process.
+    """
+
+    runs: Path
+    images: str = "img"
+    name: str = "{}.png"
+    metadata: Callable[[int], dict[str, str]] | None = None
+    extends: str = "max_images"
+    begin: Callable[[Path], None] = _do_nothing
+    finish: Callable[[Path], None] = _do_nothing
+
+    def open(self, settings: Mapping[str, Any], continue_run: bool) -> Path:
+        """The folder of the run; see `open_run`."""
+        return open_run(self.runs, settings, continue_run, self.extends)
+
+    def images_of(self, folder: Path) -> Path:
+        """The folder of the images of a run."""
+        return folder / self.images
+
+    def missing(self, folder: Path, total: int) -> list[int]:
+        """The indices of the images of a run that are not there yet."""
+        return [i for i in range(total) if not (self.images_of(folder) / self.name.format(i)).exists()]
+
+    def validate_prompts(self, folder: Path, total: int) -> None:
+        """Raise ConfigError if an image of a continued run was sampled from another prompt than it would be now."""
+        if self.metadata is None:
+            return
+        for i in sorted(set(range(total)) - set(self.missing(folder, total))):
+            file = self.images_of(folder) / self.name.format(i)
+            before, now = load_metadata(file).get("prompt"), self.metadata(i)["prompt"]
+            if before != now:
+                raise ConfigError(
+                    f"--continue: {file} was made from the prompt {before!r}, which is {now!r} now; "
+                    "expected prompts to be added"
+                )
 
 
 def open_run(parent: Path, settings: Mapping[str, Any], continue_run: bool, extends: str) -> Path:

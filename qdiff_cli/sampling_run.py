@@ -4,6 +4,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -16,17 +17,12 @@ from qdiff.samplers import Callback, Denoiser
 from qdiff.task import QuantizationTask
 from qdiff.utils import distributed
 from qdiff.utils.memory import Fitting, halving
-from qdiff_cli.images import load_metadata
 from qdiff_cli.options import ParsedArgs, Parser, Rule, RunOptions, autocast_dtype, to_settings
 from qdiff_cli.quantization import NetworkSource
 from qdiff_cli.quantization_options import RULES, QuantizationConfig, QuantizationOptions
-from qdiff_cli.runs import discard_on_error, log_to, open_run, sample_missing
+from qdiff_cli.runs import RunOutput, discard_on_error, log_to, sample_missing
 
 log = logging.getLogger(__name__)
-
-
-def _do_nothing(folder: Path) -> None:
-    pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,14 +41,8 @@ class SamplingRun:
         denoiser: returns the function eps(x_t, t) for (network, indices of the images).
         total: the number of images.
         batch_size: images of one batch.
-        runs: the folder of run folders.
-        images: the name of the folder of images inside the folder of a run.
-        name: the pattern of the names of the images.
-        metadata: returns the text chunks of the image with an index; None: images have no text.
-        extends: the option that sets the number of images.
+        output: the files of the run.
         fitting: the largest batch size that is known to fit into memory.
-        begin: is called with the folder of the run before sampling, by the first process.
-        finish: is called with the folder of the run after sampling, by the first process.
     """
 
     title: str
@@ -66,14 +56,8 @@ class SamplingRun:
     denoiser: Callable[[nn.Module, Sequence[int]], Denoiser]
     total: int
     batch_size: int
-    runs: Path
-    images: str = "img"
-    name: str = "{}.png"
-    metadata: Callable[[int], dict[str, str]] | None = None
-    extends: str = "max_images"
+    output: RunOutput
     fitting: Fitting = field(default_factory=Fitting)
-    begin: Callable[[Path], None] = _do_nothing
-    finish: Callable[[Path], None] = _do_nothing
 
     def sample(self, network: nn.Module, indices: Sequence[int], callback: Callback | None = None) -> Tensor:
         """Sample images.
@@ -120,45 +104,30 @@ class SamplingRun:
             ConfigError: the run cannot be continued, or images are missing at the end.
         """
         distributed.connect(self.device)
-        options, is_first = self.options, distributed.rank() == 0
-        folder = distributed.run_on_first(
-            lambda: open_run(self.runs, self.settings, options.continue_run, self.extends)
-        )
+        options, output, is_first = self.options, self.output, distributed.rank() == 0
+        folder = distributed.run_on_first(lambda: output.open(self.settings, options.continue_run))
         log_to(folder if is_first else None, options.verbose)
-        images = folder / self.images
-        distributed.run_on_first(lambda: self._validate_metadata(images))
+        if options.continue_run:
+            distributed.run_on_first(lambda: output.validate_prompts(folder, self.total))
         if is_first:
-            self.begin(folder)
+            output.begin(folder)
         with discard_on_error(folder):
             source = NetworkSource(self.quantization, self.task, self.device, folder)
             network = apply_engine(source.network(options.continue_run), options.engine)
-        sample_missing(
-            images, self.total, self.batch_size, lambda indices: self.sample(network, indices), self.name, self.metadata
-        )
+        images = output.images_of(folder)
+        sample = partial(self.sample, network)
+        sample_missing(images, self.total, self.batch_size, sample, output.name, output.metadata)
         distributed.barrier()
-        if missing := sum(not (images / self.name.format(i)).exists() for i in range(self.total)):
+        if missing := len(output.missing(folder, self.total)):
             raise ConfigError(
                 f"{images}: {missing} of {self.total} images are missing; expected a folder that all processes share"
             )
         if is_first:
             dtype = autocast_dtype(self.device, options.precision) or torch.float32
             log.info("precision: %s", str(dtype).removeprefix("torch."))
-            self.finish(folder)
+            output.finish(folder)
             print(f"{self.total} images in {images}")
         return images
-
-    def _validate_metadata(self, images: Path) -> None:
-        """Raise ConfigError if an image of a continued run was sampled from another prompt than it would be now."""
-        if self.metadata is None or not self.options.continue_run:
-            return
-        for i in range(self.total):
-            if (file := images / self.name.format(i)).exists():
-                before, now = load_metadata(file).get("prompt"), self.metadata(i)["prompt"]
-                if before != now:
-                    raise ConfigError(
-                        f"--continue: {file} was made from the prompt {before!r}, which is {now!r} now; "
-                        "expected prompts to be added"
-                    )
 
 
 @dataclass(frozen=True, kw_only=True)

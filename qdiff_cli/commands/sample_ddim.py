@@ -11,6 +11,7 @@ from qdiff.errors import ConfigError
 from qdiff_cli.images import to_uint8
 from qdiff_cli.options import Parser, Rule, add_run_options, positive, project_file, seed
 from qdiff_cli.quantization_options import add_quantization_options
+from qdiff_cli.runs import RunOutput
 from qdiff_cli.sampling_run import SamplingCommand, SamplingRun
 
 SAMPLER_RULES = (
@@ -92,7 +93,7 @@ class PixelCommand(SamplingCommand):
             denoiser=sampler.denoiser,
             total=self.max_images,
             batch_size=self.batch_size or config.batch_size,
-            runs=Path(self.logdir) / "samples",
+            output=RunOutput(Path(self.logdir) / "samples"),
         )
 
     def to_folder(self, folder: Path) -> Self:

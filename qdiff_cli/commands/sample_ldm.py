@@ -19,6 +19,7 @@ from qdiff.utils.resources import find
 from qdiff_cli.images import save_npz, to_uint8_truncated
 from qdiff_cli.options import Parser, Rule, add_run_options, positive, project_file, seed
 from qdiff_cli.quantization_options import add_quantization_options
+from qdiff_cli.runs import RunOutput
 from qdiff_cli.sampling_run import SamplingCommand, SamplingRun
 
 NAME = "sample_{:06d}.png"
@@ -113,11 +114,13 @@ class LatentCommand(SamplingCommand):
             denoiser=sampler.denoiser,
             total=self.n_samples,
             batch_size=self.batch_size,
-            runs=Path(self.logdir) / folder.name / "samples",
-            name=NAME,
-            extends="n_samples",
-            begin=self._write_settings,
-            finish=self._write_npz,
+            output=RunOutput(
+                runs=Path(self.logdir) / folder.name / "samples",
+                name=NAME,
+                extends="n_samples",
+                begin=self._write_settings,
+                finish=self._write_npz,
+            ),
         )
 
     def _sampler_settings(self, config: LatentConfig) -> LatentSamplerConfig:

@@ -21,6 +21,7 @@ from qdiff.utils.files import write_text
 from qdiff_cli.images import load_png, make_grid, save_png, to_uint8_truncated
 from qdiff_cli.options import Parser, Rule, RunOptions, add_run_options, positive, project_file, seed
 from qdiff_cli.quantization_options import add_quantization_options
+from qdiff_cli.runs import RunOutput
 from qdiff_cli.sampling_run import SamplingCommand, SamplingRun
 
 NAME = "{:05d}.png"
@@ -162,13 +163,15 @@ class TextCommand(SamplingCommand):
             denoiser=sampler.denoiser,
             total=total,
             batch_size=self.n_samples,
-            runs=Path(self.outdir),
-            images="samples",
-            name=NAME,
-            extends="n_iter",
-            metadata=lambda index: self._metadata(index, prompt_of(index)),
-            begin=lambda folder: write_cut_prompts(folder, model_parts().cond_stage_model, prompts),
-            finish=lambda folder: self._write_grid(folder, total),
+            output=RunOutput(
+                runs=Path(self.outdir),
+                images="samples",
+                name=NAME,
+                extends="n_iter",
+                metadata=lambda index: self._metadata(index, prompt_of(index)),
+                begin=lambda folder: write_cut_prompts(folder, model_parts().cond_stage_model, prompts),
+                finish=lambda folder: self._write_grid(folder, total),
+            ),
         )
 
     def _load_config(self) -> LatentConfig:
