@@ -79,7 +79,7 @@ class Layout:
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise self._error(f"damaged: {name} holds values that are not finite numbers")
         if name == "xs" and tuple(tensor.shape[1:]) != self.shape:
-            raise self._error(f"rows of shape {tuple(tensor.shape[1:])}: expected {self.shape}")
+            raise self._error(f"samples of shape {tuple(tensor.shape[1:])}: expected {self.shape}")
         if name == "ts" and (tensor < 0).any():
             raise self._error(f"ts holds {tensor.min():g}: expected time steps of 0 or more")
         if name in ("cs", "ucs") and self.context_dim is not None and tensor.shape[2] != self.context_dim:
@@ -167,7 +167,7 @@ class Layout:
         ts = [t.expand(count) if len(t) == 1 else t for t, count in zip(ts, counts, strict=True)]
         for t, count in zip(ts, counts, strict=True):
             if len(t) != count:
-                raise self._error(f"{count} rows with {len(t)} times: expected one time for each")
+                raise self._error(f"{count} samples with {len(t)} times: expected one time for each")
         return ts
 
     def _contexts(self, name: str, value: Any, counts: list[int]) -> list[Tensor]:
@@ -187,7 +187,7 @@ class Layout:
         expanded = [context.expand(count, -1, -1) if len(context) == 1 else context for context, count in pairs]
         for context, count in zip(expanded, counts, strict=True):
             if len(context) != count:
-                raise self._error(f"{len(context)} contexts in {name} for {count} rows: expected one for each")
+                raise self._error(f"{len(context)} contexts in {name} for {count} samples: expected one for each")
         return expanded
 
     def _group_by_time(self, xs: Tensor, content: Mapping[str, Any]) -> dict[str, list[Tensor]]:
@@ -202,7 +202,7 @@ class Layout:
         value = self._to_tensors("ts", content["ts"])
         ts = torch.cat(self._flat_times([value] if isinstance(value, Tensor) else value))
         if len(ts) != len(xs):
-            raise self._error(f"{len(xs)} rows with {len(ts)} times: expected one time for each")
+            raise self._error(f"{len(xs)} samples with {len(ts)} times: expected one time for each")
         times = list(dict.fromkeys(ts.tolist()))  # in the order of their first samples
         groups = [(ts == time).nonzero().flatten() for time in times]
         entries = {"xs": [xs[indices] for indices in groups], "ts": [ts[indices] for indices in groups]}

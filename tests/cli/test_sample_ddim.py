@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests.support import commands, tiny
 from tests.support.commands import fails
-from tests.support.quantized import BUILD, Payload, quantized
+from tests.support.quantized import UNET_CONFIG, Payload, quantized
 
 SAMPLE = "sample_diffusion_ddim.py"
 PUBLISHED = [
@@ -37,7 +37,7 @@ def files(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("tiny")
     unet, model, quant = quantized()
     save_published(folder / "q.pth", model, PIXEL, unet.state_dict(), activations=True)
-    save_packed(folder / "q.safetensors", model, PackedInfo("pixel", BUILD, quant, {}, ""))
+    save_packed(folder / "q.safetensors", model, PackedInfo("pixel", UNET_CONFIG, quant, {}, ""))
     paths = {"q": folder / "q.pth", "packed": folder / "q.safetensors", "folder": folder}
     return paths | {"config": tiny.config_file(folder), "ckpt": tiny.weights_file(folder)}
 

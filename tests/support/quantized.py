@@ -11,7 +11,7 @@ from qdiff.config import QuantConfig
 from qdiff.model import act_quantizers, enable_activations, init_weights, quantize_model
 from tests.support import tiny
 
-UNET_CONFIG = BUILD = unet_config_dict(tiny.MODEL)
+UNET_CONFIG = unet_config_dict(tiny.MODEL)
 X, T = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([10.0, 800.0])
 
 
