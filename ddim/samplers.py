@@ -113,7 +113,7 @@ def _descending_pairs(timesteps: Tensor) -> list[tuple[int, int]]:
     return list(zip(reversed(steps), reversed([-1, *steps[:-1]]), strict=True))
 
 
-@register_sampler(PIXEL_SAMPLERS, "generalized", _spaced_timesteps, stochastic=True)
+@register_sampler(PIXEL_SAMPLERS, "generalized", _spaced_timesteps, stochastic=True, uses_eta=True, uses_spacing=True)
 def sample_ddim(
     denoiser: Denoiser,
     x: Tensor,
@@ -163,7 +163,7 @@ def sample_dpm_solver(
     return x
 
 
-@register_sampler(PIXEL_SAMPLERS, "ddpm_noisy", _spaced_timesteps, stochastic=True)
+@register_sampler(PIXEL_SAMPLERS, "ddpm_noisy", _spaced_timesteps, stochastic=True, uses_spacing=True)
 def sample_ddpm(
     denoiser: Denoiser,
     x: Tensor,

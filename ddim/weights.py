@@ -61,7 +61,7 @@ def pretrained_file(config: PixelConfig) -> Path:
     name = config.pretrained
     if name is None:
         raise ConfigError(
-            f": {config.path} names no pretrained weights; expected a checkpoint file", field="use_pretrained"
+            f": {config.path} names no pretrained weights; expected a checkpoint file (ckpt)", field="use_pretrained"
         )
     if name in PUBLIC:
         address, place, md5 = PUBLIC[name]

@@ -104,7 +104,7 @@ def _ddim_update(x: Tensor, eps: Tensor, a: Tensor, a_prev: Tensor, sigma: Tenso
     return a_prev.sqrt() * x0 + (1 - a_prev - sigma**2).sqrt() * eps
 
 
-@register_sampler(LATENT_SAMPLERS, "ddim", _spaced_timesteps, stochastic=True)
+@register_sampler(LATENT_SAMPLERS, "ddim", _spaced_timesteps, stochastic=True, uses_eta=True)
 def sample_ddim(
     denoiser: Denoiser,
     x: Tensor,

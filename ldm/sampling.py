@@ -132,7 +132,6 @@ def latent_task(
     checkpoint: Callable[[], LatentCheckpoint],
     sampler: LatentSampler,
     seed: int,
-    act_scale_method: str = "mse",
     save_model_parts: Callable[[Path], None] | None = None,
 ) -> QuantizationTask:
     """A latent model, ready to be quantized.
@@ -141,7 +140,6 @@ def latent_task(
         checkpoint: opens the model's checkpoint.
         sampler: the sampler that draws calibration samples.
         seed: seed of the calibration samples.
-        act_scale_method: the scale rule of activations.
         save_model_parts: writes the first stage and the conditioner to a file; None: those of the checkpoint.
     """
     return QuantizationTask(
@@ -153,7 +151,7 @@ def latent_task(
         make_calibration_set=lambda network, recipe: make_calibration_set(network, sampler, seed, recipe),
         prediction=sampler.prediction,
         weight_scale_method="mse",
-        act_scale_method=act_scale_method,
+        act_scale_method="mse",
         context_dim=sampler.config.unet.context_dim,
         save_model_parts=save_model_parts or (lambda path: checkpoint().model_parts().save(path)),
     )

@@ -5,6 +5,7 @@ entry point group `qdiff.families` for those of other packages. Its module is im
 for.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -17,6 +18,8 @@ from torch import nn
 from qdiff.config import QuantConfig
 from qdiff.errors import ConfigError
 from qdiff.layers import ActQuantizer, QuantMatMul, TimestepGroups
+
+log = logging.getLogger(__name__)
 
 ENTRY_POINTS = "qdiff.families"
 CUSTOM = "custom"  # the family of networks that `qdiff.quantize` was given
@@ -112,33 +115,50 @@ def register_family(name: str, place: str | Architecture) -> None:
     Args:
         name: the family's name, as packed checkpoints store it.
         place: its `Architecture`, or where that is found on first use: `module:attribute`.
+
+    Raises:
+        ConfigError: the name is taken.
     """
+    if name in (*family_names(), CUSTOM):
+        raise ConfigError(f" {name!r}: this name is taken", field="family")
     _FAMILIES[name] = place
 
 
 def family_names() -> list[str]:
-    """The names of all families, those of installed packages included."""
+    """The names of all families, including those of installed packages."""
     return sorted({*_FAMILIES, *(point.name for point in entry_points(group=ENTRY_POINTS))})
 
 
 def find_architecture(name: str) -> Architecture:
-    """The architecture of a family; its module is imported now if it was not before.
+    """The architecture of a family. Its module is imported now, unless it was imported before.
 
     Raises:
-        ConfigError: no family has this name.
+        ConfigError: no family has this name, or its architecture cannot be imported.
     """
+    if name not in family_names():
+        raise ConfigError(f" {name!r}: expected one of {', '.join(family_names())}", field="family")
     place = _FAMILIES.get(name)
-    if place is None:
-        points = list(entry_points(group=ENTRY_POINTS, name=name))
-        if not points:
-            raise ConfigError(f" {name!r}: expected one of {', '.join(family_names())}", field="family")
-        place = points[0].value
-    if isinstance(place, str):
-        module, _, attribute = place.partition(":")
-        place = _FAMILIES[name] = getattr(import_module(module), attribute)
-    return place
+    if isinstance(place, Architecture):
+        return place
+    try:
+        if place is None:
+            (point, *_) = entry_points(group=ENTRY_POINTS, name=name)
+            found = point.load()
+        else:
+            module, _, attribute = place.partition(":")
+            found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f" {name!r}: its architecture cannot be imported ({error})", field="family") from error
+    if not isinstance(found, Architecture) or found.name != name:
+        raise ConfigError(f" {name!r}: expected an Architecture of this name, found {found!r}", field="family")
+    _FAMILIES[name] = found
+    return found
 
 
 def architectures() -> Iterator[Architecture]:
-    """The architectures of all families."""
-    return map(find_architecture, family_names())
+    """The architectures of all families that can be imported."""
+    for name in family_names():
+        try:
+            yield find_architecture(name)
+        except ConfigError as error:
+            log.warning("%s", error)

@@ -138,9 +138,14 @@ class CalibrationConfig:
             ConfigError: a setting that cannot work, by name.
         """
         for name in ("num_timesteps", "samples", "batch_size", "batch_tune"):
-            _require(getattr(self, name) >= 1, name, f" {getattr(self, name)}: expected at least 1")
+            value = getattr(self, name)
+            _require(isinstance(value, int) and value >= 1, name, f" {value}: expected a whole number of at least 1")
         for name in ("iters", "iters_a", "iters_tune", "patience"):
-            _require(getattr(self, name) >= 0, name, f" {getattr(self, name)}: expected 0 or more")
+            value = getattr(self, name)
+            _require(isinstance(value, int) and value >= 0, name, f" {value}: expected a whole number of 0 or more")
+        fraction = self.validation_fraction
+        _require(0 < fraction < 1, "validation_fraction", f" {fraction}: expected more than 0 and less than 1")
+        _require(0 <= self.warmup <= 1, "warmup", f" {self.warmup}: expected 0 to 1")
         for name in ("lr", "lr_a", "p", "lr_tune"):
             _require(getattr(self, name) > 0, name, f" {getattr(self, name)}: expected a positive number")
         return self

@@ -30,10 +30,12 @@ class QuantPlan:
         layers: for each layer the number of input channels in the first half of its concatenated input; 0: the input
             is not split.
         matmuls: the attention matmuls.
+        forms: for each layer its type and geometry, as PyTorch prints it.
     """
 
     layers: Mapping[str, int]
     matmuls: Mapping[str, AttentionMatMulSpec] = field(default_factory=dict)
+    forms: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module, architecture: Architecture, split: bool) -> "QuantPlan":
@@ -66,11 +68,26 @@ class QuantPlan:
                         "(expected a qdiff.layers.MatMul)"
                     )
                 matmuls[f"{path}.{name}".lstrip(".")] = spec
-        return cls(layers, matmuls)
+        return cls(layers, matmuls, {path: repr(model.get_submodule(path)) for path in layers})
+
+    def validate(self, model: nn.Module) -> None:
+        """Check that `model` has the layers of the plan, in their forms.
+
+        Raises:
+            AttributeError: it has no module at a path of the plan.
+            TypeError: a layer has another type or geometry, a hook, or its own `forward`. The message has its path.
+        """
+        for path, form in self.forms.items():
+            layer = model.get_submodule(path)
+            if repr(layer) != form:
+                raise TypeError(f"{path} is {layer!r}, expected {form}")
+            if has_own_behavior(layer):
+                raise TypeError(f"{path} has a hook or a `forward` of its own, which would be lost")
 
     def to_dict(self) -> dict[str, Any]:
         """The plan in types that JSON has."""
-        return {"layers": dict(self.layers), "matmuls": {path: asdict(spec) for path, spec in self.matmuls.items()}}
+        matmuls = {path: asdict(spec) for path, spec in self.matmuls.items()}
+        return {"layers": dict(self.layers), "matmuls": matmuls, "forms": dict(self.forms)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "QuantPlan":
@@ -84,7 +101,7 @@ class QuantPlan:
             path: AttentionMatMulSpec(**spec | {"operands": tuple(spec["operands"])})
             for path, spec in values["matmuls"].items()
         }
-        return cls({path: int(split) for path, split in values["layers"].items()}, matmuls)
+        return cls({path: int(split) for path, split in values["layers"].items()}, matmuls, dict(values["forms"]))
 
 
 def quantize_model(model: nn.Module, architecture: Architecture, config: QuantConfig) -> nn.Module:

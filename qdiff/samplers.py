@@ -56,6 +56,8 @@ class Sampler(Generic[SamplerConfig]):
             int64 time steps, ascending, or a float64 grid of continuous times.
         stochastic: whether the sampler can add noise. A deterministic sampler refuses an eta other than 0.
         num_evaluations: from the times to the number of network evaluations of one image.
+        uses_eta: whether the sampler heeds `eta`.
+        uses_spacing: whether `timesteps` heeds the spacing of the settings (uniform or quad).
     """
 
     name: str
@@ -63,6 +65,8 @@ class Sampler(Generic[SamplerConfig]):
     timesteps: Callable[[SamplerConfig, int], Tensor]
     stochastic: bool
     num_evaluations: Callable[[Tensor], int] = len
+    uses_eta: bool = False
+    uses_spacing: bool = False
 
 
 Function = TypeVar("Function", bound=SampleFunction)
@@ -74,11 +78,14 @@ def register_sampler(
     timesteps: Callable[[SamplerConfig, int], Tensor],
     stochastic: bool,
     num_evaluations: Callable[[Tensor], int] = len,
+    uses_eta: bool = False,
+    uses_spacing: bool = False,
 ) -> Callable[[Function], Function]:
     """Decorate a sampling function in order to add it to the registry of its family; see `Sampler`."""
 
     def decorate(sample: Function) -> Function:
-        registry.register(name, Sampler(name, sample, timesteps, stochastic, num_evaluations))
+        sampler = Sampler(name, sample, timesteps, stochastic, num_evaluations, uses_eta, uses_spacing)
+        registry.register(name, sampler)
         return sample
 
     return decorate

@@ -5,6 +5,7 @@ from importlib import import_module
 from pathlib import Path
 
 from qdiff.errors import ConfigError
+from qdiff_cli.options import DeviceOptions
 from qdiff_cli.sampling_run import SamplingCommand
 
 # For each script that samples: the module and the class of its command.
@@ -15,8 +16,12 @@ SAMPLING_COMMANDS = {
 }
 
 
-def parse_sampling_command(args: Sequence[str]) -> SamplingCommand:
+def parse_sampling_command(args: Sequence[str], device: DeviceOptions | None = None) -> SamplingCommand:
     """Parse the name of a sampling script and its options.
+
+    Args:
+        args: the name and the options.
+        device: defaults of --device and --threads; None: those of the script.
 
     Raises:
         ConfigError: no sampling script has this name, or its options contradict each other.
@@ -27,4 +32,4 @@ def parse_sampling_command(args: Sequence[str]) -> SamplingCommand:
         raise ConfigError(f"{name or 'no command'}: expected a sampling command, one of {known} and its options")
     module, _, attribute = SAMPLING_COMMANDS[name].partition(":")
     command: type[SamplingCommand] = getattr(import_module(module), attribute)
-    return command.parse(args[1:])
+    return command.parse(args[1:], device)

@@ -17,7 +17,7 @@ from qdiff.samplers import Callback, Denoiser
 from qdiff.task import QuantizationTask
 from qdiff.utils import distributed
 from qdiff.utils.memory import Fitting, halving
-from qdiff_cli.options import ParsedArgs, Parser, Rule, RunOptions, autocast_dtype, to_settings
+from qdiff_cli.options import DeviceOptions, ParsedArgs, Parser, Rule, RunOptions, autocast_dtype, to_settings
 from qdiff_cli.quantization import NetworkSource
 from qdiff_cli.quantization_options import RULES, QuantizationConfig, QuantizationOptions
 from qdiff_cli.runs import RunOutput, discard_on_error, log_to, sample_missing
@@ -191,13 +191,20 @@ class SamplingCommand(ABC):
             raise error.renamed(self.option_of_field) from None
 
     @classmethod
-    def parse(cls, argv: Sequence[str] | None) -> Self:
-        """Parse the arguments of the command; None: those of this process.
+    def parse(cls, argv: Sequence[str] | None, device: DeviceOptions | None = None) -> Self:
+        """Parse the arguments of the command.
+
+        Args:
+            argv: the arguments; None: those of this process.
+            device: defaults of --device and --threads; None: those of the parser.
 
         Raises:
             ConfigError: an option would have no effect, or options contradict each other.
         """
-        args = cls.make_parser().parse_args(argv)
+        parser = cls.make_parser()
+        if device is not None:
+            parser.set_defaults(device=device.device, threads=device.threads)
+        args = parser.parse_args(argv)
         command = cls._of(args)
         args.validate((*cls.sampler_rules, *RULES))
         return command

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,13 @@ from qdiff_cli.sampling_run import SamplingCommand
 from qdiff_cli.tables import FULL, LINEAR, QDIFF, PaperTable, Row
 
 MODES = {QDIFF: "qdiff", LINEAR: "linear"}
-# The settings in run.json that a calibrated checkpoint depends on, besides the options that begin with "cali_".
+# Quantization options that do not change a calibrated checkpoint.
+NOT_RECIPE = {"cali_ckpt", "cali_data_path", "cali_cache_gb", "cond", "resume", "resume_w"}
+# The settings in run.json that a calibrated checkpoint depends on.
 RECIPE = {
-    *("preset", "weight_bit", "split", "quant_mode", "weight_scale_method", "ckpt", "config", "resume_base"),
-    "overrides",
+    *({field.name for field in fields(QuantizationOptions)} - NOT_RECIPE),
+    *("ckpt", "config", "resume_base", "overrides"),
 }
-# Options that begin with "cali_" and do not change the checkpoint.
-NOT_RECIPE = {"cali_data_path", "cali_ckpt", "cali_cache_gb"}
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,10 @@ class TableCommands:
         quantization = self.quantization(row)
         if (checkpoint := self.checkpoint(row)) is not None:
             quantization = replace(quantization, cali_ckpt=checkpoint)
-        elif generated := sorted(self.folder.rglob(GENERATED_SET)):  # another row has generated the same set
-            quantization = replace(quantization, cali_data_path=str(generated[0]))
+        elif quantization.cali_data_path is None and (generated := sorted(self.folder.rglob(GENERATED_SET))):
+            quantization = replace(
+                quantization, cali_data_path=str(generated[0])
+            )  # of another row, with the same samples
         return replace(command, quantization=quantization)
 
     def given_checkpoint(self, row: Row) -> Path | None:
@@ -125,7 +127,7 @@ class TableCommands:
         """Whether the run of a checkpoint had the same recipe as a calibration of `row` would have now."""
         now = replace(self.table.command, quantization=self.quantization(row)).settings()
         before = read_json(path.parent / "run.json")
-        names = [name for name in now if name in RECIPE or (name.startswith("cali_") and name not in NOT_RECIPE)]
+        names = [name for name in now if name in RECIPE]
         return all(json.loads(json.dumps(now[name], default=str)) == before.get(name) for name in names)
 
     def quantization(self, row: Row) -> QuantizationOptions:
@@ -176,8 +178,9 @@ class TableCommands:
         before = None if settings.get("cali_ckpt") is None else Path(settings["cali_ckpt"])
         given = self.given_checkpoint(row)
         if given is None or given == before:
-            data = settings.get("cali_data_path")
-            quantization = replace(command.quantization, cali_ckpt=before, cali_data_path=data)
+            quantization = replace(command.quantization, cali_ckpt=before)
+            if "cali_data_path" not in self.given:
+                quantization = replace(quantization, cali_data_path=settings.get("cali_data_path"))
             command = replace(command, quantization=quantization)
         now = json.loads(json.dumps(command.settings()))
         changed = [name for name in now if now[name] != settings.get(name) and name != "continue_run"]

@@ -57,7 +57,7 @@ class Cache:
             raise ConfigError(
                 f"calibration needs {peak / 1e9:.1f} GB for activations and {written / 1e9:.1f} GB for its files: "
                 f"found {self.budget / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB free in {self.folder}; "
-                "take fewer samples"
+                "take fewer samples (num_timesteps, samples)"
             )
 
     def reserve(self, shape: tuple[int, ...], dtype: torch.dtype) -> "CachedTensor":

@@ -140,7 +140,7 @@ def _thin(x: Tensor) -> Tensor:
     """At most RULE_ELEMENTS random elements of `x`, with its least and its greatest one."""
     flat = x.flatten()
     if len(flat) <= RULE_ELEMENTS:
-        return flat
+        return flat.clone()  # a view would keep the whole activation in memory
     chosen = torch.randint(0, len(flat), (RULE_ELEMENTS,), generator=torch.Generator().manual_seed(0))
     return torch.cat([flat[chosen.to(flat.device)], flat.amin()[None], flat.amax()[None]])
 

@@ -62,7 +62,7 @@ class Calibration:
     """A network to calibrate, and everything that its result depends on.
 
     Attributes:
-        model: the full-precision network; it is not changed.
+        model: the full-precision network. Its weights are not changed; `run` puts it into eval mode, without gradients.
         architecture: what quantization must know of it.
         quant: the number formats.
         config: the recipe.

@@ -310,8 +310,9 @@ class PackedFile:
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{self.path}: damaged header ({first_line(error)})") from None
         try:
+            plan.validate(model)
             return apply_plan(model, plan, info.config)
-        except (AttributeError, KeyError) as error:
+        except (AttributeError, KeyError, TypeError, NotImplementedError) as error:
             raise CheckpointError(f"{self.path}: model is another network ({first_line(error)})") from None
 
     def _tensors(self) -> dict[str, Tensor]:

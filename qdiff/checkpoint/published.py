@@ -226,7 +226,7 @@ def _validate_weight_bits(path: str | Path, model: nn.Module, state: Mapping[str
     """Raise CheckpointError if the scales of the weights show another width; warn if they do not show any."""
     inferred = infer_weight_bits(model, state)
     if inferred is None:
-        log.warning("%s: it does not show the width of its weights: %d bits are taken as given", path, weight_bit)
+        log.warning("%s: it does not show the width of its weights: weight_bit %d is taken as given", path, weight_bit)
     elif inferred != weight_bit:
         message = f" {weight_bit} was given, but the scales of the file are those of {inferred}-bit weights"
         raise CheckpointError(message, field="weight_bit", where=f"{path}: ")
@@ -241,7 +241,8 @@ def infer_act_bits(architecture: Architecture, state: Mapping[str, Tensor]) -> i
     names = {f".{architecture.input_layer}.act_quantizer.zero_point"} if architecture.input_layer else set()
     for specs in architecture.attention_matmuls.values():
         for spec in specs.values():
-            names |= {f".act_quantizer_{operand}.zero_point" for operand in spec.operands if operand in ("q", "k")}
+            if spec.softmax is None:  # q and k
+                names |= {f".act_quantizer_{operand}.zero_point" for operand in spec.operands}
     zero_points = [float(tensor) for name, tensor in state.items() if name.endswith(tuple(names))]
     if not zero_points or not any(zero_points):
         return None
@@ -262,23 +263,27 @@ def _validate_activations(
         raise CheckpointError(message, field="a_sym", where=f"{path}: ")
     inferred = infer_act_bits(architecture, state)
     if inferred is None:
-        message = "%s: it does not show the width of its activations: %d bits are taken as given"
+        message = "%s: it does not show the width of its activations: act_bit %d is taken as given"
         log.warning(message, path, config.act_bit)
     elif inferred != config.act_bit:
         message = (
             f" {config.act_bit} was given, but the activation zero points of the file are those of {inferred} bits"
         )
         raise CheckpointError(message, field="act_bit", where=f"{path}: ")
-    _validate_softmax_bits(path, state, config.sm_abit)
+    _validate_softmax_bits(path, architecture, state, config.sm_abit)
 
 
-def _validate_softmax_bits(path: str | Path, state: Mapping[str, Tensor], sm_abit: int) -> None:
+def _validate_softmax_bits(
+    path: str | Path, architecture: Architecture, state: Mapping[str, Tensor], sm_abit: int
+) -> None:
     """Raise CheckpointError if the scales of attention probabilities do not fit `sm_abit` bits.
 
     A probability is at most 1, so at 16 bits no scale exceeds 1 / 32767. At 8 bits, scales that are all below this
     would mean that no attention probability ever exceeds 0.008.
     """
-    scales = [float(tensor) for name, tensor in state.items() if name.endswith(".act_quantizer_w.delta")]
+    specs = [spec for by_name in architecture.attention_matmuls.values() for spec in by_name.values()]
+    names = tuple(f".act_quantizer_{spec.softmax}.delta" for spec in specs if spec.softmax is not None)
+    scales = [float(tensor) for name, tensor in state.items() if name.endswith(names)]
     if scales and sm_abit == 16 and max(scales) > 2 / 32767:
         message = f" 16 was given, but a softmax scale of {max(scales):.2g} is too coarse for 16 bits"
         raise CheckpointError(message, field="sm_abit", where=f"{path}: ")

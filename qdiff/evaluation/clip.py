@@ -40,7 +40,7 @@ class ClipScore:
             if not (folder / name).is_file()
         ]
         if missing:
-            raise ConfigError(f"missing {', '.join(missing)} of a CLIP model", where=f"{folder}: ")
+            raise ConfigError(f" {folder}: missing {', '.join(missing)} of a CLIP model", field="clip")
         make_torchvision_importable()
         from transformers import CLIPModel, CLIPTokenizer
 

@@ -72,8 +72,7 @@ def parse(argv: Sequence[str] | None) -> CompareOptions:
     if args.bundled:
         command = sampling_command(args.bundled, args.images).on(device.device, device.threads)
     else:
-        device_args = ["--device", device.device, "--threads", str(device.threads)]
-        command = parse_sampling_command([sampling_args[0], *device_args, *sampling_args[1:]])
+        command = parse_sampling_command(sampling_args, device)
     if command.quantization.ptq:
         raise ConfigError(
             "expected a sampling command in full precision (without --ptq); the quantized networks are --checkpoints"

@@ -60,11 +60,11 @@ class Demo:
     Args:
         name: the bundled model.
         options: the options of demo.py.
-        progress: the progress bar of all models.
     """
 
-    def __init__(self, name: str, options: DemoOptions, progress: tqdm) -> None:
-        self.name, self.progress = name, progress
+    def __init__(self, name: str, options: DemoOptions) -> None:
+        self.name = name
+        self.progress = tqdm(disable=True)  # `sample_all` gets the one that is shown
         command = sampling_command(name, options.images)
         self.run = command.on(options.device.device, options.device.threads).make_run()
         self.model = self.run.load_full_precision()
@@ -132,8 +132,9 @@ class Demo:
         similarity = f"{psnr(images, reference):8.1f} {ssim(images, reference):7.3f}"
         return f"{name:14} {size:8.2f} {similarity} {self.eps_error(network):10.4f} {seconds:8.2f}"
 
-    def sample_all(self) -> None:
+    def sample_all(self, progress: tqdm) -> None:
         """Sample the images of all networks, and print the table."""
+        self.progress = progress
         self.progress.set_description(self.name)
         columns = f"{'':14} {'file MB':>8} {'PSNR dB':>8} {'SSIM':>7} {'eps error':>10} {'s/image':>8}"
         self.progress.write(f"\n{self.run.title}\n{columns}")
@@ -145,10 +146,10 @@ class Demo:
 def main(argv: list[str] | None = None) -> None:
     """Run the command."""
     options = parse(argv)
+    options.device.apply()  # a device that is not there is an error now
     check_writable(options.output / "demo_emoji32.png")
     log_to(None, verbose=False)
-    with tqdm(total=0, bar_format=BAR) as progress:
-        demos = [Demo(name, options, progress) for name in COSTS]
-        progress.total = sum(demo.cost for demo in demos)
+    demos = [Demo(name, options) for name in COSTS]
+    with tqdm(total=sum(demo.cost for demo in demos), bar_format=BAR) as progress:
         for demo in demos:
-            demo.sample_all()
+            demo.sample_all(progress)

@@ -27,9 +27,19 @@ from qdiff_cli.runs import log_to
 from qdiff_cli.table_commands import TableCommands, TableOptions
 from qdiff_cli.tables import FULL, TABLES, PaperTable
 
-# Options that the rows set, so that they are refused after `--`, and options that are accepted without an effect.
-ROW_OPTIONS = {"ptq", "quant_act", "weight_bit", "act_bit", "quant_mode", "cali_ckpt", "resume_w"}
-ALWAYS_ACCEPTED = {"cond", "resume"}
+# Options that are refused after `--`, because the table sets them, and what to use instead.
+BY_ROWS = "choose the rows by --rows, and files by --checkpoints"
+SET_BY_TABLE = dict.fromkeys(
+    ("ptq", "quant_act", "weight_bit", "act_bit", "quant_mode", "cali_ckpt", "resume_w"), BY_ROWS
+) | {
+    "max_images": "use --images",
+    "n_samples": "use --images",
+    "logdir": "use --output",
+    "outdir": "use --output",
+    "from_file": "the table has its own prompts",
+    "continue_run": "a table is always continued",
+}
+ALWAYS_ACCEPTED = {"cond", "resume"}  # without an effect
 
 
 @dataclass(frozen=True)
@@ -139,28 +149,38 @@ def _commands(
     if preset is not None:
         command = replace(command, quantization=replace(command.quantization, preset=preset))
     command, given = command.changed(sampling_args)
-    if set_by_rows := sorted(ROW_OPTIONS & given):
-        raise ConfigError(
-            f"--{set_by_rows[0]}: belongs to the rows of the table; choose them by --rows, and files by --checkpoints"
-        )
+    if set_by_table := sorted(SET_BY_TABLE.keys() & given):
+        name = set_by_table[0]
+        raise ConfigError(f"--{name.replace('_run', '')}: belongs to the rows of the table; {SET_BY_TABLE[name]}")
     commands = TableCommands(replace(table, command=command), options, given)
     _validate_effect(commands, given | ({"preset"} if preset else set()))
     return commands
 
 
 def _validate_effect(commands: TableCommands, given: frozenset[str] | set[str]) -> None:
-    """Raise ConfigError for a quantization option without an effect on any row of the table."""
+    """Raise ConfigError for a quantization option without an effect on any row of the table.
+
+    `--engine integer` must be possible for every row, because it is an error where it is not.
+    """
+    command = commands.table.command
     names = {name for name in given if name in QuantizationOptions.__dataclass_fields__}
+    typed = {name: getattr(command.quantization, name) for name in names}
     rows = [row for row in commands.rows if row.method != FULL]
     effective: set[str] = set()
     for row in rows:
         values: dict[str, Any] = vars(commands.quantization(row)) | {"cali_ckpt": commands.given_checkpoint(row)}
-        args = ParsedArgs(**values, typed=frozenset(names))
+        args = ParsedArgs(**values | typed, typed=frozenset(names))
         effective |= names - {name for name, _ in args.without_effect(RULES)}
     if ineffective := sorted(names - effective - ALWAYS_ACCEPTED):
         raise ConfigError(
             f"--{ineffective[0]}: has no effect on any of the {len(rows)} quantized rows of the table "
             f"{commands.table.name}"
+        )
+    without_integers = [row.slug for row in commands.rows if row.act_bit == 32]
+    if command.run.engine == "integer" and without_integers:
+        raise ConfigError(
+            f"--engine integer: {', '.join(without_integers)} of the table {commands.table.name} have no quantized "
+            "activations; choose other rows by --rows"
         )
 
 

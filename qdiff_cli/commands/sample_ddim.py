@@ -8,23 +8,30 @@ from ddim.config import load_config
 from ddim.samplers import PIXEL_SAMPLERS, PixelSamplerConfig
 from ddim.sampling import PixelSampler, pixel_task
 from qdiff.errors import ConfigError
+from qdiff.samplers import Sampler
 from qdiff_cli.images import to_uint8
-from qdiff_cli.options import Parser, Rule, add_run_options, positive, project_file, seed
+from qdiff_cli.options import ParsedArgs, Parser, Rule, add_run_options, positive, project_file, seed
 from qdiff_cli.quantization_options import add_quantization_options
 from qdiff_cli.runs import RunOutput
 from qdiff_cli.sampling_run import SamplingCommand, SamplingRun
 
+
+def _sampler(args: ParsedArgs) -> Sampler[PixelSamplerConfig]:
+    """The sampler that --sample_type names; make_calibration_set.py has no default for it."""
+    return PIXEL_SAMPLERS.get(args.sample_type or PIXEL_SAMPLERS.names()[0])
+
+
 SAMPLER_RULES = (
     Rule(
         "eta",
-        lambda args: args.sample_type in (None, "generalized"),
+        lambda args: _sampler(args).uses_eta,
         "with --sample_type generalized (DDIM)",
-        lambda args, value: value == 0 and args.sample_type == "dpm_solver",
+        lambda args, value: value == 0 and not _sampler(args).stochastic,
     ),
     Rule(
         "skip_type",
-        lambda args: args.sample_type != "dpm_solver",
-        "with another --sample_type: the steps of dpm_solver are uniform",
+        lambda args: _sampler(args).uses_spacing,
+        "with another --sample_type: this one has its own spacing of the steps",
         lambda args, value: value == "uniform",
     ),
 )

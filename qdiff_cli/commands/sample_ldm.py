@@ -44,7 +44,7 @@ class LatentCommand(SamplingCommand):
     """The command `sample_diffusion_ldm.py` with the values of its options. `make_parser` describes them."""
 
     sampler_rules: ClassVar[tuple[Rule, ...]] = SAMPLER_RULES
-    option_of_field: ClassVar[dict[str, str]] = {"timesteps": "--custom_steps"}
+    option_of_field: ClassVar[dict[str, str]] = {"timesteps": "--custom_steps", "config": "--resume_base"}
 
     resume_base: Path
     n_samples: int = 50_000
@@ -96,8 +96,7 @@ class LatentCommand(SamplingCommand):
         checkpoint = cache(lambda: open_checkpoint(self.resume_base, config, self.quantization.cali_ckpt))
         model_parts = cache(lambda: checkpoint().model_parts().to(device))
         sampler = LatentSampler(config, settings, device)
-        act_rule = "max" if self.quantization.a_min_max else "mse"
-        task = latent_task(checkpoint, sampler, self.seed, act_rule, lambda path: model_parts().save(path))
+        task = latent_task(checkpoint, sampler, self.seed, lambda path: model_parts().save(path))
         quantization = self.quantization.resolve(task, self.seed)
         if classes:
             sampler.conditions = class_conditions(model_parts, classes)
