@@ -451,7 +451,10 @@ def test_bad_tables_say_what_is_wrong(tmp_path):
     fails(run("--table lsun-church"), "--reference", "lsun-church")
     fails(run("--table stable-diffusion --reference ."), "--captions")
     fails(run("--table lsun-church --reference qdiff"), "no images")
-    fails(run("--table bundled --clip ."), "missing config.json")
+    fails(run("--table bundled --clip ."), "--clip .: missing config.json")
+    for option, hint in (("--max_images 8", "--images"), ("-l x", "--output"), ("--continue", "always continued")):
+        fails(run(f"--table bundled --models emoji32 -- {option}"), "belongs to the rows of the table", hint)
+    fails(run("--table bundled --models emoji32 -- --engine integer"), "--engine integer: full-precision, linear-w8a32")
     fails(run("--table cifar10 --clip ."), "--clip: the images of cifar10 have no prompts")
     fails(run("--table cifar10 --check --checkpoints nowhere"), "--checkpoints nowhere: expected a folder")
     (tmp_path / "captions.json").write_text('{"annotations": [{"id": 1}]}')

@@ -247,6 +247,25 @@ def test_another_network_is_named(saved, model):
     assert "\n" not in str(error.value)
 
 
+def with_hook():
+    model = Network()
+    model.stem.register_forward_hook(lambda module, inputs, output: 2 * output)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (lambda: Without("stem", nn.Conv2d(3, 8, 3, padding=2, dilation=2)), "stem is Conv2d.*dilation"),
+        (lambda: Without("stem", nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect")), "stem is Conv2d.*reflect"),
+        (with_hook, "stem has a hook"),
+    ],
+)
+def test_layers_of_another_geometry_or_with_hooks_are_named(saved, model, words):
+    with pytest.raises(CheckpointError, match=f"another network .*{words}"):
+        qdiff.load(saved, model=model(), device="cpu")
+
+
 def test_a_damaged_tensor_is_named(saved, tmp_path):
     content = bytearray(saved.read_bytes())
     content[-1] ^= 1  # the end of a file is the end of its last tensor
@@ -376,8 +395,9 @@ def test_a_family_of_another_package_is_imported_when_it_is_needed(families, mon
 
         monkeypatch.setattr(architecture, "entry_points", entry_points)
     assert "own" in family_names()
-    with pytest.raises(ModuleNotFoundError, match="own_package"):  # only now is it imported
-        find_architecture("own")
+    with pytest.raises(ConfigError, match=r"^family 'own': its architecture cannot be imported .*own_package"):
+        find_architecture("own")  # only now is it imported
+    assert [found.name for found in architecture.architectures()] == ["latent", "pixel"]  # the others still serve
     monkeypatch.setitem(sys.modules, "own_package", module)
     expect_loaded(tmp_path / "own.safetensors", network)
     assert find_architecture("own") is OWN
@@ -387,6 +407,21 @@ def test_an_unknown_family_is_named():
     with pytest.raises(ConfigError, match=r"^family 'own': expected one of latent, pixel$") as error:
         find_architecture("own")
     assert error.value.field == "family"
+
+
+@pytest.mark.parametrize("name", ["pixel", "custom"])
+def test_a_name_that_is_taken_is_refused(families, name):
+    with pytest.raises(ConfigError, match=f"^family '{name}': this name is taken"):
+        register_family(name, OWN)
+
+
+def test_an_architecture_of_another_name_is_refused(families, monkeypatch):
+    module = ModuleType("own_package")
+    module.OWN = OWN
+    monkeypatch.setitem(sys.modules, "own_package", module)
+    register_family("other", "own_package:OWN")
+    with pytest.raises(ConfigError, match=r"^family 'other': expected an Architecture of this name"):
+        find_architecture("other")
 
 
 def test_the_families_of_this_project():
@@ -440,6 +475,9 @@ WRONG = [
     ("batch_tune", lambda: CalibrationConfig(batch_tune=0).validate()),
     ("iters", lambda: CalibrationConfig(iters=-1).validate()),
     ("patience", lambda: CalibrationConfig(patience=-1).validate()),
+    ("iters", quantize_with(iters=2.5)),
+    ("validation_fraction", quantize_with(validation_fraction=2.0)),
+    ("warmup", lambda: CalibrationConfig(warmup=-0.5).validate()),
     ("lr_a", lambda: CalibrationConfig(lr_a=0.0).validate()),
     ("p", lambda: CalibrationConfig(p=-2.0).validate()),
     ("engine", load_with(device="cpu", engine="integers")),

@@ -402,7 +402,8 @@ def test_bad_sets_are_refused(tmp_path, content, words):
 
 
 @pytest.mark.parametrize(
-    ("rows", "words"), [({"cs": 2}, "expected cs, ts, ucs, xs"), ({"cs": 2, "ucs": 3}, "3 contexts in ucs for 2 samples")]
+    ("rows", "words"),
+    [({"cs": 2}, "expected cs, ts, ucs, xs"), ({"cs": 2, "ucs": 3}, "3 contexts in ucs for 2 samples")],
 )
 def test_bad_sets_of_guided_networks_are_refused(tmp_path, rows, words):
     contexts = {name: [torch.zeros(count, 7, 4)] for name, count in rows.items()}
