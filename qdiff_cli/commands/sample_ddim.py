@@ -31,7 +31,7 @@ SAMPLER_RULES = (
     Rule(
         "skip_type",
         lambda args: _sampler(args).uses_spacing,
-        "with another --sample_type: this one has its own spacing of the steps",
+        "with another --sample_type: the steps of dpm_solver are uniform",
         lambda args, value: value == "uniform",
     ),
 )
