@@ -157,6 +157,12 @@ class LatentConfig:
     training: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def downsampling(self) -> int:
+        """Pixels of the image per latent pixel, along one side; 1 without an autoencoder."""
+        autoencoder = self.first_stage.params.get("ddconfig")
+        return 1 if autoencoder is None else 2 ** (len(autoencoder["ch_mult"]) - 1)
+
+    @property
     def alphas_cumprod(self) -> Tensor:
         """alpha-bar_t, float64 [timesteps]; the square root of beta is linear in the time step."""
         betas = torch.linspace(self.linear_start**0.5, self.linear_end**0.5, self.timesteps, dtype=torch.float64) ** 2

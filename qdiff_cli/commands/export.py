@@ -126,7 +126,7 @@ def input_size(options: ExportOptions, task: QuantizationTask, pixels: int) -> i
     """
     factor = 1
     if is_latent(options.config):
-        factor = 2 ** (len(load_latent_config(options.config).first_stage.params["ddconfig"]["ch_mult"]) - 1)
+        factor = load_latent_config(options.config).downsampling
     levels = len(task.unet_config.get("channel_mult") or task.unet_config["ch_mult"])
     unit = factor * 2 ** (levels - 1)
     if pixels % unit:

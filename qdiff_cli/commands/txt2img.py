@@ -183,7 +183,7 @@ class TextCommand(SamplingCommand):
 
     def _latent_shape(self, config: LatentConfig) -> tuple[int, int, int]:
         """(C, h, w) from --C, --H, --W and --f. ConfigError if the model cannot sample images of this shape."""
-        model_factor = 2 ** (len(config.first_stage.params["ddconfig"]["ch_mult"]) - 1)
+        model_factor = config.downsampling
         factor, channels = self.f or model_factor, self.C or config.channels
         height, width = self.H or config.image_size * factor, self.W or config.image_size * factor
         if factor != model_factor or channels != config.channels:
