@@ -445,7 +445,7 @@ def test_the_table_of_stable_diffusion_takes_captions_and_images_of_any_size(wor
 
 
 def test_bad_tables_say_what_is_wrong(tmp_path):
-    run = lambda words: commands.run("reproduce.py", *shlex.split(words), "--output", tmp_path)  # noqa: E731
+    run = lambda words: commands.run("reproduce.py", "--output", tmp_path, *shlex.split(words))  # noqa: E731
     fails(run("--table bundled --rows q-diffusion-w3a8"), "q-diffusion-w3a8", "q-diffusion-w4a8")
     fails(run("--table bundled --models emoji16"), "emoji16", "emoji32")
     fails(run("--table lsun-church"), "--reference", "lsun-church")
