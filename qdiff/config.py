@@ -49,13 +49,21 @@ class QuantConfig:
         """Return self.
 
         Raises:
+            ConfigError: a setting that cannot work, by name; a scale rule that is not registered.
+        """
+        SCALE_RULES.get(self.weight_scale_method, field="weight_scale_method")
+        SCALE_RULES.get(self.act_scale_method, field="act_scale_method")
+        return self.validate_formats()
+
+    def validate_formats(self) -> "QuantConfig":
+        """Return self, without a look at the scale rules: scales that exist need none.
+
+        Raises:
             ConfigError: a setting that cannot work, by name.
         """
         for name in ("weight_bit", "act_bit", "sm_abit"):
             value = getattr(self, name)
             _require(isinstance(value, int) and 2 <= value <= 16, name, f" {value}: expected a width of 2 to 16 bits")
-        SCALE_RULES.get(self.weight_scale_method, field="weight_scale_method")
-        SCALE_RULES.get(self.act_scale_method, field="act_scale_method")
         _require(self.quant_mode in MODES, "quant_mode", f" {self.quant_mode}: expected {' or '.join(MODES)}")
         bounds = list(self.time_bounds)
         _require(bounds == sorted(set(bounds)), "time_bounds", f" {bounds}: expected ascending time steps")
@@ -80,7 +88,7 @@ class QuantConfig:
         names = {field.name for field in fields(cls)}
         if set(values) != names:
             raise ConfigError(f"quantization settings {sorted(values)}: expected {sorted(names)}")
-        return cls(**values | {"time_bounds": tuple(values["time_bounds"])}).validate()
+        return cls(**values | {"time_bounds": tuple(values["time_bounds"])}).validate_formats()
 
 
 @dataclass(frozen=True)

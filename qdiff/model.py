@@ -128,7 +128,7 @@ def apply_plan(model: nn.Module, plan: QuantPlan, config: QuantConfig) -> nn.Mod
         NotImplementedError: a layer of a registered type has options without a quantized form. The message has its
             path.
     """
-    config.validate()
+    config.validate_formats()
     shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     wrapped = copy.deepcopy(model, shared).eval()
     groups = TimestepGroups(config.time_bounds) if config.time_bounds else None

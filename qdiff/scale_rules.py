@@ -92,6 +92,9 @@ def least_error(
     return best_scale, best_zero
 
 
+PUBLISHED_RULES = ("max", "max_scale", "mse")  # the width of a published file is inferred from their scales
+
+
 def choose_qparams(
     x: Tensor,
     n_bits: int,

@@ -16,6 +16,7 @@ from qdiff.checkpoint.packed import remember_info, remembered_info
 from qdiff.config import CalibrationConfig, QuantConfig
 from qdiff.errors import CheckpointError
 from qdiff.model import copy_weights, quantize_model
+from qdiff.scale_rules import PUBLISHED_RULES
 from qdiff.task import QuantizationTask
 from qdiff.utils import distributed
 from qdiff.utils.files import file_hash
@@ -151,11 +152,13 @@ class NetworkSource:
         header = calibration.config.to_dict() | {"rows_sha256": samples.hash()}
         parts = write_model_parts(task, folder)
         info = PackedInfo(task.architecture.name, task.unet_config, formats, header, state_hash(state), parts)
-        if not formats.time_bounds:
+        # the published format holds no groups, and it shows the width of its weights for the published rules alone
+        publishable = not formats.time_bounds and formats.weight_scale_method in PUBLISHED_RULES
+        if publishable:
             save_published(folder / PUBLISHED, quantized, task.architecture, state, activations=formats.quant_act)
         calibration.report(folder / "calibration", quantized)
         save_packed(folder / PACKED, quantized, info)
-        published = "" if formats.time_bounds else f", {PUBLISHED} (published)"
+        published = f", {PUBLISHED} (published)" if publishable else ""
         log.info("calibrated checkpoints in %s: %s (packed)%s", folder, PACKED, published)
 
 

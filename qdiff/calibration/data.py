@@ -182,6 +182,9 @@ def generate(
         evaluations: the number of evaluations that the sampler makes for one image.
         samples: the number of images that are sampled.
         batch_size: images of one batch.
+
+    Raises:
+        ConfigError: the sampler makes another number of evaluations.
     """
     recorders = []
     for start in tqdm(
@@ -189,6 +192,11 @@ def generate(
     ):
         recorder = Recorder(num_timesteps, evaluations)
         run_sampler(list(range(start, min(start + batch_size, samples))), recorder)
+        if recorder.seen != evaluations:
+            raise ConfigError(
+                f"the sampler evaluated the network {recorder.seen} times, expected {evaluations} as its "
+                "num_evaluations says"
+            )
         recorders.append(recorder)
     return CalibrationSet(
         xs=[torch.cat(parts) for parts in zip(*(recorder.xs for recorder in recorders), strict=True)],

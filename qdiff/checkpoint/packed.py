@@ -208,7 +208,9 @@ class PackedFile:
         if (packed := cls.find(path)) is not None:
             return packed
         kind = "a safetensors file without our header: " if is_safetensors(Path(path)) else ""
-        raise CheckpointError(f"{path}: {kind}not a packed quantized checkpoint")
+        raise CheckpointError(
+            f"{path}: {kind}not a packed quantized checkpoint (the export command converts a published .pth)"
+        )
 
     @classmethod
     def _from_header(cls, path: Path, header_json: str) -> "PackedFile":

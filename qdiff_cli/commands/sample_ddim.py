@@ -25,13 +25,13 @@ SAMPLER_RULES = (
     Rule(
         "eta",
         lambda args: _sampler(args).uses_eta,
-        "with --sample_type generalized (DDIM)",
+        "with a --sample_type that takes it, such as generalized (DDIM)",
         lambda args, value: value == 0 and not _sampler(args).stochastic,
     ),
     Rule(
         "skip_type",
         lambda args: _sampler(args).uses_spacing,
-        "with another --sample_type: the steps of dpm_solver are uniform",
+        "with another --sample_type: this one has a spacing of its own (that of dpm_solver is uniform)",
         lambda args, value: value == "uniform",
     ),
 )

@@ -13,10 +13,7 @@ import torch
 import qdiff
 from ddim.samplers import PIXEL_SAMPLERS
 from qdiff.architecture import find_architecture, register_family
-from qdiff.calibration.data import CalibrationData
-from qdiff.calibration.run import Calibration
-from qdiff.checkpoint import PackedFile, PackedInfo, save_packed
-from qdiff.config import CalibrationConfig, QuantConfig
+from qdiff.checkpoint import PackedFile
 from qdiff.scale_rules import SCALE_RULES
 from tests.support import commands, tiny
 from tests.support.commands import REPOSITORY
@@ -72,6 +69,9 @@ def test_a_scale_rule_is_one_file(one_file, tmp_path, monkeypatch):
     commands.succeeded(result)
     (packed,) = tmp_path.rglob("ckpt.safetensors")
     assert PackedFile.open(packed).info.config.weight_scale_method == "percentile"
+    assert not list(tmp_path.rglob("ckpt.pth"))  # the format would not show its width
+    SCALE_RULES._entries.pop("percentile")
+    assert isinstance(qdiff.load(packed), torch.nn.Module)  # its scales need no rule
 
 
 def test_a_sampler_is_one_file(one_file, tmp_path, monkeypatch):
@@ -114,31 +114,22 @@ def test_a_family_is_one_file(one_file, tmp_path, monkeypatch):
     family = one_file("toy_family.py")
     register_family("toy", "toy_family:TOY")
     assert find_architecture("toy") is family.TOY
-    torch.manual_seed(0)
-    model = family.ToyUNet()
-    data = CalibrationData((torch.randn(16, 3, 8, 8), torch.arange(16.0)))
-    quant = QuantConfig(weight_bit=4, quant_act=True)
-    config = CalibrationConfig(batch_size=4, iters=3, iters_a=3)
-    quantized = Calibration(model, family.TOY, quant, config, data).run()
-    save_packed(tmp_path / "toy.safetensors", quantized, PackedInfo("toy", {"width": 8}, quant, {}, ""))
+    x_t, t = torch.randn(16, 3, 8, 8), torch.arange(16.0)
+    quantized = one_file("toy_checkpoint.py").write(tmp_path / "toy.safetensors", x_t, t)
     with torch.no_grad():
-        expected = quantized(*data.inputs)
-        assert torch.equal(qdiff.load(tmp_path / "toy.safetensors", engine="simulated")(*data.inputs), expected)
+        expected = quantized(x_t, t)
+        assert torch.equal(qdiff.load(tmp_path / "toy.safetensors", engine="simulated")(x_t, t), expected)
 
 
 @pytest.mark.multiprocess
 def test_a_family_of_an_installed_package_is_found_by_its_entry_point(one_file, tmp_path):
     """The entry point alone: a new process imports `qdiff` and loads a file of the family."""
-    family = one_file("toy_family.py")
+    one_file("toy_family.py")
     metadata = tmp_path / "toy-1.0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n")
     (metadata / "entry_points.txt").write_text("[qdiff.families]\ntoy = toy_family:TOY\n")
-    torch.manual_seed(0)
-    quant, config = QuantConfig(weight_bit=8), CalibrationConfig(batch_size=4, iters=2)
-    data = CalibrationData((torch.randn(8, 3, 4, 4), torch.arange(8.0)))
-    quantized = Calibration(family.ToyUNet(), family.TOY, quant, config, data).run()
-    save_packed(tmp_path / "toy.safetensors", quantized, PackedInfo("toy", {"width": 8}, quant, {}, ""))
+    one_file("toy_checkpoint.py").write(tmp_path / "toy.safetensors", torch.randn(8, 3, 4, 4), torch.arange(8.0))
     code = f"import json, qdiff; print(json.dumps(type(qdiff.load({str(tmp_path / 'toy.safetensors')!r})).__name__))"
     path = os.pathsep.join([str(REPOSITORY), str(tmp_path)])
     result = subprocess.run(
