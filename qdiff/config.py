@@ -82,7 +82,8 @@ class QuantConfig:
         """Rebuild from `to_dict`; older files have no `time_bounds`.
 
         Raises:
-            ConfigError: a setting is unknown, missing or cannot work.
+            ConfigError: a setting is unknown, missing or cannot work. Scale rules are not looked up, see
+                `validate_formats`.
         """
         values = {"time_bounds": ()} | dict(values)
         names = {field.name for field in fields(cls)}

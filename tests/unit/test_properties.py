@@ -283,7 +283,14 @@ def test_settings_that_cannot_work_are_refused(quant, number, word):
     wrong += [("time_bounds", (5.0, 1.0)), ("time_bounds", (3.0, 3.0))]
     for name, value in wrong:
         with pytest.raises(ConfigError, match=name):
-            QuantConfig.from_dict(quant.to_dict() | {name: value})
+            QuantConfig.from_dict(quant.to_dict() | {name: value}).validate()
+
+
+@many
+@given(configurations, st.text(max_size=8))
+def test_settings_of_a_file_may_name_a_rule_that_is_not_registered(quant, word):
+    values = quant.to_dict() | {"weight_scale_method": word, "act_scale_method": word}
+    assert QuantConfig.from_dict(values).to_dict() == values
 
 
 @many
