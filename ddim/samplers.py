@@ -41,14 +41,7 @@ class PixelSamplerConfig:
             ConfigError: a setting cannot work with this model.
         """
         sampler = PIXEL_SAMPLERS.get(self.sample_type)
-        if not 1 <= self.timesteps <= diffusion.num_diffusion_timesteps:
-            raise ConfigError(
-                f" {self.timesteps}: expected 1 to {diffusion.num_diffusion_timesteps}", field="timesteps"
-            )
-        if not 0 <= self.eta <= 1:
-            raise ConfigError(f" {self.eta:g}: expected 0 to 1", field="eta")
-        if self.eta and not sampler.stochastic:
-            raise ConfigError(f"{self.sample_type} is deterministic: expected eta 0, found {self.eta:g}")
+        sampler.validate(self.timesteps, self.eta, diffusion.num_diffusion_timesteps)
         return self
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ddim.samplers import VPSchedule, dpm_solver_timesteps, evaluate, num_intervals
 from ldm.config import LatentConfig
-from qdiff.errors import ConfigError
 from qdiff.samplers import Callback, Denoiser, Noise, Sampler, register_sampler
 from qdiff.utils.registry import Registry
 
@@ -41,13 +40,7 @@ class LatentSamplerConfig:
         Raises:
             ConfigError: a setting cannot work with this model.
         """
-        sampler = LATENT_SAMPLERS.get(self.sampler)
-        if not 1 <= self.timesteps <= config.timesteps:
-            raise ConfigError(f" {self.timesteps}: expected 1 to {config.timesteps} sampling steps", field="timesteps")
-        if not 0 <= self.eta <= 1:
-            raise ConfigError(f" {self.eta:g}: expected 0 to 1", field="eta")
-        if self.eta and not sampler.stochastic:
-            raise ConfigError(f"{self.sampler} is deterministic: expected eta 0, found {self.eta:g}")
+        LATENT_SAMPLERS.get(self.sampler).validate(self.timesteps, self.eta, config.timesteps)
         return self
 
 

@@ -6,6 +6,7 @@ from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor
 
+from qdiff.errors import ConfigError
 from qdiff.utils.registry import Registry
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]  # eps(x_t [N, ...], t [N]) -> [N, ...]
@@ -67,6 +68,25 @@ class Sampler(Generic[SamplerConfig]):
     num_evaluations: Callable[[Tensor], int] = len
     uses_eta: bool = False
     uses_spacing: bool = False
+
+    def validate(self, num_timesteps: int, eta: float, total: int) -> None:
+        """Check the settings that all samplers share.
+
+        Args:
+            num_timesteps: number of sampling steps.
+            eta: the amount of noise that DDIM adds.
+            total: number of time steps of the model.
+
+        Raises:
+            ConfigError: fewer than 1 or more than `total` sampling steps; an eta outside 0 to 1, or one that is not 0
+                for a deterministic sampler.
+        """
+        if not 1 <= num_timesteps <= total:
+            raise ConfigError(f" {num_timesteps}: expected 1 to {total} sampling steps", field="timesteps")
+        if not 0 <= eta <= 1:
+            raise ConfigError(f" {eta:g}: expected 0 to 1", field="eta")
+        if eta and not self.stochastic:
+            raise ConfigError(f"{self.name} is deterministic: expected eta 0, found {eta:g}")
 
 
 Function = TypeVar("Function", bound=SampleFunction)

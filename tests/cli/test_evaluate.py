@@ -288,20 +288,11 @@ def test_a_table_is_filled_and_continued(tmp_path):
     assert all(path.stat().st_mtime_ns == images[path] for path in kept)
 
 
+CHECK = shlex.split("--table bundled --models emoji32 --rows q-diffusion-w4a8 --check --threads 1")
+
+
 def test_a_table_is_checked_before_the_long_run(tmp_path):
-    words = [
-        "--table",
-        "bundled",
-        "--models",
-        "emoji32",
-        "--rows",
-        "q-diffusion-w4a8",
-        "--check",
-        "--threads",
-        1,
-        "--output",
-        tmp_path,
-    ]
+    words = [*CHECK, "--output", tmp_path]
     result = commands.run("reproduce.py", *words)
     assert result.returncode == 0, result.stderr
     assert "full precision: PASS" in result.stdout and "Q-Diffusion W4A8: PASS" in result.stdout
@@ -322,19 +313,7 @@ def test_the_check_sees_a_checkpoint_that_nothing_was_learned_for(tmp_path):
     assert result.returncode == 0, result.stderr
     (tmp_path / "given").mkdir()
     shutil.copy(next((tmp_path / "linear").rglob("ckpt.safetensors")), tmp_path / "given" / "w4a8.safetensors")
-    words = [
-        "--table",
-        "bundled",
-        "--models",
-        "emoji32",
-        "--rows",
-        "q-diffusion-w4a8",
-        "--check",
-        "--threads",
-        1,
-        "--output",
-        tmp_path,
-    ]
+    words = [*CHECK, "--output", tmp_path]
     result = commands.run("reproduce.py", *words, "--checkpoints", tmp_path / "given")
     assert result.returncode == 1 and "the check failed" in result.stderr.splitlines()[-1]
     assert "Q-Diffusion W4A8: FAIL, trajectory error 0." in result.stdout

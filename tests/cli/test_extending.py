@@ -42,6 +42,12 @@ def one_file(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
+def sampling_options(folder, timesteps, images):
+    """Options that sample the small pixel model into `folder`."""
+    files = ["--config", tiny.config_file(folder), "--ckpt", tiny.weights_file(folder)]
+    return [*files, "--timesteps", timesteps, "--max_images", images, "--threads", 1, "-l", folder]
+
+
 def test_a_scale_rule_is_one_file(one_file, tmp_path, monkeypatch):
     monkeypatch.setattr(SCALE_RULES, "_entries", dict(SCALE_RULES._entries))
     rule = one_file("percentile_rule.py").percentile
@@ -49,21 +55,7 @@ def test_a_scale_rule_is_one_file(one_file, tmp_path, monkeypatch):
     values[:, 0] = 50  # an outlier, which the rule leaves out
     scale, _ = rule(values, 8, False, False)
     assert scale.shape == (4, 1) and (scale < 10 / 255).all()
-    config, weights = tiny.config_file(tmp_path), tiny.weights_file(tmp_path)
-    command = [
-        "--config",
-        config,
-        "--ckpt",
-        weights,
-        "--timesteps",
-        4,
-        "--max_images",
-        1,
-        "--threads",
-        1,
-        "-l",
-        tmp_path,
-    ]
+    command = sampling_options(tmp_path, timesteps=4, images=1)
     recipe = ["--ptq", "--weight_bit", 4, "--cali_st", 2, "--cali_n", 4, "--cali_iters", 2]
     result = commands.run("sample_diffusion_ddim.py", *command, *recipe, "--weight_scale_method", "percentile")
     commands.succeeded(result)
@@ -77,21 +69,7 @@ def test_a_scale_rule_is_one_file(one_file, tmp_path, monkeypatch):
 def test_a_sampler_is_one_file(one_file, tmp_path, monkeypatch):
     monkeypatch.setattr(PIXEL_SAMPLERS, "_entries", dict(PIXEL_SAMPLERS._entries))
     one_file("euler_sampler.py")
-    config, weights = tiny.config_file(tmp_path), tiny.weights_file(tmp_path)
-    command = [
-        "--config",
-        config,
-        "--ckpt",
-        weights,
-        "--timesteps",
-        5,
-        "--max_images",
-        2,
-        "--threads",
-        1,
-        "-l",
-        tmp_path,
-    ]
+    command = sampling_options(tmp_path, timesteps=5, images=2)
     commands.succeeded(commands.run("sample_diffusion_ddim.py", *command, "--sample_type", "euler"))
     assert len(list(tmp_path.rglob("img/*.png"))) == 2
     result = commands.run("sample_diffusion_ddim.py", *command, "--sample_type", "euler", "--eta", 0.5)
