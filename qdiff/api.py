@@ -22,6 +22,7 @@ from qdiff.engines.select import apply_engine
 from qdiff.errors import ConfigError, NonFiniteError
 from qdiff.layers import LAYER_TYPES
 from qdiff.model import QuantPlan, quant_layers, quantize_model
+from qdiff.policy import make_policy
 from qdiff.unquantized import find_unquantized, log_unquantized
 from qdiff.utils import distributed
 from qdiff.utils.devices import select_device
@@ -86,6 +87,7 @@ def quantize(
     attention_matmuls: Mapping[type[nn.Module], Mapping[str, AttentionMatMulSpec]] | None = None,
     splits: Mapping[str, int] | None = None,
     timestep_groups: int = 1,
+    policy: Mapping[str, str] | None = None,
     preset: str = "fast",
     folder: str | Path | None = None,
     **recipe: object,
@@ -118,6 +120,8 @@ def quantize(
         splits: for layers whose input is a concatenation, by path: the channels of its first half (Q-Diffusion,
             section 4.3).
         timestep_groups: the number of groups of time steps with activation scales of their own (arXiv 2311.16503).
+        policy: {pattern of paths: widths}, for layers with other widths than the nominal ones: `W8A16`, `W8`, `A16`, or
+            `keep` for full precision (`qdiff.policy`).
         preset: the recipe: `fast` or `published`.
         folder: keeps finished units, so that the same call continues after an interruption, and a report at the end.
         recipe: settings that replace those of the preset (`qdiff.config.CalibrationConfig`).
@@ -150,6 +154,7 @@ def quantize(
     )
     bounds = timestep_group_bounds(data, timestep_groups) if timestep_groups > 1 else ()
     quant = _formats(weight_bit, act_bit, symmetric, bool(splits), bounds)
+    quant = replace(quant, policy=make_policy(policy or {})).validate()
     config = replace(PRESETS[preset], **recipe)  # type: ignore[arg-type]  # validated above
     directory = CalibrationDir(None if folder is None else Path(folder))
     return _calibrate(Calibration(deepcopy(model), architecture, quant, config, data, directory=directory))
@@ -176,7 +181,7 @@ def _calibrate(calibration: Calibration) -> nn.Module:
     """Run a calibration of a custom network, write its report, and attach what `save` needs."""
     model, architecture, quant, data = calibration.model, calibration.architecture, calibration.quant, calibration.data
     assert data is not None  # given by `quantize`
-    plan = QuantPlan.of(model, architecture, quant.split)
+    plan = QuantPlan.of(model, architecture, quant)
     _log_unquantized(model, architecture, quant, data)
     quantized = calibration.run()
     folder = calibration.directory.folder

@@ -7,7 +7,7 @@ for.
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -18,6 +18,7 @@ from torch import nn
 from qdiff.config import QuantConfig
 from qdiff.errors import ConfigError
 from qdiff.layers import ActQuantizer, QuantMatMul, TimestepGroups
+from qdiff.policy import widths_of
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +45,17 @@ class AttentionMatMulSpec:
     follows_a_sym: bool = True
     on_block: bool = False
 
-    def make(self, config: QuantConfig, groups: TimestepGroups | None) -> QuantMatMul:
-        """The quantized matmul in the number formats of `config`."""
-        return QuantMatMul({name: self._quantizer(name, config, groups) for name in self.operands})
+    def make(self, config: QuantConfig, groups: TimestepGroups | None, path: str = "") -> QuantMatMul:
+        """The quantized matmul in the number formats of `config`.
+
+        Args:
+            config: the number formats.
+            groups: the timestep groups.
+            path: its path, by which the policy of `config` finds its width: that of both operands.
+        """
+        _, own = widths_of(config.policy, path)
+        formats = config if own is None else replace(config, act_bit=own, sm_abit=own)
+        return QuantMatMul({name: self._quantizer(name, formats, groups) for name in self.operands})
 
     def _quantizer(self, name: str, config: QuantConfig, groups: TimestepGroups | None) -> ActQuantizer:
         if name != self.softmax:

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from qdiff.errors import ConfigError
+from qdiff.policy import Policy, is_kept, make_policy, widths_of
 from qdiff.scale_rules import SCALE_RULES
 
 MODES = ("qdiff", "linear")
@@ -32,6 +33,7 @@ class QuantConfig:
         quant_mode: `qdiff` reconstructs, `linear` rounds to nearest.
         time_bounds: the time steps at which each timestep group but the first begins, ascending. Every group has its
             own activation scales. Empty: one group for all time steps.
+        policy: layers with other widths than the nominal ones, or in full precision (`qdiff.policy`).
     """
 
     weight_bit: int = 8
@@ -44,6 +46,7 @@ class QuantConfig:
     act_scale_method: str = "max"
     quant_mode: str = "qdiff"
     time_bounds: tuple[float, ...] = ()
+    policy: Policy = ()
 
     def validate(self) -> "QuantConfig":
         """Return self.
@@ -67,29 +70,40 @@ class QuantConfig:
         _require(self.quant_mode in MODES, "quant_mode", f" {self.quant_mode}: expected {' or '.join(MODES)}")
         bounds = list(self.time_bounds)
         _require(bounds == sorted(set(bounds)), "time_bounds", f" {bounds}: expected ascending time steps")
+        make_policy(self.policy)
         return self
+
+    def widths(self, path: str) -> tuple[int, int]:
+        """The width of the weight and of the input of the layer at `path`."""
+        weight, act = widths_of(self.policy, path)
+        return weight or self.weight_bit, act or self.act_bit
+
+    def keeps(self, path: str) -> bool:
+        """Whether the layer or attention matmul at `path` stays in full precision."""
+        return is_kept(self.policy, path)
 
     def linear(self) -> "QuantConfig":
         """The same widths by nearest rounding and min-max ranges."""
         return replace(self, quant_mode="linear", weight_scale_method="max", act_scale_method="max")
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as files hold them."""
-        return asdict(self)
+        """The settings as files hold them. An empty policy is left out."""
+        return {name: value for name, value in asdict(self).items() if name != "policy" or value}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "QuantConfig":
-        """Rebuild from `to_dict`; older files have no `time_bounds`.
+        """Rebuild from `to_dict`; older files have no `time_bounds` and no `policy`.
 
         Raises:
             ConfigError: a setting is unknown, missing or cannot work. Scale rules are not looked up, see
                 `validate_formats`.
         """
-        values = {"time_bounds": ()} | dict(values)
+        values = {"time_bounds": (), "policy": ()} | dict(values)
         names = {field.name for field in fields(cls)}
         if set(values) != names:
             raise ConfigError(f"quantization settings {sorted(values)}: expected {sorted(names)}")
-        return cls(**values | {"time_bounds": tuple(values["time_bounds"])}).validate_formats()
+        tuples = {"time_bounds": tuple(values["time_bounds"]), "policy": make_policy(values["policy"])}
+        return cls(**values | tuples).validate_formats()
 
 
 @dataclass(frozen=True)

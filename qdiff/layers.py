@@ -197,6 +197,8 @@ class QuantLayer(nn.Module):
         quantized: whether the weight is that of the integers.
         rounding: AdaRound's alpha of each half while it is learned, else None.
         shape: the shape of the whole weight, valid after `drop_weight` too.
+        smoothing: float32 [C], a factor for each input channel (SmoothQuant, arXiv 2211.10438): the input is divided by
+            it before it is quantized, and the weight is that of the layer times it. None: there is none.
         weight_quantizer_0: the quantizer of the second half, in split layers only (`act_quantizer_0` likewise).
     """
 
@@ -207,6 +209,7 @@ class QuantLayer(nn.Module):
     weight_quantizer_0: WeightQuantizer
     act_quantizer: ActQuantizer
     act_quantizer_0: ActQuantizer
+    smoothing: Tensor | None
     _weight: Tensor | None
 
     def __init__(
@@ -226,6 +229,7 @@ class QuantLayer(nn.Module):
         self.rounding: list[Tensor] | None = None
         self.shape = weight.shape
         self.register_buffer("_weight", weight.detach(), persistent=False)
+        self.register_buffer("smoothing", None)
         self.bias = bias
         for suffix, part in zip(("", "_0"), self._parts(self.weight), strict=False):
             setattr(self, f"weight_quantizer{suffix}", WeightQuantizer(tuple(part.shape), weight_bit, part.device))
@@ -263,6 +267,26 @@ class QuantLayer(nn.Module):
     def _join(self, parts: list[Tensor]) -> Tensor:
         """Concatenate the halves along the input channels: the inverse of `_parts`."""
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=self.channels)
+
+    def smooth(self, factors: Tensor) -> None:
+        """Divide the input by a factor for each input channel and multiply the weight by it.
+
+        Args:
+            factors: positive, float32 [C].
+
+        Raises:
+            ValueError: the layer has groups, whose weights do not see all input channels, or its integers are set.
+        """
+        if self.quantized or self.weight.shape[self.channels] != len(factors):
+            raise ValueError(f"{len(factors)} factors for a weight {tuple(self.shape)}: expected one for each input")
+        self.smoothing = factors.detach().float().to(self.weight.device)
+        self.weight = self.weight * self._along_channels(self.smoothing, self.weight.dim())
+
+    def _along_channels(self, values: Tensor, dims: int) -> Tensor:
+        """`values` [C] in a shape that broadcasts along the input channels of a tensor of `dims` dimensions."""
+        shape = [1] * dims
+        shape[self.channels] = -1
+        return values.view(shape)
 
     def set_integers(self, integers: list[Tensor]) -> None:
         """Fix the weight to `integers`, one tensor for each half; from now on `weight` is their dequantized value."""
@@ -317,7 +341,9 @@ class QuantLayer(nn.Module):
         return self._join([Q.soft_round(w, alpha, q.scale, q.zero_point, q.n_bits) for q, w, alpha in parts])
 
     def quantize_input(self, x: Tensor) -> Tensor:
-        """The input of the forward pass: quantized if the quantizers are enabled."""
+        """The input of the forward pass: smoothed, and quantized if the quantizers are enabled."""
+        if self.smoothing is not None:
+            x = x / self._along_channels(self.smoothing, x.dim()).to(x.dtype)
         if not self.split:
             return self.act_quantizer(x)
         if not any(quantizer.enabled or quantizer.observer is not None for quantizer in self.act_quantizers):

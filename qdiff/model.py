@@ -5,12 +5,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from qdiff.architecture import Architecture, AttentionMatMulSpec
 from qdiff.config import QuantConfig
 from qdiff.errors import ConfigError
 from qdiff.layers import LAYER_TYPES, ActQuantizer, MatMul, Quantizer, QuantLayer, QuantMatMul, TimestepGroups
+from qdiff.policy import unused_patterns
 
 NORMS = (
     nn.GroupNorm,
@@ -38,21 +39,22 @@ class QuantPlan:
     forms: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: nn.Module, architecture: Architecture, split: bool) -> "QuantPlan":
+    def of(cls, model: nn.Module, architecture: Architecture, config: QuantConfig) -> "QuantPlan":
         """The plan for `model`.
 
         Args:
             model: the full-precision network.
             architecture: its architecture.
-            split: give each half of a concatenated shortcut its own quantizer.
+            config: whether concatenated shortcuts are split, and what its policy keeps in full precision.
 
         Raises:
+            ConfigError: a pattern of the policy matches no layer and no attention matmul.
             TypeError: a module can be neither quantized nor left in full precision, or a block has no attention matmul
                 of a name that the architecture lists. The message has the path and the type.
         """
         validate_layers(model, architecture)
         unquantized = _unquantized_ids(model, architecture)
-        splits = architecture.split_points(model) if split else {}
+        splits = architecture.split_points(model) if config.split else {}
         # by identity, because one layer may stand at several paths
         split_channels = {id(model.get_submodule(path)): channels for path, channels in splits.items()}
         layers, matmuls = {}, {}
@@ -68,6 +70,10 @@ class QuantPlan:
                         "(expected a qdiff.layers.MatMul)"
                     )
                 matmuls[f"{path}.{name}".lstrip(".")] = spec
+        if unused := unused_patterns(config.policy, [*layers, *matmuls]):
+            raise ConfigError(f" {unused[0]!r}: no layer or attention matmul has such a path", field="policy")
+        layers = {path: split for path, split in layers.items() if not config.keeps(path)}
+        matmuls = {path: spec for path, spec in matmuls.items() if not config.keeps(path)}
         return cls(layers, matmuls, {path: repr(model.get_submodule(path)) for path in layers})
 
     def validate(self, model: nn.Module) -> None:
@@ -117,7 +123,7 @@ def quantize_model(model: nn.Module, architecture: Architecture, config: QuantCo
         NotImplementedError: a layer of a registered type has options without a quantized form. The message has its
             path.
     """
-    return apply_plan(model, QuantPlan.of(model, architecture, config.split), config)
+    return apply_plan(model, QuantPlan.of(model, architecture, config), config)
 
 
 def apply_plan(model: nn.Module, plan: QuantPlan, config: QuantConfig) -> nn.Module:
@@ -141,9 +147,9 @@ def apply_plan(model: nn.Module, plan: QuantPlan, config: QuantConfig) -> nn.Mod
     def make_quantized(path: str, module: nn.Module) -> nn.Module | None:
         if id(module) not in splits:
             return None
-        layer_type, split = LAYER_TYPES[type(module)], splits[id(module)]
+        layer_type, (weight_bit, act_bit) = LAYER_TYPES[type(module)], config.widths(path)
         try:
-            return layer_type(module, config.weight_bit, config.act_bit, config.a_sym, split, groups)
+            return layer_type(module, weight_bit, act_bit, config.a_sym, splits[id(module)], groups)
         except NotImplementedError as error:
             raise NotImplementedError(f"{path or 'the network'}: {error}") from None
 
@@ -153,7 +159,7 @@ def apply_plan(model: nn.Module, plan: QuantPlan, config: QuantConfig) -> nn.Mod
         block = wrapped.get_submodule(parent)
         if not isinstance(getattr(block, name, None), MatMul):
             raise AttributeError(f"{path} is no attention matmul (expected a qdiff.layers.MatMul)")
-        setattr(block, name, spec.make(config, groups).to(device))
+        setattr(block, name, spec.make(config, groups, path).to(device))
     for path, module in wrapped.named_modules():
         if isinstance(module, Quantizer):
             module.name = path
@@ -213,6 +219,8 @@ def copy_weights(source: nn.Module, target: nn.Module) -> None:
 
     Both are quantized forms of one network.
     """
+    for path, layer in quant_layers(source).items():
+        target.get_submodule(path).register_buffer("smoothing", layer.smoothing)
     activation_state = {name: tensor for name, tensor in target.state_dict().items() if ".act_quantizer" in f".{name}"}
     target.load_state_dict(source.state_dict() | activation_state, assign=True)
     for layer in quant_layers(target).values():
@@ -259,9 +267,38 @@ def find_timestep_groups(model: nn.Module) -> TimestepGroups | None:
 
 
 def enable_activations(model: nn.Module, enabled: bool) -> None:
-    """Switch every activation quantizer of `model` on or off."""
+    """Switch every activation quantizer of `model` on or off, and use the parameters of that mode.
+
+    Biases and norms that were fine-tuned with quantized activations serve badly without them, so a network may have
+    values of its own for each mode (`set_mode_parameters`).
+    """
     for quantizer in act_quantizers(model).values():
         quantizer.enabled = enabled
+    for name, parameter in mode_parameters(model, enabled).items():
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, parameter)
+
+
+def set_mode_parameters(model: nn.Module, weights_only: Mapping[str, Tensor]) -> None:
+    """Give a network other values of some parameters while its activation quantizers are off.
+
+    Args:
+        model: a quantized network, whose parameters now are those for quantized activations.
+        weights_only: the values without quantized activations, by the names of the parameters.
+
+    Raises:
+        AttributeError: the network has no such parameter.
+    """
+    current = {name: model.get_parameter(name) for name in weights_only}
+    others = {name: nn.Parameter(value.detach(), requires_grad=False) for name, value in weights_only.items()}
+    # an attribute, so that a copy of the network gets its own
+    model.parameters_of_modes = {True: current, False: others}  # type: ignore[assignment]
+
+
+def mode_parameters(model: nn.Module, activations: bool) -> dict[str, nn.Parameter]:
+    """The parameters, by name, that have other values with quantized activations than without: those of one mode."""
+    modes: dict[bool, dict[str, nn.Parameter]] = getattr(model, "parameters_of_modes", {})
+    return modes.get(activations, {})
 
 
 def init_weights(model: nn.Module, method: str) -> None:

@@ -326,7 +326,7 @@ class BlockwiseRunner:
             handle = module.register_forward_pre_hook(before, with_kwargs=True)
             try:
                 with _replaced(self.model, forwards):
-                    self.model(*(tensor.to(self.device) for tensor in self.data[part]))
+                    self.data.run(self.model, part, self.device)
             except _ReachedUnit:
                 return
             finally:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from qdiff.calibration.file_layouts import Layout
@@ -85,6 +85,10 @@ class CalibrationData:
     def __getitem__(self, index: Tensor | slice) -> tuple[Tensor, ...]:
         """Copies of some samples. They may be changed in place."""
         return tuple(tensor[index].clone() if isinstance(index, slice) else tensor[index] for tensor in self.inputs)
+
+    def run(self, model: nn.Module, index: Tensor | slice, device: torch.device) -> Tensor:
+        """The output of `model` for some samples, on the device of the network."""
+        return model(*(tensor.to(device) for tensor in self[index]))
 
     @property
     def train(self) -> range:

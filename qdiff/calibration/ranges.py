@@ -48,7 +48,7 @@ def init_activation_ranges(
         for path, quantizer in act_quantizers(model).items():
             first = _RangeOfEachGroup if quantizer.groups else _Range
             quantizer.observer = _finite(path, first(quantizer, method))
-        model(*(part.to(device) for part in data[chosen]))
+        data.run(model, chosen, device)
 
     fitting = largest_fitting(first_ranges, order[:RANGE_SAMPLES])
     if unseen := [path for path, q in act_quantizers(model).items() if not torch.isfinite(q.scale).all()]:
@@ -63,7 +63,7 @@ def init_activation_ranges(
         for batch in order.split(min(STAT_BATCH, fitting)):
             for average in averages:
                 average.begin()
-            model(*(tensor.to(device) for tensor in data[batch]))
+            data.run(model, batch, device)
     for quantizer in act_quantizers(model).values():
         quantizer.observer = None
 
