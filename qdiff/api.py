@@ -21,9 +21,9 @@ from qdiff.engines.proxy import has_engine
 from qdiff.engines.select import apply_engine
 from qdiff.errors import ConfigError, NonFiniteError
 from qdiff.layers import LAYER_TYPES
-from qdiff.model import QuantPlan, quant_layers, quantize_model
+from qdiff.model import QuantPlan
 from qdiff.policy import make_policy
-from qdiff.unquantized import find_unquantized, log_unquantized
+from qdiff.structure import Structure, find_structure, remember_summary, summarize
 from qdiff.utils import distributed
 from qdiff.utils.devices import select_device
 from qdiff.utils.finite import first_not_finite
@@ -95,9 +95,9 @@ def quantize(
     """Quantize and calibrate a copy of a denoiser that knows nothing of this package.
 
     Every `nn.Conv1d`, `nn.Conv2d` and `nn.Linear` is replaced. Normalizations and embeddings stay as they are.
-    Matmuls of functions (`F.scaled_dot_product_attention`) are not quantized; attention matmuls that are modules can
-    be named in `attention_matmuls`. The log lists attention matmuls, concatenated shortcuts and layers that stay in
-    full precision.
+    Attention matmuls (`F.scaled_dot_product_attention`, `torch.einsum`, `matmul`, `bmm`, `baddbmm`) and concatenated
+    shortcuts are found in a forward pass of two samples. The log lists what is quantized and what stays in full
+    precision.
 
     Args:
         model: any network in float32 that returns one tensor. It is not changed. Its device is where the work is done.
@@ -116,9 +116,9 @@ def quantize(
             the path of a parameter keeps the parameter. A type keeps the parameters of its modules (position
             embeddings), or everything inside them if they have no parameters of their own.
         attention_matmuls: module types with attention matmuls as attributes (`qdiff.layers.MatMul`), see
-            `qdiff.architecture.AttentionMatMulSpec`.
+            `qdiff.architecture.AttentionMatMulSpec`. None: those that are found; an empty dict: none.
         splits: for layers whose input is a concatenation, by path: the channels of its first half (Q-Diffusion,
-            section 4.3).
+            section 4.3). None: those that are found; an empty dict: none.
         timestep_groups: the number of groups of time steps with activation scales of their own (arXiv 2311.16503).
         policy: {pattern of paths: widths}, for layers with other widths than the nominal ones: `W8A16`, `W8`, `A16`, or
             `keep` for full precision (`qdiff.policy`).
@@ -140,24 +140,46 @@ def quantize(
     _validate_model(model)
     _validate_inputs(inputs, timestep_groups)
     _validate_recipe(preset, recipe, timestep_groups)
-    _validate_names(model, blocks, separate, keep, attention_matmuls or {})
     _validate_splits(model, splits or {})
     data = CalibrationData(tuple(inputs))
-    architecture = Architecture(
+    network = deepcopy(model).eval()
+    device = next(network.parameters()).device
+    structure = find_structure(network, lambda: data.run(network, slice(0, 2), device))
+    _validate_names(model, blocks, separate, keep, attention_matmuls or {}, structure.matmul_paths())
+    architecture = _architecture(structure, blocks, separate, keep, attention_matmuls, splits)
+    bounds = timestep_group_bounds(data, timestep_groups) if timestep_groups > 1 else ()
+    quant = _formats(weight_bit, act_bit, symmetric, bool(architecture.split_points(network)), bounds)
+    quant = replace(quant, policy=make_policy(policy or {})).validate()
+    config = replace(PRESETS[preset], **recipe)  # type: ignore[arg-type]  # validated above
+    directory = CalibrationDir(None if folder is None else Path(folder))
+    calibration = Calibration(network, architecture, quant, config, data, directory=directory)
+    return _calibrate(calibration, structure, splits or {})
+
+
+def _architecture(
+    structure: Structure,
+    blocks: Sequence[type[nn.Module]] | Mapping[type[nn.Module], str | None],
+    separate: Sequence[str],
+    keep: Sequence[type[nn.Module] | str],
+    attention_matmuls: Mapping[type[nn.Module], Mapping[str, AttentionMatMulSpec]] | None,
+    splits: Mapping[str, int] | None,
+) -> Architecture:
+    """What `quantize` was told of a network; what it was not told is taken from the structure that was found."""
+    points = dict(structure.splits if splits is None else splits)
+    return Architecture(
         CUSTOM,
-        make_unet=lambda _: model,
+        make_unet=_no_unet,
         blocks=dict(blocks) if isinstance(blocks, Mapping) else dict.fromkeys(blocks),
         separate=tuple(separate),
         keep=tuple(keep),
         attention_matmuls=dict(attention_matmuls or {}),
-        split_points=lambda _: dict(splits or {}),
+        calls=structure.calls if attention_matmuls is None else {},
+        split_points=lambda _: points,
     )
-    bounds = timestep_group_bounds(data, timestep_groups) if timestep_groups > 1 else ()
-    quant = _formats(weight_bit, act_bit, symmetric, bool(splits), bounds)
-    quant = replace(quant, policy=make_policy(policy or {})).validate()
-    config = replace(PRESETS[preset], **recipe)  # type: ignore[arg-type]  # validated above
-    directory = CalibrationDir(None if folder is None else Path(folder))
-    return _calibrate(Calibration(deepcopy(model), architecture, quant, config, data, directory=directory))
+
+
+def _no_unet(_: dict[str, object]) -> nn.Module:
+    raise NotImplementedError("a custom network is given to `load`, not made")
 
 
 def _formats(
@@ -177,32 +199,29 @@ def _formats(
     ).validate()
 
 
-def _calibrate(calibration: Calibration) -> nn.Module:
-    """Run a calibration of a custom network, write its report, and attach what `save` needs."""
-    model, architecture, quant, data = calibration.model, calibration.architecture, calibration.quant, calibration.data
-    assert data is not None  # given by `quantize`
-    plan = QuantPlan.of(model, architecture, quant)
-    _log_unquantized(model, architecture, quant, data)
+def _calibrate(calibration: Calibration, structure: Structure, splits: Mapping[str, int]) -> nn.Module:
+    """Run a calibration of a custom network, write its report, and attach what `save` and `describe` need."""
+    assert calibration.data is not None  # given by `quantize`
+    plan = QuantPlan.of(calibration.model, calibration.architecture, calibration.quant)
+    _validate_plan(plan, splits)
+    summary = summarize(calibration.model, structure, plan)
+    summary.log(activations=calibration.quant.quant_act)
     quantized = calibration.run()
     folder = calibration.directory.folder
     if folder is not None and distributed.rank() == 0:
         calibration.report(folder, quantized)
-    header = calibration.config.to_dict() | {"rows_sha256": data.hash()}
-    source = state_hash(model.state_dict())
-    remember_info(quantized, PackedInfo(CUSTOM, plan.to_dict(), quant, header, source))
+    header = calibration.config.to_dict() | {"rows_sha256": calibration.data.hash()}
+    source = state_hash(calibration.model.state_dict())
+    remember_info(quantized, PackedInfo(CUSTOM, plan.to_dict(), calibration.quant, header, source))
+    remember_summary(quantized, summary)
     return quantized
 
 
-def _log_unquantized(model: nn.Module, architecture: Architecture, quant: QuantConfig, data: CalibrationData) -> None:
-    """Say in the log what stays in full precision; ConfigError if nothing would be quantized."""
-    wrapped = quantize_model(model, architecture, quant)
-    if not quant_layers(wrapped):
+def _validate_plan(plan: QuantPlan, splits: Mapping[str, int]) -> None:
+    if not plan.layers:
         raise ConfigError("the network has no layer inside that can be quantized and is not kept")
-    split = {path for path, layer in quant_layers(wrapped).items() if layer.split}
-    if lost := sorted(set(architecture.split_points(model)) - split):
+    if lost := sorted(set(splits) - set(plan.layers)):
         raise ConfigError(f": {lost[0]} is kept in full precision", field="splits")
-    device = next(model.parameters()).device
-    log_unquantized(find_unquantized(wrapped, [part.to(device) for part in data[:2]]), quant.quant_act)
 
 
 def _validate_model(model: nn.Module) -> None:
@@ -250,10 +269,11 @@ def _validate_names(
     separate: Iterable[str],
     keep: Iterable[type[nn.Module] | str],
     attention_matmuls: Iterable[type[nn.Module]],
+    found_matmuls: Iterable[str],
 ) -> None:
     modules = dict(model.named_modules())
     types = {type(module) for module in modules.values()}
-    paths = [*filter(None, modules), *dict(model.named_parameters())]
+    paths = [*filter(None, modules), *dict(model.named_parameters()), *found_matmuls]
     for kept in keep:
         if not (any(fnmatchcase(path, kept) for path in paths) if isinstance(kept, str) else kept in types):
             raise ConfigError(f": no {getattr(kept, '__name__', kept)} in the network", field="keep")

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from qdiff.attention import AttentionCall
 from qdiff.config import QuantConfig
 from qdiff.errors import ConfigError
 from qdiff.layers import ActQuantizer, QuantMatMul, TimestepGroups
@@ -44,6 +45,18 @@ class AttentionMatMulSpec:
     always_zero: bool = False
     follows_a_sym: bool = True
     on_block: bool = False
+
+    @classmethod
+    def of_call(cls, probabilities: int | None) -> "AttentionMatMulSpec":
+        """The spec of a matmul that was found in a function call.
+
+        Args:
+            probabilities: the operand that holds attention probabilities: 0, 1, or None.
+        """
+        if probabilities is None:
+            return cls(("q", "k"))
+        operands = ("w", "v") if probabilities == 0 else ("v", "w")
+        return cls(operands, softmax="w", always_zero=True, follows_a_sym=False)
 
     def make(self, config: QuantConfig, groups: TimestepGroups | None, path: str = "") -> QuantMatMul:
         """The quantized matmul in the number formats of `config`.
@@ -80,6 +93,8 @@ class Architecture:
         separate: how the paths of layers inside blocks end that are reconstructed on their own, before their block
             (projections of the time embedding: TFMQ-DM, arXiv 2311.16503).
         attention_matmuls: for each block type its attention matmuls by attribute name.
+        calls: for each module, by path, the function calls that multiply activations in its forward pass, in order
+            (`qdiff.structure`).
         split_points: from a network to {path of a layer: input channels of the first half of its concatenated input}.
         keep: what stays in full precision. The path of a module, or a pattern (`head.*`), keeps everything inside it;
             the path of a parameter keeps the parameter. A type keeps the parameters of its modules, or everything
@@ -93,6 +108,7 @@ class Architecture:
     blocks: Mapping[type[nn.Module], str | None]
     separate: tuple[str, ...] = ()
     attention_matmuls: Mapping[type[nn.Module], Mapping[str, AttentionMatMulSpec]] = field(default_factory=dict)
+    calls: Mapping[str, tuple[AttentionCall, ...]] = field(default_factory=dict)
     split_points: Callable[[nn.Module], Mapping[str, int]] = _no_splits
     keep: tuple[type[nn.Module] | str, ...] = ()
     signatures: tuple[str, ...] = ()
