@@ -1,6 +1,6 @@
 """From Python: quantize any network, save the result, load a quantized network."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.architecture import CUSTOM, Architecture, AttentionMatMulSpec
+from qdiff.blocks import find_blocks, find_output_layers
 from qdiff.calibration.data import CalibrationData
 from qdiff.calibration.directory import CalibrationDir
 from qdiff.calibration.ranges import timestep_group_bounds
@@ -81,7 +82,7 @@ def quantize(
     weight_bit: int = 8,
     act_bit: int | None = 8,
     symmetric: bool = False,
-    blocks: Sequence[type[nn.Module]] | Mapping[type[nn.Module], str | None] = (),
+    blocks: Sequence[type[nn.Module]] | Mapping[type[nn.Module], str | None] | None = None,
     separate: Sequence[str] = (),
     keep: Sequence[type[nn.Module] | str] = (),
     attention_matmuls: Mapping[type[nn.Module], Mapping[str, AttentionMatMulSpec]] | None = None,
@@ -109,9 +110,8 @@ def quantize(
         blocks: module types that are reconstructed as a whole (residual blocks, attention blocks). Each must return one
             tensor with the samples first and run once in a forward pass. Layers outside them are reconstructed alone.
             A dict names for each type the layer inside whose bias is added to the block's output: its mean error is
-            then corrected.
-        separate: how the paths of layers inside blocks end that are reconstructed on their own (projections of the time
-            embedding).
+            then corrected. None: the blocks that are found; an empty list: none.
+        separate: how the paths of layers inside blocks end that are reconstructed on their own (time projections).
         keep: what stays in full precision. The path of a module, or a pattern (`head.*`), keeps everything inside it;
             the path of a parameter keeps the parameter. A type keeps the parameters of its modules (position
             embeddings), or everything inside them if they have no parameters of their own.
@@ -143,22 +143,23 @@ def quantize(
     _validate_splits(model, splits or {})
     data = CalibrationData(tuple(inputs))
     network = deepcopy(model).eval()
-    device = next(network.parameters()).device
-    structure = find_structure(network, lambda: data.run(network, slice(0, 2), device))
-    _validate_names(model, blocks, separate, keep, attention_matmuls or {}, structure.matmul_paths())
+    structure = find_structure(network, _two_samples(network, data), samples=min(2, len(data)))
+    _validate_names(model, blocks or (), separate, keep, attention_matmuls or {}, structure.matmul_paths())
     architecture = _architecture(structure, blocks, separate, keep, attention_matmuls, splits)
     bounds = timestep_group_bounds(data, timestep_groups) if timestep_groups > 1 else ()
-    quant = _formats(weight_bit, act_bit, symmetric, bool(architecture.split_points(network)), bounds)
-    quant = replace(quant, policy=make_policy(policy or {})).validate()
+    quant = _formats(weight_bit, act_bit, symmetric, bool(architecture.split_points(network)), bounds, policy or {})
+    plan = _plan(network, architecture, quant, splits or {})
+    if blocks is None:
+        architecture = replace(architecture, block_paths=_found_blocks(network, data, structure, plan))
     config = replace(PRESETS[preset], **recipe)  # type: ignore[arg-type]  # validated above
     directory = CalibrationDir(None if folder is None else Path(folder))
     calibration = Calibration(network, architecture, quant, config, data, directory=directory)
-    return _calibrate(calibration, structure, splits or {})
+    return _calibrate(calibration, structure, plan)
 
 
 def _architecture(
     structure: Structure,
-    blocks: Sequence[type[nn.Module]] | Mapping[type[nn.Module], str | None],
+    blocks: Sequence[type[nn.Module]] | Mapping[type[nn.Module], str | None] | None,
     separate: Sequence[str],
     keep: Sequence[type[nn.Module] | str],
     attention_matmuls: Mapping[type[nn.Module], Mapping[str, AttentionMatMulSpec]] | None,
@@ -169,7 +170,7 @@ def _architecture(
     return Architecture(
         CUSTOM,
         make_unet=_no_unet,
-        blocks=dict(blocks) if isinstance(blocks, Mapping) else dict.fromkeys(blocks),
+        blocks=dict(blocks) if isinstance(blocks, Mapping) else dict.fromkeys(blocks or ()),
         separate=tuple(separate),
         keep=tuple(keep),
         attention_matmuls=dict(attention_matmuls or {}),
@@ -183,7 +184,12 @@ def _no_unet(_: dict[str, object]) -> nn.Module:
 
 
 def _formats(
-    weight_bit: int, act_bit: int | None, symmetric: bool, split: bool, bounds: tuple[float, ...]
+    weight_bit: int,
+    act_bit: int | None,
+    symmetric: bool,
+    split: bool,
+    bounds: tuple[float, ...],
+    policy: Mapping[str, str],
 ) -> QuantConfig:
     """The number formats of a custom network; its ranges are searched by `mse`."""
     return QuantConfig(
@@ -196,15 +202,31 @@ def _formats(
         weight_scale_method="mse",
         act_scale_method="mse",
         time_bounds=bounds,
+        policy=make_policy(policy),
     ).validate()
 
 
-def _calibrate(calibration: Calibration, structure: Structure, splits: Mapping[str, int]) -> nn.Module:
+def _found_blocks(
+    model: nn.Module, data: CalibrationData, structure: Structure, plan: QuantPlan
+) -> Mapping[str, str | None]:
+    """The blocks of a network, by path, with the layer whose bias is added to the output of each."""
+    blocks = find_blocks(model, structure, plan.layers)
+    layers = [layer for layer in structure.order if layer in plan.layers]
+    return find_output_layers(model, _two_samples(model, data), blocks, layers)
+
+
+def _two_samples(model: nn.Module, data: CalibrationData) -> Callable[[], object]:
+    """What runs the network on two samples."""
+    device = next(model.parameters()).device
+    return lambda: data.run(model, slice(0, 2), device)
+
+
+def _calibrate(calibration: Calibration, structure: Structure, plan: QuantPlan) -> nn.Module:
     """Run a calibration of a custom network, write its report, and attach what `save` and `describe` need."""
     assert calibration.data is not None  # given by `quantize`
-    plan = QuantPlan.of(calibration.model, calibration.architecture, calibration.quant)
-    _validate_plan(plan, splits)
-    summary = summarize(calibration.model, structure, plan)
+    architecture = calibration.architecture
+    blocks = [path for path, module in calibration.model.named_modules() if architecture.is_block(path, module)]
+    summary = summarize(calibration.model, structure, plan, blocks)
     summary.log(activations=calibration.quant.quant_act)
     quantized = calibration.run()
     folder = calibration.directory.folder
@@ -217,11 +239,14 @@ def _calibrate(calibration: Calibration, structure: Structure, splits: Mapping[s
     return quantized
 
 
-def _validate_plan(plan: QuantPlan, splits: Mapping[str, int]) -> None:
+def _plan(model: nn.Module, architecture: Architecture, quant: QuantConfig, splits: Mapping[str, int]) -> QuantPlan:
+    """What is quantized; ConfigError if that is nothing, or not a layer that `splits` names."""
+    plan = QuantPlan.of(model, architecture, quant)
     if not plan.layers:
         raise ConfigError("the network has no layer inside that can be quantized and is not kept")
     if lost := sorted(set(splits) - set(plan.layers)):
         raise ConfigError(f": {lost[0]} is kept in full precision", field="splits")
+    return plan
 
 
 def _validate_model(model: nn.Module) -> None:

@@ -90,6 +90,7 @@ class Architecture:
         make_unet: makes the network from the configuration that a packed checkpoint stores.
         blocks: the module types that are reconstructed as a whole. Each names the layer inside whose bias is added to
             the block's output; None switches the bias correction of this block off.
+        block_paths: single modules that are reconstructed as a whole, by path, with the layer of `blocks`.
         separate: how the paths of layers inside blocks end that are reconstructed on their own, before their block
             (projections of the time embedding: TFMQ-DM, arXiv 2311.16503).
         attention_matmuls: for each block type its attention matmuls by attribute name.
@@ -106,6 +107,7 @@ class Architecture:
     name: str
     make_unet: Callable[[dict[str, Any]], nn.Module]
     blocks: Mapping[type[nn.Module], str | None]
+    block_paths: Mapping[str, str | None] = field(default_factory=dict)
     separate: tuple[str, ...] = ()
     attention_matmuls: Mapping[type[nn.Module], Mapping[str, AttentionMatMulSpec]] = field(default_factory=dict)
     calls: Mapping[str, tuple[AttentionCall, ...]] = field(default_factory=dict)
@@ -118,12 +120,16 @@ class Architecture:
         """Whether a name or pattern of `keep` matches the path of a module or parameter."""
         return any(isinstance(kept, str) and fnmatchcase(path, kept) for kept in self.keep)
 
-    def output_layer(self, unit: nn.Module) -> nn.Module | None:
-        """The layer whose bias is added to the output of `unit`: the unit itself if it is a layer."""
-        if type(unit) not in self.blocks:
+    def is_block(self, path: str, module: nn.Module) -> bool:
+        """Whether the module at `path` is reconstructed as a whole."""
+        return path in self.block_paths or type(module) in self.blocks
+
+    def output_layer(self, path: str, unit: nn.Module) -> nn.Module | None:
+        """The layer whose bias is added to the output of the unit at `path`: the unit itself if it is a layer."""
+        if not self.is_block(path, unit):
             return unit
-        path = self.blocks[type(unit)]
-        return None if path is None else unit.get_submodule(path)
+        layer = self.block_paths[path] if path in self.block_paths else self.blocks[type(unit)]
+        return None if layer is None else unit.get_submodule(layer)
 
     def is_separate(self, path: str) -> bool:
         """Whether the layer at `path` is reconstructed apart from the block it is in."""

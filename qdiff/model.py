@@ -363,7 +363,7 @@ def units(model: nn.Module, architecture: Architecture) -> list[str]:
     blocks: list[str] = []
     for path, module in model.named_modules():
         inside = any(is_inside(path, block) for block in blocks)
-        if type(module) in architecture.blocks and any(
+        if architecture.is_block(path, module) and any(
             isinstance(inner, QuantLayer | QuantMatMul) for inner in module.modules()
         ):
             if inside:

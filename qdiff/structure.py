@@ -5,7 +5,7 @@ concatenation (shortcuts). A `Summary` says what of it is quantized.
 """
 
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,11 +40,16 @@ class Structure:
         calls: for each module whose forward pass multiplies activations by function calls: the calls, in order.
         splits: for each layer whose input is a concatenation: the channels of its first part.
         whole_attentions: modules whose attention is one function with weights of its own (`nn.MultiheadAttention`).
+        units: modules that can be reconstruction units: they run once, take and return tensors with the samples first,
+            and no layer inside runs elsewhere.
+        order: the layers, in the order in which they run first.
     """
 
     calls: Mapping[str, tuple[AttentionCall, ...]] = field(default_factory=dict)
     splits: Mapping[str, int] = field(default_factory=dict)
     whole_attentions: tuple[str, ...] = ()
+    units: frozenset[str] = frozenset()
+    order: tuple[str, ...] = ()
 
     def matmul_paths(self) -> list[str]:
         """The paths that the attention matmuls of the calls can have."""
@@ -66,10 +71,12 @@ class _Trace(TorchFunctionMode):
 
     Args:
         model: the network. Its parameters and buffers are no activations.
+        samples: the number of samples that it runs on.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, samples: int) -> None:
         super().__init__()
+        self.model, self.samples = model, samples
         # views of a parameter (its transpose) share its storage
         self.constants = {_storage(part) for part in [*model.parameters(), *model.buffers()] if part.numel()}
         self.layered = {
@@ -81,6 +88,9 @@ class _Trace(TorchFunctionMode):
         self.joined = WeakTensorKeyDictionary()  # {concatenation: (its dimension, size of the first part)}
         self.computed = WeakTensorKeyDictionary()  # tensors that a layer of the network had a part in
         self.first_parts: dict[str, set[int]] = defaultdict(set)  # of every run of a layer; 0: no concatenation
+        self.runs: Counter[str] = Counter()
+        self.runs_inside: dict[str, Counter[str]] = defaultdict(Counter)  # {module: {layer: runs while it runs}}
+        self.no_units: set[str] = set()
 
     def __torch_function__(
         self, func: Callable, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -105,18 +115,40 @@ class _Trace(TorchFunctionMode):
     def enter(self, path: str, module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         """Note that the forward pass of a module begins."""
         self.running.append(_Run(path, module))
+        self.runs[path] += 1
+        values = [*args, *kwargs.values()]
+        tensors = [value for value in values if isinstance(value, Tensor) and value.dim()]
+        if any(len(tensor) != self.samples for tensor in tensors) or any(
+            next(_tensors([value]), None) is not None for value in values if not isinstance(value, Tensor)
+        ):
+            self.no_units.add(path)
         if type(module) in LAYER_TYPES:
-            x = next(_tensors([*args, *kwargs.values()]), None)
+            for run in self.running:
+                self.runs_inside[run.path][path] += 1
+            x = next(iter(tensors), None)
             self.first_parts[path].add(0 if x is None else self._first_part(module, x))
 
     def leave(self, output: Any) -> None:
         """Note that the innermost forward pass ends."""
         run = self.running.pop()
+        if not isinstance(output, Tensor) or not output.dim() or len(output) != self.samples:
+            self.no_units.add(run.path)
         if run.calls:
             earlier = self.calls.get(run.path)
             self.calls[run.path] = tuple(run.calls) if earlier is None else _merged(earlier, run.calls)
         if id(run.module) in self.layered:
             self._mark_computed(output)
+
+    def units(self) -> frozenset[str]:
+        """The modules that can be reconstruction units, see `Structure`."""
+        once = {path for path, count in self.runs.items() if count == 1} - self.no_units
+        layers = {id(module): path for path, module in self.model.named_modules() if path in self.first_parts}
+
+        def holds_all_runs(path: str) -> bool:
+            inner = (layers[id(module)] for module in self.model.get_submodule(path).modules() if id(module) in layers)
+            return all(self.runs_inside[path][layer] == self.runs[layer] for layer in inner)
+
+        return frozenset(path for path in once if holds_all_runs(path))
 
     def _mark_computed(self, output: Any) -> None:
         for part in _tensors([output]):
@@ -220,14 +252,15 @@ def _is_close(result: Tensor, expected: Tensor) -> bool:
 
 
 @torch.no_grad()
-def find_structure(model: nn.Module, run: Callable[[], Any]) -> Structure:
+def find_structure(model: nn.Module, run: Callable[[], Any], samples: int) -> Structure:
     """Watch one forward pass of a full-precision network.
 
     Args:
         model: the network, in eval mode.
         run: runs it on a few samples.
+        samples: the number of these samples.
     """
-    trace = _Trace(model)
+    trace = _Trace(model, samples)
     handles = []
     for path, module in model.named_modules():
 
@@ -246,7 +279,11 @@ def find_structure(model: nn.Module, run: Callable[[], Any]) -> Structure:
             handle.remove()
     splits = {path: next(iter(parts)) for path, parts in trace.first_parts.items() if len(parts) == 1}
     return Structure(
-        trace.calls, {path: first for path, first in splits.items() if first}, tuple(trace.whole_attentions)
+        trace.calls,
+        {path: first for path, first in splits.items() if first},
+        tuple(trace.whole_attentions),
+        trace.units(),
+        tuple(trace.first_parts),
     )
 
 
@@ -257,6 +294,7 @@ class Summary:
     Attributes:
         layers: the paths of the quantized layers.
         matmuls: the paths of the quantized attention matmuls.
+        blocks: the paths of the blocks that are reconstructed as a whole.
         splits: for each quantized layer with two quantizers for its concatenated input: the channels of its first part.
         kept_layers: the paths of layers in full precision that have a quantized form.
         kept_matmuls: for each module with attention matmuls in full precision: how many, and why.
@@ -265,6 +303,7 @@ class Summary:
 
     layers: tuple[str, ...]
     matmuls: tuple[str, ...]
+    blocks: tuple[str, ...]
     splits: Mapping[str, int]
     kept_layers: tuple[str, ...]
     kept_matmuls: Mapping[str, tuple[int, str]]
@@ -280,6 +319,7 @@ class Summary:
         if activations:
             counts.append(f"{len(self.matmuls)} attention matmuls")
         log.info("quantized: %s", ", ".join([*counts, f"{len(self.splits)} split shortcuts"]))
+        log.info("reconstructed as a whole: %d blocks", len(self.blocks))
         if activations and self.kept_matmuls:
             total = sum(count for count, _ in self.kept_matmuls.values())
             places = (f"{path or 'the network'} ({count}): {why}" for path, (count, why) in self.kept_matmuls.items())
@@ -297,13 +337,14 @@ class Summary:
             )
 
 
-def summarize(model: nn.Module, structure: Structure, plan: QuantPlan) -> Summary:
+def summarize(model: nn.Module, structure: Structure, plan: QuantPlan, blocks: Iterable[str]) -> Summary:
     """Compare what a forward pass showed with what is quantized.
 
     Args:
         model: the full-precision network.
         structure: what a forward pass showed.
         plan: what is quantized.
+        blocks: the paths of the blocks.
     """
     layers = [path for path, module in model.named_modules() if type(module) in LAYER_TYPES]
     kept: dict[str, tuple[int, str]] = dict.fromkeys(structure.whole_attentions, (2, "computed as a whole"))
@@ -320,7 +361,7 @@ def summarize(model: nn.Module, structure: Structure, plan: QuantPlan) -> Summar
     splits = {path: first for path, first in plan.layers.items() if first}
     unsplit = {path: first for path, first in structure.splits.items() if plan.layers.get(path) == 0}
     kept_layers = tuple(path for path in layers if path not in plan.layers)
-    return Summary(tuple(plan.layers), tuple(plan.matmuls), splits, kept_layers, kept, unsplit)
+    return Summary(tuple(plan.layers), tuple(plan.matmuls), tuple(blocks), splits, kept_layers, kept, unsplit)
 
 
 def remember_summary(network: nn.Module, summary: Summary) -> None:
