@@ -5,11 +5,13 @@ from copy import deepcopy
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qdiff.architecture import CUSTOM, Architecture, AttentionMatMulSpec
+from qdiff.calibration.collate import collate
 from qdiff.calibration.data import CalibrationData
 from qdiff.calibration.directory import CalibrationDir
 from qdiff.calibration.ranges import timestep_group_bounds
@@ -76,8 +78,9 @@ def save(path: str | Path, network: nn.Module) -> None:
 
 def quantize(
     model: nn.Module,
-    inputs: Sequence[Tensor],
+    inputs: Sequence[Any] | Mapping[str, Any],
     *,
+    shared: Sequence[str | int] = (),
     weight_bit: int = 8,
     act_bit: int | None = 8,
     symmetric: bool = False,
@@ -95,14 +98,13 @@ def quantize(
     """Quantize and calibrate a copy of a denoiser that knows nothing of this package.
 
     Every `nn.Conv1d`, `nn.Conv2d` and `nn.Linear` is replaced. Normalizations and embeddings stay as they are.
-    Matmuls of functions (`F.scaled_dot_product_attention`) are not quantized; attention matmuls that are modules can
-    be named in `attention_matmuls`. The log lists attention matmuls, concatenated shortcuts and layers that stay in
-    full precision.
+    Attention matmuls that are modules can be named in `attention_matmuls`. The log lists what stays in full precision.
 
     Args:
-        model: any network in float32 that returns one tensor. It is not changed. Its device is where the work is done.
-        inputs: its positional inputs, all with the samples first: x_t [N, ...], t [N], contexts. They should be
-            inputs that it meets while sampling, from all time steps; 500 samples or more.
+        model: any network in float32. It is not changed. Its device is where the work is done.
+        inputs: its inputs while sampling, from all time steps, 500 samples or more: tensors by position (x_t, t, ...),
+            a dict of inputs by keyword, or a list of calls as a hook records them (`qdiff.calibration.collate`).
+        shared: keywords or positions of inputs without samples, if their first dimension looks like them.
         weight_bit: the width of weights, 2 to 16 bits.
         act_bit: the width of activations, 2 to 16 bits; None leaves activations in full precision.
         symmetric: signed activations without zero point.
@@ -110,15 +112,12 @@ def quantize(
             tensor with the samples first and run once in a forward pass. Layers outside them are reconstructed alone.
             A dict names for each type the layer inside whose bias is added to the block's output: its mean error is
             then corrected.
-        separate: how the paths of layers inside blocks end that are reconstructed on their own (projections of the time
-            embedding).
+        separate: how the paths of layers inside blocks end that are reconstructed on their own (time projections).
         keep: what stays in full precision. The path of a module, or a pattern (`head.*`), keeps everything inside it;
             the path of a parameter keeps the parameter. A type keeps the parameters of its modules (position
             embeddings), or everything inside them if they have no parameters of their own.
-        attention_matmuls: module types with attention matmuls as attributes (`qdiff.layers.MatMul`), see
-            `qdiff.architecture.AttentionMatMulSpec`.
-        splits: for layers whose input is a concatenation, by path: the channels of its first half (Q-Diffusion,
-            section 4.3).
+        attention_matmuls: module types with attention matmuls as attributes (`AttentionMatMulSpec`).
+        splits: for layers whose input is a concatenation, by path: the channels of its first half.
         timestep_groups: the number of groups of time steps with activation scales of their own (arXiv 2311.16503).
         policy: {pattern of paths: widths}, for layers with other widths than the nominal ones: `W8A16`, `W8`, `A16`, or
             `keep` for full precision (`qdiff.policy`).
@@ -138,11 +137,10 @@ def quantize(
         RuntimeError: a block or layer that cannot be a unit, by path.
     """
     _validate_model(model)
-    _validate_inputs(inputs, timestep_groups)
     _validate_recipe(preset, recipe, timestep_groups)
     _validate_names(model, blocks, separate, keep, attention_matmuls or {})
     _validate_splits(model, splits or {})
-    data = CalibrationData(tuple(inputs))
+    data = collate(inputs, model, shared)
     architecture = Architecture(
         CUSTOM,
         make_unet=lambda _: model,
@@ -202,7 +200,8 @@ def _log_unquantized(model: nn.Module, architecture: Architecture, quant: QuantC
     if lost := sorted(set(architecture.split_points(model)) - split):
         raise ConfigError(f": {lost[0]} is kept in full precision", field="splits")
     device = next(model.parameters()).device
-    log_unquantized(find_unquantized(wrapped, [part.to(device) for part in data[:2]]), quant.quant_act)
+    found = find_unquantized(wrapped, lambda network: data.run(network, slice(0, 2), device))
+    log_unquantized(found, quant.quant_act)
 
 
 def _validate_model(model: nn.Module) -> None:
@@ -218,20 +217,6 @@ def _validate_model(model: nn.Module) -> None:
             raise ConfigError(f": {name} is {found}: expected float32 (model.float())", field="model")
     if (name_of_bad := first_not_finite(model.state_dict())) is not None:
         raise NonFiniteError(f": {name_of_bad} holds values that are not finite numbers", field="model")
-
-
-def _validate_inputs(inputs: Sequence[Tensor], timestep_groups: int) -> None:
-    if isinstance(inputs, Tensor) or not all(isinstance(tensor, Tensor) for tensor in inputs):
-        raise ConfigError(": expected a tuple of tensors, (x_t, t) and contexts", field="inputs")
-    # masks among the contexts may hold -inf
-    if any(torch.isnan(tensor).any() for tensor in inputs) or any(torch.isinf(part).any() for part in inputs[:2]):
-        raise ConfigError(": values that are not finite numbers", field="inputs")
-    lengths = {len(tensor) for tensor in inputs}
-    if len(lengths) != 1:
-        raise ConfigError(f" of {sorted(lengths)} samples: expected the same number in each", field="inputs")
-    if timestep_groups > 1 and len(inputs) < 2:
-        message = f" {timestep_groups}: expected the time steps as the second input"
-        raise ConfigError(message, field="timestep_groups")
 
 
 def _validate_recipe(preset: str, recipe: Mapping[str, object], timestep_groups: int) -> None:

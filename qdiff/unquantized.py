@@ -97,12 +97,12 @@ def _flat(values: Sequence[Any]) -> list[Any]:
 
 
 @torch.no_grad()
-def find_unquantized(quantized: nn.Module, inputs: Sequence[Tensor]) -> Unquantized:
+def find_unquantized(quantized: nn.Module, run: Callable[[nn.Module], object]) -> Unquantized:
     """Watch one forward pass of a wrapped network.
 
     Args:
         quantized: the network, wrapped by `qdiff.model`.
-        inputs: its inputs, for a batch of any size.
+        run: runs the network on a batch of any size.
     """
     watch = _Watch({id(parameter) for parameter in quantized.parameters()})
     watch.found.layers = [path for path, module in quantized.named_modules() if type(module) in LAYER_TYPES]
@@ -114,7 +114,7 @@ def find_unquantized(quantized: nn.Module, inputs: Sequence[Tensor]) -> Unquanti
         ]
     try:
         with watch:
-            quantized(*inputs)
+            run(quantized)
     finally:
         for handle in handles:
             handle.remove()

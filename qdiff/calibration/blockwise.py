@@ -143,11 +143,9 @@ def trace_execution(
 
         return forward
 
-    two = data[:2] if len(data) > 1 else tuple(torch.cat([part, part]) for part in data[:1])
+    two = data.uniform_parts(torch.arange(len(data)))[0]
     with torch.enable_grad(), _replaced(model, {path: traced(path) for path in units}):
-        output = model(*(part.to(device) for part in two))
-    if not isinstance(output, Tensor):
-        raise RuntimeError(f"the network returns {type(output).__name__}: expected one tensor (wrap the network)")
+        data.run(model, torch.arange(len(data))[two][torch.arange(2) % len(data)], device)
     if missing := [unit for unit in units if unit not in order]:
         raise RuntimeError(
             f"units never reached by a forward pass: {', '.join(missing[:3])}; expected them among `keep`"

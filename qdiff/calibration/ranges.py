@@ -172,7 +172,7 @@ def timestep_group_bounds(data: CalibrationData, groups: int) -> tuple[float, ..
     Raises:
         ConfigError: more groups than time steps.
     """
-    times = data.inputs[1].unique().tolist()
+    times = data.timesteps(slice(None)).unique().tolist()
     if groups > len(times):
         message = f" {groups}: the calibration set has {len(times)} time steps"
         raise ConfigError(message, field="timestep_groups")

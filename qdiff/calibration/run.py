@@ -309,7 +309,7 @@ class _Run:
     def _before_samples(self, index: Tensor | slice) -> None:
         """Tell the quantized network's timestep groups which samples come next."""
         if self.groups is not None:
-            self.groups.set(self.data.inputs[1][index])
+            self.groups.set(self.data.timesteps(index))
 
     def _unit_data(self, call: CallSpec, arguments: Sequence[CachedTensor], target: CachedTensor) -> UnitData:
         def read(index: Tensor | slice) -> tuple[tuple[Tensor, ...], Tensor]:

@@ -229,9 +229,9 @@ def test_a_network_that_returns_no_tensor_is_named_before_work():
             self.layer = nn.Linear(3, 3)
 
         def forward(self, x):
-            return self.layer(x), x
+            return {"mean": self.layer(x).mean(), "count": torch.arange(len(x))}
 
-    with pytest.raises(RuntimeError, match="the network returns tuple: expected one tensor"):
+    with pytest.raises(TypeError, match=r"the network returns dict \(\(\), \(2,\)\) for 2 samples: expected"):
         trace_execution(Pair(), ["layer"], CalibrationData((torch.randn(4, 3),)), CPU)
 
 
