@@ -3,7 +3,7 @@
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -18,10 +18,53 @@ class Placeholder:
 
 
 @dataclass(frozen=True)
+class SampleAxis:
+    """Where the samples are in a tensor.
+
+    Attributes:
+        dim: the dimension that runs over the samples.
+        fold: how many entries of that dimension belong to one sample (frames or windows of video and window attention).
+        interleaved: the entries of a sample are apart: entry `i` of all samples comes before entry `i + 1` of any.
+    """
+
+    dim: int = 0
+    fold: int = 1
+    interleaved: bool = False
+
+    def to_rows(self, tensor: Tensor) -> Tensor:
+        """The samples first, [N, ...]; [N, fold, ...] if several entries belong to a sample."""
+        rows = tensor.movedim(self.dim, 0)
+        if self.fold == 1:
+            return rows
+        if self.interleaved:
+            return rows.unflatten(0, (self.fold, -1)).transpose(0, 1)
+        return rows.unflatten(0, (-1, self.fold))
+
+    def from_rows(self, rows: Tensor) -> Tensor:
+        """Undo `to_rows`."""
+        if self.fold > 1:
+            rows = (rows.transpose(0, 1) if self.interleaved else rows).flatten(0, 1)
+        return rows.movedim(0, self.dim)
+
+
+@dataclass(frozen=True)
 class TensorArg(Placeholder):
-    """Stands for a tensor with the samples first; `index` is its place among the tensors."""
+    """Stands for a tensor with a part for each sample.
+
+    Attributes:
+        index: its place among the tensors.
+        axis: where its samples are.
+    """
 
     index: int
+    axis: SampleAxis = SampleAxis()
+
+
+@dataclass(frozen=True)
+class SampleCount(Placeholder):
+    """Stands for a whole number that is `factor` times the number of samples."""
+
+    factor: int
 
 
 @dataclass(frozen=True)
@@ -34,19 +77,13 @@ class ScalarArg(Placeholder):
     """
 
     index: int
-    like: Any
+    like: Any = field(compare=False)
 
     def value(self, values: Tensor) -> Any:
         """The number in `values`, which are all equal, as the network takes it."""
         if isinstance(self.like, Tensor):
             return values[0].to(self.like.dtype).reshape(self.like.shape)
         return type(self.like)(values[0].item())
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, ScalarArg) and self.index == other.index
-
-    def __hash__(self) -> int:
-        return hash(self.index)
 
 
 def named_leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -91,6 +128,13 @@ def _items(value: Any) -> list[tuple[Any, Any]] | None:
     if is_dataclass(value) and not isinstance(value, type | Placeholder):
         return [(field.name, getattr(value, field.name)) for field in fields(value)]
     return None
+
+
+def same_leaf(first: object, second: object) -> bool:
+    """Whether two leaves are equal, tensors by their values."""
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return first.shape == second.shape and first.dtype == second.dtype and torch.equal(first, second)
+    return type(first) is type(second) and bool(first == second)
 
 
 def time_argument(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | str | None:

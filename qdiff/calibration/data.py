@@ -178,6 +178,12 @@ class CalibrationData:
         order = torch.cat([torch.arange(len(numbers))[member] for member in self._members(numbers)])
         return torch.cat(outputs)[order.argsort().to(outputs[0].device)]
 
+    def batches(self, size: int) -> list[range | Tensor]:
+        """All samples in batches of at most `size` that the network can be called with."""
+        parts = self.uniform_parts(slice(None))
+        everything = [range(len(self)) if isinstance(part, slice) else part for part in parts]
+        return [part[start : start + size] for part in everything for start in range(0, len(part), size)]
+
     def uniform_parts(self, index: Tensor | slice) -> list[Tensor | slice]:
         """Split samples into parts that the network can be called with: [index] unless it takes numbers."""
         if not self.spec.scalars:
