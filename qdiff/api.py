@@ -20,9 +20,10 @@ from qdiff.config import PRESETS, QuantConfig
 from qdiff.engines.proxy import has_engine
 from qdiff.engines.select import apply_engine
 from qdiff.errors import ConfigError, NonFiniteError
-from qdiff.layers import LAYER_TYPES
+from qdiff.layers import HALF, LAYER_TYPES
 from qdiff.model import QuantPlan, quant_layers, quantize_model
 from qdiff.policy import make_policy
+from qdiff.refusals import keep_unused, log_own_parameters
 from qdiff.unquantized import find_unquantized, log_unquantized
 from qdiff.utils import distributed
 from qdiff.utils.devices import select_device
@@ -94,13 +95,15 @@ def quantize(
 ) -> nn.Module:
     """Quantize and calibrate a copy of a denoiser that knows nothing of this package.
 
-    Every `nn.Conv1d`, `nn.Conv2d` and `nn.Linear` is replaced. Normalizations and embeddings stay as they are.
+    Every `nn.Linear`, `nn.Conv1d`, `nn.Conv2d`, `nn.ConvTranspose1d` and `nn.ConvTranspose2d` is replaced.
+    Normalizations, embeddings and layers that never run stay as they are.
     Matmuls of functions (`F.scaled_dot_product_attention`) are not quantized; attention matmuls that are modules can
     be named in `attention_matmuls`. The log lists attention matmuls, concatenated shortcuts and layers that stay in
     full precision.
 
     Args:
-        model: any network in float32 that returns one tensor. It is not changed. Its device is where the work is done.
+        model: any network in float32, bfloat16 or float16 that returns one tensor. It is not changed. Its device is
+            where the work is done.
         inputs: its positional inputs, all with the samples first: x_t [N, ...], t [N], contexts. They should be
             inputs that it meets while sampling, from all time steps; 500 samples or more.
         weight_bit: the width of weights, 2 to 16 bits.
@@ -112,9 +115,8 @@ def quantize(
             then corrected.
         separate: how the paths of layers inside blocks end that are reconstructed on their own (projections of the time
             embedding).
-        keep: what stays in full precision. The path of a module, or a pattern (`head.*`), keeps everything inside it;
-            the path of a parameter keeps the parameter. A type keeps the parameters of its modules (position
-            embeddings), or everything inside them if they have no parameters of their own.
+        keep: what stays in full precision. The path of a module, a pattern (`head.*`), a type of modules or its name
+            (`MultiheadAttention`) keeps everything inside; the path of a parameter keeps the parameter.
         attention_matmuls: module types with attention matmuls as attributes (`qdiff.layers.MatMul`), see
             `qdiff.architecture.AttentionMatMulSpec`.
         splits: for layers whose input is a concatenation, by path: the channels of its first half (Q-Diffusion,
@@ -132,9 +134,8 @@ def quantize(
     Raises:
         ConfigError: settings that cannot work, by name; names of what is not in the network.
         NonFiniteError: a weight, or a value inside the network, that is not finite, by name.
-        TypeError: a module with parameters that has no quantized form and is not kept, by path and type; a layer with
-            hooks; a block without an attention matmul that `attention_matmuls` names.
-        NotImplementedError: a convolution whose padding is not zeros, by path.
+        TypeError: modules that cannot be quantized and are not kept, all of them, with what to add to `keep`; a block
+            without an attention matmul that `attention_matmuls` names.
         RuntimeError: a block or layer that cannot be a unit, by path.
     """
     _validate_model(model)
@@ -179,8 +180,11 @@ def _formats(
 
 def _calibrate(calibration: Calibration) -> nn.Module:
     """Run a calibration of a custom network, write its report, and attach what `save` needs."""
-    model, architecture, quant, data = calibration.model, calibration.architecture, calibration.quant, calibration.data
+    model, quant, data = calibration.model.eval(), calibration.quant, calibration.data
     assert data is not None  # given by `quantize`
+    some = slice(0, 2)
+    architecture = keep_unused(model, calibration.architecture, lambda: data.run(model, some, calibration.device))
+    calibration = replace(calibration, architecture=architecture)
     plan = QuantPlan.of(model, architecture, quant)
     _log_unquantized(model, architecture, quant, data)
     quantized = calibration.run()
@@ -201,6 +205,7 @@ def _log_unquantized(model: nn.Module, architecture: Architecture, quant: QuantC
     split = {path for path, layer in quant_layers(wrapped).items() if layer.split}
     if lost := sorted(set(architecture.split_points(model)) - split):
         raise ConfigError(f": {lost[0]} is kept in full precision", field="splits")
+    log_own_parameters(model, architecture)
     device = next(model.parameters()).device
     log_unquantized(find_unquantized(wrapped, [part.to(device) for part in data[:2]]), quant.quant_act)
 
@@ -213,9 +218,10 @@ def _validate_model(model: nn.Module) -> None:
     if not any(isinstance(module, tuple(LAYER_TYPES)) for module in model.modules()):
         raise ConfigError("the network has no layer that can be quantized")
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+        if parameter.is_floating_point() and parameter.dtype not in (torch.float32, *HALF):
             found = str(parameter.dtype).removeprefix("torch.")
-            raise ConfigError(f": {name} is {found}: expected float32 (model.float())", field="model")
+            message = f": {name} is {found}: expected float32, bfloat16 or float16 (model.float())"
+            raise ConfigError(message, field="model")
     if (name_of_bad := first_not_finite(model.state_dict())) is not None:
         raise NonFiniteError(f": {name_of_bad} holds values that are not finite numbers", field="model")
 
@@ -255,7 +261,8 @@ def _validate_names(
     types = {type(module) for module in modules.values()}
     paths = [*filter(None, modules), *dict(model.named_parameters())]
     for kept in keep:
-        if not (any(fnmatchcase(path, kept) for path in paths) if isinstance(kept, str) else kept in types):
+        by_path = isinstance(kept, str) and any(fnmatchcase(path, kept) for path in paths)
+        if not (by_path or kept in types or kept in {kind.__name__ for kind in types}):
             raise ConfigError(f": no {getattr(kept, '__name__', kept)} in the network", field="keep")
     for name, kinds in (("blocks", blocks), ("attention_matmuls", attention_matmuls)):
         for kind in kinds:
