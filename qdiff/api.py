@@ -283,7 +283,7 @@ def _validate_splits(model: nn.Module, splits: Mapping[str, int]) -> None:
         layer = modules.get(path)
         if layer is None or type(layer) not in LAYER_TYPES:
             raise ConfigError(f": no layer {path}", field="splits")
-        total = layer.weight.shape[1]
+        total = LAYER_TYPES[type(layer)].weight_of(layer).shape[1]
         if not 0 < channels < total:
             message = f": {path} has {total} input channels: expected 1 or more in each half, found {channels}"
             raise ConfigError(message, field="splits")

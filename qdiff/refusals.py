@@ -28,6 +28,7 @@ NORMS = (
     nn.modules.batchnorm._BatchNorm,
     nn.modules.instancenorm._InstanceNorm,
 )
+CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 UNQUANTIZED = (*NORMS, nn.Embedding, nn.EmbeddingBag, nn.PReLU)
 
 # Products by the names of their functions and methods. The first argument of those in MAPS is their input.
@@ -122,8 +123,8 @@ def _refusal(path: str, module: nn.Module, architecture: Architecture) -> Refusa
 
 
 def _is_of_torch(module: nn.Module) -> bool:
-    """Whether a module is of a type that PyTorch defines."""
-    return type(module).__module__.startswith("torch.")
+    """Whether PyTorch defines what a module does with its parameters."""
+    return type(module).__module__.startswith("torch.") and type(module) not in CONTAINERS
 
 
 def _matrices(path: str, module: nn.Module) -> dict[str, Tensor]:

@@ -212,7 +212,8 @@ class BlockwiseRunner:
         self.model, self.order, self.data, self.before_samples = model, order, data, before_samples
         self.batch_size, self.device, self.cache = batch_size, device, cache
         self.outputs: dict[str, CachedTensor] = {}
-        self.finished: dict[str, tuple[int, ...]] = {}  # with the shape of one sample of the output
+        # with the shape and the type of one sample of the output
+        self.finished: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         self.nan = torch.empty(0)
 
     @torch.no_grad()
@@ -283,15 +284,15 @@ class BlockwiseRunner:
             in_batches(alone, range(len(self.data)), self.batch_size)
         self._drop(self.order.units.index(unit))
         self.outputs[unit] = output[0]
-        self.finished[unit] = tuple(output[0].tensor.shape[1:])
+        self.finished[unit] = tuple(output[0].tensor.shape[1:]), output[0].dtype
         return output[0]
 
-    def _dropped(self, shape: tuple[int, ...]) -> Tensor:
+    def _dropped(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """NaN in the place of an output that is not cached any more, always in the same memory."""
         size = torch.Size(shape).numel()
         if len(self.nan) < size:
             self.nan = torch.full((size,), float("nan"), device=self.device)
-        return self.nan[:size].view(shape)
+        return self.nan[:size].view(shape).to(dtype)
 
     def _drop(self, position: int) -> None:
         for unit in [unit for unit in self.outputs if self.order.last_use[unit] <= position]:
@@ -310,7 +311,8 @@ class BlockwiseRunner:
             def forward(*_: Any, **__: Any) -> Tensor:
                 if path in self.outputs:
                     return self.outputs[path].read(span, self.device)
-                return self._dropped((span.stop - span.start, *self.finished[path]))
+                shape, dtype = self.finished[path]
+                return self._dropped((span.stop - span.start, *shape), dtype)
 
             return forward
 

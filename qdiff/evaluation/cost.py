@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from qdiff.layers import ActQuantizer, QuantConvTranspose, QuantLayer, QuantMatMul
@@ -79,9 +80,9 @@ def measure_cost(wrapped: nn.Module, inputs: tuple[Tensor, ...], weight_bits: in
 def _total_macs(network: nn.Module, inputs: tuple[Tensor, ...]) -> int:
     """The multiply-accumulates of all convolutions and matmuls of a forward pass."""
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # PyTorch does not count the operations in nn.MultiheadAttention's
+    torch.backends.mha.set_fastpath_enabled(False)  # operations inside fused ones are not counted everywhere
     try:
-        with FlopCounterMode(display=False) as counter:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             network(*inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)

@@ -6,14 +6,16 @@ import pytest
 import torch
 from torch import nn
 
+import qdiff
 from qdiff.architecture import Architecture
 from qdiff.checkpoint import save_published
 from qdiff.config import QuantConfig
 from qdiff.engines.cpu import to_integer
 from qdiff.engines.cuda import PackedLayer
-from qdiff.errors import CheckpointError
+from qdiff.engines.select import apply_engine
+from qdiff.errors import CheckpointError, ConfigError
 from qdiff.layers import LAYER_TYPES, ActQuantizer, QuantConv1d, QuantConv2d, QuantConvTranspose2d, QuantLinear
-from qdiff.model import quantize_model
+from qdiff.model import enable_activations, quantize_model, set_mode_parameters
 from tests.support import golden
 from tests.support.engines import quantized_layer
 
@@ -177,6 +179,41 @@ def test_a_layer_of_half_precision_computes_with_the_exact_integers(dtype, split
     assert torch.equal(half.quantize_input(x), full.quantize_input(x.float()).to(dtype))
     assert half(x).dtype == dtype
     assert golden.relative_error(half(x).float(), full(x.float())) < 0.01
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_a_network_comes_back_in_the_precision_of_the_model(tmp_path, dtype):
+    """The file holds float32: parameters, statistics and the values of the other mode are those of half precision."""
+
+    def network(seed):
+        torch.manual_seed(seed)
+        layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.SiLU(), nn.ConvTranspose2d(8, 3, 3))
+        layers[1].running_mean.normal_()
+        return layers.to(dtype)
+
+    x = torch.randn(8, 3, 6, 6).to(dtype)
+    quantized = qdiff.quantize(network(0), (x,), iters=0, iters_a=0, iters_tune=0)
+    set_mode_parameters(quantized, {"0.bias": torch.randn(8).to(dtype)})
+    outputs = [quantized(x)]
+    qdiff.save(tmp_path / "q.safetensors", quantized)
+    enable_activations(quantized, False)
+    outputs.append(quantized(x))
+    loaded = qdiff.load(tmp_path / "q.safetensors", model=network(1), device="cpu", engine="simulated")
+    for activations, output in zip((True, False), outputs, strict=True):
+        enable_activations(loaded, activations)
+        assert loaded(x).dtype == dtype and torch.equal(loaded(x), output)
+    exact = qdiff.load(tmp_path / "q.safetensors", model=network(1).float(), device="cpu")
+    assert exact(x.float()).dtype == torch.float32
+    assert 0 < golden.relative_error(outputs[0].float(), exact(x.float())) < 0.02
+
+
+def test_the_integer_engine_leaves_half_precision_to_the_simulation():
+    network = nn.Sequential(quantized(nn.Conv2d(6, 4, 3))).bfloat16()
+    with pytest.raises(ConfigError, match="integer: the network is in bfloat16"):
+        apply_engine(network, "integer")
+    assert apply_engine(network, "auto") is network
+    x = torch.randn(2, 6, 5, 4).bfloat16()
+    assert torch.equal(PackedLayer(copy.deepcopy(network[0]))(x), network(x))
 
 
 def test_autocast_keeps_its_arithmetic():

@@ -58,6 +58,22 @@ class Product(nn.Module):
         return self.inner(F.linear(x, weight))
 
 
+class Mixed(nn.Module):
+    """Parameters in lists: one is added, one is a factor after it was filled in, and one is mixed with activations."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.table = nn.ParameterList(nn.Parameter(torch.randn(4, width)) for _ in range(3))
+        self.square = nn.Parameter(torch.randn(width, width))
+
+    def forward(self, x):
+        mixed = self.table[1].expand(len(x), -1, -1).clone()
+        mixed += x[:, :4]  # no parameter any more
+        mixed[:, :2] = x[:, :2]
+        weights = torch.softmax(x @ mixed.transpose(1, 2), dim=-1)
+        return x + self.table[0].sum() + (weights @ mixed) @ self.square.type_as(x).t() + self.table[2].mean()
+
+
 class Network(nn.Module):
     """A transformer with position embeddings and tokens as bare parameters, own norms, and room for other modules."""
 
@@ -195,6 +211,13 @@ def test_types_that_hold_only_vectors_need_no_mention_in_a_family():
         "3.last",
         "3.unused",
     }
+
+
+def test_factors_are_told_from_parameters_that_become_activations():
+    torch.manual_seed(0)
+    model = Network(mixed=Mixed(8))
+    assert pasted(error_of(model)) == ["others.mixed.square"]
+    assert set(quant_layers(quantize(model, keep=["others.mixed.square"]))) == {"first", "last"}
 
 
 def test_padding_modes_are_quantized():
