@@ -296,7 +296,7 @@ class Summary:
         matmuls: the paths of the quantized attention matmuls.
         blocks: the paths of the blocks that are reconstructed as a whole.
         splits: for each quantized layer with two quantizers for its concatenated input: the channels of its first part.
-        kept_layers: the paths of layers in full precision that have a quantized form.
+        kept_layers: the paths of layers in full precision that run and have a quantized form.
         kept_matmuls: for each module with attention matmuls in full precision: how many, and why.
         unsplit: for each quantized layer with one quantizer for a concatenation: the channels of the first part.
     """
@@ -337,16 +337,14 @@ class Summary:
             )
 
 
-def summarize(model: nn.Module, structure: Structure, plan: QuantPlan, blocks: Iterable[str]) -> Summary:
+def summarize(structure: Structure, plan: QuantPlan, blocks: Iterable[str]) -> Summary:
     """Compare what a forward pass showed with what is quantized.
 
     Args:
-        model: the full-precision network.
         structure: what a forward pass showed.
         plan: what is quantized.
         blocks: the paths of the blocks.
     """
-    layers = [path for path, module in model.named_modules() if type(module) in LAYER_TYPES]
     kept: dict[str, tuple[int, str]] = dict.fromkeys(structure.whole_attentions, (2, "computed as a whole"))
     for owner, calls in structure.calls.items():
         if owner in plan.matmuls:  # a MatMul module, which is replaced
@@ -360,7 +358,7 @@ def summarize(model: nn.Module, structure: Structure, plan: QuantPlan, blocks: I
             kept[owner] = len(reasons), ", ".join(dict.fromkeys(reasons))
     splits = {path: first for path, first in plan.layers.items() if first}
     unsplit = {path: first for path, first in structure.splits.items() if plan.layers.get(path) == 0}
-    kept_layers = tuple(path for path in layers if path not in plan.layers)
+    kept_layers = tuple(path for path in structure.order if path not in plan.layers)
     return Summary(tuple(plan.layers), tuple(plan.matmuls), tuple(blocks), splits, kept_layers, kept, unsplit)
 
 

@@ -26,6 +26,7 @@ from qdiff.checkpoint.reading import (
 )
 from qdiff.config import QuantConfig
 from qdiff.errors import CheckpointError
+from qdiff.layers import QuantConvTranspose
 from qdiff.model import act_quantizers, enable_activations, find_timestep_groups, quant_layers, quantize_model
 from qdiff.utils.files import atomic_write
 
@@ -81,13 +82,15 @@ def save_published(
         activations: write the activation scales too.
 
     Raises:
-        CheckpointError: the network has timestep groups, which this format cannot hold, or its integers are not a
-            rounding of `weights`.
+        CheckpointError: the network has timestep groups, which this format cannot hold, or transposed
+            convolutions; or its integers are not a rounding of `weights`.
     """
     if find_timestep_groups(model) is not None:
         raise CheckpointError(f"{path}: the published format holds one scale for all time steps, not timestep groups")
     state: dict[str, Tensor] = {name: parameter.detach() for name, parameter in model.named_parameters()}
     for layer_path, layer in quant_layers(model).items():
+        if isinstance(layer, QuantConvTranspose):
+            raise CheckpointError(f"{path}: {layer_path}: the published format holds no transposed convolutions")
         weight = weights[f"{layer_path}.weight"].detach().float().cpu()
         state[f"{layer_path}.weight"] = weight
         for (name, quantizer), part in zip(layer.named_weight_quantizers(), layer._parts(weight), strict=True):

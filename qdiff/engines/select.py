@@ -11,7 +11,7 @@ from qdiff.engines.cpu import CpuProxy, to_integer
 from qdiff.engines.cuda import Int8Linear, fuse_attention, to_packed
 from qdiff.engines.proxy import has_engine
 from qdiff.errors import ConfigError
-from qdiff.layers import QuantLayer
+from qdiff.layers import HALF, QuantLayer, QuantMatMul
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,8 @@ def apply_engine(model: nn.Module, engine: str = "auto") -> nn.Module:
         integer = to_integer(model)
         usable = [module.usable for module in integer.modules() if isinstance(module, CpuProxy)]
         if any(usable):
-            log.info("engine: integer (%d of %d layers and attention matmuls)", sum(usable), len(usable))
+            total = sum(isinstance(module, QuantLayer | QuantMatMul) for module in model.modules())
+            log.info("engine: integer (%d of %d layers and attention matmuls)", sum(usable), total)
             return integer
         reason = "no layer has a form that the integer products take"
     if engine == "integer":
@@ -97,6 +98,8 @@ def _why_not_integer(model: nn.Module, device: str) -> str | None:
         return "activations are not quantized"
     if device != "cpu":
         return f"integer products are for CPU and CUDA, the network is on {device}"
+    if half := next((layer.dtype for layer in layers if layer.dtype in HALF), None):
+        return f"the network is in {str(half).removeprefix('torch.')}"
     widths = (q.n_bits for layer in layers for q in (*layer.weight_quantizers, *layer.act_quantizers))
     if any(n_bits > 8 for n_bits in widths):
         return "more than 8 bits"
