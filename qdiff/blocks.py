@@ -17,14 +17,14 @@ def find_blocks(model: nn.Module, structure: Structure, layers: Collection[str])
     """The paths of the modules that are to be reconstructed as a whole, in the order of the modules.
 
     They are the largest modules of 2 to MAX_LAYERS layers that can be units and are no stages, that is, hold no list of
-    such modules. A module that holds a layer which cannot be a unit by itself is a block whatever its size.
+    such modules. A module around a layer that cannot be a unit by itself is a block whatever its size.
 
     Args:
         model: the full-precision network.
         structure: what a forward pass of it showed.
         layers: the paths of the layers that are quantized.
     """
-    return _Search(model, structure, layers).blocks("") or []
+    return _Search(model, structure, layers).blocks("")[0]
 
 
 class _Search:
@@ -44,25 +44,16 @@ class _Search:
             if path:
                 self.children[path.rpartition(".")[0]].append(path)
 
-    def blocks(self, path: str) -> list[str] | None:
-        """The blocks in a module; None: a layer inside needs a larger module around it as its block."""
+    def blocks(self, path: str) -> tuple[list[str], bool]:
+        """The blocks in a module, and whether a layer inside needs a larger module around it as its block."""
         if path in self.layers:
-            return [] if path in self.units else None
+            return [], path not in self.units
         if self._is_block(path):
-            return [path]
-        found: list[str] = []
-        for child in self.children[path]:
-            inside = self.blocks(child)
-            if inside is None:
-                return [path] if path in self.units else self._given_up(path)
-            found += inside
-        return found
-
-    def _given_up(self, path: str) -> list[str] | None:
-        """None, so that the module around is tried; the network itself keeps the blocks that it has."""
-        if path:
-            return None
-        return [block for child in self.children[path] for block in self.blocks(child) or []]
+            return [path], False
+        parts = [self.blocks(child) for child in self.children[path]]
+        if any(lacking for _, lacking in parts) and path in self.units:
+            return [path], False
+        return [block for blocks, _ in parts for block in blocks], any(lacking for _, lacking in parts)
 
     def _inside(self, path: str) -> set[str]:
         return {layer for layer in self.layers if is_inside(layer, path)}

@@ -178,6 +178,9 @@ class _Trace(TorchFunctionMode):
             operands.append((a, b))
             return torch.matmul(a, b)
 
+        factors = _factors(name, args, kwargs)
+        if len(factors) < 2:  # an einsum of one operand only moves or sums
+            return AttentionCall(name)
         try:
             result = rewrite(func, (multiply, multiply), args, kwargs)
         except (ValueError, TypeError, RuntimeError) as error:
@@ -188,7 +191,7 @@ class _Trace(TorchFunctionMode):
         outer = any(a.shape[-1] == 1 and which is None for (a, _), which in zip(operands, probabilities, strict=True))
         if not real or outer:  # an outer product is no attention: a time step times its frequencies
             return AttentionCall(name)
-        if any(_storage(part) in self.constants for part in _factors(name, args, kwargs)):
+        if any(_storage(part) in self.constants for part in factors):
             return AttentionCall(name, reason="a factor is a parameter or buffer")
         taken = [attribute for names in matmul_names([name]) for attribute in names if hasattr(owner, attribute)]
         if isinstance(owner, CONTAINERS) or taken:

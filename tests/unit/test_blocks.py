@@ -196,3 +196,21 @@ def test_a_network_whose_parts_run_twice_is_a_block_itself():
     network = Recurrent(Mlp())
     assert found(network, X) == {"": "layer"}
     assert describe(qdiff.quantize(network, (X,), **QUICK)).blocks == ("",)
+
+
+class Shared(nn.Module):
+    """A layer of the first block also runs after the last one, and the network returns a tuple."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.ModuleList(Mlp() for _ in range(3))
+
+    def forward(self, x):
+        for module in self.inner:
+            x = module(x)
+        return (self.inner[0].layers[0](x),)
+
+
+def test_a_layer_that_no_module_can_hold_leaves_the_other_blocks():
+    torch.manual_seed(0)
+    assert list(found(Shared(), X)) == ["inner.1", "inner.2"]
