@@ -5,12 +5,14 @@ from copy import deepcopy
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qdiff.architecture import CUSTOM, Architecture, AttentionMatMulSpec
 from qdiff.blocks import find_blocks, find_output_layers
+from qdiff.calibration.collate import collate
 from qdiff.calibration.data import CalibrationData
 from qdiff.calibration.directory import CalibrationDir
 from qdiff.calibration.ranges import timestep_group_bounds
@@ -77,8 +79,9 @@ def save(path: str | Path, network: nn.Module) -> None:
 
 def quantize(
     model: nn.Module,
-    inputs: Sequence[Tensor],
+    inputs: Sequence[Any] | Mapping[str, Any],
     *,
+    shared: Sequence[str | int] = (),
     weight_bit: int = 8,
     act_bit: int | None = 8,
     symmetric: bool = False,
@@ -101,9 +104,10 @@ def quantize(
     precision.
 
     Args:
-        model: any network in float32 that returns one tensor. It is not changed. Its device is where the work is done.
-        inputs: its positional inputs, all with the samples first: x_t [N, ...], t [N], contexts. They should be
-            inputs that it meets while sampling, from all time steps; 500 samples or more.
+        model: any network in float32. It is not changed. Its device is where the work is done.
+        inputs: its inputs while sampling, from all time steps, 500 samples or more: tensors by position (x_t, t, ...),
+            a dict of inputs by keyword, or a list of calls as a hook records them (`qdiff.calibration.collate`).
+        shared: keywords or positions of inputs without samples, if their first dimension looks like them.
         weight_bit: the width of weights, 2 to 16 bits.
         act_bit: the width of activations, 2 to 16 bits; None leaves activations in full precision.
         symmetric: signed activations without zero point.
@@ -138,10 +142,9 @@ def quantize(
         RuntimeError: a block or layer that cannot be a unit, by path.
     """
     _validate_model(model)
-    _validate_inputs(inputs, timestep_groups)
     _validate_recipe(preset, recipe, timestep_groups)
     _validate_splits(model, splits or {})
-    data = CalibrationData(tuple(inputs))
+    data = collate(inputs, model, shared)
     network = deepcopy(model).eval()
     structure = find_structure(network, _two_samples(network, data), samples=min(2, len(data)))
     _validate_names(model, blocks or (), separate, keep, attention_matmuls or {}, structure.matmul_paths())
@@ -153,8 +156,7 @@ def quantize(
         architecture = replace(architecture, block_paths=_found_blocks(network, data, structure, plan))
     config = replace(PRESETS[preset], **recipe)  # type: ignore[arg-type]  # validated above
     directory = CalibrationDir(None if folder is None else Path(folder))
-    calibration = Calibration(network, architecture, quant, config, data, directory=directory)
-    return _calibrate(calibration, structure, plan)
+    return _calibrate(Calibration(network, architecture, quant, config, data, directory=directory), structure, plan)
 
 
 def _architecture(
@@ -262,20 +264,6 @@ def _validate_model(model: nn.Module) -> None:
             raise ConfigError(f": {name} is {found}: expected float32 (model.float())", field="model")
     if (name_of_bad := first_not_finite(model.state_dict())) is not None:
         raise NonFiniteError(f": {name_of_bad} holds values that are not finite numbers", field="model")
-
-
-def _validate_inputs(inputs: Sequence[Tensor], timestep_groups: int) -> None:
-    if isinstance(inputs, Tensor) or not all(isinstance(tensor, Tensor) for tensor in inputs):
-        raise ConfigError(": expected a tuple of tensors, (x_t, t) and contexts", field="inputs")
-    # masks among the contexts may hold -inf
-    if any(torch.isnan(tensor).any() for tensor in inputs) or any(torch.isinf(part).any() for part in inputs[:2]):
-        raise ConfigError(": values that are not finite numbers", field="inputs")
-    lengths = {len(tensor) for tensor in inputs}
-    if len(lengths) != 1:
-        raise ConfigError(f" of {sorted(lengths)} samples: expected the same number in each", field="inputs")
-    if timestep_groups > 1 and len(inputs) < 2:
-        message = f" {timestep_groups}: expected the time steps as the second input"
-        raise ConfigError(message, field="timestep_groups")
 
 
 def _validate_recipe(preset: str, recipe: Mapping[str, object], timestep_groups: int) -> None:

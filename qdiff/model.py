@@ -5,10 +5,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qdiff.architecture import Architecture, AttentionMatMulSpec
 from qdiff.attention import add_matmuls, matmul_names
+from qdiff.calls import time_argument
 from qdiff.config import QuantConfig
 from qdiff.errors import ConfigError
 from qdiff.layers import LAYER_TYPES, ActQuantizer, MatMul, Quantizer, QuantLayer, QuantMatMul, TimestepGroups
@@ -133,7 +135,7 @@ def quantize_model(model: nn.Module, architecture: Architecture, config: QuantCo
 
     The copy shares its parameters with `model` until the integers of a layer are set; `model` itself is not changed.
     Nothing is quantized yet: weights are in full precision and activation quantizers are off. With timestep groups the
-    second input of the network is the time step of each sample.
+    time step is found by `qdiff.calls.time_argument`.
 
     Raises:
         TypeError: a layer has parameters and no registered quantized form, or has hooks or its own `forward`; or a
@@ -158,7 +160,7 @@ def apply_plan(model: nn.Module, plan: QuantPlan, config: QuantConfig) -> nn.Mod
     groups = TimestepGroups(config.time_bounds) if config.time_bounds else None
     if groups is not None:
         wrapped.timestep_groups = groups  # type: ignore[assignment]  # an attribute, so that a copy gets its own
-        wrapped.register_forward_pre_hook(_set_timesteps)
+        wrapped.register_forward_pre_hook(_set_timesteps, with_kwargs=True)
     splits = {id(wrapped.get_submodule(path)): split for path, split in plan.layers.items()}
     device = next(model.parameters()).device
 
@@ -277,11 +279,14 @@ def copy_weights(source: nn.Module, target: nn.Module) -> None:
         layer.freeze()
 
 
-def _set_timesteps(model: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Forward hook that sets the timestep groups from the second input of the network, the time step of each sample."""
+def _set_timesteps(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward hook that sets the timestep groups from the time step among the inputs: of each sample [N], or one."""
     groups = find_timestep_groups(model)
     assert groups is not None  # the hook is registered only for networks with timestep groups
-    groups.set(inputs[1])
+    place = time_argument(model, args, kwargs)
+    if place is None:
+        raise ConfigError(": the network was called without a time step", field="timestep_groups")
+    groups.set(torch.as_tensor(kwargs[place] if isinstance(place, str) else args[place]).flatten())
 
 
 def replace_modules(model: nn.Module, replacement: Callable[[str, nn.Module], nn.Module | None]) -> None:

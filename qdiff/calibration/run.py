@@ -15,7 +15,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from qdiff.architecture import Architecture
-from qdiff.calibration.blockwise import BlockwiseRunner, CallSpec, ExecutionOrder, trace_execution
+from qdiff.calibration.blockwise import BlockwiseRunner, UnitCall, UnitOutput
 from qdiff.calibration.cache import Cache, CachedTensor, remove_leftovers
 from qdiff.calibration.data import CalibrationData
 from qdiff.calibration.directory import CalibrationCheckpoint, CalibrationDir
@@ -30,6 +30,7 @@ from qdiff.calibration.reconstruct import (
     reconstruct_weights,
 )
 from qdiff.calibration.report import write_report
+from qdiff.calibration.trace import ExecutionOrder, trace_execution
 from qdiff.checkpoint import state_hash
 from qdiff.checkpoint.reading import first_line
 from qdiff.config import CalibrationConfig, QuantConfig
@@ -218,6 +219,7 @@ class _Run:
     def all_steps(self) -> None:
         """Do every step, or take it from the resume log."""
         if self.calibration.weights_from is None:
+            self._round_left_out()
             self._over_units("weights", self.config.iters, self._reconstruct_weights)
         if self.quant.quant_act:
             self._whole("ranges", 0, self._init_ranges)
@@ -306,12 +308,21 @@ class _Run:
         full.release()
         quantized.release()
 
+    def _round_left_out(self) -> None:
+        """Round the layers to nearest that cannot be fitted as units."""
+        for path, reason in self.order.left_out.items():
+            log.info("%s: %s: it is rounded to nearest", path, reason)
+            layer = self.quantized.get_submodule(path)
+            assert isinstance(layer, QuantLayer)  # the trace leaves out no others
+            rounded = partial(layer.init_weight_scales, self.quant.weight_scale_method)
+            self._step(f"weights {path}", 0, layer, lambda _, rounded=rounded: rounded())  # type: ignore[misc]  # a default binds it
+
     def _before_samples(self, index: Tensor | slice) -> None:
         """Tell the quantized network's timestep groups which samples come next."""
         if self.groups is not None:
-            self.groups.set(self.data.inputs[1][index])
+            self.groups.set(self.data.timesteps(index))
 
-    def _unit_data(self, call: CallSpec, arguments: Sequence[CachedTensor], target: CachedTensor) -> UnitData:
+    def _unit_data(self, call: UnitCall, arguments: Sequence[CachedTensor], target: UnitOutput) -> UnitData:
         def read(index: Tensor | slice) -> tuple[tuple[Tensor, ...], Tensor]:
             self._before_samples(index)
             return tuple(x.read(index, self.device) for x in arguments), target.read(index, self.device)

@@ -12,7 +12,7 @@ from ddim.family import PIXEL, unet_config_dict
 from ldm.attention import CrossAttention
 from ldm.family import LATENT
 from qdiff.architecture import Architecture, AttentionMatMulSpec
-from qdiff.calibration.blockwise import trace_execution
+from qdiff.calibration.trace import trace_execution
 from qdiff.calibration.data import CalibrationData, CalibrationSet, Recorder, load_set, save_set
 from qdiff.calibration.ranges import init_activation_ranges, timestep_group_bounds
 from qdiff.calibration.reconstruct import UnitData, reconstruct_activations, reconstruct_weights
