@@ -112,10 +112,9 @@ def quantize(
         weight_bit: the width of weights, 2 to 16 bits.
         act_bit: the width of activations, 2 to 16 bits; None leaves activations in full precision.
         symmetric: signed activations without zero point.
-        blocks: module types that are reconstructed as a whole (residual blocks, attention blocks). Each must return one
-            tensor with the samples first and run once in a forward pass. Layers outside them are reconstructed alone.
-            A dict names for each type the layer inside whose bias is added to the block's output: its mean error is
-            then corrected. None: the blocks that are found; an empty list: none.
+        blocks: module types that are reconstructed as a whole (residual blocks, attention blocks). Layers outside them
+            are reconstructed alone. A dict names for each type the layer inside whose bias is added to the block's
+            output: its mean error is then corrected. None: the blocks that are found; an empty list: none.
         separate: how the paths of layers inside blocks end that are reconstructed on their own (time projections).
         keep: what stays in full precision. The path of a module, a pattern (`head.*`), a type of modules or its name
             (`MultiheadAttention`) keeps everything inside; the path of a parameter keeps the parameter.
@@ -145,7 +144,7 @@ def quantize(
     _validate_splits(model, splits or {})
     data = collate(inputs, model, shared)
     network = deepcopy(model).eval()
-    structure = find_structure(network, _two_samples(network, data), samples=min(2, len(data)))
+    structure = find_structure(network, _two_samples(network, data))
     _validate_names(model, blocks or (), separate, keep, attention_matmuls or {}, structure.matmul_paths())
     architecture = _architecture(structure, blocks, separate, keep, attention_matmuls, splits)
     architecture = keep_unused(network, architecture, _two_samples(network, data))

@@ -85,7 +85,13 @@ class QuantPlan:
         matmuls = {path: spec for path, spec in matmuls.items() if not config.keeps(path)}
         calls: dict[str, tuple[str, ...]] = {}
         if any(path in matmuls for path in called):
-            calls = {path: tuple(call.name for call in calls) for path, calls in architecture.calls.items()}
+            owners = {path.rpartition(".")[0] for path in called if path in matmuls}
+            # one without a quantized matmul must not be taken for a part of one around it; there is none around ""
+            calls = {
+                path: tuple(call.name for call in made)
+                for path, made in architecture.calls.items()
+                if path or path in owners
+            }
         return cls(layers, matmuls, {path: repr(model.get_submodule(path)) for path in layers}, calls)
 
     def validate(self, model: nn.Module) -> None:

@@ -5,7 +5,7 @@ concatenation (shortcuts). A `Summary` says what of it is quantized.
 """
 
 import logging
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,15 +40,14 @@ class Structure:
         calls: for each module whose forward pass multiplies activations by function calls: the calls, in order.
         splits: for each layer whose input is a concatenation: the channels of its first part.
         whole_attentions: modules whose attention is one function with weights of its own (`nn.MultiheadAttention`).
-        units: modules that can be reconstruction units: they run once, take and return tensors with the samples first,
-            and no layer inside runs elsewhere.
+        modules: the modules that run, and that take and return tensors.
         order: the layers, in the order in which they run first.
     """
 
     calls: Mapping[str, tuple[AttentionCall, ...]] = field(default_factory=dict)
     splits: Mapping[str, int] = field(default_factory=dict)
     whole_attentions: tuple[str, ...] = ()
-    units: frozenset[str] = frozenset()
+    modules: frozenset[str] = frozenset()
     order: tuple[str, ...] = ()
 
     def matmul_paths(self) -> list[str]:
@@ -63,6 +62,7 @@ class _Run:
 
     path: str
     module: nn.Module
+    takes_tensors: bool
     calls: list[AttentionCall] = field(default_factory=list)
 
 
@@ -71,12 +71,10 @@ class _Trace(TorchFunctionMode):
 
     Args:
         model: the network. Its parameters and buffers are no activations.
-        samples: the number of samples that it runs on.
     """
 
-    def __init__(self, model: nn.Module, samples: int) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model, self.samples = model, samples
         # views of a parameter (its transpose) share its storage
         self.constants = {_storage(part) for part in [*model.parameters(), *model.buffers()] if part.numel()}
         self.layered = {
@@ -88,9 +86,7 @@ class _Trace(TorchFunctionMode):
         self.joined = WeakTensorKeyDictionary()  # {concatenation: (its dimension, size of the first part)}
         self.computed = WeakTensorKeyDictionary()  # tensors that a layer of the network had a part in
         self.first_parts: dict[str, set[int]] = defaultdict(set)  # of every run of a layer; 0: no concatenation
-        self.runs: Counter[str] = Counter()
-        self.runs_inside: dict[str, Counter[str]] = defaultdict(Counter)  # {module: {layer: runs while it runs}}
-        self.no_units: set[str] = set()
+        self.modules: set[str] = set()
 
     def __torch_function__(
         self, func: Callable, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -114,41 +110,21 @@ class _Trace(TorchFunctionMode):
 
     def enter(self, path: str, module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         """Note that the forward pass of a module begins."""
-        self.running.append(_Run(path, module))
-        self.runs[path] += 1
-        values = [*args, *kwargs.values()]
-        tensors = [value for value in values if isinstance(value, Tensor) and value.dim()]
-        if any(len(tensor) != self.samples for tensor in tensors) or any(
-            next(_tensors([value]), None) is not None for value in values if not isinstance(value, Tensor)
-        ):
-            self.no_units.add(path)
+        x = next(_tensors([*args, *kwargs.values()]), None)
+        self.running.append(_Run(path, module, takes_tensors=x is not None))
         if type(module) in LAYER_TYPES:
-            for run in self.running:
-                self.runs_inside[run.path][path] += 1
-            x = next(iter(tensors), None)
             self.first_parts[path].add(0 if x is None else self._first_part(module, x))
 
     def leave(self, output: Any) -> None:
         """Note that the innermost forward pass ends."""
         run = self.running.pop()
-        if not isinstance(output, Tensor) or not output.dim() or len(output) != self.samples:
-            self.no_units.add(run.path)
+        if run.takes_tensors and any(part.is_floating_point() for part in _tensors([output])):
+            self.modules.add(run.path)
         if run.calls:
             earlier = self.calls.get(run.path)
             self.calls[run.path] = tuple(run.calls) if earlier is None else _merged(earlier, run.calls)
         if id(run.module) in self.layered:
             self._mark_computed(output)
-
-    def units(self) -> frozenset[str]:
-        """The modules that can be reconstruction units, see `Structure`."""
-        once = {path for path, count in self.runs.items() if count == 1} - self.no_units
-        layers = {id(module): path for path, module in self.model.named_modules() if path in self.first_parts}
-
-        def holds_all_runs(path: str) -> bool:
-            inner = (layers[id(module)] for module in self.model.get_submodule(path).modules() if id(module) in layers)
-            return all(self.runs_inside[path][layer] == self.runs[layer] for layer in inner)
-
-        return frozenset(path for path in once if holds_all_runs(path))
 
     def _mark_computed(self, output: Any) -> None:
         for part in _tensors([output]):
@@ -178,6 +154,9 @@ class _Trace(TorchFunctionMode):
             operands.append((a, b))
             return torch.matmul(a, b)
 
+        factors = _factors(name, args, kwargs)
+        if len(factors) < 2:  # an einsum of one operand only moves or sums
+            return AttentionCall(name)
         try:
             result = rewrite(func, (multiply, multiply), args, kwargs)
         except (ValueError, TypeError, RuntimeError) as error:
@@ -188,7 +167,7 @@ class _Trace(TorchFunctionMode):
         outer = any(a.shape[-1] == 1 and which is None for (a, _), which in zip(operands, probabilities, strict=True))
         if not real or outer:  # an outer product is no attention: a time step times its frequencies
             return AttentionCall(name)
-        if any(_storage(part) in self.constants for part in _factors(name, args, kwargs)):
+        if any(_storage(part) in self.constants for part in factors):
             return AttentionCall(name, reason="a factor is a parameter or buffer")
         taken = [attribute for names in matmul_names([name]) for attribute in names if hasattr(owner, attribute)]
         if isinstance(owner, CONTAINERS) or taken:
@@ -252,15 +231,14 @@ def _is_close(result: Tensor, expected: Tensor) -> bool:
 
 
 @torch.no_grad()
-def find_structure(model: nn.Module, run: Callable[[], Any], samples: int) -> Structure:
+def find_structure(model: nn.Module, run: Callable[[], Any]) -> Structure:
     """Watch one forward pass of a full-precision network.
 
     Args:
         model: the network, in eval mode.
         run: runs it on a few samples.
-        samples: the number of these samples.
     """
-    trace = _Trace(model, samples)
+    trace = _Trace(model)
     handles = []
     for path, module in model.named_modules():
 
@@ -282,7 +260,7 @@ def find_structure(model: nn.Module, run: Callable[[], Any], samples: int) -> St
         trace.calls,
         {path: first for path, first in splits.items() if first},
         tuple(trace.whole_attentions),
-        trace.units(),
+        frozenset(trace.modules),
         tuple(trace.first_parts),
     )
 
