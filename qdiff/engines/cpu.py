@@ -197,7 +197,7 @@ class InputGrid:
         return scale.item(), zero
 
     def qparams(self) -> tuple[float, int]:
-        """(scale, zero point) of the samples that come next; the zero point of their bytes is `offset` more."""
+        """(scale, zero point) of the samples that come next."""
         if self.fixed is not None:
             return self.fixed
         groups = self.quantizer.groups
@@ -234,7 +234,10 @@ class InputGrid:
         scale, zero = self.qparams()
         # clamp(round(x / scale) + z, low, high) = clamp(round(x / scale), low - z, high - z) + z
         offset, dtype = (self.offset - 128, torch.int8) if signed else (self.offset, torch.uint8)
-        dtype = torch.uint16 if self.wide else dtype
+        if self.wide:
+            offset, dtype = self.offset, torch.uint16
+            if self.quantizer.n_bits < 16:  # room to make the lower byte of the zero point 128: so the bytes of values
+                offset += (128 - zero - offset) % 256  # near 0 are near their zero points, and do not cancel out
         grid = IntegerGrid(scale, self.low - zero, self.high - zero, zero + offset, self.smoothing, dtype)
         q, sums = rows.quantize(epilogue.merged(), epilogue.silu, grid)
         return QuantizedRows(q, scale, zero + offset, sums)
@@ -405,7 +408,7 @@ class IntegerConv2d(CpuProxy):
         if len(weights) < len(layer.weight_quantizers):
             return WIDE_WEIGHTS
         if _padding(layer) is None:
-            return "unequal padding on both sides"
+            return "padding that the operators do not have"
         # Input quantization sums over all channels; a correction within groups would need a sum for each group.
         if self.groups > 1 and any(weight.coef is not None for weight in weights):
             return "weights of 8 bits in groups"
