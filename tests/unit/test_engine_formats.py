@@ -81,8 +81,8 @@ def test_integers_are_those_of_the_simulation(act_bit):
         conv = nn.Conv2d(12, 8, 3)
         layer = quantized_layer(conv, QuantConv2d, 4, symmetric, "max", x * 0.7, split, act_bit, factors(12))
         form = cpu.IntegerConv2d(layer)
-        quantized = layer.quantize_input(x)
-        for part, grid, expected in zip(x.tensor_split([split], 1)[not split :], form.inputs, layer._parts(quantized)):
+        halves = layer._parts(x), form.inputs, layer._parts(layer.quantize_input(x))
+        for part, grid, expected in zip(*halves, strict=True):
             rows = deferred(part).rows
             found = grid.quantize(rows, Epilogue())
             integers = sum((term.q.int() - term.zero) * round(term.scale / found.scale) for term in found.terms())
