@@ -54,7 +54,7 @@ def formats_of(network: nn.Module) -> QuantConfig:
     return info.config
 
 
-def unpublishable(config: QuantizationConfig) -> list[str]:
+def beyond_published_format(config: QuantizationConfig) -> list[str]:
     """What the published format cannot hold of a calibration, by name. If there is anything, no such file is written.
 
     It holds one scale for all time steps and one width for all layers, which its scales show for the published rules.
@@ -108,7 +108,7 @@ class NetworkSource:
     def _calibrated(self) -> nn.Module:
         """Calibrate the network, and write the results."""
         config, task = self._settings, self.task
-        if lost := unpublishable(config):
+        if lost := beyond_published_format(config):
             log.warning("no %s will be written: the published format cannot hold %s", PUBLISHED, " and ".join(lost))
         reused_weights = self._load_reused_weights()
         data = None if config.data_file is None else load_set(config.data_file, task.input_shape, task.context_dim)
@@ -175,7 +175,7 @@ class NetworkSource:
         header = calibration.config.to_dict() | {"rows_sha256": samples.hash()}
         parts = write_model_parts(task, folder)
         info = PackedInfo(task.architecture.name, task.unet_config, formats, header, state_hash(state), parts)
-        publishable = not unpublishable(self._settings)
+        publishable = not beyond_published_format(self._settings)
         if publishable:
             save_published(folder / PUBLISHED, quantized, task.architecture, state, activations=formats.quant_act)
         calibration.report(folder / "calibration", quantized)

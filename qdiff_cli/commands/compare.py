@@ -228,7 +228,7 @@ def main(argv: list[str] | None = None) -> None:
     log_to(None, verbose=False)
     model = run.load_full_precision()
     simulated = load_networks(run, model, options)
-    costs = measure_costs(run, simulated)
+    costs = measure_costs(run, model, simulated)
     engine = run.options.engine
     networks = {name: apply_engine(network, engine) for name, network in simulated.items()}
     with torch.no_grad():

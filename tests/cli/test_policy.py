@@ -3,12 +3,24 @@
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
-from qdiff.checkpoint import PackedFile, read_tensors
+from ddim.family import PIXEL
+from qdiff.checkpoint import PackedFile, PackedInfo, read_tensors, save_packed
+from qdiff.config import QuantConfig
 from qdiff.layers import MatMul
+from qdiff.model import (
+    act_quantizers,
+    enable_activations,
+    init_weights,
+    quant_layers,
+    quantize_model,
+    set_mode_parameters,
+)
 from tests.support import commands, tiny
 from tests.support.commands import fails, succeeded
+from tests.support.quantized import UNET_CONFIG
 
 SAMPLE = "sample_diffusion_ddim.py"
 QUANT = ("--ptq", "--weight_bit", 4, "--quant_act", "--a_sym", "--split")
@@ -147,9 +159,37 @@ def test_a_converted_file_keeps_the_widths_or_is_refused(model, calibrated, tmp_
     succeeded(commands.run(*words, "-o", tmp_path / "again.safetensors"))
     first, again = (PackedFile.open(path) for path in (words[-1], tmp_path / "again.safetensors"))
     assert again.info == first.info and again.hashes == first.hashes
-    fails(commands.run(*words, "-o", tmp_path / "again.pth"), "again.pth", "widths per layer")
+    fails(commands.run(*words, "-o", tmp_path / "again.pth"), "again.pth", "published format", "temb.dense.0")
     assert not (tmp_path / "again.pth").exists()
     fails(commands.run(*words, "--keep", "conv_in", "-o", tmp_path / "b.safetensors"), "--keep conv_in: acts only in a")
+
+
+def smoothed_file(path: Path) -> Path:
+    """A packed file of the tiny network with smoothing, and with another bias for when activations are off."""
+    network, quant = tiny.unet(), QuantConfig(weight_bit=4, quant_act=True, a_sym=True, split=True)
+    model = quantize_model(network, PIXEL, quant)
+    generator = torch.Generator().manual_seed(0)
+    for layer in quant_layers(model).values():
+        layer.smooth(torch.rand(layer.shape[layer.channels], generator=generator) + 0.5)
+    init_weights(model, quant.weight_scale_method)
+    for quantizer in act_quantizers(model).values():
+        quantizer.set_qparams(torch.tensor(0.02), torch.tensor(0.0))
+    set_mode_parameters(model, {"conv_in.bias": network.conv_in.bias + 1})
+    enable_activations(model, True)
+    save_packed(path, model, PackedInfo("pixel", UNET_CONFIG, quant, {}, ""))
+    return path
+
+
+def test_a_converted_file_keeps_smoothing_or_is_refused(model, tmp_path):
+    packed = smoothed_file(tmp_path / "smoothed.safetensors")
+    words = ["export.py", "--config", model["config"], *QUANT[1:], "--cali_ckpt", packed]
+    succeeded(commands.run(*words, "-o", tmp_path / "again.safetensors"))
+    old, new = read_tensors(packed), read_tensors(tmp_path / "again.safetensors")
+    assert {"conv_in.smoothing", "weights_only.conv_in.bias"} <= old.keys() == new.keys()
+    assert all((old[name] == new[name]).all() for name in old)
+    for more in ([], ["--ckpt", model["ckpt"]]):
+        fails(commands.run(*words, *more, "-o", tmp_path / "again.pth"), "again.pth", "published format", "smoothing")
+    assert not (tmp_path / "again.pth").exists()
 
 
 def test_a_table_refuses_widths_that_its_preset_cannot_store(tmp_path):
