@@ -59,10 +59,11 @@ def beyond_published_format(config: QuantizationConfig) -> list[str]:
 
     It holds one scale for all time steps and one width for all layers, which its scales show for the published rules.
     """
-    formats = config.formats
+    formats, recipe = config.formats, config.recipe
     found = {
         "timestep groups": config.timestep_groups > 1,
-        "widths per layer": bool(formats.policy),
+        "widths per layer": bool(formats.policy) or getattr(recipe, "policy_budget", 0) > 0,
+        "smoothing": getattr(recipe, "smoothing", 0) > 0,
         f"the scale rule {formats.weight_scale_method}": formats.weight_scale_method not in PUBLISHED_RULES,
     }
     return [name for name, present in found.items() if present]
@@ -108,7 +109,8 @@ class NetworkSource:
     def _calibrated(self) -> nn.Module:
         """Calibrate the network, and write the results."""
         config, task = self._settings, self.task
-        if lost := beyond_published_format(config):
+        lost = beyond_published_format(config)
+        if lost and distributed.rank() == 0:
             log.warning("no %s will be written: the published format cannot hold %s", PUBLISHED, " and ".join(lost))
         reused_weights = self._load_reused_weights()
         data = None if config.data_file is None else load_set(config.data_file, task.input_shape, task.context_dim)

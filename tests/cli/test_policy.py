@@ -18,7 +18,7 @@ from qdiff.model import (
     quantize_model,
     set_mode_parameters,
 )
-from tests.support import commands, tiny
+from tests.support import commands, pictures, tiny
 from tests.support.commands import fails, succeeded
 from tests.support.quantized import UNET_CONFIG
 
@@ -208,3 +208,10 @@ def test_reports_name_the_nominal_widths_and_count_the_others(model, calibrated,
     full = f"W4A8 (4 of {layers + matmuls} layers at other widths)"  # conv_in, conv_out, and two of temb
     for name in (full, f"{full} nearest", f"W4A32 (3 of {layers} layers at other widths)"):
         assert f"| {name} |" in result.stdout
+    pictures.save(pictures.make(4, 3), tmp_path / "reference")
+    words = ["reproduce.py", "--table", "cifar10", "--rows", "q-diffusion-w4a8", "q-diffusion-w4a32", "--images", 2]
+    words += ["--trajectory_images", 1, "--reference", tmp_path / "reference", "--extractor", "lite0", "--metrics"]
+    words += ["kid", "--preset", "fast", "--output", tmp_path / "out", "--cache", tmp_path / "cache", "--threads", 1]
+    result = succeeded(commands.run(*words, "--", *command[:4], "--timesteps", 4, *POLICY, *SHORT))
+    for name in (full, f"W4A32 (3 of {layers} layers at other widths)"):
+        assert f"| Q-Diffusion {name}" in result.stdout
