@@ -55,7 +55,7 @@ class QuantPlan:
             config: whether concatenated shortcuts are split, and what its policy keeps in full precision.
 
         Raises:
-            ConfigError: a pattern of the policy matches no layer and no attention matmul.
+            ConfigError: a pattern of the policy matches neither a layer nor a matmul, or the policy keeps all layers.
             TypeError: a module can be neither quantized nor left in full precision, or a block has no attention matmul
                 of a name that the architecture lists. The message has the path and the type.
         """
@@ -82,6 +82,8 @@ class QuantPlan:
         if unused := unused_patterns(config.policy, [*layers, *matmuls]):
             raise ConfigError(f" {unused[0]!r}: no layer or attention matmul has such a path", field="policy")
         layers = {path: split for path, split in layers.items() if not config.keeps(path)}
+        if config.policy and not layers:
+            raise ConfigError(": every layer would stay in full precision; expected some to be quantized", "policy")
         matmuls = {path: spec for path, spec in matmuls.items() if not config.keeps(path)}
         calls: dict[str, tuple[str, ...]] = {}
         if any(path in matmuls for path in called):
