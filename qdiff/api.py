@@ -257,6 +257,8 @@ def _validate_names(
     keep: Iterable[type[nn.Module] | str],
     attention_matmuls: Iterable[type[nn.Module]],
 ) -> None:
+    if isinstance(keep, str):
+        raise ConfigError(f" {keep!r}: expected a list, [{keep!r}]", field="keep")
     modules = dict(model.named_modules())
     types = {type(module) for module in modules.values()}
     paths = [*filter(None, modules), *dict(model.named_parameters())]

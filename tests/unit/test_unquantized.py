@@ -96,6 +96,8 @@ def test_matmuls_and_shortcuts_in_full_precision_are_logged(caplog):
         ({"keep": ["haed"]}, "keep: no haed in the network"),
         ({"keep": ["head.7*"]}, "keep: no head"),
         ({"keep": [nn.Bilinear]}, "keep: no Bilinear"),
+        ({"keep": ["Conv?d"]}, "keep: no Conv"),
+        ({"keep": "head"}, r"keep 'head': expected a list, \['head'\]"),
         ({"attention_matmuls": {nn.Bilinear: None}}, "attention_matmuls: no Bilinear"),
         ({"splits": {"jion": 8}}, "splits: no layer jion"),
         ({"splits": {"join": 16}}, "splits: join has 16 input channels"),
