@@ -285,6 +285,8 @@ def _validate_names(
     attention_matmuls: Iterable[type[nn.Module]],
     found_matmuls: Iterable[str],
 ) -> None:
+    if isinstance(keep, str):
+        raise ConfigError(f" {keep!r}: expected a list, [{keep!r}]", field="keep")
     modules = dict(model.named_modules())
     types = {type(module) for module in modules.values()}
     paths = [*filter(None, modules), *dict(model.named_parameters()), *found_matmuls]

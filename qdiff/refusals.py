@@ -107,11 +107,13 @@ def _refusal(path: str, module: nn.Module, architecture: Architecture) -> Refusa
     """Why a module that is not kept cannot be quantized; None if it can, or has nothing to quantize."""
     kind = type(module).__name__
     if parametrize.is_parametrized(module):
-        ways = "torch.nn.utils.parametrize.remove_parametrizations or"
-        return Refusal(path, f"the weight of this {kind} is parametrized; {ways}", (path,))
+        way = "torch.nn.utils.parametrize.remove_parametrizations undoes it"
+        return Refusal(path, f"{kind} has a parametrization ({way})", (path,))
     if type(module) in LAYER_TYPES:
         if has_own_behavior(module):
-            return Refusal(path, f"{kind} has a hook or a `forward` of its own, which would be lost", (path,))
+            return Refusal(
+                path, f"{kind} has a hook or a `forward` of its own, which would be lost (remove it)", (path,)
+            )
         return None
     matrices = {name: matrix for name, matrix in _matrices(path, module).items() if not architecture.keeps(name)}
     if not matrices:

@@ -321,7 +321,7 @@ def test_blocks_with_an_output_layer_and_layers_apart(tmp_path):
 def test_what_would_be_lost_is_named():
     model = Denoiser()
     model.stem.register_forward_hook(lambda module, args, output: output * 2)
-    with pytest.raises(TypeError, match="stem: a hook or a `forward` of its own would be lost"):
+    with pytest.raises(TypeError, match="stem: Conv2d has a hook or a `forward` of its own, which would be lost"):
         qdiff.quantize(model, INPUTS)
     for words, arguments, changes in (
         ("inputs: expected a tuple of tensors", (Denoiser(), INPUTS[0]), {}),

@@ -114,6 +114,8 @@ def test_attention_matmuls_can_be_kept_and_take_other_widths():
         ({"keep": ["haed"]}, "keep: no haed in the network"),
         ({"keep": ["head.7*"]}, "keep: no head"),
         ({"keep": [nn.Bilinear]}, "keep: no Bilinear"),
+        ({"keep": ["Conv?d"]}, "keep: no Conv"),
+        ({"keep": "head"}, r"keep 'head': expected a list, \['head'\]"),
         ({"attention_matmuls": {nn.Bilinear: None}}, "attention_matmuls: no Bilinear"),
         ({"splits": {"jion": 8}}, "splits: no layer jion"),
         ({"splits": {"join": 16}}, "splits: join has 16 input channels"),
