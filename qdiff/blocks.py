@@ -16,8 +16,9 @@ MAX_LAYERS = 16  # of a block: a transformer block with two attentions has 10 la
 def find_blocks(model: nn.Module, structure: Structure, layers: Collection[str]) -> list[str]:
     """The paths of the modules that are to be reconstructed as a whole, in the order of the modules.
 
-    They are the largest modules of 2 to MAX_LAYERS layers that take and return tensors and are no stages, that is, hold
-    no list of such modules. Whether a block can be a reconstruction unit is found later (`trace_execution`).
+    They are the largest modules of 2 to MAX_LAYERS layers that take and return tensors and are no stages. A stage holds
+    a list of several such modules, or a list of one and returns several tensors. Whether a block can be a
+    reconstruction unit is found later (`trace_execution`).
 
     Args:
         model: the full-precision network.
@@ -60,13 +61,15 @@ class _Search:
         return not isinstance(self.modules[path], CONTAINERS) and not self._is_stage(path)
 
     def _is_stage(self, path: str) -> bool:
-        """Whether a list inside the module holds several modules that could be blocks."""
+        """Whether a list inside the module holds modules that could be blocks."""
         lists = [inner for inner, module in self.modules.items() if isinstance(module, CONTAINERS)]
-        return any(
-            sum(child in self.candidates and len(self._inside(child)) > 1 for child in self.children[inner]) > 1
+        counts = [
+            sum(child in self.candidates and len(self._inside(child)) > 1 for child in self.children[inner])
             for inner in lists
             if is_inside(inner, path)
-        )
+        ]
+        returns_one = self.candidates[path]
+        return max(counts, default=0) > (1 if returns_one else 0)
 
 
 @torch.no_grad()

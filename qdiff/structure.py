@@ -40,14 +40,14 @@ class Structure:
         calls: for each module whose forward pass multiplies activations by function calls: the calls, in order.
         splits: for each layer whose input is a concatenation: the channels of its first part.
         whole_attentions: modules whose attention is one function with weights of its own (`nn.MultiheadAttention`).
-        modules: the modules that run, and that take and return tensors.
+        modules: the modules that run, and that take and return tensors; True: they return one tensor and nothing else.
         order: the layers, in the order in which they run first.
     """
 
     calls: Mapping[str, tuple[AttentionCall, ...]] = field(default_factory=dict)
     splits: Mapping[str, int] = field(default_factory=dict)
     whole_attentions: tuple[str, ...] = ()
-    modules: frozenset[str] = frozenset()
+    modules: Mapping[str, bool] = field(default_factory=dict)
     order: tuple[str, ...] = ()
 
     def matmul_paths(self) -> list[str]:
@@ -86,7 +86,7 @@ class _Trace(TorchFunctionMode):
         self.joined = WeakTensorKeyDictionary()  # {concatenation: (its dimension, size of the first part)}
         self.computed = WeakTensorKeyDictionary()  # tensors that a layer of the network had a part in
         self.first_parts: dict[str, set[int]] = defaultdict(set)  # of every run of a layer; 0: no concatenation
-        self.modules: set[str] = set()
+        self.modules: dict[str, bool] = {}
 
     def __torch_function__(
         self, func: Callable, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -119,7 +119,7 @@ class _Trace(TorchFunctionMode):
         """Note that the innermost forward pass ends."""
         run = self.running.pop()
         if run.takes_tensors and any(part.is_floating_point() for part in _tensors([output])):
-            self.modules.add(run.path)
+            self.modules[run.path] = isinstance(output, Tensor) and self.modules.get(run.path, True)
         if run.calls:
             earlier = self.calls.get(run.path)
             self.calls[run.path] = tuple(run.calls) if earlier is None else _merged(earlier, run.calls)
@@ -260,7 +260,7 @@ def find_structure(model: nn.Module, run: Callable[[], Any]) -> Structure:
         trace.calls,
         {path: first for path, first in splits.items() if first},
         tuple(trace.whole_attentions),
-        frozenset(trace.modules),
+        trace.modules,
         tuple(trace.first_parts),
     )
 

@@ -59,14 +59,14 @@ class Transformer(nn.Module):
 class Stage(nn.Module):
     """A list of blocks and a layer of its own."""
 
-    def __init__(self, count):
+    def __init__(self, count, skip=False):
         super().__init__()
-        self.blocks, self.last = nn.ModuleList(Mlp() for _ in range(count)), nn.Linear(8, 8)
+        self.skip, self.blocks, self.last = skip, nn.ModuleList(Mlp() for _ in range(count)), nn.Linear(8, 8)
 
     def forward(self, x):
         for block in self.blocks:
             x = block(x)
-        return self.last(x)
+        return (self.last(x), x) if self.skip else self.last(x)
 
 
 class Body(nn.Module):
@@ -80,6 +80,7 @@ class Body(nn.Module):
         h = self.first(x)
         for module in self.inner:
             h = module(h)
+            h = h[0] if isinstance(h, tuple) else h
         return self.last(h)
 
 
@@ -162,6 +163,7 @@ CASES = [
         lambda: Body(Stage(1), Stage(2)),
         {"inner.0": "last", "inner.1.blocks.0": "layers.1", "inner.1.blocks.1": "layers.1"},
     ),
+    (lambda: Body(Stage(1, skip=True)), {"inner.0.blocks.0": "layers.1"}),
     (lambda: Body(Mlp(layers=MAX_LAYERS), Mlp(layers=MAX_LAYERS + 1)), {"inner.0": f"layers.{MAX_LAYERS - 1}"}),
     (lambda: nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), nn.Linear(8, 8)), {}),
     (lambda: Mlp(layers=3), {}),  # the network itself is no block
