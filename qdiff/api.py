@@ -119,7 +119,7 @@ def quantize(
             section 4.3).
         timestep_groups: the number of groups of time steps with activation scales of their own (arXiv 2311.16503).
         preset: the recipe: `fast` or `published`.
-        folder: keeps finished units, so that the same call continues after an interruption, and a report at the end.
+        folder: keeps finished units, so that the same call continues after an interruption, and the files of a report.
         recipe: settings that replace those of the preset (`qdiff.config.CalibrationConfig`).
 
     Returns:
@@ -179,9 +179,8 @@ def _calibrate(calibration: Calibration) -> nn.Module:
     plan = QuantPlan.of(model, architecture, quant.split)
     _log_unquantized(model, architecture, quant, data)
     quantized = calibration.run()
-    folder = calibration.directory.folder
-    if folder is not None and distributed.rank() == 0:
-        calibration.report(folder, quantized)
+    if distributed.rank() == 0:
+        calibration.report(calibration.directory.folder, quantized)
     header = calibration.config.to_dict() | {"rows_sha256": data.hash()}
     source = state_hash(model.state_dict())
     remember_info(quantized, PackedInfo(CUSTOM, plan.to_dict(), quant, header, source))
