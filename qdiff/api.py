@@ -126,7 +126,7 @@ def quantize(
         policy: {pattern of paths: widths}, for layers with other widths than the nominal ones: `W8A16`, `W8`, `A16`, or
             `keep` for full precision (`qdiff.policy`).
         preset: the recipe: `fast` or `published`.
-        folder: keeps finished units, so that the same call continues after an interruption, and a report at the end.
+        folder: keeps finished units, so that the same call continues after an interruption, and the files of a report.
         recipe: settings that replace those of the preset (`qdiff.config.CalibrationConfig`).
 
     Returns:
@@ -231,9 +231,8 @@ def _calibrate(calibration: Calibration, structure: Structure, plan: QuantPlan) 
     summary.log(activations=calibration.quant.quant_act)
     log_own_parameters(calibration.model, architecture)
     quantized = calibration.run()
-    folder = calibration.directory.folder
-    if folder is not None and distributed.rank() == 0:
-        calibration.report(folder, quantized)
+    if distributed.rank() == 0:
+        calibration.report(calibration.directory.folder, quantized)
     header = calibration.config.to_dict() | {"rows_sha256": calibration.data.hash()}
     source = state_hash(calibration.model.state_dict())
     remember_info(quantized, PackedInfo(CUSTOM, plan.to_dict(), calibration.quant, header, source))
