@@ -5,8 +5,8 @@
     python benchmarks/terrain.py --settings W8A8 W4A8 W8A32 W4A32
     python benchmarks/terrain.py --settings W8A8:fast:iters=0,iters_a=0,iters_tune=0
 
-The package has a one-step consistency model (Song et al. 2023, arXiv 2303.01469) of terrain heights, see `terrain_unet`.
-Each line of the table is one setting, sampled from the same six noises: the relative L2 error and the PSNR (peak 2) of
+The package has a one-step consistency model (Song et al. 2023, arXiv 2303.01469) of terrain heights; `terrain_unet` has
+its network. Each line of the table is one setting, sampled from the same six noises: the relative L2 error and the PSNR (peak 2) of
 terrains that are generated (G: one evaluation at sigma 80) and varied (V: the full-precision terrains, noised with
 strength 0.5), the size of the packed file, and the CPU time of `qdiff.quantize`. The picture has a row for full
 precision and one for each setting. A setting is WxAy[:preset[:name=value,...]], with settings of the recipe or
@@ -90,7 +90,7 @@ def strength_sigma(strength: float) -> float:
 
 
 def network_inputs(noisy: Tensor, sigma: Tensor, difficulty: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What the network is called with: the scaled terrain [N, 1, H, W], t = 250 ln sigma [N], and the difficulty [N]."""
+    """The inputs of the network: the scaled terrain [N, 1, 128, 128], t = 250 ln sigma [N], the difficulty [N]."""
     return noisy / (sigma**2 + SIGMA_DATA**2).sqrt()[:, None, None, None], 250 * sigma.log(), difficulty
 
 

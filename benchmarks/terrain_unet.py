@@ -1,8 +1,9 @@
 """A trained network that this project did not make: the UNet of the PyPI package adaptive-terrain-diffusion.
 
-The package ships a one-step consistency model of terrain heights as an ONNX file. Its network is guided-diffusion's UNet
-(Dhariwal and Nichol 2021, arXiv 2105.05233), rebuilt here from plain PyTorch as that project writes it: attention by
-einsum, shortcuts concatenated in `forward`, nothing prepared for quantization. The parameters keep their names.
+The package ships a one-step consistency model of terrain heights as an ONNX file. Its network is the UNet of
+guided-diffusion (Dhariwal and Nichol 2021, arXiv 2105.05233), rebuilt here from plain PyTorch as that project writes
+it: attention by einsum, shortcuts concatenated in `forward`, nothing prepared for quantization. The parameters keep
+their names.
 """
 
 import ast
@@ -222,7 +223,8 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     """The parameters of the network, by the names of `UNetModel`.
 
     The export kept the names of convolutions and linear layers. It wrote a GroupNorm as InstanceNormalization with a
-    product and a sum, whose constants have no names; the scopes of these two nodes end with (path of the norm, operation).
+    product and a sum, whose constants have no names. The scopes of these two nodes end with the path of the norm and
+    the name of the operation.
     """
     import onnx
 
