@@ -6,11 +6,11 @@
     python benchmarks/terrain.py --settings W8A8:fast:iters=0,iters_a=0,iters_tune=0
 
 The package has a one-step consistency model (Song et al. 2023, arXiv 2303.01469) of terrain heights; `terrain_unet` has
-its network. Each line of the table is one setting, sampled from the same six noises: the relative L2 error and the PSNR (peak 2) of
-terrains that are generated (G: one evaluation at sigma 80) and varied (V: the full-precision terrains, noised with
-strength 0.5), the size of the packed file, and the CPU time of `qdiff.quantize`. The picture has a row for full
-precision and one for each setting. A setting is WxAy[:preset[:name=value,...]], with settings of the recipe or
-arguments of `qdiff.quantize`; A32 leaves activations in full precision.
+its network. Each line of the table is one setting, sampled from the same six noises: the relative L2 error and the PSNR
+(peak 2) of terrains that are generated (G: one evaluation at sigma 80) and varied (V: the full-precision terrains,
+noised with strength 0.5), the size of the packed file, and the CPU time of `qdiff.quantize`. The picture has a row for
+full precision and one for each setting. A setting is WxAy[:preset[:name=value,...]], with settings of the recipe or
+arguments of `qdiff.quantize` as Python writes them; A32 leaves activations in full precision.
 """
 
 import argparse
@@ -204,12 +204,8 @@ def parse_setting(text: str) -> dict[str, Any]:
     arguments: dict[str, Any] = {"weight_bit": bits, "act_bit": None if act_bits == 32 else act_bits}
     if preset:
         arguments["preset"] = preset
-    for name, _, value in (pair.partition("=") for pair in extra.split(",") if pair):
-        try:
-            arguments[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            arguments[name] = value
-    return arguments
+    call = ast.parse(f"quantize({extra})", mode="eval").body
+    return arguments | {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
 
 
 def packed_bytes(quantized: nn.Module) -> int:
