@@ -210,6 +210,9 @@ def main() -> None:
         if not args.ours and name != TERRAIN:
             paths = [folder_of(name) / f"{widths}.safetensors" for widths in ("w8a8", "w4a8")]
         entries = [*quantized_by_peers(subject), *packed_files(subject, paths), *quantized_now(subject, args.settings)]
+        if not entries:
+            print(f"{name}: skipped, no peer is installed and there is nothing of ours")
+            continue
         scores = subject.judge({entry.name: entry.network for entry in entries})
         print(f"\n{name}\n\n{table(entries, scores)}", flush=True)
         plot(args.output / f"{name}.png", name, entries, scores)
