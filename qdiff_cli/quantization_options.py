@@ -8,7 +8,7 @@ from qdiff.calibration.data import validate_num_timesteps
 from qdiff.checkpoint import PackedFile
 from qdiff.config import MODES, PRESETS, CalibrationConfig, QuantConfig
 from qdiff.errors import ConfigError
-from qdiff.scale_rules import SCALE_RULES
+from qdiff.scale_rules import FITTED_RULE, SCALE_RULES
 from qdiff.task import QuantizationTask
 from qdiff_cli.options import Parser, Rule, positive, project_file
 
@@ -88,10 +88,10 @@ class QuantizationOptions:
         )
 
     def _formats(self, task: QuantizationTask) -> QuantConfig:
-        """The number formats. `linear` always uses min-max ranges, and the preset `fast` the scale rule `mse`."""
-        linear, fast = self.quant_mode == "linear", self.preset == "fast"
-        weight_rule = self.weight_scale_method or ("mse" if fast else task.weight_scale_method)
-        act_rule = "max" if self.a_min_max else "mse" if fast else task.act_scale_method
+        """The number formats. `linear` always uses min-max ranges; only `published` uses the rules of the family."""
+        linear, published = self.quant_mode == "linear", self.preset == "published"
+        weight_rule = self.weight_scale_method or (task.weight_scale_method if published else FITTED_RULE)
+        act_rule = "max" if self.a_min_max else task.act_scale_method if published else FITTED_RULE
         return QuantConfig(
             weight_bit=self.weight_bit,
             act_bit=self.act_bit,
