@@ -132,7 +132,7 @@ def _recorded(layer: nn.Module, seen: list[Tensor], calls: int) -> Iterator[None
 
 
 def count_calls(pair: UnitPair, layers: Sequence[tuple[str, QuantLayer]]) -> dict[str, int]:
-    """How often each layer of a unit is called, by path, in the order of the first calls; without those that are not."""
+    """How often each layer of a unit that is called at all is called, by path, in the order of the first calls."""
     counts: Counter[str] = Counter()
     handles = [
         layer.register_forward_pre_hook(lambda _, __, path=path: counts.update([path])) for path, layer in layers

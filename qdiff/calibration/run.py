@@ -28,7 +28,7 @@ from qdiff.calibration.reconstruct import (
     reconstruct_activations,
     reconstruct_weights,
 )
-from qdiff.calibration.report import write_report
+from qdiff.calibration.report import report_quality
 from qdiff.calibration.rounding import UnitPair, compensate_unit
 from qdiff.calibration.sensitivity import choose_policy, measure_sensitivity
 from qdiff.calibration.steps import Steps
@@ -142,15 +142,18 @@ class Calibration:
         """The baseline: the same widths by nearest rounding and min-max ranges."""
         return replace(self, quant=self.quant.linear(), weights_from=None, directory=CalibrationDir()).run()
 
-    def report(self, folder: Path, quantized: nn.Module) -> None:
-        """Write tables and pictures of the finished calibration into `folder`.
+    def report(self, folder: Path | None, quantized: nn.Module) -> None:
+        """Log how good the finished calibration is, and write tables and pictures of it into `folder`, if any.
 
         A failure, whatever it is, goes to the log, because it must not cost the calibration.
         """
         try:
-            write_report(folder, self.model, {"nearest": self.nearest(), "calibrated": quantized}, self._samples())
+            data = self._samples().split(self.config.validation_fraction, self.config.seed)
+            nearest = None if self.quant.quant_mode == "linear" else self.nearest
+            report_quality(folder, self.model, quantized, nearest, data)
         except Exception as error:
-            log.warning("%s: the report could not be written (%s: %s)", folder, type(error).__name__, first_line(error))
+            where = "" if folder is None else f"{folder}: "
+            log.warning("%sthe report could not be made (%s: %s)", where, type(error).__name__, first_line(error))
             log.debug("", exc_info=True)
 
     @property
