@@ -1,6 +1,6 @@
 """From Python: quantize any network, save the result, load a quantized network."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from qdiff.architecture import CUSTOM, Architecture, AttentionMatMulSpec
+from qdiff.blocks import find_blocks, find_output_layers
 from qdiff.calibration.collate import collate
 from qdiff.calibration.data import CalibrationData
 from qdiff.calibration.directory import CalibrationDir
@@ -23,9 +24,9 @@ from qdiff.engines.proxy import has_engine
 from qdiff.engines.select import apply_engine
 from qdiff.errors import ConfigError, NonFiniteError
 from qdiff.layers import LAYER_TYPES
-from qdiff.model import QuantPlan, quant_layers, quantize_model
+from qdiff.model import QuantPlan
 from qdiff.policy import make_policy
-from qdiff.unquantized import find_unquantized, log_unquantized
+from qdiff.structure import Structure, find_structure, remember_summary, summarize
 from qdiff.utils import distributed
 from qdiff.utils.devices import select_device
 from qdiff.utils.finite import first_not_finite
@@ -84,7 +85,7 @@ def quantize(
     weight_bit: int = 8,
     act_bit: int | None = 8,
     symmetric: bool = False,
-    blocks: Sequence[type[nn.Module]] | Mapping[type[nn.Module], str | None] = (),
+    blocks: Sequence[type[nn.Module]] | Mapping[type[nn.Module], str | None] | None = None,
     separate: Sequence[str] = (),
     keep: Sequence[type[nn.Module] | str] = (),
     attention_matmuls: Mapping[type[nn.Module], Mapping[str, AttentionMatMulSpec]] | None = None,
@@ -98,7 +99,9 @@ def quantize(
     """Quantize and calibrate a copy of a denoiser that knows nothing of this package.
 
     Every `nn.Conv1d`, `nn.Conv2d` and `nn.Linear` is replaced. Normalizations and embeddings stay as they are.
-    Attention matmuls that are modules can be named in `attention_matmuls`. The log lists what stays in full precision.
+    Attention matmuls (`F.scaled_dot_product_attention`, `torch.einsum`, `matmul`, `bmm`, `baddbmm`) and concatenated
+    shortcuts are found in a forward pass of two samples. The log lists what is quantized and what stays in full
+    precision.
 
     Args:
         model: any network in float32. It is not changed. Its device is where the work is done.
@@ -111,13 +114,15 @@ def quantize(
         blocks: module types that are reconstructed as a whole (residual blocks, attention blocks). Each must return one
             tensor with the samples first and run once in a forward pass. Layers outside them are reconstructed alone.
             A dict names for each type the layer inside whose bias is added to the block's output: its mean error is
-            then corrected.
+            then corrected. None: the blocks that are found; an empty list: none.
         separate: how the paths of layers inside blocks end that are reconstructed on their own (time projections).
         keep: what stays in full precision. The path of a module, or a pattern (`head.*`), keeps everything inside it;
             the path of a parameter keeps the parameter. A type keeps the parameters of its modules (position
             embeddings), or everything inside them if they have no parameters of their own.
-        attention_matmuls: module types with attention matmuls as attributes (`AttentionMatMulSpec`).
-        splits: for layers whose input is a concatenation, by path: the channels of its first half.
+        attention_matmuls: module types with attention matmuls as attributes (`qdiff.layers.MatMul`), see
+            `qdiff.architecture.AttentionMatMulSpec`. None: those that are found; an empty dict: none.
+        splits: for layers whose input is a concatenation, by path: the channels of its first half (Q-Diffusion,
+            section 4.3). None: those that are found; an empty dict: none.
         timestep_groups: the number of groups of time steps with activation scales of their own (arXiv 2311.16503).
         policy: {pattern of paths: widths}, for layers with other widths than the nominal ones: `W8A16`, `W8`, `A16`, or
             `keep` for full precision (`qdiff.policy`).
@@ -138,28 +143,55 @@ def quantize(
     """
     _validate_model(model)
     _validate_recipe(preset, recipe, timestep_groups)
-    _validate_names(model, blocks, separate, keep, attention_matmuls or {})
     _validate_splits(model, splits or {})
     data = collate(inputs, model, shared)
-    architecture = Architecture(
+    network = deepcopy(model).eval()
+    structure = find_structure(network, _two_samples(network, data), samples=min(2, len(data)))
+    _validate_names(model, blocks or (), separate, keep, attention_matmuls or {}, structure.matmul_paths())
+    architecture = _architecture(structure, blocks, separate, keep, attention_matmuls, splits)
+    bounds = timestep_group_bounds(data, timestep_groups) if timestep_groups > 1 else ()
+    quant = _formats(weight_bit, act_bit, symmetric, bool(architecture.split_points(network)), bounds, policy or {})
+    plan = _plan(network, architecture, quant, splits or {})
+    if blocks is None:
+        architecture = replace(architecture, block_paths=_found_blocks(network, data, structure, plan))
+    config = replace(PRESETS[preset], **recipe)  # type: ignore[arg-type]  # validated above
+    directory = CalibrationDir(None if folder is None else Path(folder))
+    return _calibrate(Calibration(network, architecture, quant, config, data, directory=directory), structure, plan)
+
+
+def _architecture(
+    structure: Structure,
+    blocks: Sequence[type[nn.Module]] | Mapping[type[nn.Module], str | None] | None,
+    separate: Sequence[str],
+    keep: Sequence[type[nn.Module] | str],
+    attention_matmuls: Mapping[type[nn.Module], Mapping[str, AttentionMatMulSpec]] | None,
+    splits: Mapping[str, int] | None,
+) -> Architecture:
+    """What `quantize` was told of a network; what it was not told is taken from the structure that was found."""
+    points = dict(structure.splits if splits is None else splits)
+    return Architecture(
         CUSTOM,
-        make_unet=lambda _: model,
-        blocks=dict(blocks) if isinstance(blocks, Mapping) else dict.fromkeys(blocks),
+        make_unet=_no_unet,
+        blocks=dict(blocks) if isinstance(blocks, Mapping) else dict.fromkeys(blocks or ()),
         separate=tuple(separate),
         keep=tuple(keep),
         attention_matmuls=dict(attention_matmuls or {}),
-        split_points=lambda _: dict(splits or {}),
+        calls=structure.calls if attention_matmuls is None else {},
+        split_points=lambda _: points,
     )
-    bounds = timestep_group_bounds(data, timestep_groups) if timestep_groups > 1 else ()
-    quant = _formats(weight_bit, act_bit, symmetric, bool(splits), bounds)
-    quant = replace(quant, policy=make_policy(policy or {})).validate()
-    config = replace(PRESETS[preset], **recipe)  # type: ignore[arg-type]  # validated above
-    directory = CalibrationDir(None if folder is None else Path(folder))
-    return _calibrate(Calibration(deepcopy(model), architecture, quant, config, data, directory=directory))
+
+
+def _no_unet(_: dict[str, object]) -> nn.Module:
+    raise NotImplementedError("a custom network is given to `load`, not made")
 
 
 def _formats(
-    weight_bit: int, act_bit: int | None, symmetric: bool, split: bool, bounds: tuple[float, ...]
+    weight_bit: int,
+    act_bit: int | None,
+    symmetric: bool,
+    split: bool,
+    bounds: tuple[float, ...],
+    policy: Mapping[str, str],
 ) -> QuantConfig:
     """The number formats of a custom network; its ranges are searched by `mse`."""
     return QuantConfig(
@@ -172,36 +204,51 @@ def _formats(
         weight_scale_method="mse",
         act_scale_method="mse",
         time_bounds=bounds,
+        policy=make_policy(policy),
     ).validate()
 
 
-def _calibrate(calibration: Calibration) -> nn.Module:
-    """Run a calibration of a custom network, write its report, and attach what `save` needs."""
-    model, architecture, quant, data = calibration.model, calibration.architecture, calibration.quant, calibration.data
-    assert data is not None  # given by `quantize`
-    plan = QuantPlan.of(model, architecture, quant)
-    _log_unquantized(model, architecture, quant, data)
+def _found_blocks(
+    model: nn.Module, data: CalibrationData, structure: Structure, plan: QuantPlan
+) -> Mapping[str, str | None]:
+    """The blocks of a network, by path, with the layer whose bias is added to the output of each."""
+    blocks = find_blocks(model, structure, plan.layers)
+    layers = [layer for layer in structure.order if layer in plan.layers]
+    return find_output_layers(model, _two_samples(model, data), blocks, layers)
+
+
+def _two_samples(model: nn.Module, data: CalibrationData) -> Callable[[], object]:
+    """What runs the network on two samples."""
+    device = next(model.parameters()).device
+    return lambda: data.run(model, slice(0, 2), device)
+
+
+def _calibrate(calibration: Calibration, structure: Structure, plan: QuantPlan) -> nn.Module:
+    """Run a calibration of a custom network, write its report, and attach what `save` and `describe` need."""
+    assert calibration.data is not None  # given by `quantize`
+    architecture = calibration.architecture
+    blocks = [path for path, module in calibration.model.named_modules() if architecture.is_block(path, module)]
+    summary = summarize(calibration.model, structure, plan, blocks)
+    summary.log(activations=calibration.quant.quant_act)
     quantized = calibration.run()
     folder = calibration.directory.folder
     if folder is not None and distributed.rank() == 0:
         calibration.report(folder, quantized)
-    header = calibration.config.to_dict() | {"rows_sha256": data.hash()}
-    source = state_hash(model.state_dict())
-    remember_info(quantized, PackedInfo(CUSTOM, plan.to_dict(), quant, header, source))
+    header = calibration.config.to_dict() | {"rows_sha256": calibration.data.hash()}
+    source = state_hash(calibration.model.state_dict())
+    remember_info(quantized, PackedInfo(CUSTOM, plan.to_dict(), calibration.quant, header, source))
+    remember_summary(quantized, summary)
     return quantized
 
 
-def _log_unquantized(model: nn.Module, architecture: Architecture, quant: QuantConfig, data: CalibrationData) -> None:
-    """Say in the log what stays in full precision; ConfigError if nothing would be quantized."""
-    wrapped = quantize_model(model, architecture, quant)
-    if not quant_layers(wrapped):
+def _plan(model: nn.Module, architecture: Architecture, quant: QuantConfig, splits: Mapping[str, int]) -> QuantPlan:
+    """What is quantized; ConfigError if that is nothing, or not a layer that `splits` names."""
+    plan = QuantPlan.of(model, architecture, quant)
+    if not plan.layers:
         raise ConfigError("the network has no layer inside that can be quantized and is not kept")
-    split = {path for path, layer in quant_layers(wrapped).items() if layer.split}
-    if lost := sorted(set(architecture.split_points(model)) - split):
+    if lost := sorted(set(splits) - set(plan.layers)):
         raise ConfigError(f": {lost[0]} is kept in full precision", field="splits")
-    device = next(model.parameters()).device
-    found = find_unquantized(wrapped, lambda network: data.run(network, slice(0, 2), device))
-    log_unquantized(found, quant.quant_act)
+    return plan
 
 
 def _validate_model(model: nn.Module) -> None:
@@ -235,10 +282,11 @@ def _validate_names(
     separate: Iterable[str],
     keep: Iterable[type[nn.Module] | str],
     attention_matmuls: Iterable[type[nn.Module]],
+    found_matmuls: Iterable[str],
 ) -> None:
     modules = dict(model.named_modules())
     types = {type(module) for module in modules.values()}
-    paths = [*filter(None, modules), *dict(model.named_parameters())]
+    paths = [*filter(None, modules), *dict(model.named_parameters()), *found_matmuls]
     for kept in keep:
         if not (any(fnmatchcase(path, kept) for path in paths) if isinstance(kept, str) else kept in types):
             raise ConfigError(f": no {getattr(kept, '__name__', kept)} in the network", field="keep")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.architecture import Architecture, AttentionMatMulSpec
+from qdiff.attention import add_matmuls, matmul_names
 from qdiff.calls import time_argument
 from qdiff.config import QuantConfig
 from qdiff.errors import ConfigError
@@ -34,11 +35,14 @@ class QuantPlan:
             is not split.
         matmuls: the attention matmuls.
         forms: for each layer its type and geometry, as PyTorch prints it.
+        calls: for each module that multiplies activations by function calls the names of these calls, in order
+            (`qdiff.attention`). The attention matmuls that compute them are named `matmul_0`, `matmul_1`, ...
     """
 
     layers: Mapping[str, int]
     matmuls: Mapping[str, AttentionMatMulSpec] = field(default_factory=dict)
     forms: Mapping[str, str] = field(default_factory=dict)
+    calls: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module, architecture: Architecture, config: QuantConfig) -> "QuantPlan":
@@ -72,11 +76,16 @@ class QuantPlan:
                         "(expected a qdiff.layers.MatMul)"
                     )
                 matmuls[f"{path}.{name}".lstrip(".")] = spec
+        called = _matmuls_of_calls(model, architecture) if config.quant_act else {}
+        matmuls |= called
         if unused := unused_patterns(config.policy, [*layers, *matmuls]):
             raise ConfigError(f" {unused[0]!r}: no layer or attention matmul has such a path", field="policy")
         layers = {path: split for path, split in layers.items() if not config.keeps(path)}
         matmuls = {path: spec for path, spec in matmuls.items() if not config.keeps(path)}
-        return cls(layers, matmuls, {path: repr(model.get_submodule(path)) for path in layers})
+        calls: dict[str, tuple[str, ...]] = {}
+        if any(path in matmuls for path in called):
+            calls = {path: tuple(call.name for call in calls) for path, calls in architecture.calls.items()}
+        return cls(layers, matmuls, {path: repr(model.get_submodule(path)) for path in layers}, calls)
 
     def validate(self, model: nn.Module) -> None:
         """Check that `model` has the layers of the plan, in their forms.
@@ -95,11 +104,12 @@ class QuantPlan:
     def to_dict(self) -> dict[str, Any]:
         """The plan in types that JSON has."""
         matmuls = {path: asdict(spec) for path, spec in self.matmuls.items()}
-        return {"layers": dict(self.layers), "matmuls": matmuls, "forms": dict(self.forms)}
+        values = {"layers": dict(self.layers), "matmuls": matmuls, "forms": dict(self.forms)}
+        return values | ({"calls": {path: list(calls) for path, calls in self.calls.items()}} if self.calls else {})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "QuantPlan":
-        """Undo `to_dict`.
+        """Undo `to_dict`; older files have no `calls`.
 
         Raises:
             KeyError: a key is missing.
@@ -109,7 +119,9 @@ class QuantPlan:
             path: AttentionMatMulSpec(**spec | {"operands": tuple(spec["operands"])})
             for path, spec in values["matmuls"].items()
         }
-        return cls({path: int(split) for path, split in values["layers"].items()}, matmuls, dict(values["forms"]))
+        layers = {path: int(split) for path, split in values["layers"].items()}
+        calls = {path: tuple(names) for path, names in values.get("calls", {}).items()}
+        return cls(layers, matmuls, dict(values["forms"]), calls)
 
 
 def quantize_model(model: nn.Module, architecture: Architecture, config: QuantConfig) -> nn.Module:
@@ -156,16 +168,44 @@ def apply_plan(model: nn.Module, plan: QuantPlan, config: QuantConfig) -> nn.Mod
             raise NotImplementedError(f"{path or 'the network'}: {error}") from None
 
     replace_modules(wrapped, make_quantized)
-    for path, spec in plan.matmuls.items():
-        parent, _, name = path.rpartition(".")
-        block = wrapped.get_submodule(parent)
-        if not isinstance(getattr(block, name, None), MatMul):
-            raise AttributeError(f"{path} is no attention matmul (expected a qdiff.layers.MatMul)")
-        setattr(block, name, spec.make(config, groups, path).to(device))
+    _put_matmuls(
+        wrapped, plan, {path: spec.make(config, groups, path).to(device) for path, spec in plan.matmuls.items()}
+    )
     for path, module in wrapped.named_modules():
         if isinstance(module, Quantizer):
             module.name = path
     return wrapped.eval()
+
+
+def _put_matmuls(model: nn.Module, plan: QuantPlan, matmuls: Mapping[str, QuantMatMul]) -> None:
+    """Put attention matmuls where `plan` has them: in the place of modules, or behind function calls."""
+    of_owners: dict[str, dict[str, QuantMatMul]] = {owner: {} for owner in plan.calls}
+    for path, matmul in matmuls.items():
+        parent, _, name = path.rpartition(".")
+        block = model.get_submodule(parent)
+        if isinstance(getattr(block, name, None), MatMul):
+            setattr(block, name, matmul)
+        elif parent in of_owners:
+            of_owners[parent][name] = matmul
+        else:
+            raise AttributeError(f"{path} is no attention matmul (expected a qdiff.layers.MatMul)")
+    for owner, named in of_owners.items():
+        add_matmuls(model.get_submodule(owner), owner, plan.calls[owner], named)
+
+
+def _matmuls_of_calls(model: nn.Module, architecture: Architecture) -> dict[str, AttentionMatMulSpec]:
+    """The attention matmuls that function calls compute and that are not kept in full precision, by path."""
+    kept = _kept_ids(model, architecture)
+    found: dict[str, AttentionMatMulSpec] = {}
+    for owner, calls in architecture.calls.items():
+        if id(model.get_submodule(owner)) in kept:
+            continue
+        for call, names in zip(calls, matmul_names([call.name for call in calls]), strict=True):
+            paths = [f"{owner}.{name}".lstrip(".") for name in names]
+            for path, probabilities in zip(paths, call.probabilities, strict=False):  # kept calls have none
+                if not architecture.keeps(path):
+                    found[path] = AttentionMatMulSpec.of_call(probabilities)
+    return found
 
 
 def validate_layers(model: nn.Module, architecture: Architecture) -> None:
@@ -193,16 +233,20 @@ def validate_layers(model: nn.Module, architecture: Architecture) -> None:
 
 
 def _unquantized_ids(model: nn.Module, architecture: Architecture) -> set[int]:
-    """The ids of modules whose own parameters stay in full precision. One of a module's paths is enough for that."""
+    """The ids of modules whose own parameters stay in full precision."""
+    modules = model.modules()
+    return _kept_ids(model, architecture) | {
+        id(module) for module in modules if isinstance(module, UNQUANTIZED) or type(module) in architecture.keep
+    }
+
+
+def _kept_ids(model: nn.Module, architecture: Architecture) -> set[int]:
+    """The ids of modules that stay in full precision with everything inside. One of a module's paths is enough."""
     ids: set[int] = set()
     for path, module in model.named_modules(remove_duplicate=False):
-        if architecture.keeps(path):
+        is_container = type(module) in architecture.keep and not list(module.parameters(recurse=False))
+        if is_container or architecture.keeps(path):
             ids |= {id(inner) for inner in module.modules()}
-        elif isinstance(module, UNQUANTIZED):
-            ids.add(id(module))
-        elif type(module) in architecture.keep:
-            is_container = not list(module.parameters(recurse=False))
-            ids |= {id(inner) for inner in module.modules()} if is_container else {id(module)}
     return ids
 
 
@@ -324,7 +368,7 @@ def units(model: nn.Module, architecture: Architecture) -> list[str]:
     blocks: list[str] = []
     for path, module in model.named_modules():
         inside = any(is_inside(path, block) for block in blocks)
-        if type(module) in architecture.blocks and any(
+        if architecture.is_block(path, module) and any(
             isinstance(inner, QuantLayer | QuantMatMul) for inner in module.modules()
         ):
             if inside:

@@ -282,7 +282,7 @@ class _Run:
         self,
         phase: str,
         iterations: int,
-        work: Callable[[nn.Module, UnitData, int, OnIteration], UnitResult | None],
+        work: Callable[[str, UnitData, int, OnIteration], UnitResult | None],
     ) -> None:
         """One phase over all units, in order; inputs come from the quantized prefix, targets from full precision."""
         paths = self.order.units
@@ -301,7 +301,7 @@ class _Run:
             call, arguments = quantized.arguments(path)
             unit, data = self.quantized.get_submodule(path), self._unit_data(call, arguments, target)
             seed = self.config.seed * 100_003 + index
-            self._step(f"{phase} {index + 1}/{len(paths)} {path}", iterations, unit, partial(work, unit, data, seed))
+            self._step(f"{phase} {index + 1}/{len(paths)} {path}", iterations, unit, partial(work, path, data, seed))
             quantized.finish(path, call, arguments)
             for stored in arguments:
                 stored.release()
@@ -331,21 +331,21 @@ class _Run:
         return UnitData(read, self.data.train, self.data.validation, self.config.batch_size, call, autocast)
 
     def _reconstruct_weights(
-        self, unit: nn.Module, data: UnitData, seed: int, on_iteration: OnIteration
+        self, path: str, data: UnitData, seed: int, on_iteration: OnIteration
     ) -> UnitResult | None:
+        unit = self.quantized.get_submodule(path)
         architecture, method = self.calibration.architecture, self.quant.weight_scale_method
         layers = [module for _, module in unit_modules(unit, architecture) if isinstance(module, QuantLayer)]
         if not layers:
             return None
         result = reconstruct_weights(unit, layers, data, method, self.config, seed, on_iteration)
-        output_layer = architecture.output_layer(unit)
+        output_layer = architecture.output_layer(path, unit)
         if output_layer is None:
             return result
         return UnitResult(result.before, correct_bias(unit, output_layer, data).after)
 
-    def _reconstruct_activations(
-        self, unit: nn.Module, data: UnitData, seed: int, on_iteration: OnIteration
-    ) -> UnitResult:
+    def _reconstruct_activations(self, path: str, data: UnitData, seed: int, on_iteration: OnIteration) -> UnitResult:
+        unit = self.quantized.get_submodule(path)
         modules = [module for _, module in unit_modules(unit, self.calibration.architecture)]
         quantizers = [quantizer for module in modules for quantizer in module.act_quantizers]
         return reconstruct_activations(unit, quantizers, data, self.config, seed, on_iteration)

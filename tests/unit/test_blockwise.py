@@ -251,6 +251,6 @@ def test_quantized_weights_do_not_disturb_the_plan(network, rows):
 def test_an_unknown_family_of_blocks_needs_no_output_layer(network):
     architecture = Architecture("odd", make_unet=lambda _: network, blocks={type(network.mid.block_1): None})
     assert (
-        architecture.output_layer(network.mid.block_1) is None
-        and architecture.output_layer(network.conv_in) is network.conv_in
+        architecture.output_layer("mid.block_1", network.mid.block_1) is None
+        and architecture.output_layer("conv_in", network.conv_in) is network.conv_in
     )
