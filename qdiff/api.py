@@ -23,9 +23,11 @@ from qdiff.config import PRESETS, QuantConfig
 from qdiff.engines.proxy import has_engine
 from qdiff.engines.select import apply_engine
 from qdiff.errors import ConfigError, NonFiniteError
-from qdiff.layers import LAYER_TYPES
+from qdiff.layers import HALF, LAYER_TYPES
 from qdiff.model import QuantPlan
 from qdiff.policy import make_policy
+from qdiff.refusals import keep_unused, log_own_parameters
+from qdiff.scale_rules import FITTED_RULE
 from qdiff.structure import Structure, find_structure, remember_summary, summarize
 from qdiff.utils import distributed
 from qdiff.utils.devices import select_device
@@ -98,27 +100,25 @@ def quantize(
 ) -> nn.Module:
     """Quantize and calibrate a copy of a denoiser that knows nothing of this package.
 
-    Every `nn.Conv1d`, `nn.Conv2d` and `nn.Linear` is replaced. Normalizations and embeddings stay as they are.
-    Attention matmuls (`F.scaled_dot_product_attention`, `torch.einsum`, `matmul`, `bmm`, `baddbmm`) and concatenated
-    shortcuts are found in a forward pass of two samples. The log lists what is quantized and what stays in full
-    precision.
+    Every `nn.Linear`, `nn.Conv1d`, `nn.Conv2d`, `nn.ConvTranspose1d` and `nn.ConvTranspose2d` is replaced.
+    Normalizations, embeddings and layers that never run stay as they are. Attention matmuls
+    (`F.scaled_dot_product_attention`, `torch.einsum`, `matmul`, `bmm`, `baddbmm`) and concatenated shortcuts are found
+    in a forward pass of two samples. The log lists what is quantized and what stays in full precision.
 
     Args:
-        model: any network in float32. It is not changed. Its device is where the work is done.
+        model: any network in float32, bfloat16 or float16. It is not changed. Its device is where the work is done.
         inputs: its inputs while sampling, from all time steps, 500 samples or more: tensors by position (x_t, t, ...),
             a dict of inputs by keyword, or a list of calls as a hook records them (`qdiff.calibration.collate`).
         shared: keywords or positions of inputs without samples, if their first dimension looks like them.
         weight_bit: the width of weights, 2 to 16 bits.
         act_bit: the width of activations, 2 to 16 bits; None leaves activations in full precision.
         symmetric: signed activations without zero point.
-        blocks: module types that are reconstructed as a whole (residual blocks, attention blocks). Each must return one
-            tensor with the samples first and run once in a forward pass. Layers outside them are reconstructed alone.
-            A dict names for each type the layer inside whose bias is added to the block's output: its mean error is
-            then corrected. None: the blocks that are found; an empty list: none.
+        blocks: module types that are reconstructed as a whole (residual blocks, attention blocks). Layers outside them
+            are reconstructed alone. A dict names for each type the layer inside whose bias is added to the block's
+            output: its mean error is then corrected. None: the blocks that are found; an empty list: none.
         separate: how the paths of layers inside blocks end that are reconstructed on their own (time projections).
-        keep: what stays in full precision. The path of a module, or a pattern (`head.*`), keeps everything inside it;
-            the path of a parameter keeps the parameter. A type keeps the parameters of its modules (position
-            embeddings), or everything inside them if they have no parameters of their own.
+        keep: what stays in full precision. The path of a module, a pattern (`head.*`), a type of modules or its name
+            (`MultiheadAttention`) keeps everything inside; the path of a parameter keeps the parameter.
         attention_matmuls: module types with attention matmuls as attributes (`qdiff.layers.MatMul`), see
             `qdiff.architecture.AttentionMatMulSpec`. None: those that are found; an empty dict: none.
         splits: for layers whose input is a concatenation, by path: the channels of its first half (Q-Diffusion,
@@ -127,7 +127,7 @@ def quantize(
         policy: {pattern of paths: widths}, for layers with other widths than the nominal ones: `W8A16`, `W8`, `A16`, or
             `keep` for full precision (`qdiff.policy`).
         preset: the recipe: `fast` or `published`.
-        folder: keeps finished units, so that the same call continues after an interruption, and a report at the end.
+        folder: keeps finished units, so that the same call continues after an interruption, and the files of a report.
         recipe: settings that replace those of the preset (`qdiff.config.CalibrationConfig`).
 
     Returns:
@@ -136,9 +136,8 @@ def quantize(
     Raises:
         ConfigError: settings that cannot work, by name; names of what is not in the network.
         NonFiniteError: a weight, or a value inside the network, that is not finite, by name.
-        TypeError: a module with parameters that has no quantized form and is not kept, by path and type; a layer with
-            hooks; a block without an attention matmul that `attention_matmuls` names.
-        NotImplementedError: a convolution whose padding is not zeros, by path.
+        TypeError: modules that cannot be quantized and are not kept, all of them, with what to add to `keep`; a block
+            without an attention matmul that `attention_matmuls` names.
         RuntimeError: a block or layer that cannot be a unit, by path.
     """
     _validate_model(model)
@@ -146,11 +145,13 @@ def quantize(
     _validate_splits(model, splits or {})
     data = collate(inputs, model, shared)
     network = deepcopy(model).eval()
-    structure = find_structure(network, _two_samples(network, data), samples=min(2, len(data)))
+    structure = find_structure(network, _two_samples(network, data))
     _validate_names(model, blocks or (), separate, keep, attention_matmuls or {}, structure.matmul_paths())
     architecture = _architecture(structure, blocks, separate, keep, attention_matmuls, splits)
+    architecture = keep_unused(network, architecture, _two_samples(network, data))
     bounds = timestep_group_bounds(data, timestep_groups) if timestep_groups > 1 else ()
-    quant = _formats(weight_bit, act_bit, symmetric, bool(architecture.split_points(network)), bounds, policy or {})
+    quant = _formats(weight_bit, act_bit, symmetric, bounds, policy or {}, preset)
+    quant = replace(quant, split=bool(architecture.split_points(network)))
     plan = _plan(network, architecture, quant, splits or {})
     if blocks is None:
         architecture = replace(architecture, block_paths=_found_blocks(network, data, structure, plan))
@@ -189,20 +190,20 @@ def _formats(
     weight_bit: int,
     act_bit: int | None,
     symmetric: bool,
-    split: bool,
     bounds: tuple[float, ...],
     policy: Mapping[str, str],
+    preset: str,
 ) -> QuantConfig:
-    """The number formats of a custom network; its ranges are searched by `mse`."""
+    """The number formats of a custom network."""
+    rule = "mse" if preset == "published" else FITTED_RULE
     return QuantConfig(
         weight_bit=weight_bit,
         act_bit=8 if act_bit is None else act_bit,
         quant_act=act_bit is not None,
         sm_abit=8 if act_bit is None else act_bit,
         a_sym=symmetric,
-        split=split,
-        weight_scale_method="mse",
-        act_scale_method="mse",
+        weight_scale_method=rule,
+        act_scale_method=rule,
         time_bounds=bounds,
         policy=make_policy(policy),
     ).validate()
@@ -228,13 +229,15 @@ def _calibrate(calibration: Calibration, structure: Structure, plan: QuantPlan) 
     assert calibration.data is not None  # given by `quantize`
     architecture = calibration.architecture
     blocks = [path for path, module in calibration.model.named_modules() if architecture.is_block(path, module)]
-    summary = summarize(calibration.model, structure, plan, blocks)
+    summary = summarize(structure, plan, blocks)
     summary.log(activations=calibration.quant.quant_act)
+    log_own_parameters(calibration.model, architecture)
+    rows = calibration.data.hash()
+    calibration = calibration.with_policy()
     quantized = calibration.run()
-    folder = calibration.directory.folder
-    if folder is not None and distributed.rank() == 0:
-        calibration.report(folder, quantized)
-    header = calibration.config.to_dict() | {"rows_sha256": calibration.data.hash()}
+    if distributed.rank() == 0:
+        calibration.report(calibration.directory.folder, quantized)
+    header = calibration.config.to_dict() | {"rows_sha256": rows}
     source = state_hash(calibration.model.state_dict())
     remember_info(quantized, PackedInfo(CUSTOM, plan.to_dict(), calibration.quant, header, source))
     remember_summary(quantized, summary)
@@ -259,9 +262,10 @@ def _validate_model(model: nn.Module) -> None:
     if not any(isinstance(module, tuple(LAYER_TYPES)) for module in model.modules()):
         raise ConfigError("the network has no layer that can be quantized")
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+        if parameter.is_floating_point() and parameter.dtype not in (torch.float32, *HALF):
             found = str(parameter.dtype).removeprefix("torch.")
-            raise ConfigError(f": {name} is {found}: expected float32 (model.float())", field="model")
+            message = f": {name} is {found}: expected float32, bfloat16 or float16 (model.float())"
+            raise ConfigError(message, field="model")
     if (name_of_bad := first_not_finite(model.state_dict())) is not None:
         raise NonFiniteError(f": {name_of_bad} holds values that are not finite numbers", field="model")
 
@@ -284,11 +288,14 @@ def _validate_names(
     attention_matmuls: Iterable[type[nn.Module]],
     found_matmuls: Iterable[str],
 ) -> None:
+    if isinstance(keep, str):
+        raise ConfigError(f" {keep!r}: expected a list, [{keep!r}]", field="keep")
     modules = dict(model.named_modules())
     types = {type(module) for module in modules.values()}
     paths = [*filter(None, modules), *dict(model.named_parameters()), *found_matmuls]
     for kept in keep:
-        if not (any(fnmatchcase(path, kept) for path in paths) if isinstance(kept, str) else kept in types):
+        by_path = isinstance(kept, str) and any(fnmatchcase(path, kept) for path in paths)
+        if not (by_path or kept in types or kept in {kind.__name__ for kind in types}):
             raise ConfigError(f": no {getattr(kept, '__name__', kept)} in the network", field="keep")
     for name, kinds in (("blocks", blocks), ("attention_matmuls", attention_matmuls)):
         for kind in kinds:
@@ -309,7 +316,7 @@ def _validate_splits(model: nn.Module, splits: Mapping[str, int]) -> None:
         layer = modules.get(path)
         if layer is None or type(layer) not in LAYER_TYPES:
             raise ConfigError(f": no layer {path}", field="splits")
-        total = layer.weight.shape[1]
+        total = LAYER_TYPES[type(layer)].weight_of(layer).shape[1]
         if not 0 < channels < total:
             message = f": {path} has {total} input channels: expected 1 or more in each half, found {channels}"
             raise ConfigError(message, field="splits")

@@ -97,9 +97,9 @@ class Architecture:
         calls: for each module, by path, the function calls that multiply activations in its forward pass, in order
             (`qdiff.structure`).
         split_points: from a network to {path of a layer: input channels of the first half of its concatenated input}.
-        keep: what stays in full precision. The path of a module, or a pattern (`head.*`), keeps everything inside it;
-            the path of a parameter keeps the parameter. A type keeps the parameters of its modules, or everything
-            inside them if they have no parameters of their own.
+        keep: what stays in full precision. The path of a module, a pattern (`head.*`), a type of modules or its name
+            (`MultiheadAttention`) keeps everything inside; the path of a parameter keeps the parameter.
+        unused: the paths of layers that never run, and of parameters that no product uses; they stay in full precision.
         signatures: parts of tensor names by which a state dict of this family is recognized in messages.
         input_layer: the path of the layer that x_t goes into.
     """
@@ -113,12 +113,17 @@ class Architecture:
     calls: Mapping[str, tuple[AttentionCall, ...]] = field(default_factory=dict)
     split_points: Callable[[nn.Module], Mapping[str, int]] = _no_splits
     keep: tuple[type[nn.Module] | str, ...] = ()
+    unused: frozenset[str] = frozenset()
     signatures: tuple[str, ...] = ()
     input_layer: str = ""
 
     def keeps(self, path: str) -> bool:
-        """Whether a name or pattern of `keep` matches the path of a module or parameter."""
-        return any(isinstance(kept, str) and fnmatchcase(path, kept) for kept in self.keep)
+        """Whether a name or pattern of `keep` matches the path of a module or parameter, or it is unused."""
+        return path in self.unused or any(isinstance(kept, str) and fnmatchcase(path, kept) for kept in self.keep)
+
+    def keeps_type(self, kind: type[nn.Module]) -> bool:
+        """Whether `keep` has a type of modules or its name."""
+        return kind in self.keep or kind.__name__ in self.keep
 
     def is_block(self, path: str, module: nn.Module) -> bool:
         """Whether the module at `path` is reconstructed as a whole."""

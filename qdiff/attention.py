@@ -6,6 +6,7 @@ calibration, files and engines meet ordinary `QuantMatMul` modules. A call is re
 form [..., M, K] x [..., K, N], which an engine can compute on integers.
 """
 
+import copy
 import inspect
 import math
 import threading
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from qdiff.layers import QuantMatMul
+from qdiff.layers import MatMul
 
 MatMulFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -384,7 +385,7 @@ def _running(frame: _Frame | None) -> Iterator[None]:
             _local.mode = None
 
 
-def add_matmuls(owner: nn.Module, path: str, calls: Sequence[str], matmuls: Mapping[str, QuantMatMul]) -> None:
+def add_matmuls(owner: nn.Module, path: str, calls: Sequence[str], matmuls: Mapping[str, nn.Module]) -> None:
     """Let attention matmuls compute the function calls of `owner`, in place.
 
     Args:
@@ -402,3 +403,24 @@ def add_matmuls(owner: nn.Module, path: str, calls: Sequence[str], matmuls: Mapp
             raise AttributeError(f"{path or 'the network'} has no place for an attention matmul {name}")
         owner.add_module(name, matmul)
     owner.forward = AttentionForward(owner, calls, path)
+
+
+def with_called_matmuls(model: nn.Module, quantized: nn.Module) -> nn.Module:
+    """A full-precision network whose function calls are computed by modules, at the paths that `quantized` has them.
+
+    Args:
+        model: the full-precision network. It is not changed.
+        quantized: its quantized form.
+
+    Returns:
+        A copy that shares its parameters with `model`; `model` itself if no function calls are quantized.
+    """
+    forwards = {path: vars(module).get("forward") for path, module in quantized.named_modules()}
+    calls = {path: forward for path, forward in forwards.items() if isinstance(forward, AttentionForward)}
+    if not calls:
+        return model
+    result = copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
+    for path, forward in calls.items():
+        names = [name for names in forward.names for name in names if hasattr(forward.owner, name)]
+        add_matmuls(result.get_submodule(path), path, forward.calls, {name: MatMul() for name in names})
+    return result

@@ -13,17 +13,18 @@ from qdiff.attention import add_matmuls, matmul_names
 from qdiff.calls import time_argument
 from qdiff.config import QuantConfig
 from qdiff.errors import ConfigError
-from qdiff.layers import LAYER_TYPES, ActQuantizer, MatMul, Quantizer, QuantLayer, QuantMatMul, TimestepGroups
-from qdiff.policy import unused_patterns
-
-NORMS = (
-    nn.GroupNorm,
-    nn.LayerNorm,
-    nn.RMSNorm,
-    nn.modules.batchnorm._BatchNorm,
-    nn.modules.instancenorm._InstanceNorm,
+from qdiff.layers import (
+    LAYER_TYPES,
+    ActQuantizer,
+    MatMul,
+    Quantizer,
+    QuantLayer,
+    QuantMatMul,
+    TimestepGroups,
+    has_own_behavior,
 )
-UNQUANTIZED = (*NORMS, nn.Embedding, nn.PReLU)
+from qdiff.policy import unused_patterns
+from qdiff.refusals import kept_ids, validate_layers
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,12 @@ class QuantPlan:
             config: whether concatenated shortcuts are split, and what its policy keeps in full precision.
 
         Raises:
-            ConfigError: a pattern of the policy matches no layer and no attention matmul.
+            ConfigError: a pattern of the policy matches neither a layer nor a matmul, or the policy keeps all layers.
             TypeError: a module can be neither quantized nor left in full precision, or a block has no attention matmul
                 of a name that the architecture lists. The message has the path and the type.
         """
         validate_layers(model, architecture)
-        unquantized = _unquantized_ids(model, architecture)
+        unquantized = kept_ids(model, architecture)
         splits = architecture.split_points(model) if config.split else {}
         # by identity, because one layer may stand at several paths
         split_channels = {id(model.get_submodule(path)): channels for path, channels in splits.items()}
@@ -81,10 +82,18 @@ class QuantPlan:
         if unused := unused_patterns(config.policy, [*layers, *matmuls]):
             raise ConfigError(f" {unused[0]!r}: no layer or attention matmul has such a path", field="policy")
         layers = {path: split for path, split in layers.items() if not config.keeps(path)}
+        if config.policy and not layers:
+            raise ConfigError(": every layer would stay in full precision; expected some to be quantized", "policy")
         matmuls = {path: spec for path, spec in matmuls.items() if not config.keeps(path)}
         calls: dict[str, tuple[str, ...]] = {}
         if any(path in matmuls for path in called):
-            calls = {path: tuple(call.name for call in calls) for path, calls in architecture.calls.items()}
+            owners = {path.rpartition(".")[0] for path in called if path in matmuls}
+            # one without a quantized matmul must not be taken for a part of one around it; there is none around ""
+            calls = {
+                path: tuple(call.name for call in made)
+                for path, made in architecture.calls.items()
+                if path or path in owners
+            }
         return cls(layers, matmuls, {path: repr(model.get_submodule(path)) for path in layers}, calls)
 
     def validate(self, model: nn.Module) -> None:
@@ -134,8 +143,6 @@ def quantize_model(model: nn.Module, architecture: Architecture, config: QuantCo
     Raises:
         TypeError: a layer has parameters and no registered quantized form, or has hooks or its own `forward`; or a
             block has no attention matmul of a name that the architecture lists. The message has the path and the type.
-        NotImplementedError: a layer of a registered type has options without a quantized form. The message has its
-            path.
     """
     return apply_plan(model, QuantPlan.of(model, architecture, config), config)
 
@@ -145,8 +152,6 @@ def apply_plan(model: nn.Module, plan: QuantPlan, config: QuantConfig) -> nn.Mod
 
     Raises:
         AttributeError: the model has no module, or no attention matmul, at a path of the plan.
-        NotImplementedError: a layer of a registered type has options without a quantized form. The message has its
-            path.
     """
     config.validate_formats()
     shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
@@ -162,12 +167,12 @@ def apply_plan(model: nn.Module, plan: QuantPlan, config: QuantConfig) -> nn.Mod
         if id(module) not in splits:
             return None
         layer_type, (weight_bit, act_bit) = LAYER_TYPES[type(module)], config.widths(path)
-        try:
-            return layer_type(module, weight_bit, act_bit, config.a_sym, splits[id(module)], groups)
-        except NotImplementedError as error:
-            raise NotImplementedError(f"{path or 'the network'}: {error}") from None
+        return layer_type(module, weight_bit, act_bit, config.a_sym, splits[id(module)], groups)
 
     replace_modules(wrapped, make_quantized)
+    for module in wrapped.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # its fused form would take the weights and leave out the quantizers
     _put_matmuls(
         wrapped, plan, {path: spec.make(config, groups, path).to(device) for path, spec in plan.matmuls.items()}
     )
@@ -195,7 +200,7 @@ def _put_matmuls(model: nn.Module, plan: QuantPlan, matmuls: Mapping[str, QuantM
 
 def _matmuls_of_calls(model: nn.Module, architecture: Architecture) -> dict[str, AttentionMatMulSpec]:
     """The attention matmuls that function calls compute and that are not kept in full precision, by path."""
-    kept = _kept_ids(model, architecture)
+    kept = kept_ids(model, architecture)
     found: dict[str, AttentionMatMulSpec] = {}
     for owner, calls in architecture.calls.items():
         if id(model.get_submodule(owner)) in kept:
@@ -208,56 +213,9 @@ def _matmuls_of_calls(model: nn.Module, architecture: Architecture) -> dict[str,
     return found
 
 
-def validate_layers(model: nn.Module, architecture: Architecture) -> None:
-    """Check that every module of `model` can be quantized or left in full precision.
-
-    Raises:
-        TypeError: the first module for which neither is possible. The message has its path and its type.
-    """
-    unquantized = _unquantized_ids(model, architecture)
-    for path, module in model.named_modules():
-        if id(module) in unquantized:
-            continue
-        if type(module) not in LAYER_TYPES:
-            own_parameters = [f"{path}.{name}".lstrip(".") for name, _ in module.named_parameters(recurse=False)]
-            if not all(architecture.keeps(name) for name in own_parameters):
-                raise TypeError(
-                    f"{path or 'the network'}: no quantized form registered for {type(module).__name__}, "
-                    "expected it among `keep`"
-                )
-        elif has_own_behavior(module):
-            raise TypeError(
-                f"{path or 'the network'}: a hook or a `forward` of its own would be lost; "
-                "remove it, or name it in `keep`"
-            )
-
-
-def _unquantized_ids(model: nn.Module, architecture: Architecture) -> set[int]:
-    """The ids of modules whose own parameters stay in full precision."""
-    modules = model.modules()
-    return _kept_ids(model, architecture) | {
-        id(module) for module in modules if isinstance(module, UNQUANTIZED) or type(module) in architecture.keep
-    }
-
-
-def _kept_ids(model: nn.Module, architecture: Architecture) -> set[int]:
-    """The ids of modules that stay in full precision with everything inside. One of a module's paths is enough."""
-    ids: set[int] = set()
-    for path, module in model.named_modules(remove_duplicate=False):
-        is_container = type(module) in architecture.keep and not list(module.parameters(recurse=False))
-        if is_container or architecture.keeps(path):
-            ids |= {id(inner) for inner in module.modules()}
-    return ids
-
-
 def is_inside(path: str, outer: str) -> bool:
     """Whether the module at `path` lies inside the module at `outer`. The path of the network itself is empty."""
     return path != outer and (not outer or path.startswith(f"{outer}."))
-
-
-def has_own_behavior(module: nn.Module) -> bool:
-    """Whether a module has hooks or its own `forward`, which a replacement of the module would lose."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def copy_weights(source: nn.Module, target: nn.Module) -> None:
