@@ -324,8 +324,8 @@ def test_what_would_be_lost_is_named():
     with pytest.raises(TypeError, match="stem: Conv2d has a hook or a `forward` of its own, which would be lost"):
         qdiff.quantize(model, INPUTS)
     for words, arguments, changes in (
-        ("inputs: expected a tuple of tensors", (Denoiser(), INPUTS[0]), {}),
-        ("inputs: values that are not finite", (Denoiser(), (INPUTS[0] / 0, INPUTS[1])), {}),
+        ("inputs of type Tensor: expected tensors by position", (Denoiser(), INPUTS[0]), {}),
+        ("inputs: 0 holds values that are not finite", (Denoiser(), (INPUTS[0] / 0, INPUTS[1])), {}),
         ("model: expected an nn.Module, found function", (lambda x: x, INPUTS), {}),
         ("no layer that can be quantized", (nn.ReLU(), INPUTS[:1]), {}),
         ("separate: no layer whose path ends with tim", (Denoiser(), INPUTS), {"separate": ["tim"]}),
