@@ -1,4 +1,4 @@
-"""Compares networks with full precision from the same noises: errors along the trajectory, images and cost."""
+"""Compares networks with full precision from the same noise samples: errors along the trajectory, images and cost."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +22,16 @@ from qdiff_cli.sampling_run import SamplingRun
 
 FULL = "full precision"
 
+# The heading and the number format of each measure of closeness to full precision, in every table that has it.
+CLOSENESS = {
+    "trajectory_error": ("eps error", "{:.4f}"),
+    "psnr": ("PSNR dB", "{:.1f}"),
+    "ssim": ("SSIM", "{:.3f}"),
+    "isolated": ("isolated px", "{:.0f}"),
+    "identity": ("identity", "{:.0%}"),
+    "perceptual": ("perceptual (lite0)", "{:.3f}"),
+}
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -43,6 +53,16 @@ class Comparison:
     images: dict[str, Tensor]
     seconds: dict[str, float]
     memory: dict[str, int | None]
+
+
+def closeness_header(*names: str) -> list[str]:
+    """The headings of some measures of `CLOSENESS`."""
+    return [CLOSENESS[name][0] for name in names]
+
+
+def closeness_cells(similarity: ImageSimilarity, *names: str) -> list[str]:
+    """Some measures of `CLOSENESS` that images have, as text."""
+    return [CLOSENESS[name][1].format(getattr(similarity, name)) for name in names]
 
 
 def compare(run: SamplingRun, model: nn.Module, networks: Mapping[str, nn.Module], count: int) -> Comparison:

@@ -4,7 +4,7 @@ import csv
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from qdiff.calibration.run import Calibration
 from qdiff.config import CalibrationConfig, QuantConfig
 from qdiff.errors import CheckpointError, ConfigError
 from qdiff.evaluation.page import Page, markdown_table
+from qdiff.evaluation.similarity import SIMILARITY_DEFINITION, ImageSimilarity
 from qdiff.evaluation.trajectory import Trajectories
 from qdiff.utils import distributed
 from qdiff.utils.files import atomic_write, write_text
-from qdiff_cli.comparison import save_image_rows
+from qdiff_cli.comparison import CLOSENESS, save_image_rows
 from qdiff_cli.evaluation import EvaluationConfig, evaluate, validate_inputs
 from qdiff_cli.images import load_png
 from qdiff_cli.options import OPTION_OF_FIELD, DeviceOptions
@@ -218,6 +219,7 @@ class TableRun:
             "crop": given.crop,
             "clip": str(given.clip),
             "trajectory_images": self.config.trajectory_images,
+            "similarity": [field.name for field in fields(ImageSimilarity)],  # a result of another version lacks some
         }
 
     def ordered_rows(self) -> list[Row]:
@@ -266,11 +268,7 @@ def format_time(seconds: float) -> str:
 
 
 # The heading and the number format of each figure.
-COLUMNS = {
-    "trajectory_error": ("eps error", "{:.4f}"),
-    "psnr": ("PSNR dB", "{:.1f}"),
-    "ssim": ("SSIM", "{:.3f}"),
-    "perceptual": ("perceptual (lite0)", "{:.3f}"),
+COLUMNS = CLOSENESS | {
     "fid": ("FID", "{:.2f}"),
     "kid": ("KID x 1000", "{:.2f}"),
     "is": ("IS", "{:.2f}"),
@@ -286,7 +284,7 @@ def cell(results: Sequence[Mapping[str, Any]], name: str) -> str:
     if not values:
         return ""
     number = COLUMNS[name][1]
-    spread = f" ± {number.format(torch.tensor(values).std().item())}" if len(values) > 1 else ""
+    spread = f" ± {number.format(torch.tensor(values, dtype=torch.float64).std().item())}" if len(values) > 1 else ""
     return number.format(sum(values) / len(values)) + spread
 
 
@@ -344,7 +342,7 @@ def write_tables(name: str, config: ReproductionConfig, runs: Sequence[TableRun]
         page.table(header, rows)
         page.text(note)
         save_image_rows(config.output / f"{run.table.name}.png", _first_images(run, of_table), GRID_IMAGES)
-        page.picture(f"{run.table.name}.png", "One row for each setting, the same noises")
+        page.picture(f"{run.table.name}.png", "One row for each setting, from the same noise samples")
     content = {run.table.name: of_table for run, of_table in zip(runs, results, strict=True)}
     write_text(config.output / "table.md", "\n".join(markdown))
     write_text(config.output / "table.json", json.dumps(content, indent=1))
@@ -359,7 +357,8 @@ def _note(run: TableRun, results: Results) -> str:
     first = next(iter(results.values()))[0]
     seeds = ", ".join(str(run.table.command.seed + i) for i in range(run.config.seeds))
     note = f"{first['count']} images, seed {seeds}. {first['note']}. "
-    note += f"eps error: of {run.config.trajectory_images} images along the trajectory of this sampler."
+    note += f"eps error: of {run.config.trajectory_images} images along the trajectory of this sampler. "
+    note += SIMILARITY_DEFINITION
     if any(text == DASH for row in run.rows for text in row.published.values()):
         note += f" {DASH}: see {run.table.source} of {PAPER}."
     return note

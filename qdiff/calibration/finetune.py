@@ -91,10 +91,9 @@ class FineTuner:
 
     def loss(self, part: Tensor | slice) -> Tensor:
         """The mean relative error of eps over some samples."""
-        inputs = [tensor.to(self.device) for tensor in self.data[part]]
         with torch.no_grad():
-            target = self.eps(inputs, self.model(*inputs))
-        return relative_error(self.eps(inputs, self.quantized(*inputs)), target)
+            target = self.eps(part, self.data.run(self.model, part, self.device))
+        return relative_error(self.eps(part, self.data.run(self.quantized, part, self.device)), target)
 
     def training_loss(self, part: Tensor) -> Tensor:
         """The same with a graph of its own, so that a batch can be split."""
@@ -107,9 +106,12 @@ class FineTuner:
         self._set_scales(learning=False)
         return mean_loss(self.loss, self.data.validation, self.config.batch_size)
 
-    def eps(self, inputs: Sequence[Tensor], output: Tensor) -> Tensor:
-        """What a network's output says of the noise."""
-        return output if self.prediction is None else self.prediction.eps(inputs[0], inputs[1], output)
+    def eps(self, part: Tensor | slice, output: Tensor) -> Tensor:
+        """What a network's output for some samples says of the noise."""
+        if self.prediction is None:
+            return output
+        x, t = self.data.x(part).to(self.device), self.data.timesteps(part).to(self.device)
+        return self.prediction.eps(x, t, output)
 
     def _set_scales(self, learning: bool) -> None:
         for quantizer in self.enabled:

@@ -40,10 +40,8 @@ def layer_sqnr(
     """
     device = next(model.parameters()).device
     chosen = torch.linspace(0, len(data) - 1, min(REPORT_SAMPLES, len(data))).round().long()
-    inputs = [part.to(device) for part in data[chosen]]
     paths = list(quant_layers(next(iter(networks.values()))))
-    outputs: dict[str, Tensor] = {}
-    table: dict[str, dict[str, float]] = {}
+    outputs: dict[str, list[Tensor]] = {}  # of every call of a layer
 
     def run(network: nn.Module, visit: Callable[[str, Tensor], None]) -> None:
         handles = []
@@ -51,23 +49,33 @@ def layer_sqnr(
             hook = partial(lambda path, _module, _inputs, output: visit(path, output), path)
             handles.append(network.get_submodule(path).register_forward_hook(hook))
         try:
-            network(*inputs)
+            data.run(network, chosen, device)
         finally:
             for handle in handles:
                 handle.remove()
 
-    def remember(path: str, y: Tensor) -> None:
-        outputs[path], table[path] = y.clone(), {}
-
-    run(model, remember)
+    run(model, lambda path, y: outputs.setdefault(path, []).append(y.clone()))
+    table: dict[str, dict[str, float]] = {path: {} for path in outputs}
     for name, network in networks.items():
-        run(network, lambda path, y, name=name: table[path].update({name: _decibel(outputs[path], y)}))  # type: ignore[misc]  # a default binds the name
+        found: dict[str, list[Tensor]] = {path: [] for path in outputs}
+        run(network, partial(_add_error, outputs, found))
+        for path, parts in found.items():
+            table[path][name] = _decibel(*torch.stack(parts).sum(0).tolist())
     return table
 
 
-def _decibel(signal: Tensor, found: Tensor) -> float:
-    noise = (found - signal).double().square().sum() if signal.device.type != "mps" else (found - signal).square().sum()
-    return (10 * torch.log10(signal.square().sum() / noise)).item() if noise > 0 else math.inf
+def _decibel(noise: float, signal: float) -> float:
+    if not noise > 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+
+
+def _add_error(
+    outputs: Mapping[str, Sequence[Tensor]], found: Mapping[str, list[Tensor]], path: str, y: Tensor
+) -> None:
+    """Add the sums of squares of the error and of the output of one call of the layer at `path`."""
+    signal, dtype = outputs[path][len(found[path])], torch.float32 if y.device.type == "mps" else torch.float64
+    found[path].append(torch.stack([part.to(dtype).square().sum() for part in (y - signal, signal)]))
 
 
 def write_report(folder: Path, model: nn.Module, networks: Mapping[str, nn.Module], data: CalibrationData) -> None:

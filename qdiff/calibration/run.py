@@ -15,7 +15,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from qdiff.architecture import Architecture
-from qdiff.calibration.blockwise import BlockwiseRunner, CallSpec, ExecutionOrder, trace_execution
+from qdiff.calibration.blockwise import BlockwiseRunner, UnitCall, UnitOutput
 from qdiff.calibration.cache import Cache, CachedTensor, remove_leftovers
 from qdiff.calibration.data import CalibrationData
 from qdiff.calibration.directory import CalibrationCheckpoint, CalibrationDir
@@ -30,6 +30,7 @@ from qdiff.calibration.reconstruct import (
     reconstruct_weights,
 )
 from qdiff.calibration.report import write_report
+from qdiff.calibration.trace import ExecutionOrder, trace_execution
 from qdiff.checkpoint import state_hash
 from qdiff.checkpoint.reading import first_line
 from qdiff.config import CalibrationConfig, QuantConfig
@@ -218,6 +219,7 @@ class _Run:
     def all_steps(self) -> None:
         """Do every step, or take it from the resume log."""
         if self.calibration.weights_from is None:
+            self._round_left_out()
             self._over_units("weights", self.config.iters, self._reconstruct_weights)
         if self.quant.quant_act:
             self._whole("ranges", 0, self._init_ranges)
@@ -280,7 +282,7 @@ class _Run:
         self,
         phase: str,
         iterations: int,
-        work: Callable[[nn.Module, UnitData, int, OnIteration], UnitResult | None],
+        work: Callable[[str, UnitData, int, OnIteration], UnitResult | None],
     ) -> None:
         """One phase over all units, in order; inputs come from the quantized prefix, targets from full precision."""
         paths = self.order.units
@@ -299,19 +301,28 @@ class _Run:
             call, arguments = quantized.arguments(path)
             unit, data = self.quantized.get_submodule(path), self._unit_data(call, arguments, target)
             seed = self.config.seed * 100_003 + index
-            self._step(f"{phase} {index + 1}/{len(paths)} {path}", iterations, unit, partial(work, unit, data, seed))
+            self._step(f"{phase} {index + 1}/{len(paths)} {path}", iterations, unit, partial(work, path, data, seed))
             quantized.finish(path, call, arguments)
             for stored in arguments:
                 stored.release()
         full.release()
         quantized.release()
 
+    def _round_left_out(self) -> None:
+        """Round the layers to nearest that cannot be fitted as units."""
+        for path, reason in self.order.left_out.items():
+            log.info("%s: %s: it is rounded to nearest", path, reason)
+            layer = self.quantized.get_submodule(path)
+            assert isinstance(layer, QuantLayer)  # the trace leaves out no others
+            rounded = partial(layer.init_weight_scales, self.quant.weight_scale_method)
+            self._step(f"weights {path}", 0, layer, lambda _, rounded=rounded: rounded())  # type: ignore[misc]  # a default binds it
+
     def _before_samples(self, index: Tensor | slice) -> None:
         """Tell the quantized network's timestep groups which samples come next."""
         if self.groups is not None:
-            self.groups.set(self.data.inputs[1][index])
+            self.groups.set(self.data.timesteps(index))
 
-    def _unit_data(self, call: CallSpec, arguments: Sequence[CachedTensor], target: CachedTensor) -> UnitData:
+    def _unit_data(self, call: UnitCall, arguments: Sequence[CachedTensor], target: UnitOutput) -> UnitData:
         def read(index: Tensor | slice) -> tuple[tuple[Tensor, ...], Tensor]:
             self._before_samples(index)
             return tuple(x.read(index, self.device) for x in arguments), target.read(index, self.device)
@@ -320,21 +331,21 @@ class _Run:
         return UnitData(read, self.data.train, self.data.validation, self.config.batch_size, call, autocast)
 
     def _reconstruct_weights(
-        self, unit: nn.Module, data: UnitData, seed: int, on_iteration: OnIteration
+        self, path: str, data: UnitData, seed: int, on_iteration: OnIteration
     ) -> UnitResult | None:
+        unit = self.quantized.get_submodule(path)
         architecture, method = self.calibration.architecture, self.quant.weight_scale_method
         layers = [module for _, module in unit_modules(unit, architecture) if isinstance(module, QuantLayer)]
         if not layers:
             return None
         result = reconstruct_weights(unit, layers, data, method, self.config, seed, on_iteration)
-        output_layer = architecture.output_layer(unit)
+        output_layer = architecture.output_layer(path, unit)
         if output_layer is None:
             return result
         return UnitResult(result.before, correct_bias(unit, output_layer, data).after)
 
-    def _reconstruct_activations(
-        self, unit: nn.Module, data: UnitData, seed: int, on_iteration: OnIteration
-    ) -> UnitResult:
+    def _reconstruct_activations(self, path: str, data: UnitData, seed: int, on_iteration: OnIteration) -> UnitResult:
+        unit = self.quantized.get_submodule(path)
         modules = [module for _, module in unit_modules(unit, self.calibration.architecture)]
         quantizers = [quantizer for module in modules for quantizer in module.act_quantizers]
         return reconstruct_activations(unit, quantizers, data, self.config, seed, on_iteration)

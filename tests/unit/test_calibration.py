@@ -12,11 +12,11 @@ from ddim.family import PIXEL, unet_config_dict
 from ldm.attention import CrossAttention
 from ldm.family import LATENT
 from qdiff.architecture import Architecture, AttentionMatMulSpec
-from qdiff.calibration.blockwise import trace_execution
 from qdiff.calibration.data import CalibrationData, CalibrationSet, Recorder, load_set, save_set
 from qdiff.calibration.ranges import init_activation_ranges, timestep_group_bounds
 from qdiff.calibration.reconstruct import UnitData, reconstruct_activations, reconstruct_weights
 from qdiff.calibration.run import Calibration
+from qdiff.calibration.trace import trace_execution
 from qdiff.checkpoint import PackedInfo, load_packed, save_packed, save_published
 from qdiff.config import CalibrationConfig, QuantConfig
 from qdiff.errors import CheckpointError, ConfigError

@@ -491,11 +491,16 @@ def test_clip_score_of_a_small_model(tmp_path):
 
 
 def test_similarity_of_batches_is_that_of_all_images():
-    from qdiff.evaluation.similarity import image_similarity, psnr
+    from qdiff.evaluation.similarity import image_similarity, isolated_pixels, psnr
 
     first, second, network = pictures.make(6, 0), pictures.make(6, 1), load_lite0()
+    second[1], second[4] = first[1], first[4]
+    second[4, 0, 9:12:2, 20] = 255 - second[4, 0, 9:12:2, 20]  # dots
     found = image_similarity(zip(first.split(4), second.split(4), strict=True), network)
     assert found.psnr == pytest.approx(psnr(first, second), rel=1e-9) and 0 < found.ssim < 1 and found.perceptual > 0
+    dots = isolated_pixels(first, second)
+    assert found.isolated == dots.sum() and dots[1] == 0 and found.identity == pytest.approx(2 / 6)
     same = image_similarity([(first, first)], network)
-    assert (same.psnr, same.perceptual) == (float("inf"), 0.0)
+    assert (same.psnr, same.perceptual, same.isolated, same.identity) == (float("inf"), 0.0, 0, 1.0)
+    assert image_similarity([(first, second)]).perceptual is None
     assert same.ssim > 0.999 > found.ssim  # float32 squares of up to 255 leave it at 0.9997 on flat images
