@@ -27,6 +27,7 @@ from qdiff.layers import HALF, LAYER_TYPES
 from qdiff.model import QuantPlan
 from qdiff.policy import make_policy
 from qdiff.refusals import keep_unused, log_own_parameters
+from qdiff.scale_rules import FITTED_RULE
 from qdiff.structure import Structure, find_structure, remember_summary, summarize
 from qdiff.utils import distributed
 from qdiff.utils.devices import select_device
@@ -147,9 +148,10 @@ def quantize(
     structure = find_structure(network, _two_samples(network, data))
     _validate_names(model, blocks or (), separate, keep, attention_matmuls or {}, structure.matmul_paths())
     architecture = _architecture(structure, blocks, separate, keep, attention_matmuls, splits)
-    architecture = keep_unused(network, architecture, _two_samples(network, data))
+    architecture = keep_unused(network, architecture, structure.order, _two_samples(network, data))
     bounds = timestep_group_bounds(data, timestep_groups) if timestep_groups > 1 else ()
-    quant = _formats(weight_bit, act_bit, symmetric, bool(architecture.split_points(network)), bounds, policy or {})
+    quant = _formats(weight_bit, act_bit, symmetric, bounds, policy or {}, preset)
+    quant = replace(quant, split=bool(architecture.split_points(network)))
     plan = _plan(network, architecture, quant, splits or {})
     if blocks is None:
         architecture = replace(architecture, block_paths=_found_blocks(network, data, structure, plan))
@@ -188,20 +190,20 @@ def _formats(
     weight_bit: int,
     act_bit: int | None,
     symmetric: bool,
-    split: bool,
     bounds: tuple[float, ...],
     policy: Mapping[str, str],
+    preset: str,
 ) -> QuantConfig:
-    """The number formats of a custom network; its ranges are searched by `mse`."""
+    """The number formats of a custom network."""
+    rule = "mse" if preset == "published" else FITTED_RULE
     return QuantConfig(
         weight_bit=weight_bit,
         act_bit=8 if act_bit is None else act_bit,
         quant_act=act_bit is not None,
         sm_abit=8 if act_bit is None else act_bit,
         a_sym=symmetric,
-        split=split,
-        weight_scale_method="mse",
-        act_scale_method="mse",
+        weight_scale_method=rule,
+        act_scale_method=rule,
         time_bounds=bounds,
         policy=make_policy(policy),
     ).validate()
@@ -230,10 +232,12 @@ def _calibrate(calibration: Calibration, structure: Structure, plan: QuantPlan) 
     summary = summarize(structure, plan, blocks)
     summary.log(activations=calibration.quant.quant_act)
     log_own_parameters(calibration.model, architecture)
+    rows = calibration.data.hash()
+    calibration = calibration.with_policy()
     quantized = calibration.run()
     if distributed.rank() == 0:
         calibration.report(calibration.directory.folder, quantized)
-    header = calibration.config.to_dict() | {"rows_sha256": calibration.data.hash()}
+    header = calibration.config.to_dict() | {"rows_sha256": rows}
     source = state_hash(calibration.model.state_dict())
     remember_info(quantized, PackedInfo(CUSTOM, plan.to_dict(), calibration.quant, header, source))
     remember_summary(quantized, summary)

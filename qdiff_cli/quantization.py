@@ -62,8 +62,8 @@ def beyond_published_format(config: QuantizationConfig) -> list[str]:
     formats, recipe = config.formats, config.recipe
     found = {
         "timestep groups": config.timestep_groups > 1,
-        "widths per layer": bool(formats.policy) or getattr(recipe, "policy_budget", 0) > 0,
-        "smoothing": getattr(recipe, "smoothing", 0) > 0,
+        "widths per layer": bool(formats.policy) or recipe.policy_budget > 0,
+        "smoothing": recipe.smoothing and formats.quant_act,
         f"the scale rule {formats.weight_scale_method}": formats.weight_scale_method not in PUBLISHED_RULES,
     }
     return [name for name, present in found.items() if present]
@@ -129,7 +129,7 @@ class NetworkSource:
         directory = CalibrationDir(self.folder / "calibration", config.cache_bytes)
         calibration = Calibration(
             model, task.architecture, formats, recipe, samples, weights_from, directory, task.prediction
-        )
+        ).with_policy()
         quantized = calibration.run()
         if distributed.rank() == 0:
             self._write_results(calibration, quantized, samples)

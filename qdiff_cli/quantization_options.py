@@ -13,7 +13,7 @@ from qdiff.config import MODES, PRESETS, CalibrationConfig, QuantConfig
 from qdiff.errors import ConfigError
 from qdiff.model import QuantPlan
 from qdiff.policy import KEEP, Policy, make_policy
-from qdiff.scale_rules import SCALE_RULES
+from qdiff.scale_rules import FITTED_RULE, SCALE_RULES
 from qdiff.task import QuantizationTask
 from qdiff_cli.options import Extend, ParsedArgs, Parser, Rule, positive, project_file
 
@@ -99,10 +99,10 @@ class QuantizationOptions:
         )
 
     def _formats(self, task: QuantizationTask) -> QuantConfig:
-        """The number formats. `linear` always uses min-max ranges; all presets but `published` have the rule `mse`."""
+        """The number formats. `linear` always uses min-max ranges; only `published` uses the rules of the family."""
         linear, published = self.quant_mode == "linear", self.preset == "published"
-        weight_rule = self.weight_scale_method or (task.weight_scale_method if published else "mse")
-        act_rule = "max" if self.a_min_max else task.act_scale_method if published else "mse"
+        weight_rule = self.weight_scale_method or (task.weight_scale_method if published else FITTED_RULE)
+        act_rule = "max" if self.a_min_max else task.act_scale_method if published else FITTED_RULE
         return QuantConfig(
             weight_bit=self.weight_bit,
             act_bit=self.act_bit,
