@@ -15,7 +15,7 @@ from qdiff.calibration.batches import add_gradients, mean_loss
 from qdiff.calibration.data import CalibrationData
 from qdiff.calibration.reconstruct import UnitResult
 from qdiff.config import CalibrationConfig
-from qdiff.layers import QuantLayer
+from qdiff.layers import QuantLayer, to_float32
 from qdiff.model import act_quantizers
 from qdiff.prediction import Prediction
 from qdiff.utils import distributed
@@ -25,6 +25,7 @@ VALIDATIONS = 6  # each costs a pass of both networks over the validation split
 
 def relative_error(output: Tensor, target: Tensor) -> Tensor:
     """||output - target|| / ||target|| of each sample, averaged."""
+    output, target = to_float32(output), to_float32(target)
     return ((output - target).flatten(1).norm(dim=1) / target.flatten(1).norm(dim=1)).mean()
 
 

@@ -11,7 +11,8 @@ from qdiff.engines.cpu import CpuProxy, to_integer
 from qdiff.engines.cuda import Int8Linear, fuse_attention, to_packed
 from qdiff.engines.proxy import has_engine
 from qdiff.errors import ConfigError
-from qdiff.layers import HALF, QuantLayer, QuantMatMul
+from qdiff.layers import QuantLayer, QuantMatMul
+from qdiff.model import half_precision
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ def _why_not_integer(model: nn.Module, device: str) -> str | None:
         return "activations are not quantized"
     if device != "cpu":
         return f"integer products are for CPU and CUDA, the network is on {device}"
-    if half := next((layer.dtype for layer in layers if layer.dtype in HALF), None):
+    if half := half_precision(model):
         return f"the network is in {str(half).removeprefix('torch.')}"
     widths = (q.n_bits for layer in layers for q in (*layer.weight_quantizers, *layer.act_quantizers))
     if any(n_bits > 8 for n_bits in widths):
