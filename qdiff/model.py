@@ -14,6 +14,7 @@ from qdiff.calls import time_argument
 from qdiff.config import QuantConfig
 from qdiff.errors import ConfigError
 from qdiff.layers import (
+    HALF,
     LAYER_TYPES,
     ActQuantizer,
     MatMul,
@@ -170,9 +171,6 @@ def apply_plan(model: nn.Module, plan: QuantPlan, config: QuantConfig) -> nn.Mod
         return layer_type(module, weight_bit, act_bit, config.a_sym, splits[id(module)], groups)
 
     replace_modules(wrapped, make_quantized)
-    for module in wrapped.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0  # its fused form would take the weights and leave out the quantizers
     _put_matmuls(
         wrapped, plan, {path: spec.make(config, groups, path).to(device) for path, spec in plan.matmuls.items()}
     )
@@ -180,7 +178,7 @@ def apply_plan(model: nn.Module, plan: QuantPlan, config: QuantConfig) -> nn.Mod
         if isinstance(module, Quantizer):
             module.name = path
         elif isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0  # else it may compute with the weights of its layers, without the layers
+            module.activation_relu_or_gelu = 0  # its fused form would take the weights and leave out the quantizers
     return wrapped.eval()
 
 
@@ -263,6 +261,11 @@ def replace_modules(model: nn.Module, replacement: Callable[[str, nn.Module], nn
 def quant_layers(model: nn.Module) -> dict[str, QuantLayer]:
     """The quantized layers of `model`, by path."""
     return {path: module for path, module in model.named_modules() if isinstance(module, QuantLayer)}
+
+
+def half_precision(model: nn.Module) -> torch.dtype | None:
+    """The half precision that layers of `model` compute in; None: they compute in float32."""
+    return next((layer.dtype for layer in quant_layers(model).values() if layer.dtype in HALF), None)
 
 
 def act_quantizers(model: nn.Module) -> dict[str, ActQuantizer]:

@@ -20,7 +20,7 @@ from qdiff.calibration.batches import add_gradients, mean_loss
 from qdiff.calibration.data import CalibrationData
 from qdiff.calibration.reconstruct import UnitResult
 from qdiff.config import CalibrationConfig
-from qdiff.layers import ActQuantizer, QuantLayer, dequantize
+from qdiff.layers import ActQuantizer, QuantLayer, dequantize, to_float32
 from qdiff.model import act_quantizers, quant_layers
 from qdiff.prediction import Prediction
 from qdiff.utils import distributed
@@ -32,6 +32,7 @@ SIZE_SAMPLES = 16  # that the sizes of outputs are measured on
 
 def relative_error(output: Tensor, target: Tensor) -> Tensor:
     """||output - target|| / ||target|| of each sample, averaged."""
+    output, target = to_float32(output), to_float32(target)
     return ((output - target).flatten(1).norm(dim=1) / target.flatten(1).norm(dim=1)).mean()
 
 

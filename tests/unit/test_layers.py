@@ -18,6 +18,7 @@ from qdiff.layers import LAYER_TYPES, ActQuantizer, QuantConv1d, QuantConv2d, Qu
 from qdiff.model import enable_activations, quantize_model, set_mode_parameters
 from tests.support import golden
 from tests.support.engines import quantized_layer
+from tests.support.foreign import QUICK
 
 pytestmark = pytest.mark.unit
 HALF = [torch.bfloat16, torch.float16]
@@ -192,7 +193,7 @@ def test_a_network_comes_back_in_the_precision_of_the_model(tmp_path, dtype):
         return layers.to(dtype)
 
     x = torch.randn(8, 3, 6, 6).to(dtype)
-    quantized = qdiff.quantize(network(0), (x,), iters=0, iters_a=0, iters_tune=0)
+    quantized = qdiff.quantize(network(0), (x,), **QUICK)
     set_mode_parameters(quantized, {"0.bias": torch.randn(8).to(dtype)})
     outputs = [quantized(x)]
     qdiff.save(tmp_path / "q.safetensors", quantized)
