@@ -148,7 +148,7 @@ def quantize(
     structure = find_structure(network, _two_samples(network, data))
     _validate_names(model, blocks or (), separate, keep, attention_matmuls or {}, structure.matmul_paths())
     architecture = _architecture(structure, blocks, separate, keep, attention_matmuls, splits)
-    architecture = keep_unused(network, architecture, _two_samples(network, data))
+    architecture = keep_unused(network, architecture, structure.order, _two_samples(network, data))
     bounds = timestep_group_bounds(data, timestep_groups) if timestep_groups > 1 else ()
     quant = _formats(weight_bit, act_bit, symmetric, bounds, policy or {}, preset)
     quant = replace(quant, split=bool(architecture.split_points(network)))

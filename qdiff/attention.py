@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from types import CodeType
 from typing import Any
 
 import torch
@@ -148,10 +149,10 @@ def _attention(
     if is_causal:
         shape = (query.shape[-2], key.shape[-2])
         attn_mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril()
-    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    query = query * (query.shape[-1] ** -0.5 if scale is None else scale)  # before the product: float16 ends at 65504
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        probabilities = _probabilities(matmuls[0](q, k.transpose(-2, -1)) * factor, mask)
+        probabilities = _probabilities(matmuls[0](q, k.transpose(-2, -1)), mask)
         return matmuls[1](F.dropout(probabilities, dropout_p) if dropout_p else probabilities, v)
 
     size = _slice_size(query, key, value, matmuls)
@@ -284,6 +285,10 @@ class AttentionForward:
         self.names = matmul_names(calls)
 
     @property
+    def __code__(self) -> CodeType:
+        return self.original.__code__  # `torch.export` looks there for the source of the network
+
+    @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(self.original)
 
@@ -335,8 +340,8 @@ class _Frame:
         return rewrite(func, matmuls, args, kwargs)
 
     def finish(self) -> None:
-        """Check that every call has been made."""
-        if not self.made or self.made % len(self.forward.calls):
+        """Check that every call has been made, or none."""
+        if self.made % len(self.forward.calls):
             raise RuntimeError(
                 f"{self.forward.path}: made {self.made} calls that multiply activations, expected "
                 f"{', '.join(self.forward.calls)} as in the forward pass that was traced"

@@ -179,6 +179,8 @@ def apply_plan(model: nn.Module, plan: QuantPlan, config: QuantConfig) -> nn.Mod
     for path, module in wrapped.named_modules():
         if isinstance(module, Quantizer):
             module.name = path
+        elif isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # else it may compute with the weights of its layers, without the layers
     return wrapped.eval()
 
 

@@ -6,7 +6,7 @@ gains, LayerScale) or if no product uses them (position embeddings, learned toke
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from glob import escape
 from typing import Any
@@ -193,35 +193,33 @@ def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def keep_unused(model: nn.Module, architecture: Architecture, run: Callable[[], object]) -> Architecture:
+def keep_unused(
+    model: nn.Module, architecture: Architecture, ran: Collection[str], run: Callable[[], object]
+) -> Architecture:
     """Keep what a forward pass does not multiply by: layers that never run, and parameters that are no factors.
-
-    The log has what stays in full precision for these reasons, and the parameters of norms and the like.
 
     Args:
         model: the full-precision network, in eval mode.
         architecture: its architecture.
+        ran: the paths of the layers that run.
         run: runs the network on some samples.
 
     Returns:
         The architecture that keeps these layers and parameters too.
     """
-    kept, ran = kept_ids(model, architecture), set[int]()
-    others = {path: module for path, module in model.named_modules() if id(module) not in kept}
-    layers = {path: module for path, module in others.items() if type(module) in LAYER_TYPES}
-    handles = [layer.register_forward_pre_hook(lambda layer, _: ran.add(id(layer))) for layer in layers.values()]
-    try:
-        with _Products(model) as products:
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    idle = [path for path, layer in layers.items() if id(layer) not in ran]
+    kept = kept_ids(model, architecture)
+    modules = {path: module for path, module in model.named_modules() if id(module) not in kept}
+    layers = [path for path, module in modules.items() if type(module) in LAYER_TYPES]
+    idle = [path for path in layers if path not in ran]
     if idle:
         log.warning("%d layers never run and stay in full precision: %s", len(idle), ", ".join(idle))
-    own = {path: module for path, module in others.items() if path not in layers and not _is_of_torch(module)}
+    own = {path: module for path, module in modules.items() if path not in layers and not _is_of_torch(module)}
     matrices = {name for path, module in own.items() for name in _matrices(path, module)}
-    return replace(architecture, unused=frozenset(idle) | (matrices - products.factors))
+    if matrices:
+        with _Products(model) as products:
+            run()
+        matrices -= products.factors
+    return replace(architecture, unused=frozenset([*idle, *matrices]))
 
 
 def log_own_parameters(model: nn.Module, architecture: Architecture) -> None:

@@ -333,8 +333,8 @@ def test_what_would_be_lost_is_named():
     ):
         with pytest.raises(ConfigError, match=words):
             qdiff.quantize(*arguments, **changes)
-    with pytest.raises(ConfigError, match=r"blocks: 0\.1 \(Conv\) lies inside 0"):
-        qdiff.quantize(nested(), (torch.randn(4, 3, 8, 8),), blocks=[nn.Sequential, Conv])
+    with pytest.raises(ConfigError, match=r"blocks: outer\.1 \(Conv\) lies inside outer"):
+        qdiff.quantize(Nested(), (torch.randn(4, 3, 8, 8),), blocks=[nn.Sequential, Conv])
 
 
 class Conv(nn.Module):
@@ -346,11 +346,13 @@ class Conv(nn.Module):
         return self.conv(x)
 
 
-def nested():
-    network = nn.Module()
-    network.add_module("0", nn.Sequential(nn.Conv2d(3, 3, 1), Conv()))
-    network.forward = lambda x: network.get_submodule("0")(x)
-    return network
+class Nested(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.outer = nn.Sequential(nn.Conv2d(3, 3, 1), Conv())
+
+    def forward(self, x):
+        return self.outer(x)
 
 
 def test_other_blocks_do_not_continue_a_calibration(tmp_path):

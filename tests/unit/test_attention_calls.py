@@ -15,7 +15,7 @@ from qdiff.calibration.data import CalibrationData
 from qdiff.calibration.ranges import init_activation_ranges
 from qdiff.config import CalibrationConfig, QuantConfig
 from qdiff.engines.cpu import CpuProxy, find_obstacles, to_integer
-from qdiff.engines.onnx import exportable
+from qdiff.engines.onnx import export_onnx, exportable
 from qdiff.errors import CheckpointError
 from qdiff.layers import QuantMatMul
 from qdiff.model import enable_activations, init_weights, quantize_model
@@ -314,6 +314,33 @@ def test_timestep_groups_are_those_of_the_samples():
     assert relative_error(torch.cat(halves), whole) < 0.01
 
 
+def test_layers_of_pytorchs_encoder_layer_run():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)).eval()
+    network = qdiff.quantize(model, (TOKENS,), keep=["1.self_attn"], **QUICK)
+    assert describe(network).kept_matmuls == {"1.self_attn": (2, "computed as a whole")}
+    runs = []
+    network[1].linear1.register_forward_hook(lambda *_: runs.append(1))
+    with torch.no_grad():
+        assert relative_error(network(TOKENS), model(TOKENS)) < 0.05 and runs
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "inputs"), [(FusedAttention, TOKENS), (BmmAttention, PIXELS)])
+def test_function_calls_are_exported(kind, inputs, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    network = quantized(made(kind, 8), inputs)
+    export_onnx(tmp_path / "network.onnx", network, (inputs,))
+    session = runtime.InferenceSession(str(tmp_path / "network.onnx"))
+    (found,) = session.run(None, {session.get_inputs()[0].name: inputs.numpy()})
+    difference = (torch.from_numpy(found) - network(inputs)).abs()
+    assert difference.median() < 1e-6 and difference.max() < 0.02  # some values lie on the edge between two integers
+    operators = [node.op_type for node in onnx.load(tmp_path / "network.onnx").graph.node]
+    assert operators.count("QuantizeLinear") == 8  # the inputs of 4 layers and of 2 matmuls
+
+
 class Outer(nn.Module):
     """A module that attends by itself and has another attention inside; `changes` says what it does differently."""
 
@@ -322,11 +349,11 @@ class Outer(nn.Module):
         self.first, self.inner, self.changes = nn.Linear(8, 8), inner, changes
 
     def forward(self, x):
-        weights = torch.softmax(x @ self.first(x).mT, dim=-1)
+        weights = torch.softmax(x @ self.first(x).mT, dim=-1) if self.changes != "no attention" else x
         h = self.inner(x) if self.changes != "inner first" else x
         if self.changes == "sum":
             return torch.einsum("nts,nsc->nc", weights, h)
-        return h if self.changes == "none" else weights @ h
+        return h if self.changes in ("none", "no attention") else weights @ h
 
 
 @torch.no_grad()
@@ -356,5 +383,7 @@ def test_other_calls_than_the_traced_ones_are_refused(changes, message):
     network.inner.changes = changes
     with pytest.raises(RuntimeError, match=message):
         network(TOKENS)
+    network.inner.changes = "no attention"
+    network(TOKENS)
     network.inner.changes = None
     assert relative_error(network(TOKENS), model(TOKENS)) < 0.05  # the error leaves no traces
