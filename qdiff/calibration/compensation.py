@@ -19,7 +19,7 @@ from qdiff.scale_rules import search_range
 
 DAMPING = 0.01  # added to the diagonal of the moments, as a share of its mean
 BLOCK = 128  # columns whose errors are moved together
-ROWS_PER_COLUMN, LEAST_ROWS, MOST_ROWS = 12, 2**14, 2**17  # of the inputs that moments are taken from
+ROWS_PER_COLUMN, LEAST_ROWS, MOST_ROWS = 24, 2**14, 2**17  # of the inputs that moments are taken from
 
 
 @dataclass
