@@ -27,6 +27,7 @@ from qdiff.layers import HALF, LAYER_TYPES
 from qdiff.model import QuantPlan
 from qdiff.policy import make_policy
 from qdiff.refusals import keep_unused, log_own_parameters
+from qdiff.scale_rules import FITTED_RULE
 from qdiff.structure import Structure, find_structure, remember_summary, summarize
 from qdiff.utils import distributed
 from qdiff.utils.devices import select_device
@@ -99,11 +100,10 @@ def quantize(
 ) -> nn.Module:
     """Quantize and calibrate a copy of a denoiser that knows nothing of this package.
 
-    Every `nn.Linear`, `nn.Conv1d`, `nn.Conv2d`, `nn.ConvTranspose1d` and `nn.ConvTranspose2d` that runs is replaced.
-    Normalizations, embeddings and parameters that no product uses stay as they are.
-    Attention matmuls (`F.scaled_dot_product_attention`, `torch.einsum`, `matmul`, `bmm`, `baddbmm`) and concatenated
-    shortcuts are found in a forward pass of two samples. The log lists what is quantized and what stays in full
-    precision.
+    Every `nn.Linear`, `nn.Conv1d`, `nn.Conv2d`, `nn.ConvTranspose1d` and `nn.ConvTranspose2d` is replaced.
+    Normalizations, embeddings and layers that never run stay as they are. Attention matmuls
+    (`F.scaled_dot_product_attention`, `torch.einsum`, `matmul`, `bmm`, `baddbmm`) and concatenated shortcuts are found
+    in a forward pass of two samples. The log lists what is quantized and what stays in full precision.
 
     Args:
         model: any network in float32, bfloat16 or float16. It is not changed. Its device is where the work is done.
@@ -113,10 +113,9 @@ def quantize(
         weight_bit: the width of weights, 2 to 16 bits.
         act_bit: the width of activations, 2 to 16 bits; None leaves activations in full precision.
         symmetric: signed activations without zero point.
-        blocks: module types that are reconstructed as a whole (residual blocks, attention blocks). Each must return one
-            tensor with the samples first and run once in a forward pass. Layers outside them are reconstructed alone.
-            A dict names for each type the layer inside whose bias is added to the block's output: its mean error is
-            then corrected. None: the blocks that are found; an empty list: none.
+        blocks: module types that are reconstructed as a whole (residual blocks, attention blocks). Layers outside them
+            are reconstructed alone. A dict names for each type the layer inside whose bias is added to the block's
+            output: its mean error is then corrected. None: the blocks that are found; an empty list: none.
         separate: how the paths of layers inside blocks end that are reconstructed on their own (time projections).
         keep: what stays in full precision. The path of a module, a pattern (`head.*`), a type of modules or its name
             (`MultiheadAttention`) keeps everything inside; the path of a parameter keeps the parameter.
@@ -128,7 +127,7 @@ def quantize(
         policy: {pattern of paths: widths}, for layers with other widths than the nominal ones: `W8A16`, `W8`, `A16`, or
             `keep` for full precision (`qdiff.policy`).
         preset: the recipe: `fast` or `published`.
-        folder: keeps finished units, so that the same call continues after an interruption, and a report at the end.
+        folder: keeps finished units, so that the same call continues after an interruption, and the files of a report.
         recipe: settings that replace those of the preset (`qdiff.config.CalibrationConfig`).
 
     Returns:
@@ -146,12 +145,13 @@ def quantize(
     _validate_splits(model, splits or {})
     data = collate(inputs, model, shared)
     network = deepcopy(model).eval()
-    structure = find_structure(network, _two_samples(network, data), samples=min(2, len(data)))
+    structure = find_structure(network, _two_samples(network, data))
     _validate_names(model, blocks or (), separate, keep, attention_matmuls or {}, structure.matmul_paths())
     architecture = _architecture(structure, blocks, separate, keep, attention_matmuls, splits)
     architecture = keep_unused(network, architecture, structure.order, _two_samples(network, data))
     bounds = timestep_group_bounds(data, timestep_groups) if timestep_groups > 1 else ()
-    quant = _formats(weight_bit, act_bit, symmetric, bool(architecture.split_points(network)), bounds, policy or {})
+    quant = _formats(weight_bit, act_bit, symmetric, bounds, policy or {}, preset)
+    quant = replace(quant, split=bool(architecture.split_points(network)))
     plan = _plan(network, architecture, quant, splits or {})
     if blocks is None:
         architecture = replace(architecture, block_paths=_found_blocks(network, data, structure, plan))
@@ -190,20 +190,20 @@ def _formats(
     weight_bit: int,
     act_bit: int | None,
     symmetric: bool,
-    split: bool,
     bounds: tuple[float, ...],
     policy: Mapping[str, str],
+    preset: str,
 ) -> QuantConfig:
-    """The number formats of a custom network; its ranges are searched by `mse`."""
+    """The number formats of a custom network."""
+    rule = "mse" if preset == "published" else FITTED_RULE
     return QuantConfig(
         weight_bit=weight_bit,
         act_bit=8 if act_bit is None else act_bit,
         quant_act=act_bit is not None,
         sm_abit=8 if act_bit is None else act_bit,
         a_sym=symmetric,
-        split=split,
-        weight_scale_method="mse",
-        act_scale_method="mse",
+        weight_scale_method=rule,
+        act_scale_method=rule,
         time_bounds=bounds,
         policy=make_policy(policy),
     ).validate()
@@ -229,14 +229,15 @@ def _calibrate(calibration: Calibration, structure: Structure, plan: QuantPlan) 
     assert calibration.data is not None  # given by `quantize`
     architecture = calibration.architecture
     blocks = [path for path, module in calibration.model.named_modules() if architecture.is_block(path, module)]
-    summary = summarize(calibration.model, structure, plan, blocks)
+    summary = summarize(structure, plan, blocks)
     summary.log(activations=calibration.quant.quant_act)
     log_own_parameters(calibration.model, architecture)
+    rows = calibration.data.hash()
+    calibration = calibration.with_policy()
     quantized = calibration.run()
-    folder = calibration.directory.folder
-    if folder is not None and distributed.rank() == 0:
-        calibration.report(folder, quantized)
-    header = calibration.config.to_dict() | {"rows_sha256": calibration.data.hash()}
+    if distributed.rank() == 0:
+        calibration.report(calibration.directory.folder, quantized)
+    header = calibration.config.to_dict() | {"rows_sha256": rows}
     source = state_hash(calibration.model.state_dict())
     remember_info(quantized, PackedInfo(CUSTOM, plan.to_dict(), calibration.quant, header, source))
     remember_summary(quantized, summary)

@@ -6,6 +6,7 @@ calibration, files and engines meet ordinary `QuantMatMul` modules. A call is re
 form [..., M, K] x [..., K, N], which an engine can compute on integers.
 """
 
+import copy
 import inspect
 import math
 import threading
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from types import CodeType
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from qdiff.layers import QuantMatMul
+from qdiff.layers import MatMul
 
 MatMulFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -147,10 +149,10 @@ def _attention(
     if is_causal:
         shape = (query.shape[-2], key.shape[-2])
         attn_mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril()
-    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    query = query * (query.shape[-1] ** -0.5 if scale is None else scale)  # before the product: float16 ends at 65504
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        probabilities = _probabilities(matmuls[0](q, k.transpose(-2, -1)) * factor, mask)
+        probabilities = _probabilities(matmuls[0](q, k.transpose(-2, -1)), mask)
         return matmuls[1](F.dropout(probabilities, dropout_p) if dropout_p else probabilities, v)
 
     size = _slice_size(query, key, value, matmuls)
@@ -283,6 +285,10 @@ class AttentionForward:
         self.names = matmul_names(calls)
 
     @property
+    def __code__(self) -> CodeType:
+        return self.original.__code__  # `torch.export` looks there for the source of the network
+
+    @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(self.original)
 
@@ -334,8 +340,8 @@ class _Frame:
         return rewrite(func, matmuls, args, kwargs)
 
     def finish(self) -> None:
-        """Check that every call has been made."""
-        if not self.made or self.made % len(self.forward.calls):
+        """Check that every call has been made, or none."""
+        if self.made % len(self.forward.calls):
             raise RuntimeError(
                 f"{self.forward.path}: made {self.made} calls that multiply activations, expected "
                 f"{', '.join(self.forward.calls)} as in the forward pass that was traced"
@@ -384,7 +390,7 @@ def _running(frame: _Frame | None) -> Iterator[None]:
             _local.mode = None
 
 
-def add_matmuls(owner: nn.Module, path: str, calls: Sequence[str], matmuls: Mapping[str, QuantMatMul]) -> None:
+def add_matmuls(owner: nn.Module, path: str, calls: Sequence[str], matmuls: Mapping[str, nn.Module]) -> None:
     """Let attention matmuls compute the function calls of `owner`, in place.
 
     Args:
@@ -402,3 +408,24 @@ def add_matmuls(owner: nn.Module, path: str, calls: Sequence[str], matmuls: Mapp
             raise AttributeError(f"{path or 'the network'} has no place for an attention matmul {name}")
         owner.add_module(name, matmul)
     owner.forward = AttentionForward(owner, calls, path)
+
+
+def with_called_matmuls(model: nn.Module, quantized: nn.Module) -> nn.Module:
+    """A full-precision network whose function calls are computed by modules, at the paths that `quantized` has them.
+
+    Args:
+        model: the full-precision network. It is not changed.
+        quantized: its quantized form.
+
+    Returns:
+        A copy that shares its parameters with `model`; `model` itself if no function calls are quantized.
+    """
+    forwards = {path: vars(module).get("forward") for path, module in quantized.named_modules()}
+    calls = {path: forward for path, forward in forwards.items() if isinstance(forward, AttentionForward)}
+    if not calls:
+        return model
+    result = copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
+    for path, forward in calls.items():
+        names = [name for names in forward.names for name in names if hasattr(forward.owner, name)]
+        add_matmuls(result.get_submodule(path), path, forward.calls, {name: MatMul() for name in names})
+    return result

@@ -16,15 +16,16 @@ MAX_LAYERS = 16  # of a block: a transformer block with two attentions has 10 la
 def find_blocks(model: nn.Module, structure: Structure, layers: Collection[str]) -> list[str]:
     """The paths of the modules that are to be reconstructed as a whole, in the order of the modules.
 
-    They are the largest modules of 2 to MAX_LAYERS layers that can be units and are no stages, that is, hold no list of
-    such modules. A module that holds a layer which cannot be a unit by itself is a block whatever its size.
+    They are the largest modules of 2 to MAX_LAYERS layers that take and return tensors and are no stages. A stage holds
+    a list of several such modules, or a list of one and returns several tensors. Whether a block can be a
+    reconstruction unit is found later (`trace_execution`).
 
     Args:
         model: the full-precision network.
         structure: what a forward pass of it showed.
         layers: the paths of the layers that are quantized.
     """
-    return _Search(model, structure, layers).blocks("") or []
+    return _Search(model, structure, layers).blocks("")
 
 
 class _Search:
@@ -38,49 +39,37 @@ class _Search:
 
     def __init__(self, model: nn.Module, structure: Structure, layers: Collection[str]) -> None:
         self.modules = dict(model.named_modules())
-        self.units, self.layers = structure.units, set(layers)
+        self.candidates, self.layers = structure.modules, set(layers)
         self.children: dict[str, list[str]] = {path: [] for path in self.modules}
         for path in self.modules:
             if path:
                 self.children[path.rpartition(".")[0]].append(path)
 
-    def blocks(self, path: str) -> list[str] | None:
-        """The blocks in a module; None: a layer inside needs a larger module around it as its block."""
-        if path in self.layers:
-            return [] if path in self.units else None
+    def blocks(self, path: str) -> list[str]:
+        """The blocks in a module, which may be one itself."""
         if self._is_block(path):
             return [path]
-        found: list[str] = []
-        for child in self.children[path]:
-            inside = self.blocks(child)
-            if inside is None:
-                return [path] if path in self.units else self._given_up(path)
-            found += inside
-        return found
-
-    def _given_up(self, path: str) -> list[str] | None:
-        """None, so that the module around is tried; the network itself keeps the blocks that it has."""
-        if path:
-            return None
-        return [block for child in self.children[path] for block in self.blocks(child) or []]
+        return [block for child in self.children[path] for block in self.blocks(child)]
 
     def _inside(self, path: str) -> set[str]:
         return {layer for layer in self.layers if is_inside(layer, path)}
 
     def _is_block(self, path: str) -> bool:
         layers = self._inside(path)
-        if not 2 <= len(layers) <= MAX_LAYERS or layers == self.layers or path not in self.units:
+        if not 2 <= len(layers) <= MAX_LAYERS or layers == self.layers or path not in self.candidates:
             return False
         return not isinstance(self.modules[path], CONTAINERS) and not self._is_stage(path)
 
     def _is_stage(self, path: str) -> bool:
-        """Whether a list inside the module holds several modules that could be blocks."""
+        """Whether a list inside the module holds modules that could be blocks."""
         lists = [inner for inner, module in self.modules.items() if isinstance(module, CONTAINERS)]
-        return any(
-            sum(child in self.units and len(self._inside(child)) > 1 for child in self.children[inner]) > 1
+        counts = [
+            sum(child in self.candidates and len(self._inside(child)) > 1 for child in self.children[inner])
             for inner in lists
             if is_inside(inner, path)
-        )
+        ]
+        returns_one = self.candidates[path]
+        return max(counts, default=0) > (1 if returns_one else 0)
 
 
 @torch.no_grad()
@@ -104,9 +93,11 @@ def find_output_layers(
         module = model.get_submodule(block)
         last = [layer for layer in layers if is_inside(layer, block)][-1].removeprefix(f"{block}.")
 
-        def look(_: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        def look(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             handles[block].remove()  # so that the block can run again
-            if _adds_bias(module.get_submodule(last), lambda: module(*args, **kwargs), output):
+            if isinstance(output, Tensor) and _adds_bias(
+                module.get_submodule(last), lambda: module(*args, **kwargs), output
+            ):
                 found[block] = last
 
         handles[block] = module.register_forward_hook(look, with_kwargs=True)

@@ -56,7 +56,7 @@ class QuantPlan:
             config: whether concatenated shortcuts are split, and what its policy keeps in full precision.
 
         Raises:
-            ConfigError: a pattern of the policy matches no layer and no attention matmul.
+            ConfigError: a pattern of the policy matches neither a layer nor a matmul, or the policy keeps all layers.
             TypeError: a module can be neither quantized nor left in full precision, or a block has no attention matmul
                 of a name that the architecture lists. The message has the path and the type.
         """
@@ -83,10 +83,18 @@ class QuantPlan:
         if unused := unused_patterns(config.policy, [*layers, *matmuls]):
             raise ConfigError(f" {unused[0]!r}: no layer or attention matmul has such a path", field="policy")
         layers = {path: split for path, split in layers.items() if not config.keeps(path)}
+        if config.policy and not layers:
+            raise ConfigError(": every layer would stay in full precision; expected some to be quantized", "policy")
         matmuls = {path: spec for path, spec in matmuls.items() if not config.keeps(path)}
         calls: dict[str, tuple[str, ...]] = {}
         if any(path in matmuls for path in called):
-            calls = {path: tuple(call.name for call in calls) for path, calls in architecture.calls.items()}
+            owners = {path.rpartition(".")[0] for path in called if path in matmuls}
+            # one without a quantized matmul must not be taken for a part of one around it; there is none around ""
+            calls = {
+                path: tuple(call.name for call in made)
+                for path, made in architecture.calls.items()
+                if path or path in owners
+            }
         return cls(layers, matmuls, {path: repr(model.get_submodule(path)) for path in layers}, calls)
 
     def validate(self, model: nn.Module) -> None:
@@ -172,6 +180,8 @@ def apply_plan(model: nn.Module, plan: QuantPlan, config: QuantConfig) -> nn.Mod
     for path, module in wrapped.named_modules():
         if isinstance(module, Quantizer):
             module.name = path
+        elif isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # else it may compute with the weights of its layers, without the layers
     return wrapped.eval()
 
 

@@ -5,7 +5,7 @@ concatenation (shortcuts). A `Summary` says what of it is quantized.
 """
 
 import logging
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,15 +40,14 @@ class Structure:
         calls: for each module whose forward pass multiplies activations by function calls: the calls, in order.
         splits: for each layer whose input is a concatenation: the channels of its first part.
         whole_attentions: modules whose attention is one function with weights of its own (`nn.MultiheadAttention`).
-        units: modules that can be reconstruction units: they run once, take and return tensors with the samples first,
-            and no layer inside runs elsewhere.
+        modules: the modules that run, and that take and return tensors; True: they return one tensor and nothing else.
         order: the layers, in the order in which they run first.
     """
 
     calls: Mapping[str, tuple[AttentionCall, ...]] = field(default_factory=dict)
     splits: Mapping[str, int] = field(default_factory=dict)
     whole_attentions: tuple[str, ...] = ()
-    units: frozenset[str] = frozenset()
+    modules: Mapping[str, bool] = field(default_factory=dict)
     order: tuple[str, ...] = ()
 
     def matmul_paths(self) -> list[str]:
@@ -63,6 +62,7 @@ class _Run:
 
     path: str
     module: nn.Module
+    takes_tensors: bool
     calls: list[AttentionCall] = field(default_factory=list)
 
 
@@ -71,12 +71,10 @@ class _Trace(TorchFunctionMode):
 
     Args:
         model: the network. Its parameters and buffers are no activations.
-        samples: the number of samples that it runs on.
     """
 
-    def __init__(self, model: nn.Module, samples: int) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model, self.samples = model, samples
         # views of a parameter (its transpose) share its storage
         self.constants = {_storage(part) for part in [*model.parameters(), *model.buffers()] if part.numel()}
         self.layered = {
@@ -88,9 +86,7 @@ class _Trace(TorchFunctionMode):
         self.joined = WeakTensorKeyDictionary()  # {concatenation: (its dimension, size of the first part)}
         self.computed = WeakTensorKeyDictionary()  # tensors that a layer of the network had a part in
         self.first_parts: dict[str, set[int]] = defaultdict(set)  # of every run of a layer; 0: no concatenation
-        self.runs: Counter[str] = Counter()
-        self.runs_inside: dict[str, Counter[str]] = defaultdict(Counter)  # {module: {layer: runs while it runs}}
-        self.no_units: set[str] = set()
+        self.modules: dict[str, bool] = {}
 
     def __torch_function__(
         self, func: Callable, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -114,41 +110,21 @@ class _Trace(TorchFunctionMode):
 
     def enter(self, path: str, module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         """Note that the forward pass of a module begins."""
-        self.running.append(_Run(path, module))
-        self.runs[path] += 1
-        values = [*args, *kwargs.values()]
-        tensors = [value for value in values if isinstance(value, Tensor) and value.dim()]
-        if any(len(tensor) != self.samples for tensor in tensors) or any(
-            next(_tensors([value]), None) is not None for value in values if not isinstance(value, Tensor)
-        ):
-            self.no_units.add(path)
+        x = next(_tensors([*args, *kwargs.values()]), None)
+        self.running.append(_Run(path, module, takes_tensors=x is not None))
         if type(module) in LAYER_TYPES:
-            for run in self.running:
-                self.runs_inside[run.path][path] += 1
-            x = next(iter(tensors), None)
             self.first_parts[path].add(0 if x is None else self._first_part(module, x))
 
     def leave(self, output: Any) -> None:
         """Note that the innermost forward pass ends."""
         run = self.running.pop()
-        if not isinstance(output, Tensor) or not output.dim() or len(output) != self.samples:
-            self.no_units.add(run.path)
+        if run.takes_tensors and any(part.is_floating_point() for part in _tensors([output])):
+            self.modules[run.path] = isinstance(output, Tensor) and self.modules.get(run.path, True)
         if run.calls:
             earlier = self.calls.get(run.path)
             self.calls[run.path] = tuple(run.calls) if earlier is None else _merged(earlier, run.calls)
         if id(run.module) in self.layered:
             self._mark_computed(output)
-
-    def units(self) -> frozenset[str]:
-        """The modules that can be reconstruction units, see `Structure`."""
-        once = {path for path, count in self.runs.items() if count == 1} - self.no_units
-        layers = {id(module): path for path, module in self.model.named_modules() if path in self.first_parts}
-
-        def holds_all_runs(path: str) -> bool:
-            inner = (layers[id(module)] for module in self.model.get_submodule(path).modules() if id(module) in layers)
-            return all(self.runs_inside[path][layer] == self.runs[layer] for layer in inner)
-
-        return frozenset(path for path in once if holds_all_runs(path))
 
     def _mark_computed(self, output: Any) -> None:
         for part in _tensors([output]):
@@ -178,6 +154,9 @@ class _Trace(TorchFunctionMode):
             operands.append((a, b))
             return torch.matmul(a, b)
 
+        factors = _factors(name, args, kwargs)
+        if len(factors) < 2:  # an einsum of one operand only moves or sums
+            return AttentionCall(name)
         try:
             result = rewrite(func, (multiply, multiply), args, kwargs)
         except (ValueError, TypeError, RuntimeError) as error:
@@ -188,7 +167,7 @@ class _Trace(TorchFunctionMode):
         outer = any(a.shape[-1] == 1 and which is None for (a, _), which in zip(operands, probabilities, strict=True))
         if not real or outer:  # an outer product is no attention: a time step times its frequencies
             return AttentionCall(name)
-        if any(_storage(part) in self.constants for part in _factors(name, args, kwargs)):
+        if any(_storage(part) in self.constants for part in factors):
             return AttentionCall(name, reason="a factor is a parameter or buffer")
         taken = [attribute for names in matmul_names([name]) for attribute in names if hasattr(owner, attribute)]
         if isinstance(owner, CONTAINERS) or taken:
@@ -252,15 +231,14 @@ def _is_close(result: Tensor, expected: Tensor) -> bool:
 
 
 @torch.no_grad()
-def find_structure(model: nn.Module, run: Callable[[], Any], samples: int) -> Structure:
+def find_structure(model: nn.Module, run: Callable[[], Any]) -> Structure:
     """Watch one forward pass of a full-precision network.
 
     Args:
         model: the network, in eval mode.
         run: runs it on a few samples.
-        samples: the number of these samples.
     """
-    trace = _Trace(model, samples)
+    trace = _Trace(model)
     handles = []
     for path, module in model.named_modules():
 
@@ -282,7 +260,7 @@ def find_structure(model: nn.Module, run: Callable[[], Any], samples: int) -> St
         trace.calls,
         {path: first for path, first in splits.items() if first},
         tuple(trace.whole_attentions),
-        trace.units(),
+        trace.modules,
         tuple(trace.first_parts),
     )
 
@@ -296,7 +274,7 @@ class Summary:
         matmuls: the paths of the quantized attention matmuls.
         blocks: the paths of the blocks that are reconstructed as a whole.
         splits: for each quantized layer with two quantizers for its concatenated input: the channels of its first part.
-        kept_layers: the paths of layers in full precision that have a quantized form.
+        kept_layers: the paths of layers in full precision that run and have a quantized form.
         kept_matmuls: for each module with attention matmuls in full precision: how many, and why.
         unsplit: for each quantized layer with one quantizer for a concatenation: the channels of the first part.
     """
@@ -337,16 +315,14 @@ class Summary:
             )
 
 
-def summarize(model: nn.Module, structure: Structure, plan: QuantPlan, blocks: Iterable[str]) -> Summary:
+def summarize(structure: Structure, plan: QuantPlan, blocks: Iterable[str]) -> Summary:
     """Compare what a forward pass showed with what is quantized.
 
     Args:
-        model: the full-precision network.
         structure: what a forward pass showed.
         plan: what is quantized.
         blocks: the paths of the blocks.
     """
-    layers = [path for path, module in model.named_modules() if type(module) in LAYER_TYPES]
     kept: dict[str, tuple[int, str]] = dict.fromkeys(structure.whole_attentions, (2, "computed as a whole"))
     for owner, calls in structure.calls.items():
         if owner in plan.matmuls:  # a MatMul module, which is replaced
@@ -360,7 +336,7 @@ def summarize(model: nn.Module, structure: Structure, plan: QuantPlan, blocks: I
             kept[owner] = len(reasons), ", ".join(dict.fromkeys(reasons))
     splits = {path: first for path, first in plan.layers.items() if first}
     unsplit = {path: first for path, first in structure.splits.items() if plan.layers.get(path) == 0}
-    kept_layers = tuple(path for path in layers if path not in plan.layers)
+    kept_layers = tuple(path for path in structure.order if path not in plan.layers)
     return Summary(tuple(plan.layers), tuple(plan.matmuls), tuple(blocks), splits, kept_layers, kept, unsplit)
 
 

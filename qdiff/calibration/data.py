@@ -207,6 +207,15 @@ class CalibrationData:
         """The indices of the validation split."""
         return range(len(self.train), len(self))
 
+    def fewer(self, training: int) -> "CalibrationData":
+        """At most `training` samples of the training split, and the same share of the validation split."""
+        if training >= len(self.train):
+            return self
+        share = max(1, round(len(self.validation) * training / len(self.train)))
+        kept = torch.cat([torch.arange(training), torch.arange(share) + len(self.train)])
+        trajectories = None if self.trajectories is None else self.trajectories[kept]
+        return replace(self, inputs=self[kept], trajectories=trajectories, num_train=training)
+
     def training_data(self) -> "CalibrationData":
         """The training split alone."""
         return replace(self, inputs=self[: len(self.train)], trajectories=None, num_train=None)

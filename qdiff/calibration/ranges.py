@@ -176,8 +176,11 @@ def timestep_group_bounds(data: CalibrationData, groups: int) -> tuple[float, ..
     """Where each timestep group but the first begins, if all groups hold equally many of the time steps in `data`.
 
     Raises:
-        ConfigError: more groups than time steps.
+        ConfigError: more groups than time steps, or no time steps.
     """
+    if data.spec.time is None:
+        message = f" {groups}: expected the time steps as the second input, or by keyword"
+        raise ConfigError(message, field="timestep_groups")
     times = data.timesteps(slice(None)).unique().tolist()
     if groups > len(times):
         message = f" {groups}: the calibration set has {len(times)} time steps"

@@ -118,6 +118,8 @@ class _Layer(nn.Module):
         layer.drop_weight()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.layer.smoothing is not None:
+            x = x / self.layer._along_channels(self.layer.smoothing, x.dim())
         weights = [torch.ops.qdiff.weight(*(getattr(self, name) for name in names)) for names in self.names]
         if not self.split:
             return self.layer.apply_weight(self.acts[0](x) if len(self.acts) else x, weights[0], *args, **kwargs)

@@ -10,8 +10,9 @@ from qdiff.layers import LAYER_TYPES
 from qdiff.structure import describe, find_structure
 from tests.support.attentions import FusedAttention, GuidedUNet
 from tests.support.foreign import INPUTS, QUICK, Denoiser, Residual
+from tests.support.golden import relative_error
 
-X = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(0))
+X = torch.randn(32, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 def found(model, *inputs):
@@ -21,7 +22,7 @@ def found(model, *inputs):
     def run():
         return model(*(part[:2] for part in inputs))
 
-    structure = find_structure(model, run, samples=2)
+    structure = find_structure(model, run)
     layers = [path for path, module in model.named_modules() if type(module) in LAYER_TYPES]
     blocks = find_blocks(model, structure, layers)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -58,14 +59,14 @@ class Transformer(nn.Module):
 class Stage(nn.Module):
     """A list of blocks and a layer of its own."""
 
-    def __init__(self, count):
+    def __init__(self, count, skip=False):
         super().__init__()
-        self.blocks, self.last = nn.ModuleList(Mlp() for _ in range(count)), nn.Linear(8, 8)
+        self.skip, self.blocks, self.last = skip, nn.ModuleList(Mlp() for _ in range(count)), nn.Linear(8, 8)
 
     def forward(self, x):
         for block in self.blocks:
             x = block(x)
-        return self.last(x)
+        return (self.last(x), x) if self.skip else self.last(x)
 
 
 class Body(nn.Module):
@@ -79,6 +80,7 @@ class Body(nn.Module):
         h = self.first(x)
         for module in self.inner:
             h = module(h)
+            h = h[0] if isinstance(h, tuple) else h
         return self.last(h)
 
 
@@ -95,15 +97,29 @@ class Two(nn.Module):
         return [self.mlp(x), self.layer(x)] if self.returns else self.mlp(x) + self.layer(x)
 
 
-class Tokens(nn.Module):
-    """A module whose layers see the tokens of all samples in one dimension."""
+class Table(nn.Module):
+    """A module that takes no tensor."""
 
     def __init__(self):
         super().__init__()
-        self.mlp = Mlp(layers=MAX_LAYERS + 1)
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, count):
+        return self.last(self.first(torch.eye(8)[:count]))
+
+
+class Constant(nn.Module):
+    """A module with a table."""
+
+    def __init__(self):
+        super().__init__()
+        self.lists = nn.ModuleList([Table(), Mlp(), Mlp()])
 
     def forward(self, x):
-        return self.mlp(x.flatten(0, 1)).view_as(x)
+        table, *others = self.lists
+        for module in others:
+            x = module(x)
+        return x + table(8)
 
 
 class Recurrent(nn.Module):
@@ -115,6 +131,19 @@ class Recurrent(nn.Module):
 
     def forward(self, x):
         return self.layer(self.part(self.part(x)))
+
+
+class Shared(nn.Module):
+    """A layer of the first block also runs after the last one, and the network returns a tuple."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.ModuleList(Mlp() for _ in range(3))
+
+    def forward(self, x):
+        for module in self.inner:
+            x = module(x)
+        return (self.inner[0].layers[0](x),)
 
 
 def test_blocks_of_a_guided_diffusion_network_are_its_residual_and_attention_blocks():
@@ -134,14 +163,16 @@ CASES = [
         lambda: Body(Stage(1), Stage(2)),
         {"inner.0": "last", "inner.1.blocks.0": "layers.1", "inner.1.blocks.1": "layers.1"},
     ),
+    (lambda: Body(Stage(1, skip=True)), {"inner.0.blocks.0": "layers.1"}),
     (lambda: Body(Mlp(layers=MAX_LAYERS), Mlp(layers=MAX_LAYERS + 1)), {"inner.0": f"layers.{MAX_LAYERS - 1}"}),
     (lambda: nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), nn.Linear(8, 8)), {}),
     (lambda: Mlp(layers=3), {}),  # the network itself is no block
     (lambda: nn.Sequential(Mlp(layers=3)), {}),  # nor is what is all of it
-    (lambda: Body(Two(True), Two(False)), {"inner.0.mlp": "layers.1", "inner.1.mlp": "layers.1"}),
-    (lambda: Body(Tokens()), {"inner.0": f"mlp.layers.{MAX_LAYERS}"}),
+    (lambda: Body(Two(True), Two(False)), {"inner.0": None, "inner.1": "layer"}),
     (lambda: Body(Recurrent(Mlp())), {"inner.0": "layer"}),
-    (lambda: Body(Recurrent(nn.Linear(8, 8))), {"inner.0": "layer"}),
+    (lambda: Recurrent(Mlp()), {"part": "layers.1"}),
+    (Shared, {f"inner.{number}": "layers.1" for number in range(3)}),
+    (lambda: Body(Constant(), Mlp()), dict.fromkeys(["inner.0.lists.1", "inner.0.lists.2", "inner.1"], "layers.1")),
 ]
 
 
@@ -191,8 +222,15 @@ def test_layers_that_are_kept_make_no_block():
     assert describe(network).blocks == ("blocks.1",)
 
 
-def test_a_network_whose_parts_run_twice_is_a_block_itself():
+NETWORKS = [lambda: Body(Two(True), Two(False)), lambda: Recurrent(Mlp()), Shared, lambda: Body(Constant(), Mlp())]
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_networks_with_odd_blocks_are_quantized(network):
     torch.manual_seed(0)
-    network = Recurrent(Mlp())
-    assert found(network, X) == {"": "layer"}
-    assert describe(qdiff.quantize(network, (X,), **QUICK)).blocks == ("",)
+    model = network()
+    quantized = qdiff.quantize(model, (X,), **QUICK)
+    assert len(describe(quantized).layers) == sum(type(module) in LAYER_TYPES for module in model.modules())
+    with torch.no_grad():
+        found, expected = (output[0] if isinstance(output, tuple) else output for output in (quantized(X), model(X)))
+    assert relative_error(found, expected) < 0.05
