@@ -199,12 +199,12 @@ _FAST = CalibrationConfig(
     iters_a=0,
     rounding="compensated",
     smoothing=True,
-    unit_samples=128,
+    unit_samples=256,
     policy_budget=0.05,
     iters_tune=60,
 )
 PRESETS = {
     "published": CalibrationConfig(),
     "fast": _FAST,
-    "best": replace(_FAST, unit_samples=1024, iters_tune=600, batch_tune=32),
+    "best": replace(_FAST, samples=128, unit_samples=1024, iters_tune=600, batch_tune=32),
 }

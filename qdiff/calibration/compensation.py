@@ -20,7 +20,7 @@ from qdiff.scale_rules import search_range
 
 DAMPING = 0.01  # added to the diagonal of the moments, as a share of its mean
 BLOCK = 128  # columns whose errors are moved together
-ROWS_PER_COLUMN, LEAST_ROWS, MOST_ROWS = 12, 2**14, 2**17  # of the inputs that moments are taken from
+ROWS_PER_COLUMN, LEAST_ROWS, MOST_ROWS = 24, 2**14, 2**17  # of the inputs that moments are taken from
 
 
 @dataclass
@@ -245,37 +245,51 @@ def round_compensated(layer: QuantLayer, moments: Moments) -> None:
         weight if layer.smoothing is None else weight / expand_channels(layer, layer.smoothing.double().to(device))
     )
     cross, square = moments.centered() if layer.bias is not None else (moments.cross, moments.square)
-    groups = groups_of(layer)
-    width = weight.shape[1]
-    values = torch.empty_like(weight)
-    scales, zeros = _weight_grids(layer, moments.square.diagonal())
-    low, high = 0, 2**layer.weight_quantizer.n_bits - 1
-    for group, rows in enumerate(torch.arange(len(weight)).chunk(groups)):
-        columns = slice(group * width, (group + 1) * width)
-        own_cross, own_square = cross[columns, columns], square[columns, columns]
-        target, hessian = _least_squares(weight[rows], original[rows] @ own_cross, own_square)
-        grid = (scales[rows].to(device, torch.float64), zeros[rows].to(device, torch.float64))
-        values[rows] = _round_columns(target, hessian, *grid, low, high)
+    groups, width = groups_of(layer), weight.shape[1]
+    parts = [
+        (rows, slice(group * width, (group + 1) * width))
+        for group, rows in enumerate(torch.arange(len(weight)).chunk(groups))
+    ]
+    solved = [
+        _least_squares(weight[rows], original[rows] @ cross[columns, columns], square[columns, columns])
+        for rows, columns in parts
+    ]
+    target = torch.cat([own for own, _ in solved])
+    scales, zeros = _weight_grids(layer, target, moments.square.diagonal())
+    high = 2**layer.weight_quantizer.n_bits - 1
+    values = torch.cat(
+        [
+            _round_columns(target[rows], hessian, scales[rows], zeros[rows], high)
+            for (rows, _), (_, hessian) in zip(parts, solved, strict=True)
+        ]
+    )
     integers = values.to(layer.weight.device, torch.float32).view(layer.shape)
     layer.set_integers(layer._parts(integers))
     if layer.bias is not None and moments.weight:
         _shift_bias(layer, original, moments, groups)
 
 
-def _weight_grids(layer: QuantLayer, importance: Tensor) -> tuple[Tensor, Tensor]:
-    """Choose the scales and zero points of a weight, and set them; returned for every element, [N, K] each."""
+def _weight_grids(layer: QuantLayer, target: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+    """Choose the scales and zero points for the weight `target` [N, K], and set them.
+
+    Returns:
+        The scale and the zero point of every element, float64 [N, K] each.
+    """
     scales, zeros, first = [], [], 0
-    for quantizer, part in zip(layer.weight_quantizers, layer._parts(layer.weight.detach().float()), strict=True):
+    shaped = target.float().view(layer.shape)
+    for quantizer, part in zip(layer.weight_quantizers, layer._parts(shaped), strict=True):
         values = part.flatten(1)
         columns = values.shape[1]
         weights = None
         if groups_of(layer) == 1:
             weights = importance[first : first + columns]
-            weights = (weights / weights.mean()).float().to(values.device) if float(weights.mean()) > 0 else None
+            weights = (weights / weights.mean()).float() if float(weights.mean()) > 0 else None
         scale, zero = search_range(values, quantizer.n_bits, False, False, weights)
-        quantizer.scale, quantizer.zero_point = scale.view_as(quantizer.scale), zero.view_as(quantizer.zero_point)
-        scales.append(scale.expand(-1, columns))
-        zeros.append(zero.expand(-1, columns))
+        device = quantizer.scale.device
+        quantizer.scale = scale.view_as(quantizer.scale).to(device)
+        quantizer.zero_point = zero.view_as(quantizer.zero_point).to(device)
+        scales.append(scale.double().expand(-1, columns))
+        zeros.append(zero.double().expand(-1, columns))
         first += columns
     return torch.cat(scales, 1), torch.cat(zeros, 1)
 
@@ -299,12 +313,10 @@ def _least_squares(weight: Tensor, outputs: Tensor, square: Tensor) -> tuple[Ten
     return torch.linalg.solve(damped, (outputs + damping * weight).T).T, damped
 
 
-def _round_columns(
-    weight: Tensor, hessian: Tensor | None, scales: Tensor, zeros: Tensor, low: int, high: int
-) -> Tensor:
-    """The integers of a weight, [N, K]: column by column, from the most important one."""
+def _round_columns(weight: Tensor, hessian: Tensor | None, scales: Tensor, zeros: Tensor, high: int) -> Tensor:
+    """The integers of a weight, 0 to `high`, [N, K]: column by column, from the most important one."""
     if hessian is None:
-        return torch.clamp((weight / scales).round() + zeros, low, high)
+        return torch.clamp((weight / scales).round() + zeros, 0, high)
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     w, scales, zeros = weight[:, order].clone(), scales[:, order], zeros[:, order]
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
@@ -319,7 +331,7 @@ def _round_columns(
         )
         for i in range(stop - start):
             scale, zero = scales[:, start + i], zeros[:, start + i]
-            q = torch.clamp((own[:, i] / scale).round() + zero, low, high)
+            q = torch.clamp((own[:, i] / scale).round() + zero, 0, high)
             integers[:, start + i] = q
             errors[:, i] = (own[:, i] - (q - zero) * scale) / upper[i, i]
             own[:, i + 1 :] -= errors[:, i, None] * upper[i, i + 1 :]

@@ -6,7 +6,7 @@ So a few passes measure all layers at once. Bits then go where an error disappea
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 SAMPLES, PROBES, BATCH = 16, 4, 8  # of the measurement
 COMPENSATED = 1 / 8  # what error-compensating rounding leaves of the squared error of nearest rounding, as measured
 WIDE_ACT, WIDE_WEIGHTS = 16, (5, 6, 8)  # the widths that sensitive layers get
-LEAST_SHARE = 1e-4  # of the whole squared error, below which a layer does not get more bits
-LEAST_COST = 1e-4  # what costs less, as a share of the network, counts as much
+MIXED_BELOW = 4  # up to this nominal width, layers that matter little give a bit away
+BISECTIONS = 60
 VALUES = 2**14  # of an activation that its range is searched on
 
 
@@ -51,12 +51,12 @@ class Sensitivity:
 
 
 @dataclass(frozen=True)
-class _Option:
-    """More bits for one layer: the squared error that disappears, and the cost in shares of the nominal network."""
+class _Choice:
+    """Widths for one layer: the squared error that they leave, and the cost beyond the nominal network, in shares."""
 
     path: str
     widths: tuple[int, int]
-    gain: float
+    error: float
     bops: float
     size: float
 
@@ -201,7 +201,10 @@ def _quantized(x: Tensor, n_bits: int, symmetric: bool, always_zero: bool, rows:
 
 
 def choose_policy(sensitivities: Mapping[str, Sensitivity], quant: QuantConfig, budget: float) -> Policy:
-    """Give more bits to the layers that disturb the output most, for the least cost, within a budget.
+    """Find the widths that disturb the output least within a budget.
+
+    Every layer takes the widths of least (error + price * cost); the price is the lowest one within the budget. Layers
+    that matter little give a bit of their weights away if the nominal width is MIXED_BELOW or less.
 
     Args:
         sensitivities: of all layers and attention matmuls, by path.
@@ -212,27 +215,29 @@ def choose_policy(sensitivities: Mapping[str, Sensitivity], quant: QuantConfig, 
         The entries to put before those of `quant.policy`.
     """
     nominal = _Nominal.of(sensitivities, quant)
-    chosen: dict[str, tuple[int, int]] = {}
-    bops = size = 0.0
-    while True:
-        options = [
-            option
-            for path, one in sensitivities.items()
-            for option in _options(path, one, chosen.get(path), quant, nominal)
-            if bops + option.bops <= budget and size + option.size <= budget
-        ]
-        if not options:
-            break
-        best = max(options, key=lambda option: option.gain / max(option.bops + option.size, LEAST_COST))
-        chosen[best.path] = best.widths
-        bops, size = bops + best.bops, size + best.size
+    choices = [_choices(path, one, quant, nominal) for path, one in sensitivities.items()]
+    price, too_low = 1e6 * max(nominal.error, 1e-30), 0.0
+    chosen = _best(choices, price)
+    for _ in range(BISECTIONS):
+        middle = (price + too_low) / 2 if too_low else price / 4
+        found = _best(choices, middle)
+        if max(sum(one.bops for one in found), sum(one.size for one in found)) <= budget:
+            price, chosen = middle, found
+        else:
+            too_low = middle
+    chosen = [one for one in chosen if one.widths != quant.widths(one.path)]
     log.info(
-        "policy: %d layers get more bits for %.1f %% more bytes and %.1f %% more bit operations",
+        "policy: %d layers take other widths, for %+.1f %% bytes of weights and %+.1f %% bit operations",
         len(chosen),
-        100 * size,
-        100 * bops,
+        100 * sum(one.size for one in chosen),
+        100 * sum(one.bops for one in chosen),
     )
-    return tuple((path, _widths(sensitivities[path], widths, quant)) for path, widths in chosen.items())
+    return tuple((one.path, _widths(sensitivities[one.path], one.widths, quant)) for one in chosen)
+
+
+def _best(choices: Sequence[Sequence[_Choice]], price: float) -> list[_Choice]:
+    """For each layer the choice of least error and cost at a price; of equal ones the first, which is nominal."""
+    return [min(of_layer, key=lambda one: one.error + price * (one.bops + one.size)) for of_layer in choices]
 
 
 def _widths(one: Sensitivity, widths: tuple[int, int], quant: QuantConfig) -> str:
@@ -266,28 +271,26 @@ def _product(one: Sensitivity, widths: tuple[int, int], quant: QuantConfig) -> i
     return weight * act if one.elements else act * act
 
 
-def _options(
-    path: str, one: Sensitivity, current: tuple[int, int] | None, quant: QuantConfig, nominal: _Nominal
-) -> list[_Option]:
-    """The steps to more bits that a layer can take from its current widths."""
-    widths = quant.widths(path) if current is None else current
-    if quant.keeps(path) or (current is None and widths != (quant.weight_bit, quant.act_bit)):
-        return []  # the caller has decided
-    weight, act = widths
-    steps = []
-    if quant.quant_act and act < WIDE_ACT:
-        steps.append(((weight, WIDE_ACT), one.of_input))
-    if one.elements:
-        left = COMPENSATED * one.of_weight / 4 ** (weight - quant.weight_bit)  # a bit divides squared errors by four
-        steps += [((wide, act), left * (1 - 4.0 ** (weight - wide))) for wide in WIDE_WEIGHTS if wide > weight]
+def _choices(path: str, one: Sensitivity, quant: QuantConfig, nominal: _Nominal) -> list[_Choice]:
+    """The widths that a layer can take, the nominal ones first."""
+    own, usual = quant.widths(path), (quant.weight_bit, quant.act_bit)
+    weights, acts = [own[0]], [own[1]]
+    if own == usual and not quant.keeps(path):  # else the caller has decided
+        if one.elements:
+            fewer = [own[0] - 1] if 2 < own[0] <= MIXED_BELOW else []
+            weights += [*fewer, *(wide for wide in WIDE_WEIGHTS if wide > own[0])]
+        if quant.quant_act and own[1] < WIDE_ACT:
+            acts.append(WIDE_ACT)
+    usual_product = _product(one, usual, quant)
     return [
-        _Option(
+        _Choice(
             path,
-            new,
-            gain,
-            one.macs * (_product(one, new, quant) - _product(one, widths, quant)) / nominal.bops,
-            one.elements * (new[0] - weight) / nominal.bits,
+            (weight, act),
+            # a bit more divides a squared error by four; that of 16-bit inputs vanishes beside the others
+            COMPENSATED * one.of_weight * 4.0 ** (quant.weight_bit - weight) + one.of_input * 4.0 ** (usual[1] - act),
+            one.macs * (_product(one, (weight, act), quant) - usual_product) / max(nominal.bops, 1e-30),
+            one.elements * (weight - usual[0]) / max(nominal.bits, 1e-30),
         )
-        for new, gain in steps
-        if gain >= LEAST_SHARE * nominal.error and gain > 0
+        for weight in weights
+        for act in acts
     ]

@@ -19,7 +19,7 @@ from qdiff.scale_rules import search_range
 
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)  # the values of a
 COMPENSATED = 1 / 8  # what error-compensating rounding leaves of the squared error of nearest rounding, as measured
-LEAST_GAIN = 0.1  # share of the squared error that smoothing must take away
+LEAST_GAIN = 0.2  # share of the squared error that smoothing must take away
 ROWS, VALUES = 1024, 2**16  # of the inputs that errors and ranges are measured on
 FLOOR = 1e-4  # the smallest relative maximum of a channel
 
