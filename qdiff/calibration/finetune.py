@@ -23,6 +23,7 @@ from qdiff.config import CalibrationConfig
 from qdiff.layers import ActQuantizer, QuantLayer, dequantize, to_float32
 from qdiff.model import act_quantizers, quant_layers
 from qdiff.prediction import Prediction
+from qdiff.refusals import NORMS
 from qdiff.utils import distributed
 
 VALIDATIONS, VALIDATION_SAMPLES = 6, 64  # each costs a pass of both networks over so many samples
@@ -224,7 +225,7 @@ class FineTuner:
 def affine_names(quantized: nn.Module) -> Iterator[tuple[str, str]]:
     """The biases of quantized layers and the affine parameters of normalizations: (path of the module, name)."""
     for path, module in quantized.named_modules():
-        if isinstance(module, QuantLayer | nn.GroupNorm | nn.LayerNorm):
+        if isinstance(module, (QuantLayer, *NORMS)):
             for name, _ in module.named_parameters(recurse=False):
                 yield path, name
 

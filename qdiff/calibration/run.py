@@ -375,10 +375,9 @@ class _Run:
     def _unit_data(self, call: UnitCall, arguments: Sequence[CachedTensor], target: UnitOutput) -> UnitData:
         def read(index: Tensor | slice) -> tuple[tuple[Tensor, ...], Tensor]:
             self._before_samples(self.data, index)
-            # losses are in float32 also in a network in half precision
+            # losses are in float32 also in a network in half precision, which is computed as it is
             return tuple(x.read(index, self.device) for x in arguments), to_float32(target.read(index, self.device))
 
-        # a network in half precision is computed as it is
         enabled = self.config.bfloat16 and half_precision(self.quantized) is None
         autocast = partial(torch.autocast, self.device.type, torch.bfloat16, enabled=enabled)
         return UnitData(read, self.data.train, self.data.validation, self.config.batch_size, call, autocast)
