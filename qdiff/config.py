@@ -5,9 +5,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from qdiff.errors import ConfigError
+from qdiff.policy import Policy, is_kept, make_policy, widths_of
 from qdiff.scale_rules import SCALE_RULES
 
 MODES = ("qdiff", "linear")
+ROUNDINGS = ("adaround", "compensated", "nearest")
 FILE_KEYS = {"num_timesteps": "steps", "validation_fraction": "held_out"}  # of settings with another name in files
 
 
@@ -32,6 +34,7 @@ class QuantConfig:
         quant_mode: `qdiff` reconstructs, `linear` rounds to nearest.
         time_bounds: the time steps at which each timestep group but the first begins, ascending. Every group has its
             own activation scales. Empty: one group for all time steps.
+        policy: layers with other widths than the nominal ones, or in full precision (`qdiff.policy`).
     """
 
     weight_bit: int = 8
@@ -44,6 +47,7 @@ class QuantConfig:
     act_scale_method: str = "max"
     quant_mode: str = "qdiff"
     time_bounds: tuple[float, ...] = ()
+    policy: Policy = ()
 
     def validate(self) -> "QuantConfig":
         """Return self.
@@ -67,29 +71,40 @@ class QuantConfig:
         _require(self.quant_mode in MODES, "quant_mode", f" {self.quant_mode}: expected {' or '.join(MODES)}")
         bounds = list(self.time_bounds)
         _require(bounds == sorted(set(bounds)), "time_bounds", f" {bounds}: expected ascending time steps")
+        make_policy(self.policy)
         return self
+
+    def widths(self, path: str) -> tuple[int, int]:
+        """The width of the weight and of the input of the layer at `path`."""
+        weight, act = widths_of(self.policy, path)
+        return weight or self.weight_bit, act or self.act_bit
+
+    def keeps(self, path: str) -> bool:
+        """Whether the layer or attention matmul at `path` stays in full precision."""
+        return is_kept(self.policy, path)
 
     def linear(self) -> "QuantConfig":
         """The same widths by nearest rounding and min-max ranges."""
         return replace(self, quant_mode="linear", weight_scale_method="max", act_scale_method="max")
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as files hold them."""
-        return asdict(self)
+        """The settings as files hold them. An empty policy is left out."""
+        return {name: value for name, value in asdict(self).items() if name != "policy" or value}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "QuantConfig":
-        """Rebuild from `to_dict`; older files have no `time_bounds`.
+        """Rebuild from `to_dict`; older files have no `time_bounds` and no `policy`.
 
         Raises:
             ConfigError: a setting is unknown, missing or cannot work. Scale rules are not looked up, see
                 `validate_formats`.
         """
-        values = {"time_bounds": ()} | dict(values)
+        values = {"time_bounds": (), "policy": ()} | dict(values)
         names = {field.name for field in fields(cls)}
         if set(values) != names:
             raise ConfigError(f"quantization settings {sorted(values)}: expected {sorted(names)}")
-        return cls(**values | {"time_bounds": tuple(values["time_bounds"])}).validate_formats()
+        tuples = {"time_bounds": tuple(values["time_bounds"]), "policy": make_policy(values["policy"])}
+        return cls(**values | tuples).validate_formats()
 
 
 @dataclass(frozen=True)
@@ -117,6 +132,13 @@ class CalibrationConfig:
         lr_tune: its learning rate, of the logarithms of the scales; the other parameters take a tenth of it.
         batch_tune: its batch size.
         bfloat16: units run in bfloat16 while they are fitted, and activations are cached in it.
+        rounding: how weights are rounded: `adaround` learns it for each unit, `compensated` rounds in closed form and
+            moves the errors on (GPTQ, arXiv 2210.17323), `nearest`.
+        smoothing: with `compensated` and quantized activations, choose a factor for each input channel of a layer
+            (SmoothQuant, arXiv 2211.10438) where it pays.
+        unit_samples: with `compensated`, samples of the training split that layers are rounded on; 0: all.
+        policy_budget: the most that bytes and bit operations may grow, as a share, by giving more bits to the layers
+            that disturb the output most; 0: all layers have the nominal widths.
         seed: seed of the random order of samples and of the batches.
     """
 
@@ -138,6 +160,10 @@ class CalibrationConfig:
     lr_tune: float = 1e-2
     batch_tune: int = 16
     bfloat16: bool = False
+    rounding: str = "adaround"
+    smoothing: bool = False
+    unit_samples: int = 0
+    policy_budget: float = 0.0
     seed: int = 0
 
     def validate(self) -> "CalibrationConfig":
@@ -149,12 +175,15 @@ class CalibrationConfig:
         for name in ("num_timesteps", "samples", "batch_size", "batch_tune"):
             value = getattr(self, name)
             _require(isinstance(value, int) and value >= 1, name, f" {value}: expected a whole number of at least 1")
-        for name in ("iters", "iters_a", "iters_tune", "patience"):
+        for name in ("iters", "iters_a", "iters_tune", "patience", "unit_samples"):
             value = getattr(self, name)
             _require(isinstance(value, int) and value >= 0, name, f" {value}: expected a whole number of 0 or more")
         fraction = self.validation_fraction
         _require(0 < fraction < 1, "validation_fraction", f" {fraction}: expected more than 0 and less than 1")
         _require(0 <= self.warmup <= 1, "warmup", f" {self.warmup}: expected 0 to 1")
+        _require(self.rounding in ROUNDINGS, "rounding", f" {self.rounding}: expected {', '.join(ROUNDINGS)}")
+        budget = self.policy_budget
+        _require(0 <= budget <= 1, "policy_budget", f" {budget}: expected a share of 0 to 1")
         for name in ("lr", "lr_a", "p", "lr_tune"):
             _require(getattr(self, name) > 0, name, f" {getattr(self, name)}: expected a positive number")
         return self
@@ -164,16 +193,18 @@ class CalibrationConfig:
         return {FILE_KEYS.get(name, name): value for name, value in asdict(self).items()}
 
 
+_FAST = CalibrationConfig(
+    samples=64,
+    iters=0,
+    iters_a=0,
+    rounding="compensated",
+    smoothing=True,
+    unit_samples=256,
+    policy_budget=0.05,
+    iters_tune=60,
+)
 PRESETS = {
     "published": CalibrationConfig(),
-    "fast": CalibrationConfig(
-        samples=64,
-        iters=400,
-        lr=3e-2,
-        iters_a=60,
-        lr_a=1e-3,
-        patience=5,
-        iters_tune=150,
-        bfloat16=True,
-    ),
+    "fast": _FAST,
+    "best": replace(_FAST, samples=128, unit_samples=1024, iters_tune=600, batch_tune=32),
 }

@@ -10,10 +10,12 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from qdiff.config import QuantConfig
 from qdiff.evaluation.cost import Cost, measure_cost
 from qdiff.evaluation.lite0 import load_lite0
 from qdiff.evaluation.similarity import ImageSimilarity, image_similarity
 from qdiff.evaluation.trajectory import StepErrors, Trajectories
+from qdiff.model import quantize_model
 from qdiff.utils.extras import require_extra
 from qdiff.utils.files import atomic_write
 from qdiff.utils.memory import working_memory
@@ -100,8 +102,14 @@ def compare(run: SamplingRun, model: nn.Module, networks: Mapping[str, nn.Module
     return Comparison(trajectories.eps_errors(), trajectories.x_errors(), similarity, joined, seconds, memory)
 
 
-def measure_costs(run: SamplingRun, networks: Mapping[str, nn.Module]) -> dict[str, Cost]:
-    """Measure the cost of one evaluation on one sample, for each simulated network and for full precision."""
+def measure_costs(run: SamplingRun, model: nn.Module, networks: Mapping[str, nn.Module]) -> dict[str, Cost]:
+    """Measure the cost of one evaluation on one sample.
+
+    Args:
+        run: the sampling run.
+        model: the full-precision network.
+        networks: simulated networks by name.
+    """
     inputs: list[tuple[Tensor, ...]] = []
 
     def remember(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -109,14 +117,14 @@ def measure_costs(run: SamplingRun, networks: Mapping[str, nn.Module]) -> dict[s
             inputs.append(args)
 
     with torch.no_grad():
-        first = next(iter(networks.values()))
-        hook = first.register_forward_pre_hook(remember)
+        wrapped = quantize_model(model, run.task.architecture, QuantConfig())
+        hook = wrapped.register_forward_pre_hook(remember)
         x = torch.zeros(1, *run.task.input_shape, device=run.device)
-        run.denoiser(first, range(1))(x, torch.zeros(1, device=run.device))
+        run.denoiser(wrapped, range(1))(x, torch.zeros(1, device=run.device))
         hook.remove()
     sample = tuple(part[:1] for part in inputs[0])  # guidance gives the network two samples for an image
     quantized = {name: measure_cost(network, sample) for name, network in networks.items()}
-    return {FULL: measure_cost(first, sample, 32, 32)} | quantized
+    return {FULL: measure_cost(wrapped, sample, 32, 32)} | quantized
 
 
 def stack_labeled_grids(grids: Mapping[str, Tensor]) -> Image.Image:

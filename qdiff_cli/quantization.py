@@ -47,6 +47,28 @@ def load_calibrated(path: Path, task: QuantizationTask, formats: QuantConfig) ->
     return network
 
 
+def formats_of(network: nn.Module) -> QuantConfig:
+    """The number formats of a network that `load_calibrated` returned, with its widths per layer."""
+    info = remembered_info(network)
+    assert info is not None  # `load_calibrated` attaches it
+    return info.config
+
+
+def beyond_published_format(config: QuantizationConfig) -> list[str]:
+    """What the published format cannot hold of a calibration, by name. If there is anything, no such file is written.
+
+    It holds one scale for all time steps and one width for all layers, which its scales show for the published rules.
+    """
+    formats, recipe = config.formats, config.recipe
+    found = {
+        "timestep groups": config.timestep_groups > 1,
+        "widths per layer": bool(formats.policy) or recipe.policy_budget > 0,
+        "smoothing": recipe.smoothing and formats.quant_act,
+        f"the scale rule {formats.weight_scale_method}": formats.weight_scale_method not in PUBLISHED_RULES,
+    }
+    return [name for name, present in found.items() if present]
+
+
 class NetworkSource:
     """Provides the network of a run.
 
@@ -87,6 +109,9 @@ class NetworkSource:
     def _calibrated(self) -> nn.Module:
         """Calibrate the network, and write the results."""
         config, task = self._settings, self.task
+        lost = beyond_published_format(config)
+        if lost and distributed.rank() == 0:
+            log.warning("no %s will be written: the published format cannot hold %s", PUBLISHED, " and ".join(lost))
         reused_weights = self._load_reused_weights()
         data = None if config.data_file is None else load_set(config.data_file, task.input_shape, task.context_dim)
         model = task.load_unet().to(self.device).eval()
@@ -104,7 +129,7 @@ class NetworkSource:
         directory = CalibrationDir(self.folder / "calibration", config.cache_bytes)
         calibration = Calibration(
             model, task.architecture, formats, recipe, samples, weights_from, directory, task.prediction
-        )
+        ).with_policy()
         quantized = calibration.run()
         if distributed.rank() == 0:
             self._write_results(calibration, quantized, samples)
@@ -152,8 +177,7 @@ class NetworkSource:
         header = calibration.config.to_dict() | {"rows_sha256": samples.hash()}
         parts = write_model_parts(task, folder)
         info = PackedInfo(task.architecture.name, task.unet_config, formats, header, state_hash(state), parts)
-        # the published format holds no groups, and it shows the width of its weights for the published rules alone
-        publishable = not formats.time_bounds and formats.weight_scale_method in PUBLISHED_RULES
+        publishable = not beyond_published_format(self._settings)
         if publishable:
             save_published(folder / PUBLISHED, quantized, task.architecture, state, activations=formats.quant_act)
         calibration.report(folder / "calibration", quantized)

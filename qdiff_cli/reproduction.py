@@ -25,10 +25,11 @@ from qdiff_cli.comparison import CLOSENESS, save_image_rows
 from qdiff_cli.evaluation import EvaluationConfig, evaluate, validate_inputs
 from qdiff_cli.images import load_png
 from qdiff_cli.options import OPTION_OF_FIELD, DeviceOptions
-from qdiff_cli.quantization import PACKED, load_calibrated
+from qdiff_cli.quantization import PACKED, formats_of, load_calibrated
 from qdiff_cli.sampling_run import SamplingRun
 from qdiff_cli.table_commands import TableCommands, hashes, read_json
 from qdiff_cli.tables import DASH, FULL, QDIFF, PaperTable, Row
+from qdiff_cli.widths import own_widths
 
 # The largest trajectory error of nearest rounding with 8-bit weights; the bundled models have 0.006 to 0.011.
 CHECK_LIMIT = 0.1
@@ -201,6 +202,7 @@ class TableRun:
             if row.method != FULL:
                 network = self.network(run, images.parent)
                 figures["trajectory_error"] = self.trajectory_error(network, self.config.trajectory_images, None)
+                figures["own_widths"] = own_widths(formats_of(network), run.task)
             figures["images_folder"] = str(images)
             write_text(result_file, json.dumps({"key": key, "figures": figures}, indent=1))
         distributed.barrier()
@@ -291,6 +293,12 @@ def cell(results: Sequence[Mapping[str, Any]], name: str) -> str:
 Results = Mapping[str, Sequence[Mapping[str, Any]]]  # the figures of each seed, by the slug of the row
 
 
+def row_name(row: Row, results: Sequence[Mapping[str, Any]]) -> str:
+    """The name of a row, with the number of layers that have other widths."""
+    own = results[0].get("own_widths", "")
+    return f"{row.name} ({own})" if own else row.name
+
+
 def table_cells(run: TableRun, results: Results) -> tuple[list[str], list[list[str]]]:
     """The header and the rows of a table, as text. Published figures have their own columns."""
     lite0 = " (lite0)" if run.extractor == "lite0" else ""
@@ -302,7 +310,7 @@ def table_cells(run: TableRun, results: Results) -> tuple[list[str], list[list[s
     header += [f"published {COLUMNS[name][0]}" for name in published]
     rows = [
         [
-            row.name,
+            row_name(row, results[row.slug]),
             *(cell(results[row.slug], name) for name in shown),
             *(row.published.get(name, "") for name in published),
         ]
@@ -420,8 +428,7 @@ class TableCheck:
             self.verdicts.append(False)
             print(f"{row.name}: FAIL, {error.with_options(OPTION_OF_FIELD)}", flush=True)
             return
-        assert run.quantization is not None  # the row is quantized
-        limit = self._nearest_error(run.quantization.formats)
+        limit = self._nearest_error(formats_of(network))
         limit *= CHECK_RATIO if row.weight_bit < 8 else 1 / CHECK_RATIO
         self._judge(row.name, self.table.trajectory_error(network, CHECK_IMAGES, CHECK_STEPS), limit, str(path))
         self._sample(row.name, network)

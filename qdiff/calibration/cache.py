@@ -107,9 +107,9 @@ class CachedTensor:
         """A copy of some samples, which may be changed in place."""
         return self.tensor[index].to(device, self.dtype, copy=isinstance(index, slice))
 
-    def write(self, start: int, samples: Tensor) -> None:
-        """Store consecutive samples, the first at index `start`."""
-        self.tensor[start : start + len(samples)].copy_(samples.detach())
+    def write(self, index: Tensor | slice, samples: Tensor) -> None:
+        """Store some samples."""
+        self.tensor[index] = samples.detach().to(self.tensor)
 
     def release(self) -> None:
         """Give the room back."""

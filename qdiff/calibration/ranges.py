@@ -46,9 +46,8 @@ def init_activation_ranges(
 
     def first_ranges(chosen: Tensor) -> None:
         for path, quantizer in act_quantizers(model).items():
-            first = _RangeOfEachGroup if quantizer.groups else _Range
-            quantizer.observer = _finite(path, first(quantizer, method))
-        model(*(part.to(device) for part in data[chosen]))
+            quantizer.observer = _finite(path, _Range(quantizer, method))
+        data.run(model, chosen, device)
 
     fitting = largest_fitting(first_ranges, order[:RANGE_SAMPLES])
     if unseen := [path for path, q in act_quantizers(model).items() if not torch.isfinite(q.scale).all()]:
@@ -63,7 +62,7 @@ def init_activation_ranges(
         for batch in order.split(min(STAT_BATCH, fitting)):
             for average in averages:
                 average.begin()
-            model(*(tensor.to(device) for tensor in data[batch]))
+            data.run(model, batch, device)
     for quantizer in act_quantizers(model).values():
         quantizer.observer = None
 
@@ -79,49 +78,56 @@ def _finite(path: str, observer: Callable[[Tensor], None]) -> Callable[[Tensor],
     return observe
 
 
-class _Range:
-    """Observes one forward pass. Large attentions come in slices; each joins the values of the earlier ones."""
+class _Pool:
+    """A fair sample of values that come in several parts, with the least and the greatest of all."""
 
-    def __init__(self, quantizer: ActQuantizer, method: str) -> None:
-        self.quantizer, self.method = quantizer, method
+    def __init__(self) -> None:
         self.values, self.count = torch.empty(0), 0
         self.generator = torch.Generator().manual_seed(0)
 
-    def __call__(self, x: Tensor) -> None:
-        self.values = self._joined(x.detach().flatten())
-        self.count += x.numel()
-        self.quantizer.set_qparams(*_qparams(self.quantizer, self.values, self.method))
+    def add(self, x: Tensor) -> Tensor:
+        """Add the values of `x` [K]; returns the sample."""
+        self.values = self._joined(x) if self.count else _thin(x)
+        self.count += len(x)
+        return self.values
 
     def _joined(self, x: Tensor) -> Tensor:
-        """A fair sample of all values so far and `x`, with the least and the greatest of all."""
-        if not self.count:
-            return _thin(x)
         old, new = (
             values[torch.randint(0, len(values), (RULE_ELEMENTS,), generator=self.generator).to(x.device)]
             for values in (self.values, x)
         )
-        stays = torch.rand(RULE_ELEMENTS, generator=self.generator) < self.count / (self.count + x.numel())
+        stays = torch.rand(RULE_ELEMENTS, generator=self.generator) < self.count / (self.count + len(x))
         ends = [torch.minimum(self.values.amin(), x.amin()), torch.maximum(self.values.amax(), x.amax())]
         return torch.cat([torch.where(stays.to(x.device), old, new), torch.stack(ends)])
 
 
-class _RangeOfEachGroup:
-    """One range for each timestep group; a group without samples gets that of its neighbor."""
+class _Range:
+    """Observes an activation, which may come in several parts: slices of a large attention, several calls of a layer.
+
+    With timestep groups it finds one range for each group; a group without samples gets that of its neighbor.
+    """
 
     def __init__(self, quantizer: ActQuantizer, method: str) -> None:
         self.quantizer, self.method = quantizer, method
+        self.pools: dict[int, _Pool] = {}
+        self.found: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, x: Tensor) -> None:
-        groups = self.quantizer.groups
-        assert groups is not None  # this observer is for quantizers with groups
+        x, groups = x.detach(), self.quantizer.groups
+        if groups is None:
+            self._add(0, x)
+            self.quantizer.set_qparams(*self.found[0])
+            return
         group_of = groups.of_rows(len(x), x.device)
-        found = {
-            number: _qparams(self.quantizer, _thin(x[group_of == number]), self.method)
-            for number in group_of.unique().tolist()
-        }
-        nearest = [min((abs(other - number), other) for other in found)[1] for number in range(len(groups))]
-        scale, zero_point = (torch.stack([found[number][i] for number in nearest]) for i in range(2))
+        for number in group_of.unique().tolist():
+            self._add(number, x[group_of == number])
+        nearest = [min((abs(other - number), other) for other in self.found)[1] for number in range(len(groups))]
+        scale, zero_point = (torch.stack([self.found[number][i] for number in nearest]) for i in range(2))
         self.quantizer.set_qparams(scale, zero_point)
+
+    def _add(self, group: int, x: Tensor) -> None:
+        values = self.pools.setdefault(group, _Pool()).add(x.flatten())
+        self.found[group] = _qparams(self.quantizer, values, self.method)
 
 
 def _qparams(quantizer: ActQuantizer, values: Tensor, method: str) -> tuple[Tensor, Tensor]:
@@ -170,9 +176,12 @@ def timestep_group_bounds(data: CalibrationData, groups: int) -> tuple[float, ..
     """Where each timestep group but the first begins, if all groups hold equally many of the time steps in `data`.
 
     Raises:
-        ConfigError: more groups than time steps.
+        ConfigError: more groups than time steps, or no time steps.
     """
-    times = data.inputs[1].unique().tolist()
+    if data.spec.time is None:
+        message = f" {groups}: expected the time steps as the second input, or by keyword"
+        raise ConfigError(message, field="timestep_groups")
+    times = data.timesteps(slice(None)).unique().tolist()
     if groups > len(times):
         message = f" {groups}: the calibration set has {len(times)} time steps"
         raise ConfigError(message, field="timestep_groups")

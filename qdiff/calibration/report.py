@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from qdiff.attention import with_called_matmuls
 from qdiff.calibration.batches import in_batches
 from qdiff.calibration.data import CalibrationData
 from qdiff.calibration.directory import MANIFEST, read_records
@@ -106,14 +107,13 @@ def output_errors(
     sums: Errors = {name: dict.fromkeys(of_network, 0.0) for name, of_network in modes.items()}
 
     def add(part: slice) -> None:
-        inputs = [tensor.to(device) for tensor in data[chosen[part]]]
-        target = model(*inputs).flatten(1)
+        target = data.run(model, chosen[part], device).float().flatten(1)
         norms = target.norm(dim=1).clamp(min=torch.finfo(target.dtype).tiny)
         found: list[tuple[str, str, float]] = []
         for name, network in networks.items():
             for mode in modes[name]:
                 with _mode(network, mode):
-                    difference = network(*inputs).flatten(1) - target
+                    difference = data.run(network, chosen[part], device).float().flatten(1) - target
                 found.append((name, mode, (difference.norm(dim=1) / norms).sum().item()))
         for name, mode, total in found:  # all or nothing, because a part that does not fit is repeated
             sums[name][mode] += total
@@ -151,20 +151,20 @@ def layer_effects(
     device = next(model.parameters()).device
     modules = {path: module for path, module in network.named_modules() if isinstance(module, QuantLayer | QuantMatMul)}
     groups, generator = find_timestep_groups(network), torch.Generator().manual_seed(0)
+    reference = with_called_matmuls(model, network)
     squares: dict[str, float] = defaultdict(float)
     chosen = _spread(data.validation, EFFECT_SAMPLES)
     for index in chosen:  # one by one, so that every value inside the network belongs to the sample
-        inputs = [tensor.to(device) for tensor in data[index[None]]]
         if groups is not None:
-            groups.set(inputs[1])
-        probe = _Probe(model, modules)
+            groups.set(data.timesteps(index[None]))
+        probe = _Probe(reference, modules)
         with torch.enable_grad(), probe:
-            output = model(*inputs)
-        norm = output.detach().norm().clamp(min=torch.finfo(output.dtype).tiny)
+            output = data.run(reference, index[None], device)
+        norm = output.detach().float().norm().clamp(min=torch.finfo(torch.float32).tiny).item()
         for _ in range(EFFECT_VECTORS if output.requires_grad else 0):
             signs = torch.randint(0, 2, output.shape, generator=generator).to(output) * 2 - 1
-            for path, change in probe.changes(output, signs / norm).items():
-                squares[path] += change**2
+            for path, change in probe.changes(output, signs).items():
+                squares[path] += (change / norm) ** 2
         on_sample()
     return {path: math.sqrt(total / len(chosen) / EFFECT_VECTORS) for path, total in squares.items()}
 
@@ -206,7 +206,7 @@ class _Probe:
         )
         found: dict[str, float] = defaultdict(float)
         for (path, _, change), gradient in zip(self.calls, gradients, strict=True):
-            found[path] += (gradient * change).sum().item()
+            found[path] += (gradient.float() * change.float()).sum().item()
         return found
 
 
@@ -227,10 +227,9 @@ def layer_sqnr(
         {layer: {network's name: dB}}, in order of execution.
     """
     device = next(model.parameters()).device
-    inputs = [part.to(device) for part in data[_spread(range(len(data)), REPORT_SAMPLES)]]
+    chosen = _spread(range(len(data)), REPORT_SAMPLES)
     paths = list(quant_layers(next(iter(networks.values()))))
-    outputs: dict[str, Tensor] = {}
-    table: dict[str, dict[str, float]] = {}
+    outputs: dict[str, list[Tensor]] = {}  # of every call of a layer
 
     def run(network: nn.Module, visit: Callable[[str, Tensor], None]) -> None:
         handles = []
@@ -238,23 +237,33 @@ def layer_sqnr(
             hook = partial(lambda path, _module, _inputs, output: visit(path, output), path)
             handles.append(network.get_submodule(path).register_forward_hook(hook))
         try:
-            network(*inputs)
+            data.run(network, chosen, device)
         finally:
             for handle in handles:
                 handle.remove()
 
-    def remember(path: str, y: Tensor) -> None:
-        outputs[path], table[path] = y.clone(), {}
-
-    run(model, remember)
+    run(model, lambda path, y: outputs.setdefault(path, []).append(y.clone()))
+    table: dict[str, dict[str, float]] = {path: {} for path in outputs}
     for name, network in networks.items():
-        run(network, lambda path, y, name=name: table[path].update({name: _decibel(outputs[path], y)}))  # type: ignore[misc]  # a default binds the name
+        found: dict[str, list[Tensor]] = {path: [] for path in outputs}
+        run(network, partial(_add_error, outputs, found))
+        for path, parts in found.items():
+            table[path][name] = _decibel(*torch.stack(parts).sum(0).tolist())
     return table
 
 
-def _decibel(signal: Tensor, found: Tensor) -> float:
-    noise = (found - signal).double().square().sum() if signal.device.type != "mps" else (found - signal).square().sum()
-    return (10 * torch.log10(signal.square().sum() / noise)).item() if noise > 0 else math.inf
+def _decibel(noise: float, signal: float) -> float:
+    if not noise > 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+
+
+def _add_error(
+    outputs: Mapping[str, Sequence[Tensor]], found: Mapping[str, list[Tensor]], path: str, y: Tensor
+) -> None:
+    """Add the sums of squares of the error and of the output of one call of the layer at `path`."""
+    signal, dtype = outputs[path][len(found[path])], torch.float32 if y.device.type == "mps" else torch.float64
+    found[path].append(torch.stack([part.to(dtype).square().sum() for part in (y - signal, signal)]))
 
 
 def report_quality(

@@ -26,10 +26,20 @@ from qdiff.checkpoint.reading import (
 from qdiff.config import QuantConfig
 from qdiff.errors import CheckpointError, ConfigError
 from qdiff.layers import Quantizer
-from qdiff.model import QuantPlan, act_quantizers, apply_plan, enable_activations, quant_layers, quantize_model
+from qdiff.model import (
+    QuantPlan,
+    act_quantizers,
+    apply_plan,
+    enable_activations,
+    mode_parameters,
+    quant_layers,
+    quantize_model,
+    set_mode_parameters,
+)
 from qdiff.utils.files import atomic_write, file_hash
 
 PACKED_VERSION = 1
+WEIGHTS_ONLY = "weights_only."  # begins the names of parameters that serve while activations are not quantized
 
 
 @dataclass(frozen=True)
@@ -115,7 +125,12 @@ def save_packed(path: str | Path, model: nn.Module, info: PackedInfo) -> None:
     Raises:
         WriteError: the file cannot be written.
     """
-    tensors = {name: parameter.detach().float() for name, parameter in model.named_parameters()}
+    activations = info.config.quant_act
+    parameters = dict(model.named_parameters()) | mode_parameters(model, activations)
+    tensors = {name: parameter.detach().float() for name, parameter in parameters.items()}
+    if activations:
+        others = mode_parameters(model, False)
+        tensors |= {f"{WEIGHTS_ONLY}{name}": parameter.detach().float() for name, parameter in others.items()}
     tensors |= _other_buffers(model)
     for layer_path, layer in quant_layers(model).items():
         for name, quantizer in layer.named_weight_quantizers():
@@ -123,7 +138,7 @@ def save_packed(path: str | Path, model: nn.Module, info: PackedInfo) -> None:
             tensors[f"{stem}.integers"] = pack_integers(quantizer.integers.cpu(), quantizer.n_bits)
             tensors[f"{stem}.delta"] = quantizer.scale.flatten()
             tensors[f"{stem}.zero_point"] = _small_integers(quantizer.zero_point.flatten())
-    if info.config.quant_act:
+    if activations:
         for stem, act_quantizer in act_quantizers(model).items():
             tensors[f"{stem}.delta"], tensors[f"{stem}.zero_point"] = act_quantizer.scale, act_quantizer.zero_point
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -289,11 +304,30 @@ class PackedFile:
             )
         wrapped = self._wrapped(model)
         tensors = self._tensors()
+        others = {name: tensors.pop(name) for name in list(tensors) if name.startswith(WEIGHTS_ONLY)}
+        for path, layer in quant_layers(wrapped).items():
+            if f"{path}.smoothing" in tensors:
+                layer.smoothing = torch.empty(layer.shape[layer.channels], device="meta")
         _validate_tensors(wrapped, tensors, self.info.config.quant_act, self.path)
         _assign_tensors(wrapped, tensors, self.info.config.quant_act)
+        self._set_weights_only(wrapped, others)
         enable_activations(wrapped, activations)
         remember_info(wrapped, replace(self.info, config=replace(self.info.config, quant_act=activations)))
         return wrapped
+
+    def _set_weights_only(self, network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        """Give the network the parameters that serve while activations are not quantized."""
+        values = {name.removeprefix(WEIGHTS_ONLY): tensor for name, tensor in tensors.items()}
+        own = dict(network.named_parameters())
+        for name, tensor in values.items():
+            if name not in own or own[name].shape != tensor.shape:
+                expected = f"the shape {tuple(own[name].shape)}" if name in own else "no such tensor"
+                raise CheckpointError(
+                    f"{self.path}: another network: {WEIGHTS_ONLY}{name} has the shape {tuple(tensor.shape)}, "
+                    f"expected {expected}"
+                )
+        if values:
+            set_mode_parameters(network, {name: tensor.to(own[name].dtype) for name, tensor in values.items()})
 
     def _wrapped(self, model: nn.Module | None) -> nn.Module:
         """The quantized form of the network, without the values of the file."""
@@ -314,7 +348,7 @@ class PackedFile:
         try:
             plan.validate(model)
             return apply_plan(model, plan, info.config)
-        except (AttributeError, KeyError, TypeError, NotImplementedError) as error:
+        except (AttributeError, KeyError, TypeError) as error:
             raise CheckpointError(f"{self.path}: model is another network ({first_line(error)})") from None
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -422,12 +456,15 @@ def _qparam_names(stem: str) -> tuple[str, str]:
 
 
 def _assign_tensors(model: nn.Module, tensors: Mapping[str, Tensor], activations: bool) -> None:
-    """Assign the tensors of a packed file to the network. Without activation scales, the network gets NaN for them."""
+    """Assign the tensors of a packed file to the network, in its precision. Missing activation scales become NaN."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    own = parameters | _other_buffers(model, every_path=True)
     values: dict[str, Tensor] = {}
     for name, name_in_file in _names_in_file(model, tensors).items():
         if name_in_file not in values:
             tensor = tensors[name_in_file]
+            if tensor.is_floating_point():
+                tensor = tensor.to(own[name].dtype)
             values[name_in_file] = nn.Parameter(tensor, requires_grad=False) if name in parameters else tensor
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, values[name_in_file])

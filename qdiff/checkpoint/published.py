@@ -1,7 +1,8 @@
 """The published format: the state dict of a quantized network, written by `torch.save`.
 
 Its names have the prefix `model.`. It holds full-precision weights, and the alphas that decide how they are rounded.
-Bit widths are not stored; they are inferred if possible, and compared with the settings given.
+Bit widths are not stored; they are inferred if possible, and compared with the settings given. So it has no place for
+widths per layer, smoothing, timestep groups or parameters of both modes.
 """
 
 import logging
@@ -26,7 +27,16 @@ from qdiff.checkpoint.reading import (
 )
 from qdiff.config import QuantConfig
 from qdiff.errors import CheckpointError
-from qdiff.model import act_quantizers, enable_activations, find_timestep_groups, quant_layers, quantize_model
+from qdiff.layers import LAYER_TYPES, MatMul, QuantConvTranspose
+from qdiff.model import (
+    act_quantizers,
+    enable_activations,
+    find_timestep_groups,
+    mode_parameters,
+    quant_layers,
+    quantize_model,
+)
+from qdiff.refusals import kept_ids
 from qdiff.utils.files import atomic_write
 
 log = logging.getLogger(__name__)
@@ -68,6 +78,36 @@ def published_shapes(model: nn.Module, architecture: Architecture, activations: 
     return {PREFIX + name: shape for name, shape in shapes.items()}
 
 
+def not_publishable(model: nn.Module, architecture: Architecture) -> str | None:
+    """What of a quantized network the published format cannot hold, by name; None: it can hold all of it.
+
+    Args:
+        model: the quantized network.
+        architecture: its architecture.
+    """
+    if find_timestep_groups(model) is not None:
+        return "one scale for all time steps, not timestep groups"
+    layers, acts = quant_layers(model), act_quantizers(model)
+    if smoothed := [path for path, layer in layers.items() if layer.smoothing is not None]:
+        return f"no smoothing, but {smoothed[0]} has one"
+    if transposed := [path for path, layer in layers.items() if isinstance(layer, QuantConvTranspose)]:
+        return f"no transposed convolutions, but {transposed[0]} is one"
+    known = kept_ids(model, architecture)
+    for path, module in model.named_modules():
+        if (type(module) in LAYER_TYPES and id(module) not in known) or isinstance(module, MatMul):
+            return f"no layers in full precision, but {path} is one"
+    widths = (
+        {path: layer.weight_quantizer.n_bits for path, layer in layers.items()},
+        {path: quantizer.n_bits for path, quantizer in acts.items() if not quantizer.is_softmax},
+        {path: quantizer.n_bits for path, quantizer in acts.items() if quantizer.is_softmax},
+    )
+    for bits in widths:
+        common = max(bits.values(), key=list(bits.values()).count, default=0)
+        if odd := [path for path in bits if bits[path] != common]:
+            return f"one width for all layers, but {odd[0]} has {bits[odd[0]]} bits and others have {common}"
+    return None
+
+
 def save_published(
     path: str | Path, model: nn.Module, architecture: Architecture, weights: Mapping[str, Tensor], activations: bool
 ) -> None:
@@ -81,12 +121,17 @@ def save_published(
         activations: write the activation scales too.
 
     Raises:
-        CheckpointError: the network has timestep groups, which this format cannot hold, or its integers are not a
+        CheckpointError: the network has what this format cannot hold (`not_publishable`), or its integers are not a
             rounding of `weights`.
     """
-    if find_timestep_groups(model) is not None:
-        raise CheckpointError(f"{path}: the published format holds one scale for all time steps, not timestep groups")
-    state: dict[str, Tensor] = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    if (reason := not_publishable(model, architecture)) is not None:
+        raise CheckpointError(f"{path}: the published format holds {reason}")
+    if own := mode_parameters(model, activations):
+        mode = "with" if activations else "without"
+        message = "%s: the published format holds one mode: the biases and norms for use %s quantized activations"
+        log.info(message, path, mode)
+    parameters = dict(model.named_parameters()) | own
+    state: dict[str, Tensor] = {name: parameter.detach() for name, parameter in parameters.items()}
     for layer_path, layer in quant_layers(model).items():
         weight = weights[f"{layer_path}.weight"].detach().float().cpu()
         state[f"{layer_path}.weight"] = weight

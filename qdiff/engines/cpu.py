@@ -2,13 +2,17 @@
 
 `to_integer` copies a network and replaces its quantized modules by the proxies below. A forward pass of a proxy
 
-1. quantizes the input to bytes (`InputGrid`); deferred work such as GroupNorm and SiLU is done in the same pass;
+1. quantizes the input to bytes (`InputGrid`); deferred work such as GroupNorm and SiLU is done in the same pass, and so
+   is the division by a smoothing;
 2. multiplies the bytes with the prepacked int8 weight (`Int8Weight`), or with the bytes of the other operand;
 3. corrects for the zero points that the operator ignored; convolutions defer this correction to the next operator.
 
 oneDNN's quantized operators ignore weight zero points z, so weights are fed without them. The integers q - z are fed if
 they fit int8, as they always do at 4 bits with a zero point in range. Otherwise q - 128 is fed, and the missing term,
 (128 - z) times the sum of the inputs over the receptive field, is corrected: input quantization also gives these sums.
+
+Inputs of 9 to 16 bits are two bytes, q = 256 high + low: the product is 256 times that of the upper bytes plus that of
+the lower ones, with the same prepacked weight.
 
 Sums of integers are exact; the correction is subtracted in float32. Without VNNI the 8-bit operators saturate silently,
 and the simulation is used instead (`qdiff.engines.probe`). Under autocast in bfloat16, activations between the layers
@@ -17,6 +21,7 @@ are bfloat16 and no longer exact; a result that still awaits its correction stay
 
 import copy
 import logging
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -24,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qdiff import quantizers as Q
-from qdiff.engines.cpu_kernels import ChannelsLastView
+from qdiff.engines.cpu_kernels import ChannelsLastView, IntegerGrid
 from qdiff.engines.deferred import DeferredTensor, Epilogue, deferred, group_norm, plain_output
 from qdiff.engines.proxy import ModuleProxy, has_engine
 from qdiff.layers import ActQuantizer, QuantConv1d, QuantConv2d, QuantLayer, QuantLinear, QuantMatMul, WeightQuantizer
@@ -35,6 +40,7 @@ log = logging.getLogger(__name__)
 # oneDNN's convolutions split these numbers of output channels into blocks of 48, which is up to 7 times slower than
 # with one channel more
 SLOW_MULTIPLE = 48
+WIDE_WEIGHTS = "weights of more than 8 bits"
 
 
 # --- preparing a network ---------------------------------------------------------------------------
@@ -67,12 +73,32 @@ def to_integer(model: nn.Module) -> nn.Module:
 
 
 def integer_form(layer: nn.Module) -> "CpuProxy":
-    """Make the integer form of a quantized layer or attention matmul; its `usable` says whether it runs on integers.
+    """Make the integer form of a quantized layer or attention matmul; its `obstacle` says why it stays simulated.
 
     Raises:
         KeyError: this type of layer has no integer form.
     """
     return _PROXIES[type(layer)](layer)
+
+
+def find_obstacles(network: nn.Module) -> dict[str, str | None]:
+    """Why layers and attention matmuls stay simulated.
+
+    Args:
+        network: a network that `to_integer` has prepared.
+
+    Returns:
+        For each quantized layer and attention matmul, by path, the reason; None: it runs on integers.
+    """
+    obstacles: dict[str, str | None] = {}
+    inside = {id(module.simulated) for module in network.modules() if isinstance(module, CpuProxy)}
+    for path, module in network.named_modules():
+        if isinstance(module, CpuProxy):
+            obstacles[path] = module.obstacle
+        elif isinstance(module, QuantLayer | QuantMatMul) and id(module) not in inside:
+            hooked = type(module) in _PROXIES  # then only a hook or a `forward` of its own keeps it
+            obstacles[path] = "a hook" if hooked else f"no integer form of {type(module).__name__}"
+    return obstacles
 
 
 # --- types of activations --------------------------------------------------------------------------
@@ -105,7 +131,7 @@ class QuantizedRows(NamedTuple):
     """Quantized activations: scale * (q - zero).
 
     Attributes:
-        q: uint8 or int8 [n, pixels, c].
+        q: the integers as bytes, uint8 or int8 [bytes, n, pixels, c]; of two bytes the lower ones come first.
         scale: the scale of all values.
         zero: the zero point of `q`.
         sums: the sums of `q` over the channels, int32 [n, pixels].
@@ -118,7 +144,28 @@ class QuantizedRows(NamedTuple):
 
     def centered(self) -> Tensor:
         """The sums over the channels of q - zero, int32 [n, pixels]."""
-        return self.sums - self.q.shape[2] * self.zero
+        return self.sums - self.q.shape[3] * self.zero
+
+    def terms(self) -> "list[Term]":
+        """The terms whose sum the values are: one for each byte of the integers."""
+        if len(self.q) == 1:
+            return [Term(self.q[0], self.scale, self.zero)]
+        low, high = self.q
+        return [Term(high, 256 * self.scale, self.zero >> 8), Term(low, self.scale, self.zero & 255)]
+
+
+class Term(NamedTuple):
+    """Bytes that an operator takes: scale * (q - zero).
+
+    Attributes:
+        q: uint8 or int8 [n, pixels, c].
+        scale: the scale of all values.
+        zero: the zero point of `q`.
+    """
+
+    q: Tensor
+    scale: float
+    zero: int
 
 
 class InputGrid:
@@ -126,18 +173,20 @@ class InputGrid:
 
     Args:
         quantizer: the activation quantizer.
+        smoothing: what the input is divided by first, [C]; None: nothing.
 
     Attributes:
-        offset: what turns the quantizer's integers into unsigned bytes.
+        offset: what turns the quantizer's integers into unsigned ones of one or two bytes.
         whole: whether all zero points are whole numbers.
         span: the largest |q - zero point|, and at least 128.
         fixed: (scale, zero point); None with timestep groups, where they depend on the current group.
     """
 
-    def __init__(self, quantizer: ActQuantizer) -> None:
-        self.quantizer = quantizer
+    def __init__(self, quantizer: ActQuantizer, smoothing: Tensor | None = None) -> None:
+        self.quantizer, self.smoothing = quantizer, smoothing
         self.low, self.high = Q.integer_range(quantizer.n_bits, quantizer.symmetric)
-        self.offset = 128 if quantizer.symmetric else 0
+        self.wide = quantizer.n_bits > 8
+        self.offset = (2**15 if self.wide else 2**7) if quantizer.symmetric else 0
         zeros = torch.zeros(()) if quantizer.zero_is_fixed else quantizer.zero_point
         self.whole = bool((zeros == zeros.round()).all())
         self.span = max(128, *((bound - zeros).abs().max().item() for bound in (self.low, self.high)))
@@ -148,22 +197,31 @@ class InputGrid:
         return scale.item(), zero
 
     def qparams(self) -> tuple[float, int]:
-        """(scale, zero point) of the samples that come next; the zero point of their bytes is `offset` more."""
+        """(scale, zero point) of the samples that come next."""
         if self.fixed is not None:
             return self.fixed
         groups = self.quantizer.groups
         assert groups is not None  # without groups the numbers are fixed
         return self._numbers(self.quantizer.scale[groups.current], self.quantizer.zero_point[groups.current])
 
-    def is_mixed(self) -> bool:
-        """Whether the samples belong to different timestep groups, so that they have no common scale."""
+    def is_ready(self) -> bool:
+        """Whether the samples that come next are quantized, with a common scale: all of one timestep group."""
         groups = self.quantizer.groups
-        return groups is not None and not isinstance(groups.current, int)
+        return self.quantizer.enabled and (groups is None or isinstance(groups.current, int))
 
-    def sums_fit(self, weight: "Int8Weight") -> bool:
-        """Whether products with `weight` are exact: whole zero points, and no sum leaves int32."""
-        largest = weight.integers.flatten(1).short().abs().sum(1).max().item()
-        return self.whole and (self.span + 255) * max(largest, 128) < 2**31
+    def obstacle(self, weight: "Int8Weight") -> str | None:
+        """Why products with `weight` are not exact; None: they are."""
+        if not self.whole:
+            return "fractional zero points"
+        top = 2**16 if self.wide else 2**8  # the unsigned integers are below it
+        # |q - zero point| of the operands: of two bytes, the upper ones have at most span / 256 + 1, the lower ones 255
+        byte_span = max(255, self.span / 256 + 1) if self.wide else self.span
+        sums = (
+            (byte_span + 255) * weight.integers.flatten(1).short().abs().sum(1).max().item(),  # of an operator
+            (self.span + top) * weight.integers.shape[1],  # over the channels
+            (self.span + top) * 128,  # float32 holds the integers less their zero points
+        )
+        return None if max(sums) < 2**31 else "sums beyond 32 bits"
 
     def quantize(self, rows: ChannelsLastView, epilogue: Epilogue, signed: bool = False) -> QuantizedRows:
         """Quantize activations.
@@ -171,14 +229,17 @@ class InputGrid:
         Args:
             rows: the stored values.
             epilogue: the deferred work, which is done first.
-            signed: the bytes are int8, 128 less than the unsigned ones.
+            signed: the bytes are int8, 128 less than the unsigned ones; integers of two bytes are always unsigned.
         """
         scale, zero = self.qparams()
         # clamp(round(x / scale) + z, low, high) = clamp(round(x / scale), low - z, high - z) + z
         offset, dtype = (self.offset - 128, torch.int8) if signed else (self.offset, torch.uint8)
-        q, sums = rows.quantize(
-            epilogue.merged(), epilogue.silu, scale, self.low - zero, self.high - zero, zero + offset, dtype
-        )
+        if self.wide:
+            offset, dtype = self.offset, torch.uint16
+            if self.quantizer.n_bits < 16:  # room to make the lower byte of the zero point 128: so the bytes of values
+                offset += (128 - zero - offset) % 256  # near 0 are near their zero points, and do not cancel out
+        grid = IntegerGrid(scale, self.low - zero, self.high - zero, zero + offset, self.smoothing, dtype)
+        q, sums = rows.quantize(epilogue.merged(), epilogue.silu, grid)
         return QuantizedRows(q, scale, zero + offset, sums)
 
 
@@ -237,12 +298,36 @@ class PackedPart(NamedTuple):
     coef: Tensor | None
 
 
-def _qlinear(x: QuantizedRows, q: Tensor, part: PackedPart) -> Tensor:
-    """The product [rows, N] of the bytes `q` [rows, K] of `x` with a weight [N, K], before any correction."""
+def _product(
+    x: QuantizedRows, part: PackedPart, operator: Callable[[Term, Tensor | None, torch.dtype], Tensor]
+) -> Tensor:
+    """The product of quantized activations with a weight, before any correction.
+
+    Args:
+        x: the activations.
+        part: the weight.
+        operator: multiplies one term. It takes the term, the bias that is added (None: no bias) and the type of its
+            result.
+    """
     dtype = _product_dtype(part.coef)
-    return torch.ops.onednn.qlinear_pointwise(
-        q, x.scale, x.zero, part.packed, part.scales, part.zeros, part.bias, 1.0, 0, dtype, "none", [], ""
-    )
+    first, *others = x.terms()
+    if not others:
+        return operator(first, part.bias, dtype)
+    y = operator(first, part.bias, torch.float32)
+    for term in others:
+        y += operator(term, None, torch.float32)
+    return y.to(dtype)
+
+
+def _qlinear(x: QuantizedRows, part: PackedPart) -> Tensor:
+    """The product [n * pixels, N] of quantized activations with a weight [N, K], before any correction."""
+
+    def operator(term: Term, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        q = term.q.flatten(0, 1)
+        weight = (part.packed, part.scales, part.zeros, bias)
+        return torch.ops.onednn.qlinear_pointwise(q, term.scale, term.zero, *weight, 1.0, 0, dtype, "none", [], "")
+
+    return _product(x, part, operator)
 
 
 # --- proxies ---------------------------------------------------------------------------------------
@@ -255,11 +340,11 @@ class CpuProxy(ModuleProxy):
 
     Attributes:
         simulated: the layer; it runs if integers cannot.
-        usable: whether integers can ever run.
+        obstacle: why the layer never runs on integers; None: it does.
     """
 
     simulated: nn.Module
-    usable: bool
+    obstacle: str | None
     proxied = "simulated"
 
     def __init__(self, layer: nn.Module) -> None:
@@ -270,9 +355,19 @@ class CpuProxy(ModuleProxy):
         return type(self), (self.simulated,)
 
 
+def _input_grids(layer: QuantLayer) -> list[InputGrid]:
+    """The integer grid of the input, or of both halves of a split layer's input."""
+    if layer.smoothing is None:
+        return [InputGrid(quantizer) for quantizer in layer.act_quantizers]
+    parts = layer.smoothing.tensor_split([layer.split]) if layer.split else [layer.smoothing]
+    return [InputGrid(quantizer, part) for quantizer, part in zip(layer.act_quantizers, parts, strict=True)]
+
+
 def _padding(layer: QuantConv2d) -> list[int] | None:
-    """The padding of each dimension, the same on both sides; None for `same` with an odd total."""
+    """The padding of each dimension, the same on both sides; None for `same` with an odd total, or not with zeros."""
     padding = layer.geometry["padding"]
+    if layer.padding_mode != "zeros":
+        return None
     if padding == "valid":
         return [0, 0]
     if padding == "same":
@@ -302,17 +397,27 @@ class IntegerConv2d(CpuProxy):
         self._padding = padding or []
         one_pixel = layer.shape[2:] == (1, 1) and self._stride == [1, 1]
         self.pointwise = one_pixel and padding == [0, 0] and self.groups == 1
-        self.inputs = [InputGrid(quantizer) for quantizer in layer.act_quantizers]
-        weights = [Int8Weight(quantizer) for quantizer in layer.weight_quantizers]
-        # Input quantization sums over all channels; a correction within groups would need a sum for each group.
-        correctable = self.groups == 1 or all(weight.coef is None for weight in weights)
-        sums_fit = all(grid.sums_fit(weight) for grid, weight in zip(self.inputs, weights, strict=True))
-        several_inputs = self.pointwise or min(weight.integers.shape[1] for weight in weights) > 1
-        self.usable = correctable and sums_fit and several_inputs and padding is not None
+        self.inputs = _input_grids(layer)
+        weights = [Int8Weight(quantizer) for quantizer in layer.weight_quantizers if quantizer.n_bits <= 8]
+        self.obstacle = self._find_obstacle(layer, weights)
         self.ones = torch.ones(1, 1, *layer.shape[2:], dtype=torch.float64)
         biases = [layer.bias, *[None] * (len(weights) - 1)]
-        pairs = zip(weights, biases, strict=True) if self.usable else ()
+        pairs = zip(weights, biases, strict=True) if self.obstacle is None else ()
         self.parts = [self._pack(weight, bias) for weight, bias in pairs]
+
+    def _find_obstacle(self, layer: QuantConv2d, weights: list[Int8Weight]) -> str | None:
+        """Why the layer does not run on integers; `weights` holds those of its weights that have at most 8 bits."""
+        if len(weights) < len(layer.weight_quantizers):
+            return WIDE_WEIGHTS
+        if _padding(layer) is None:
+            return "padding that the operators do not have"
+        # Input quantization sums over all channels; a correction within groups would need a sum for each group.
+        if self.groups > 1 and any(weight.coef is not None for weight in weights):
+            return "weights of 8 bits in groups"
+        if not self.pointwise and min(weight.integers.shape[1] for weight in weights) == 1:
+            return "one input channel in a group"
+        obstacles = (grid.obstacle(weight) for grid, weight in zip(self.inputs, weights, strict=True))
+        return next(filter(None, obstacles), None)
 
     def _pack(self, weight: Int8Weight, bias: Tensor | None) -> PackedPart:
         if self.pointwise:
@@ -341,7 +446,8 @@ class IntegerConv2d(CpuProxy):
 
     def _takes(self, x: DeferredTensor) -> bool:
         """Whether `x` can be convolved on integers."""
-        return self.usable and x.shape4()[1] == self.in_channels and not any(grid.is_mixed() for grid in self.inputs)
+        ready = self.obstacle is None and all(grid.is_ready() for grid in self.inputs)
+        return ready and x.shape4()[1] == self.in_channels
 
     def _convolve(self, shaped: Tensor, rows: ChannelsLastView, epilogue: Epilogue, index: int) -> Tensor:
         """Convolve one half of the input, or all of it.
@@ -356,9 +462,9 @@ class IntegerConv2d(CpuProxy):
         x = self.inputs[index].quantize(rows, epilogue)
         part = self.parts[index]
         if self.pointwise:
-            y = _qlinear(x, x.q.view(n * h * w, c), part).view(n, h, w, -1).permute(0, 3, 1, 2)
+            y = _qlinear(x, part).view(n, h, w, -1).permute(0, 3, 1, 2)
         else:
-            y = self._qconv(x, x.q.view(n, h, w, c).permute(0, 3, 1, 2), part)
+            y = self._qconv(x, (n, h, w, c), part)
         _, wide, height, width = y.shape
         correction = None
         if part.coef is not None:
@@ -367,14 +473,19 @@ class IntegerConv2d(CpuProxy):
         out = ChannelsLastView(y, n, height * width, self.out_channels, wide, correction)
         return DeferredTensor.of(y[:, : self.out_channels], out, Epilogue())
 
-    def _qconv(self, x: QuantizedRows, q: Tensor, part: PackedPart) -> Tensor:
-        """The convolution of the bytes `q` [n, c, h, w] of `x`, before any correction."""
+    def _qconv(self, x: QuantizedRows, shape: tuple[int, int, int, int], part: PackedPart) -> Tensor:
+        """The convolution of quantized activations of the shape [n, h, w, c], before any correction."""
         geometry = (self._stride, self._padding, self._dilation, self.groups)
-        weight = (part.packed, part.scales, part.zeros, part.bias)
-        y = torch.ops.onednn.qconv2d_pointwise(
-            q, x.scale, x.zero, *weight, *geometry, 1.0, 0, _product_dtype(part.coef), "none", [], ""
-        )
-        return y.contiguous(memory_format=torch.channels_last)
+
+        def operator(term: Term, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+            q = term.q.view(shape).permute(0, 3, 1, 2)
+            weight = (part.packed, part.scales, part.zeros, bias)
+            y = torch.ops.onednn.qconv2d_pointwise(
+                q, term.scale, term.zero, *weight, *geometry, 1.0, 0, dtype, "none", [], ""
+            )
+            return y.contiguous(memory_format=torch.channels_last)
+
+        return _product(x, part, operator)
 
     def _receptive(self, sums: Tensor) -> Tensor:
         """Add up sums over the channels [n, 1, h, w] over the receptive fields, [n, 1, height, width] in float64."""
@@ -386,41 +497,61 @@ class Int8Map:
     """A linear map of bytes [rows, K] by an int8 weight [N, K].
 
     Args:
-        quantizer: the weight quantizer.
-        act: the quantizer of the input.
-        bias: [N]; None: no bias.
+        layer: a layer that is a linear map of its input channels, without split, with a weight of at most 8 bits.
+
+    Attributes:
+        obstacle: why products with the weight are not exact; None: they are.
     """
 
-    def __init__(self, quantizer: WeightQuantizer, act: ActQuantizer, bias: Tensor | None) -> None:
-        weight = Int8Weight(quantizer)
-        self.input = InputGrid(act)
-        self.usable = self.input.sums_fit(weight)
+    def __init__(self, layer: QuantLayer) -> None:
+        weight = Int8Weight(layer.weight_quantizer)
+        (self.input,) = _input_grids(layer)
+        self.obstacle = self.input.obstacle(weight)
         self.channels = weight.integers.shape[1]
         packed = torch.ops.onednn.qlinear_prepack(weight.integers.flatten(1), None)
         zeros = torch.zeros(len(weight.scales), dtype=torch.int32)
-        self.part = PackedPart(packed, weight.scales, zeros, weight.pad_bias(bias), weight.coef)
+        self.part = PackedPart(packed, weight.scales, zeros, weight.pad_bias(layer.bias), weight.coef)
 
     def takes(self, x: Tensor, channels: int) -> bool:
         """Whether `x`, which has `channels` input channels, can be multiplied on integers."""
-        return self.usable and channels == self.channels and not self.input.is_mixed() and _is_supported(x)
+        return self.obstacle is None and channels == self.channels and self.input.is_ready() and _is_supported(x)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Multiply `x` [rows, K], float32 or bfloat16, contiguous; [rows, N]."""
         quantized = self.input.quantize(ChannelsLastView(x, 1, len(x), x.shape[1], x.shape[1]), Epilogue())
-        y = _qlinear(quantized, quantized.q[0], self.part)
+        y = _qlinear(quantized, self.part)
         if self.part.coef is None:
             return y
         sums = quantized.centered().view(-1, 1) * quantized.scale
         return y.addcmul_(sums, self.part.coef, value=-1).to(_activation_dtype())
 
 
-class IntegerLinear(CpuProxy):
-    """A linear layer; a split one stays simulated."""
+class MapProxy(CpuProxy):
+    """The base of the proxies of layers that are a linear map of their input channels.
 
-    def __init__(self, layer: QuantLinear) -> None:
+    Args:
+        layer: the layer.
+        obstacle: why its geometry is no such map; None: it is.
+    """
+
+    def __init__(self, layer: QuantLayer, obstacle: str | None = None) -> None:
         super().__init__(layer)
-        self.linear = None if layer.split else Int8Map(layer.weight_quantizer, layer.act_quantizer, layer.bias)
-        self.usable = self.linear is not None and self.linear.usable
+        self.obstacle = obstacle or _no_map(layer)
+        self.linear: Int8Map | None = None
+        if self.obstacle is None:
+            self.linear = Int8Map(layer)
+            self.obstacle = self.linear.obstacle
+
+
+def _no_map(layer: QuantLayer) -> str | None:
+    """Why a linear map does not run as an `Int8Map`; None: it does."""
+    if layer.split:
+        return "a split linear map"
+    return WIDE_WEIGHTS if layer.weight_quantizer.n_bits > 8 else None
+
+
+class IntegerLinear(MapProxy):
+    """A linear layer; a split one stays simulated."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.linear is None or not self.linear.takes(x, x.shape[-1]):
@@ -429,16 +560,13 @@ class IntegerLinear(CpuProxy):
         return self.linear(rows).reshape(*x.shape[:-1], -1)
 
 
-class IntegerConv1d(CpuProxy):
+class IntegerConv1d(MapProxy):
     """A 1-D convolution of kernel size 1 as a linear map of the channels; others, and split ones, stay simulated."""
 
     def __init__(self, layer: QuantConv1d) -> None:
-        super().__init__(layer)
         g = layer.geometry
         pointwise = layer.shape[2] == 1 and g["stride"] == (1,) and g["padding"] in ((0,), "valid") and g["groups"] == 1
-        takes = pointwise and not layer.split
-        self.linear = Int8Map(layer.weight_quantizer, layer.act_quantizer, layer.bias) if takes else None
-        self.usable = self.linear is not None and self.linear.usable
+        super().__init__(layer, None if pointwise else "a 1-D convolution of several values")
 
     def forward(self, x: Tensor) -> Tensor:
         if self.linear is None or x.dim() != 3 or not self.linear.takes(x, x.shape[1]):
@@ -453,10 +581,10 @@ class IntegerMatMul(CpuProxy):
 
     def __init__(self, matmul: QuantMatMul) -> None:
         super().__init__(matmul)
-        first, second = matmul.act_quantizers
-        self.inputs = (InputGrid(first), InputGrid(second))
-        narrow = all(quantizer.n_bits <= 8 and quantizer.enabled for quantizer in (first, second))
-        self.usable = narrow and all(grid.whole for grid in self.inputs)
+        self.inputs = [InputGrid(quantizer) for quantizer in matmul.act_quantizers]
+        self.obstacle = None if all(grid.whole for grid in self.inputs) else "fractional zero points"
+        if any(grid.wide for grid in self.inputs):
+            self.obstacle = "operands of more than 8 bits"
 
     def _takes(self, a: Tensor, b: Tensor) -> bool:
         """Whether [..., M, K] and [..., K, N] can be multiplied on integers."""
@@ -465,7 +593,8 @@ class IntegerMatMul(CpuProxy):
         # With K = 1, `_int_mm` does not write its result.
         sums_fit = a.shape[-1] > 1 and self.inputs[0].span * self.inputs[1].span * a.shape[-1] < 2**31
         supported = _is_supported(a) and _is_supported(b)
-        return self.usable and shapes and sums_fit and supported and not any(grid.is_mixed() for grid in self.inputs)
+        ready = self.obstacle is None and all(grid.is_ready() for grid in self.inputs)
+        return ready and shapes and sums_fit and supported
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         if not self._takes(a, b):
@@ -477,7 +606,7 @@ class IntegerMatMul(CpuProxy):
         p = self._quantize(self.inputs[0], a)  # [B, M, K]
         q = self._quantize(self.inputs[1], b.transpose(1, 2))  # [B, N, K]
         total = torch.empty(len(a), a.shape[1], b.shape[2], dtype=torch.int32)
-        for x, y, result in zip(p.q, q.q, total, strict=True):
+        for x, y, result in zip(p.q[0], q.q[0], total, strict=True):
             torch._int_mm(x, y.t(), out=result)
         # sum (p - zp) (q - zq), in int32
         if q.zero:

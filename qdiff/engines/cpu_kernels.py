@@ -16,10 +16,13 @@ import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from qdiff.utils.memory import retain_freed_memory
 
 log = logging.getLogger(__name__)
 
@@ -46,26 +49,11 @@ def library() -> ctypes.CDLL | None:
         path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qdiff" / f"kernels-{key}.so"
         if not path.is_file():
             _compile(compiler, variants, path)
-        _retain_freed_memory()
+        retain_freed_memory()
         return ctypes.CDLL(str(path))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: the user has no home folder
         log.warning("integer engine: %s: the pointwise work is not fused", str(error).splitlines()[0])
         return None
-
-
-def _retain_freed_memory() -> None:
-    """Let the C library reuse the memory of freed tensors. This affects the whole process.
-
-    By default it returns large blocks to the system, and every operator pays for page faults when it allocates again.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):
-        return  # not the GNU C library
-    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
-    mallopt(m_mmap_max, 0)
-    mallopt(m_trim_threshold, 2**31 - 1)
-    mallopt(m_top_pad, 64 * 2**20)
 
 
 def _processor() -> str:
@@ -100,6 +88,29 @@ def _pointers(pair: tuple[Tensor, Tensor] | None) -> tuple[ctypes.c_void_p, ctyp
 
 def _int(value: int) -> ctypes.c_int64:
     return ctypes.c_int64(value)
+
+
+class IntegerGrid(NamedTuple):
+    """The integers that values are quantized to: clamp(round(value / divisor / scale), low, high) + offset.
+
+    The zero point is part of `low`, `high` and `offset`. So this is not `qdiff.quantizers.quantize_nearest`, which adds
+    it before it clamps.
+
+    Attributes:
+        scale: the scale.
+        low: the lower bound, less the zero point.
+        high: the upper bound, less the zero point.
+        offset: what is added to the clamped integers.
+        divisor: what the values of each channel are divided by first, float32 [channels]; None: nothing.
+        dtype: uint8 or int8 for integers of one byte, uint16 for those of two.
+    """
+
+    scale: float
+    low: float
+    high: float
+    offset: float
+    divisor: Tensor | None = None
+    dtype: torch.dtype = torch.uint8
 
 
 class ChannelsLastView:
@@ -188,48 +199,46 @@ class ChannelsLastView:
         )
         return mean, rstd
 
-    def quantize(
-        self,
-        affine: Affine | None,
-        silu: bool,
-        scale: float,
-        low: float,
-        high: float,
-        offset: float,
-        dtype: torch.dtype = torch.uint8,
-    ) -> tuple[Tensor, Tensor]:
-        """Quantize f(value) = silu(a * value + b) to clamp(round(f(value) / scale), low, high) + offset.
-
-        The zero point is part of `low`, `high` and `offset`. So this is not `qdiff.quantizers.quantize_nearest`, which
-        adds it before it clamps.
+    def quantize(self, affine: Affine | None, silu: bool, grid: IntegerGrid) -> tuple[Tensor, Tensor]:
+        """Quantize silu(a * value + b).
 
         Args:
             affine: (a, b); None: no affine map.
             silu: whether SiLU is applied.
-            scale: the scale of the grid.
-            low: the lower bound, less the zero point.
-            high: the upper bound, less the zero point.
-            offset: what is added to the clamped integers.
-            dtype: uint8 or int8.
+            grid: the integers.
 
         Returns:
-            The integers [n, pixels, channels] and their sums over the channels, int32 [n, pixels].
+            The integers as bytes, uint8 or int8 [bytes, n, pixels, channels]; of two bytes the lower ones come first.
+            And the sums of the integers over the channels, int32 [n, pixels].
         """
         if (compiled := self._compiled("quantize")) is None:
-            out = (self._mapped(affine, silu) / scale).round_().clamp_(low, high).add_(offset).to(dtype)
-            return out, out.sum(2, dtype=torch.int32)
-        out = torch.empty(self.n, self.pixels, self.channels, dtype=dtype)
+            return self._quantize(affine, silu, grid)
+        wide = grid.dtype == torch.uint16
+        shape = (1 + wide, self.n, self.pixels, self.channels)
+        out = torch.empty(shape, dtype=torch.uint8 if wide else grid.dtype)
         sums = torch.empty(self.n, self.pixels, dtype=torch.int32)
         compiled(
             *self._arguments(),
             *_pointers(affine),
             ctypes.c_int(silu),
-            *(ctypes.c_float(value) for value in (scale, low, high, offset)),
+            _pointer(grid.divisor),
+            *(ctypes.c_float(value) for value in (grid.scale, grid.low, grid.high, grid.offset)),
             _pointer(out),
+            _pointer(out[1] if wide else None),
             _pointer(sums),
             ctypes.c_int(torch.get_num_threads()),
         )
         return out, sums
+
+    def _quantize(self, affine: Affine | None, silu: bool, grid: IntegerGrid) -> tuple[Tensor, Tensor]:
+        """`quantize` without a compiler."""
+        x = self._mapped(affine, silu)
+        x = x if grid.divisor is None else x / grid.divisor
+        q = (x / grid.scale).round_().clamp_(grid.low, grid.high).add_(grid.offset).to(torch.int32)
+        planes = (
+            torch.stack([q & 255, q >> 8]).to(torch.uint8) if grid.dtype == torch.uint16 else q[None].to(grid.dtype)
+        )
+        return planes, q.sum(2, dtype=torch.int32)
 
     def values(self, affine: Affine | None, silu: bool, other: Tensor | None = None) -> Tensor:
         """Compute silu(a * value + b) + other.

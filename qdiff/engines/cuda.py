@@ -3,10 +3,11 @@
 Weights are dequantized right before each convolution or matmul, in the precision of autocast if that is on, and freed
 afterwards. With the engine `integer`, linear layers multiply int8 by `torch._int_mm` instead. Which of the two is
 faster depends on card and shape. It is not chosen by timing, because two processes could then choose differently, and
-images would depend on the number of processes. Integers, scales and formulas are the same as in the simulation.
+images would depend on the number of processes. Integers, scales, smoothing and formulas are those of the simulation.
 """
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +35,21 @@ def to_packed(model: nn.Module, int8_products: bool) -> nn.Module:
     def replacement(_: str, layer: nn.Module) -> nn.Module | None:
         if not isinstance(layer, QuantLayer) or has_own_behavior(layer):
             return None
-        fits = int8_products and Int8Linear.fits(layer)
+        fits = int8_products and Int8Linear.obstacle(layer) is None
         return Int8Linear(PackedLayer(layer)) if fits else PackedLayer(layer)
 
     replace_modules(result, replacement)
     return result
+
+
+def find_obstacles(network: nn.Module) -> dict[str, str | None]:
+    """Why linear layers do not multiply int8, by path; None: they do.
+
+    Args:
+        network: a network that `to_packed` has prepared.
+    """
+    layers = {path: module.layer for path, module in network.named_modules() if isinstance(module, PackedLayer)}
+    return {path: Int8Linear.obstacle(layer) for path, layer in layers.items() if isinstance(layer, QuantLinear)}
 
 
 def fuse_attention(model: nn.Module) -> nn.Module:
@@ -113,15 +124,14 @@ class PackedLayer(ModuleProxy):
         """The dequantized weight."""
         return self.layer._join([weight.dequantize() for weight in self.packed_weights])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer = self.layer
         x = layer.quantize_input(x)
-        weight = self.weight
-        if torch.is_autocast_enabled(x.device.type):
-            weight = weight.to(torch.get_autocast_dtype(x.device.type))
+        autocast = torch.is_autocast_enabled(x.device.type)
+        weight = self.weight.to(torch.get_autocast_dtype(x.device.type) if autocast else layer.dtype)
         if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
             weight = weight.contiguous(memory_format=torch.channels_last)
-        return layer.apply_weight(x, weight)
+        return layer.apply_weight(x, weight, *args, **kwargs)
 
 
 class Int8Linear(ModuleProxy):
@@ -131,7 +141,7 @@ class Int8Linear(ModuleProxy):
     Inputs of at most 16 rows, which `_int_mm` cannot take on CUDA, run as the packed layer.
 
     Args:
-        packed: the packed layer; `fits` must hold for its layer.
+        packed: the packed layer; `obstacle` must find none for its layer.
     """
 
     MIN_ROWS = 17
@@ -156,13 +166,18 @@ class Int8Linear(ModuleProxy):
         return (self.packed.unpack() ^ 128).view(torch.int8)
 
     @staticmethod
-    def fits(layer: QuantLayer) -> bool:
-        """Whether the kind, the widths and the shape of a layer allow `_int_mm`."""
+    def obstacle(layer: QuantLayer) -> str | None:
+        """Why the kind, the widths or the shape of a layer do not allow `_int_mm`; None: they do."""
         if not isinstance(layer, QuantLinear) or layer.split:
-            return False
+            return "no linear layer with one input"
         act, weight = layer.act_quantizer, layer.weight_quantizer
-        narrow = act.n_bits <= 8 and weight.n_bits <= 8 and act.enabled and act.groups is None
-        return narrow and layer.shape[0] % 8 == 0 and layer.shape[1] % 8 == 0 and Int8Linear._sums_fit(layer)
+        if act.n_bits > 8 or weight.n_bits > 8:
+            return "more than 8 bits"
+        if not act.enabled or act.groups is not None:
+            return "not one scale of the input"
+        if layer.shape[0] % 8 or layer.shape[1] % 8:
+            return "sides that are no multiples of 8"
+        return None if Int8Linear._sums_fit(layer) else "sums beyond 32 bits, or fractional zero points"
 
     @staticmethod
     def _sums_fit(layer: QuantLayer) -> bool:
@@ -183,6 +198,7 @@ class Int8Linear(ModuleProxy):
             return self.floating(x)
         act = self.act
         flat = x.reshape(-1, x.shape[-1]).to(act.scale.dtype)
+        flat = flat if self.smoothing is None else flat / self.smoothing
         zero = self._act_zero(act)
         shift = 0 if act.symmetric else 128
         q = (Q.quantize_nearest(flat, act.scale, zero, act.n_bits, act.symmetric) - shift).to(torch.int8)

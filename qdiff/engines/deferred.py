@@ -235,6 +235,14 @@ def _contiguous(func: Callable) -> Callable:
     return rule
 
 
+def _conv2d(input: Tensor, weight: Tensor, *args: Any, **named: Any) -> Tensor:
+    """A convolution in full precision. Its result can be viewed like that of a quantized one, see `_contiguous`."""
+    with _no_override():
+        y = F.conv2d(_read(input), weight, *args, **named)
+    result = deferred(y)
+    return y if result is None else result
+
+
 def _silu(x: DeferredTensor, inplace: bool = False) -> DeferredTensor | None:
     return None if x.epilogue.silu else x.then(replace(x.epilogue, silu=True))
 
@@ -280,6 +288,7 @@ def _mul(input: Any, other: Any, *, out: None = None) -> Tensor | None:
 
 # Operations that extend the epilogue or need their input in another layout. A rule returns None if it does not apply.
 _RULES: dict[Callable, Callable] = {
+    F.conv2d: _conv2d,
     F.silu: _silu,
     F.dropout: _dropout,
     F.group_norm: group_norm,

@@ -8,11 +8,19 @@ from torch import nn
 class ModuleProxy(nn.Module):
     """A module in the place of another one, whose attributes it also has (networks read `in_channels`, `weight`, ...).
 
+    Parameters that are assigned to it become those of the other module, where its forward pass finds them.
+
     Attributes:
         proxied: the name of the submodule that it stands in for.
     """
 
     proxied: str
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Parameter):
+            setattr(super().__getattr__(self.proxied), name, value)
+        else:
+            super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -2,23 +2,24 @@
 
 import itertools
 import logging
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
-from qdiff.engines import probe
-from qdiff.engines.cpu import CpuProxy, to_integer
-from qdiff.engines.cuda import Int8Linear, fuse_attention, to_packed
+from qdiff.engines import cpu, cuda, probe
 from qdiff.engines.proxy import has_engine
 from qdiff.errors import ConfigError
-from qdiff.layers import QuantLayer
+from qdiff.layers import HALF, QuantLayer
+from qdiff.model import quant_layers
 
 log = logging.getLogger(__name__)
 
 ENGINES = ("auto", "integer", "simulated")
-# Mean number of weights per layer below which integers are not faster, because most of the time is spent between the
-# layers.
+# Mean number of weights per product of integers below which these are not faster, because most of the time is spent
+# between the layers.
 MIN_MEAN_WEIGHTS = 50_000
+MAX_NAMES = 8  # of layers in a log line, for each reason
 
 
 def apply_engine(model: nn.Module, engine: str = "auto") -> nn.Module:
@@ -47,14 +48,16 @@ def apply_engine(model: nn.Module, engine: str = "auto") -> nn.Module:
         return on_gpu(model, int8_products=engine == "integer")
     if engine == "auto" and not any(isinstance(module, QuantLayer) for module in model.modules()):
         return model
-    reason = _why_not_integer(model, device) or (_why_not_faster(model) if engine == "auto" else None)
+    reason = _why_not_integer(model, device)
     if reason is None:
-        integer = to_integer(model)
-        usable = [module.usable for module in integer.modules() if isinstance(module, CpuProxy)]
-        if any(usable):
-            log.info("engine: integer (%d of %d layers and attention matmuls)", sum(usable), len(usable))
-            return integer
-        reason = "no layer has a form that the integer products take"
+        network = cpu.to_integer(model)
+        obstacles = cpu.find_obstacles(network)
+        reason = _why_useless(model, obstacles, faster=engine == "auto")
+        if reason is None:
+            count = sum(obstacle is None for obstacle in obstacles.values())
+            simulated = _describe(obstacles)
+            log.info("engine: integer (%d of %d layers and attention matmuls)%s", count, len(obstacles), simulated)
+            return network
     if engine == "integer":
         raise ConfigError(f" integer: {reason}", field="engine")
     log.info("engine: simulated (%s)", reason)
@@ -72,19 +75,19 @@ def on_gpu(model: nn.Module, int8_products: bool) -> nn.Module:
         ConfigError: `int8_products`, but no linear layer can.
     """
     if any(isinstance(module, QuantLayer) for module in model.modules()):
-        model = to_packed(model, int8_products)
-        count = sum(isinstance(module, Int8Linear) for module in model.modules())
+        model = cuda.to_packed(model, int8_products)
+        count = sum(isinstance(module, cuda.Int8Linear) for module in model.modules())
         if int8_products and not count:
             raise ConfigError(
                 " integer: no linear layer with one 8-bit input scale and widths that are multiples of 8",
                 field="engine",
             )
-        log.info(
-            "engine: packed weights, dequantized on use%s", f"; {count} linear layers multiply int8" if count else ""
-        )
+        others = _describe(cuda.find_obstacles(model), "linear layers in floating point") if count else ""
+        int8 = f"; {count} linear layers multiply int8{others}" if count else ""
+        log.info("engine: packed weights, dequantized on use%s", int8)
     elif int8_products:
         raise ConfigError(" integer: the network is not quantized", field="engine")
-    model = fuse_attention(model)
+    model = cuda.fuse_attention(model)
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks this overload
 
 
@@ -97,19 +100,47 @@ def _why_not_integer(model: nn.Module, device: str) -> str | None:
         return "activations are not quantized"
     if device != "cpu":
         return f"integer products are for CPU and CUDA, the network is on {device}"
-    widths = (q.n_bits for layer in layers for q in (*layer.weight_quantizers, *layer.act_quantizers))
-    if any(n_bits > 8 for n_bits in widths):
-        return "more than 8 bits"
+    if half := next((layer.dtype for layer in layers if layer.dtype in HALF), None):
+        return f"the network is in {str(half).removeprefix('torch.')}"
     return probe.why_unavailable()
 
 
-def _why_not_faster(model: nn.Module) -> str | None:
-    """The reason why integer products would not be faster; None if they would.
+def _why_useless(model: nn.Module, obstacles: Mapping[str, str | None], faster: bool) -> str | None:
+    """The reason why integer products are of no use; None if they are of use.
 
-    The choice depends on the weights alone, so that every process and every restart makes the same choice.
+    The choice depends on formats and weights alone, so that every process and every restart makes the same choice.
+
+    Args:
+        model: the simulated network.
+        obstacles: see `find_obstacles`.
+        faster: whether integer products must be faster.
     """
-    sizes = [module.shape.numel() for module in model.modules() if isinstance(module, QuantLayer)]
-    mean = sum(sizes) // len(sizes)
-    if mean >= MIN_MEAN_WEIGHTS:
+    paths = [path for path, obstacle in obstacles.items() if obstacle is None]
+    if not paths:
+        return f"no layer has a form that the integer products take{_describe(obstacles)}"
+    layers = quant_layers(model)
+    sizes = [layer.shape.numel() // _products(layer) for layer in map(layers.get, paths) if layer is not None]
+    mean = sum(sizes) // max(len(sizes), 1)
+    if not faster or mean >= MIN_MEAN_WEIGHTS:
         return None
-    return f"{mean} weights a layer: integers are not faster below {MIN_MEAN_WEIGHTS}"
+    return f"{mean} weights a layer: integers are not faster below {MIN_MEAN_WEIGHTS}{_describe(obstacles)}"
+
+
+def _products(layer: QuantLayer) -> int:
+    """How many integer products a layer takes: two if its inputs have two bytes."""
+    return 2 if any(quantizer.n_bits > 8 for quantizer in layer.act_quantizers) else 1
+
+
+def _describe(obstacles: Mapping[str, str | None], what: str = "simulated") -> str:
+    """The layers that do not run on integers, by reason: the end of a log line. `what` says what is done instead."""
+    paths: dict[str, list[str]] = {}
+    for path, obstacle in obstacles.items():
+        if obstacle is not None:
+            paths.setdefault(obstacle, []).append(path or "the network")
+    return "".join(f"; {what}: {_listed(names)} ({obstacle})" for obstacle, names in paths.items())
+
+
+def _listed(names: list[str]) -> str:
+    """The first names of a list, and how many there are more."""
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return ", ".join(names[:MAX_NAMES]) + more

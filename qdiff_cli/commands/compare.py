@@ -34,6 +34,7 @@ from qdiff_cli.quantization import load_calibrated
 from qdiff_cli.runs import log_to
 from qdiff_cli.sampling_commands import parse_sampling_command
 from qdiff_cli.sampling_run import SamplingCommand, SamplingRun
+from qdiff_cli.widths import width_name
 
 NEAREST_TIMESTEPS, NEAREST_SAMPLES = 20, 16  # size of the calibration set of nearest rounding
 SIMILARITY = ("psnr", "ssim", "isolated", "identity", "perceptual")
@@ -93,11 +94,6 @@ def parse(argv: Sequence[str] | None) -> CompareOptions:
     return CompareOptions(command, tuple(checkpoints), args.output, args.images, nearest=not args.no_nearest)
 
 
-def label(quant: QuantConfig, activations: bool) -> str:
-    """The name of a network in the report."""
-    return f"W{quant.weight_bit}A{quant.act_bit if activations else 32}"
-
-
 def load_networks(run: SamplingRun, model: nn.Module, options: CompareOptions) -> dict[str, nn.Module]:
     """Load simulated networks: each checkpoint with and without quantized activations, and nearest rounding.
 
@@ -119,12 +115,12 @@ def load_networks(run: SamplingRun, model: nn.Module, options: CompareOptions) -
             raise ConfigError(f"{path}: expected packed checkpoints; scripts/export.py converts published ones")
         config = packed.info.config
         for activations in (False, True) if config.quant_act else (False,):
-            name = label(config, activations)
+            quant = replace(config, quant_act=activations)
+            name = width_name(quant, run.task)
             if name in loaded and not activations and config.quant_act:
                 continue  # another checkpoint has weights of the same width
             if name in loaded:
                 raise ConfigError(f"{path}: a second checkpoint for {name}")
-            quant = replace(config, quant_act=activations)
             loaded[name] = quant, load_calibrated(path, run.task, quant).to(run.device)
     if not options.nearest:
         return {name: network for name, (_, network) in loaded.items()}
@@ -241,7 +237,7 @@ def main(argv: list[str] | None = None) -> None:
     log_to(None, verbose=False)
     model = run.load_full_precision()
     simulated = load_networks(run, model, options)
-    costs = measure_costs(run, simulated)
+    costs = measure_costs(run, model, simulated)
     engine = run.options.engine
     networks = {name: apply_engine(network, engine) for name, network in simulated.items()}
     with torch.no_grad():

@@ -20,6 +20,7 @@ from qdiff_cli.bundled import folder_of, sampling_command
 from qdiff_cli.comparison import CLOSENESS, FULL, closeness_cells, closeness_header, save_image_rows
 from qdiff_cli.options import DeviceOptions, Parser, add_device_options, positive
 from qdiff_cli.runs import log_to
+from qdiff_cli.widths import own_widths
 
 NEAREST = "W4A8 nearest"
 RECIPE = CalibrationConfig(num_timesteps=10, samples=8)
@@ -143,6 +144,9 @@ class Demo:
         self.progress.write(f"\n{self.run.title}\n{columns}")
         for name in NETWORKS:
             self.progress.write(self.sample_row(name))
+        for name in ("W8A8", "W4A8"):
+            if own := own_widths(PackedFile.open(self.files[name]).info.config, self.run.task):
+                self.progress.write(f"{name}: {own}")
         row = f"one row for each line of the table, {self.run.total} images from the same noise samples"
         self.progress.write(f"{self.picture}: {row}")
 

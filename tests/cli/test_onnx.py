@@ -7,13 +7,15 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
+import qdiff
 from ddim.family import PIXEL
+from qdiff.calibration.ranges import init_activation_ranges
 from qdiff.calibration.run import Calibration
 from qdiff.checkpoint import PackedInfo, save_packed
 from qdiff.config import CalibrationConfig, QuantConfig
 from qdiff.engines.onnx import export_onnx, exportable
 from qdiff.errors import ConfigError
-from qdiff.model import enable_activations, quant_layers
+from qdiff.model import enable_activations, init_weights, quant_layers, quantize_model
 from tests.support import commands, golden, tiny
 from tests.support.commands import fails, succeeded
 
@@ -105,6 +107,35 @@ def test_weights_alone_agree_at_every_size(case, tmp_path):
         assert max(errors_of(session, model, sized)) < 1e-5
 
 
+class Upsampler(torch.nn.Module):
+    """Transposed convolutions with groups and a given size, and padding that is not zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Conv2d(3, 8, 3, padding=1, padding_mode="circular")
+        self.up = torch.nn.ConvTranspose2d(8, 4, 3, stride=2, padding=1, groups=2)
+        self.out = torch.nn.ConvTranspose2d(4, 3, 2, stride=2)
+
+    def forward(self, x, t):
+        h = torch.relu(self.first(x) + t[:, None, None, None])
+        return self.out(self.up(h, output_size=(2 * x.shape[2], 2 * x.shape[3])))
+
+
+def test_transposed_convolutions_and_padding_modes_are_exported(tmp_path):
+    pytest.importorskip("onnxscript", reason="the extra `export` is not installed")
+    runtime = pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    inputs = (torch.randn(8, 3, 6, 5), torch.linspace(0, 1, 8))
+    model = qdiff.quantize(Upsampler(), inputs, weight_bit=4, iters=0, iters_a=0, iters_tune=0)
+    assert set(quant_layers(model)) == {"first", "up", "out"}
+    export_onnx(tmp_path / "model.onnx", model, inputs)
+    session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    errors = errors_of(session, model, inputs)
+    assert statistics.median(errors) < 1e-5 and max(errors) < 0.05
+    with pytest.raises(ConfigError, match="first: computes in bfloat16: expected a network in float32"):
+        exportable(model.bfloat16())
+
+
 def test_the_command_fixes_the_sizes_that_are_given(tmp_path):
     onnx = pytest.importorskip("onnx", reason="the extra `export` is not installed")
     pytest.importorskip("onnxscript")
@@ -130,6 +161,72 @@ def test_the_command_fixes_the_sizes_that_are_given(tmp_path):
     assert not list(tmp_path.glob("b.*"))
 
 
+POLICY = (
+    ("conv_in", "W8A16"),
+    ("conv_out", "keep"),
+    ("down.0.block.0.conv1", "W6"),
+    ("down.0.block.0.conv2", "W12A16"),
+)
+
+
+def of_policy(symmetric: bool):
+    """(network, inputs, formats) with widths per layer, 16-bit inputs, a layer in full precision, and smoothing."""
+    config = replace(tiny.MODEL, ch_mult=(1,), attn_resolutions=())
+    network = tiny.unet(config=config)
+    rows = tiny.rows(network)
+    quant = QuantConfig(4, quant_act=True, a_sym=symmetric, split=True, quant_mode="linear", policy=POLICY)
+    model = quantize_model(network, PIXEL, quant).requires_grad_(False)
+    for path, layer in quant_layers(model).items():
+        if path == "conv_in" or layer.split:
+            layer.smooth(torch.linspace(0.5, 2, layer.shape[1]))
+    init_weights(model, "max")
+    init_activation_ranges(model, rows, "max", CalibrationConfig(), torch.device("cpu"))
+    enable_activations(model, True)
+    return model, tuple(part[::8][:8] for part in rows.inputs), quant
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_policies_and_smoothing_run_in_the_runtime(symmetric, tmp_path):
+    onnx = pytest.importorskip("onnx", reason="the extra `export` is not installed")
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    model, inputs, _ = of_policy(symmetric)
+    with torch.no_grad():
+        found = exportable(model).double()(*inputs64(inputs))
+        assert golden.relative_error(found, copy.deepcopy(model).double()(*inputs64(inputs))) < 1e-6
+    export_onnx(tmp_path / "model.onnx", model, inputs, DYNAMIC)
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    names = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    types = onnx.TensorProto
+    assert names["conv_in.acts.0.zero_point"] == (types.INT16 if symmetric else types.UINT16)
+    assert names["conv_in.integers0"] == names["down.0.block.0.conv1.integers0"] == types.UINT8
+    assert names["down.0.block.0.conv2.integers0"] == types.INT16
+    assert names["conv_out.weight"] == types.FLOAT
+    options = runtime.SessionOptions()
+    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL  # node by node, as the file says
+    session = runtime.InferenceSession(tmp_path / "model.onnx", options, providers=["CPUExecutionProvider"])
+    errors = errors_of(session, model, inputs)
+    assert statistics.median(errors) < 1e-5 and max(errors) < 0.05
+
+
+def test_the_command_exports_a_policy_but_not_to_the_published_format(tmp_path):
+    onnx = pytest.importorskip("onnx", reason="the extra `export` is not installed")
+    pytest.importorskip("onnxscript")
+    config = tiny.config_file(tmp_path, ch_mult=[1], attn_resolutions=[])
+    model, _, quant = of_policy(False)
+    file = tmp_path / "w4a8.safetensors"
+    unet_config = asdict(replace(tiny.MODEL, ch_mult=(1,), attn_resolutions=()))
+    save_packed(file, model, PackedInfo("pixel", unet_config, quant, {}, ""))
+    words = ["export.py", "--config", config, "--quant_act", "--split", "--weight_bit", 4, "--cali_ckpt", file]
+    succeeded(commands.run(*words, "-o", tmp_path / "a.onnx"))
+    types = {tensor.data_type for tensor in onnx.load(tmp_path / "a.onnx").graph.initializer}
+    assert {onnx.TensorProto.UINT4, onnx.TensorProto.UINT16, onnx.TensorProto.INT16} <= types
+    fails(
+        commands.run(*words, "-o", tmp_path / "b.pth"), "the published format holds no smoothing, but conv_in has one"
+    )
+    assert not list(tmp_path.glob("b.*"))
+
+
 def test_what_onnx_cannot_hold_is_named(network, rows):
     for change, words in (({"act_bit": 6}, "6-bit"), ({"time_bounds": (500.0,)}, "timestep groups")):
         model = Calibration(
@@ -137,9 +234,11 @@ def test_what_onnx_cannot_hold_is_named(network, rows):
         ).run()
         with pytest.raises(ConfigError, match=words):
             exportable(model)
-    model = Calibration(
-        network, PIXEL, QuantConfig(8, quant_act=True, quant_mode="linear"), CalibrationConfig(), rows
-    ).run()
+    quant = QuantConfig(8, quant_act=True, quant_mode="linear", policy=(("mid.block_2.conv2", "A12"),))
+    model = Calibration(network, PIXEL, quant, CalibrationConfig(), rows).run()
+    with pytest.raises(ConfigError, match=r"mid\.block_2\.conv2: 12-bit activations: ONNX has 8 and 16 bits"):
+        exportable(model)
+    model = Calibration(network, PIXEL, replace(quant, policy=()), CalibrationConfig(), rows).run()
     quant_layers(model)["mid.block_1.conv1"].weight_quantizer.zero_point[0] = -5e6  # as of a constant channel
     with pytest.raises(ConfigError, match=r"mid\.block_1\.conv1: .* 16 bits"):
         exportable(model)

@@ -33,14 +33,31 @@ INT_MM_SATURATES = _int_mm_saturates()
 
 
 def quantized_layer(
-    layer: nn.Module, kind: type, bits: int, symmetric: bool, method: str, x: torch.Tensor, split: int = 0
+    layer: nn.Module,
+    kind: type,
+    bits: int,
+    symmetric: bool,
+    method: str,
+    x: torch.Tensor,
+    split: int = 0,
+    act_bit: int = 8,
+    smoothing: torch.Tensor | None = None,
 ):
-    quantized = kind(layer, bits, 8, symmetric, split).requires_grad_(False)
+    """The quantized form of a layer for inputs like `x`, whose quantizers are on."""
+    quantized = kind(layer, bits, act_bit, symmetric, split).requires_grad_(False)
+    if smoothing is not None:
+        quantized.smooth(smoothing)
     quantized.init_weight_scales(method)
-    for quantizer, part in zip(quantized.act_quantizers, quantized._parts(x), strict=True):
-        quantizer.set_qparams(*choose_qparams(part, 8, symmetric=symmetric, method=method))
+    for quantizer, part in zip(quantized.act_quantizers, quantized._parts(quantized.quantize_input(x)), strict=True):
+        quantizer.set_qparams(*choose_qparams(part, act_bit, symmetric=symmetric, method=method))
         quantizer.enabled = True
     return quantized
+
+
+def on_grid(layer: QuantLayer, x: torch.Tensor) -> torch.Tensor:
+    """An input near `x` whose values lie in the middle of what rounds to one integer, so that none can flip."""
+    quantized = layer.quantize_input(x)
+    return quantized if layer.smoothing is None else quantized * layer._along_channels(layer.smoothing, x.dim())
 
 
 def attention_matmul(symmetric: bool, sm_abit: int):

@@ -459,7 +459,7 @@ WRONG = [
     ("lr", quantize_with(lr=0.0)),
     ("batch_size", quantize_with(batch_size=0)),
     ("model", lambda: qdiff.quantize(Network, INPUTS)),
-    ("model", lambda: qdiff.quantize(Network().half(), INPUTS)),
+    ("model", lambda: qdiff.quantize(Network().double(), INPUTS)),
     ("inputs", lambda: qdiff.quantize(Network(), INPUTS[0])),
     ("inputs", lambda: qdiff.quantize(Network(), (INPUTS[0], INPUTS[1][:3]))),
     ("inputs", lambda: qdiff.quantize(Network(), (INPUTS[0] / 0, INPUTS[1]))),

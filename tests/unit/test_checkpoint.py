@@ -1,6 +1,7 @@
 """Both checkpoint formats: round trips, damage, foreign files, wrong options."""
 
 import json
+import logging
 import pickle
 from dataclasses import replace
 
@@ -24,7 +25,7 @@ from qdiff.checkpoint import (
 from qdiff.checkpoint.published import infer_act_bits
 from qdiff.config import QuantConfig
 from qdiff.errors import CheckpointError, ConfigError
-from qdiff.model import enable_activations
+from qdiff.model import enable_activations, set_mode_parameters
 from tests.support import tiny
 from tests.support.quantized import UNET_CONFIG, Payload, T, X, quantized
 
@@ -67,6 +68,45 @@ def test_full_precision_weights_of_another_network_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"temb\.dense\.0: .* full-precision weights"):
         save_published(tmp_path / "q.pth", model, PIXEL, tiny.unet(seed=1).state_dict(), activations=True)
     assert not (tmp_path / "q.pth").exists()
+
+
+@pytest.mark.parametrize(
+    ("policy", "words"),
+    [
+        ((("conv_out", "W8"),), "conv_out has 8 bits and others have 4"),
+        ((("*", "A16"), ("conv_in", "A8")), "conv_in.act_quantizer has 8 bits and others have 16"),
+        ((("mid.attn_1.av", "A16"),), "mid.attn_1.av.act_quantizer_v has 16 bits and others have 8"),
+        ((("mid.*.conv1", "keep"),), "no layers in full precision, but mid.block_1.conv1 is one"),
+        ((("mid.attn_1.qk", "keep"),), "no layers in full precision, but mid.attn_1.qk is one"),
+    ],
+)
+def test_the_published_format_refuses_a_policy(policy, words, tmp_path):
+    unet, model, _ = quantized(policy=policy)
+    with pytest.raises(CheckpointError, match=f"the published format holds .*{words}"):
+        save_published(tmp_path / "q.pth", model, PIXEL, unet.state_dict(), activations=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_published_format_refuses_smoothing(tmp_path):
+    unet, model, _ = quantized()
+    model.conv_in.smoothing = torch.ones(3)
+    with pytest.raises(CheckpointError, match=r"no smoothing, but conv_in has one"):
+        save_published(tmp_path / "q.pth", model, PIXEL, unet.state_dict(), activations=True)
+
+
+@pytest.mark.parametrize("activations", [True, False])
+def test_a_published_file_holds_the_parameters_of_its_mode(activations, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    unet, model, quant = quantized()
+    set_mode_parameters(model, {"conv_in.bias": torch.ones(16)})
+    for mode in (activations, not activations):  # whatever mode the network is in
+        enable_activations(model, mode)
+        save_published(tmp_path / "q.pth", model, PIXEL, unet.state_dict(), activations)
+    assert f"for use {'with' if activations else 'without'} quantized activations" in caplog.text
+    enable_activations(model, activations)
+    formats = replace(quant, quant_act=activations)
+    assert torch.equal(load_published(tmp_path / "q.pth", UNET_CONFIG, PIXEL, formats)(X, T), model(X, T))
+    assert torch.equal(model.conv_in.bias, unet.conv_in.bias) == activations
 
 
 def test_published_file_has_exactly_the_published_keys(files):

@@ -372,7 +372,7 @@ def test_zero_points_far_out_are_exact(operators):
     layer = quantized_layer(nn.Conv2d(12, 8, 3, padding=1), QuantConv2d, 4, False, "max", x)
     layer.act_quantizer.set_qparams(torch.tensor(1 / 64), torch.tensor(-100_000.0))
     integer = cpu.IntegerConv2d(layer)
-    assert integer.usable
+    assert integer.obstacle is None
     check(layer, x)
 
 
@@ -445,16 +445,26 @@ def test_operators_without_a_compiler_are_the_same(dtype):
     rows = cpu_kernels.ChannelsLastView(data, 2, 35, 12, 13, (coef, sums))
     shift, a, b, other = torch.randn(2, 12), torch.rand(2, 12), torch.randn(2, 12), torch.randn(2, 35, 12).to(dtype)
     compiled = [*rows.stats(shift, 4, 1e-5), rows.values((a, b), True, other), rows.values(None, False)]
-    bytes_compiled, sums_compiled = rows.quantize((a, b), True, 0.05, -128, 127, 128)
+    grids = [
+        cpu_kernels.IntegerGrid(0.05, -128, 127, 128),
+        cpu_kernels.IntegerGrid(0.05, -128, 127, 0, b.exp()[0], torch.int8),
+        cpu_kernels.IntegerGrid(0.0002, -32768, 32767, 32768, b.exp()[1], torch.uint16),
+    ]
+    quantized_compiled = [rows.quantize((a, b), True, grid) for grid in grids]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu_kernels, "library", lambda: None)
         plain = [*rows.stats(shift, 4, 1e-5), rows.values((a, b), True, other), rows.values(None, False)]
-        bytes_plain, sums_plain = rows.quantize((a, b), True, 0.05, -128, 127, 128)
+        quantized_plain = [rows.quantize((a, b), True, grid) for grid in grids]
     for found, expected in zip(compiled, plain, strict=True):
         # bfloat16: a few results lie on the edge between two
         assert found.dtype == expected.dtype
         assert golden.relative_error(found.float(), expected.float()) < (1e-6 if found.dtype == torch.float32 else 1e-4)
-    assert (bytes_compiled.int() - bytes_plain.int()).abs().max() <= 1
-    assert (bytes_compiled != bytes_plain).float().mean() < 0.001
-    assert torch.equal(sums_compiled, bytes_compiled.sum(2, dtype=torch.int32))
-    assert torch.equal(sums_plain, bytes_plain.sum(2, dtype=torch.int32))
+    for grid, (found, sums), (expected, expected_sums) in zip(grids, quantized_compiled, quantized_plain, strict=True):
+        wide = grid.dtype == torch.uint16
+        assert found.dtype == expected.dtype == (torch.uint8 if wide else grid.dtype)
+        integers, expected = (planes[0].int() + (256 * planes[1].int() if wide else 0) for planes in (found, expected))
+        assert (integers - expected).abs().max() <= 1
+        assert (integers != expected).float().mean() < (0.1 if wide else 0.001)  # the steps of 16 bits are small
+        assert torch.equal(sums, integers.sum(2, dtype=torch.int32))
+        assert torch.equal(expected_sums, expected.sum(2, dtype=torch.int32))
+        assert integers.float().std() > (1000 if wide else 3)

@@ -47,7 +47,7 @@ def test_int8_linear_layers_are_exact():
         torch.manual_seed(1)
         x = torch.randn(shape) + 0.3
         layer = quantized_layer(nn.Linear(16, 24), QuantLinear, bits, symmetric, "max", x)
-        assert Int8Linear.fits(layer)
+        assert Int8Linear.obstacle(layer) is None
         expected = copy.deepcopy(layer).double()(x.double())
         found = Int8Linear(PackedLayer(copy.deepcopy(layer)))(x)
         assert near(found, expected), (bits, symmetric, shape)
@@ -71,16 +71,16 @@ def test_what_does_not_fit_int8_is_told_apart():
     x = torch.randn(20, 16)
 
     def fits(layer, bits=8):
-        return Int8Linear.fits(quantized_layer(layer, QuantLinear, bits, True, "max", x))
+        return Int8Linear.obstacle(quantized_layer(layer, QuantLinear, bits, True, "max", x)) is None
 
     assert fits(nn.Linear(16, 8)) and not fits(nn.Linear(16, 9)) and not fits(nn.Linear(16, 8), bits=12)
     far = quantized_layer(nn.Linear(16, 8), QuantLinear, 8, False, "mse", x.clamp(0, 1) + 1e4)
-    assert far.act_quantizer.zero_point.abs() > 1e6 and not Int8Linear.fits(far)  # its sums would leave int32
+    assert far.act_quantizer.zero_point.abs() > 1e6 and "32 bits" in Int8Linear.obstacle(far)
     far.act_quantizer.zero_point.fill_(100.5)
-    assert not Int8Linear.fits(far)
+    assert "fractional" in Int8Linear.obstacle(far)
     off = quantized_layer(nn.Linear(16, 8), QuantLinear, 8, True, "max", x)
     off.act_quantizer.enabled = False
-    assert not Int8Linear.fits(off)
+    assert "one scale" in Int8Linear.obstacle(off)
 
 
 def test_few_rows_run_as_the_packed_layer():

@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn import functional as F
 
 from qdiff.architecture import Architecture
 from qdiff.config import QuantConfig
@@ -374,6 +375,36 @@ def test_cost_of_a_small_network():
     assert measure_cost(wrapped, inputs).bops == (conv + linear) * 4 * 8
     assert found.size == (288 + 40) / 2 + (8 + 5) * 4
     assert measure_cost(wrapped, inputs, 32, 32).size == (288 + 40 + 8 + 5) * 4
+
+
+def test_cost_of_what_stays_in_full_precision():
+    """By hand: 2 x 3 pixels, upsampled to 4 x 6 in two groups, convolved, attended to by 24 tokens, and two linears."""
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.kept = nn.ConvTranspose2d(4, 8, 2, stride=2, groups=2), nn.Conv2d(8, 8, 3, padding=1)
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.own, self.head = nn.Parameter(torch.randn(8, 8)), nn.Linear(8, 5)
+
+        def forward(self, x):
+            tokens = self.kept(self.up(x)).flatten(2).transpose(1, 2)
+            attended, _ = self.attention(tokens, tokens, tokens)
+            return self.head(F.scaled_dot_product_attention(attended @ self.own, attended, attended))
+
+    family = Architecture("small", lambda _: Network(), {}, keep=("kept", "MultiheadAttention", "own"))
+    wrapped = quantize_model(Network(), family, QuantConfig(4, policy=(("head", "W8"),))).requires_grad_(False)
+    init_weights(wrapped, "max")
+    up, head = 6 * 2 * (2 * 4 * 4), 24 * 8 * 5
+    attention = 4 * 24 * 8 * 8 + 2 * 24 * 24 * 8
+    kept = 24 * 8 * 8 * 9 + attention + 24 * 8 * 8 + 2 * 24 * 24 * 8
+    found = measure_cost(wrapped, (torch.randn(1, 4, 2, 3),))
+    assert found.macs == up + head + kept
+    assert found.bops == (up * 4 + head * 8) * 32 + kept * 32 * 32
+    parameters = 8 + (8 * 8 * 9 + 8) + (4 * 8 * 8 + 4 * 8) + 8 * 8 + 5
+    assert found.size == 64 / 2 + 40 + parameters * 4
+    wrapped.head.smoothing = torch.ones(8)
+    assert measure_cost(wrapped, (torch.randn(1, 4, 2, 3),)).size == found.size + 8 * 4
 
 
 def test_perceptual_distance_is_a_distance():

@@ -118,7 +118,7 @@ def test_fractional_zero_points_are_simulated_and_no_onnx(layer):
     layer = copy.deepcopy(layer)
     layer.act_quantizer.zero_point += 0.5
     check(layer, X)
-    assert not cpu.integer_form(layer).usable
+    assert cpu.integer_form(layer).obstacle == "fractional zero points"
     with pytest.raises(ConfigError, match=r"zero point of .*\.5: ONNX has whole ones"):
         exportable(nn.Sequential(layer))
 
@@ -272,7 +272,7 @@ def test_engines_that_cannot_be_are_named():
 
 def test_one_layer_without_an_integer_form_stays_beside_the_others():
     network = apply_engine(nn.Sequential(convolution(), convolution(groups=8)), "integer")
-    assert [layer.usable for layer in network] == [True, False]
+    assert [layer.obstacle for layer in network] == [None, "one input channel in a group"]
 
 
 @torch.no_grad()
@@ -282,6 +282,7 @@ def test_any_number_of_threads_gives_the_same_bits():
     torch.manual_seed(0)
     rows = cpu_kernels.ChannelsLastView(torch.randn(3, 700, 12), 3, 700, 12, 12)
     a, b = torch.rand(3, 12), torch.randn(3, 12)
+    grid = cpu_kernels.IntegerGrid(0.05, -128, 127, 128, torch.rand(12) + 0.5)
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
@@ -290,7 +291,7 @@ def test_any_number_of_threads_gives_the_same_bits():
                 [
                     *rows.stats(None, 4, 1e-5),
                     rows.values((a, b), True),
-                    *rows.quantize((a, b), True, 0.05, -128, 127, 128),
+                    *rows.quantize((a, b), True, grid),
                 ]
             )
     finally:

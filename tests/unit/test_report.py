@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import qdiff
 from ddim.family import PIXEL
@@ -125,6 +126,43 @@ def test_effects_are_near_those_of_a_network_with_one_quantized_layer(network, q
         alone.set_submodule(path, quantized.get_submodule(path))
         ratios[path] = effect / relative(alone(*inputs), target).square().mean().sqrt().item()
     assert all(0.5 < ratio < 2 for ratio in ratios.values()), ratios
+
+
+class Tokens(nn.Module):
+    """Attention by a function call; inputs by keyword, and two outputs."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(2)
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, sample, timestep):
+        q, k, v = self.qkv(sample + timestep[:, None, None] / 100).chunk(3, dim=-1)
+        return self.out(F.scaled_dot_product_attention(3 * q, 3 * k, v)), {"time": timestep}
+
+
+def test_attention_matmuls_of_function_calls_have_effects(caplog):
+    caplog.set_level(logging.INFO, "qdiff.calibration.report")
+    model = Tokens()
+    inputs = {"sample": torch.randn(64, 6, 8), "timestep": torch.arange(64.0)}
+    quantized = qdiff.quantize(
+        model, inputs, weight_bit=8, act_bit=4, preset="fast", iters=2, iters_a=1, iters_tune=0, validation_fraction=0.1
+    )
+    assert "relative error of the output on 6 validation samples: nearest" in caplog.text
+    assert "could not be made" not in caplog.text
+    data = CalibrationData(tuple(inputs.values())).split(0.125, 0)
+    effects = layer_effects(model, quantized, data)
+    assert set(effects) == {"qkv", "matmul_0", "matmul_1", "out"}
+    assert not hasattr(model, "matmul_0") and "forward" not in vars(model)
+    samples = [part[list(data.validation)] for part in data.inputs]
+    target = model(*samples)[0]
+    for path in ("matmul_0", "matmul_1"):
+        alone = copy.deepcopy(quantized)
+        for quantizer in act_quantizers(alone).values():
+            quantizer.enabled = quantizer.name.startswith(path)
+        alone.set_submodule("qkv", model.qkv), alone.set_submodule("out", model.out)
+        exact = relative(alone(*samples)[0], target).square().mean().sqrt().item()
+        assert 0.5 < effects[path] / exact < 2, path
 
 
 def test_effects_follow_the_activations(network, samples, quantized):
