@@ -253,7 +253,7 @@ def test_calibration_beats_nearest_rounding_and_leaves_the_model_alone(network, 
 
     A random network gains little as a whole (its errors are not those of a trained one): the units are what is judged.
     """
-    caplog.set_level(logging.INFO, "qdiff.calibration.run")
+    caplog.set_level(logging.INFO, "qdiff.calibration.steps")
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     recipe = CalibrationConfig(num_timesteps=4, samples=16, batch_size=16, iters=120, lr=3e-2, iters_a=0)
     weights = QuantConfig(weight_bit=4, split=True)
