@@ -130,7 +130,7 @@ def save_packed(path: str | Path, model: nn.Module, info: PackedInfo) -> None:
     tensors = {name: parameter.detach().float() for name, parameter in parameters.items()}
     if activations:
         others = mode_parameters(model, False)
-        tensors |= {f"{WEIGHTS_ONLY}{name}": parameter.detach().float() for name, parameter in others.items()}
+        tensors |= {f"{WEIGHTS_ONLY}{name}": parameter.detach().float() for name, parameter in sorted(others.items())}
     tensors |= _other_buffers(model)
     for layer_path, layer in quant_layers(model).items():
         for name, quantizer in layer.named_weight_quantizers():
