@@ -32,6 +32,7 @@ from qdiff.structure import Structure, find_structure, remember_summary, summari
 from qdiff.utils import distributed
 from qdiff.utils.devices import select_device
 from qdiff.utils.finite import first_not_finite
+from qdiff.utils.memory import retain_freed_memory
 
 
 def load(
@@ -140,6 +141,7 @@ def quantize(
             without an attention matmul that `attention_matmuls` names.
         RuntimeError: a block or layer that cannot be a unit, by path.
     """
+    retain_freed_memory()
     _validate_model(model)
     _validate_recipe(preset, recipe, timestep_groups)
     _validate_splits(model, splits or {})

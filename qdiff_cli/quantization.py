@@ -20,6 +20,7 @@ from qdiff.scale_rules import PUBLISHED_RULES
 from qdiff.task import QuantizationTask
 from qdiff.utils import distributed
 from qdiff.utils.files import file_hash
+from qdiff.utils.memory import retain_freed_memory
 from qdiff_cli.quantization_options import QuantizationConfig
 
 log = logging.getLogger(__name__)
@@ -114,6 +115,7 @@ class NetworkSource:
             log.warning("no %s will be written: the published format cannot hold %s", PUBLISHED, " and ".join(lost))
         reused_weights = self._load_reused_weights()
         data = None if config.data_file is None else load_set(config.data_file, task.input_shape, task.context_dim)
+        retain_freed_memory()
         model = task.load_unet().to(self.device).eval()
         self._validate_source(reused_weights, model)
         data = self._generated_set(model) if data is None else data
