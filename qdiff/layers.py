@@ -75,6 +75,15 @@ def to_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in HALF and not torch.is_autocast_enabled(x.device.type) else x
 
 
+def to_precision(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The input of a layer that computes in `dtype`.
+
+    While a network in half precision is fitted, some weights are float32, and code that follows their type gives
+    float32 inputs.
+    """
+    return x.to(dtype) if dtype in HALF and not torch.is_autocast_enabled(x.device.type) else x
+
+
 class _Float32Buffers(nn.Module):
     """A module whose own floating-point buffers stay float32 when the network is converted to half precision."""
 
@@ -383,6 +392,7 @@ class QuantLayer(_Float32Buffers):
 
     def quantize_input(self, x: Tensor) -> Tensor:
         """The input of the forward pass: smoothed, and quantized if the quantizers are enabled."""
+        x = to_precision(x, self.dtype)
         values = x if self.smoothing is None else to_float32(x)
         is_half = values is not x
         if self.smoothing is not None:
@@ -525,6 +535,13 @@ class QuantConvTranspose(QuantLayer):
         ]
         extra = tuple(size - least for size, least in zip(output_size[-len(kernel) :], smallest, strict=True))
         return self.geometry | {"output_padding": extra}
+
+
+def positions(layer: QuantLayer, x: Tensor, output: Tensor) -> int:
+    """How often a forward pass with this input and output multiplies by each element of the layer's weight."""
+    if isinstance(layer, QuantConvTranspose):
+        return x.numel() // (layer.shape[1] * layer.geometry["groups"])
+    return output.numel() // layer.shape[0]
 
 
 def _swap_channels(weight: Tensor, groups: int) -> Tensor:

@@ -14,6 +14,7 @@ from qdiff.calls import time_argument
 from qdiff.config import QuantConfig
 from qdiff.errors import ConfigError
 from qdiff.layers import (
+    HALF,
     LAYER_TYPES,
     ActQuantizer,
     MatMul,
@@ -263,6 +264,11 @@ def replace_modules(model: nn.Module, replacement: Callable[[str, nn.Module], nn
 def quant_layers(model: nn.Module) -> dict[str, QuantLayer]:
     """The quantized layers of `model`, by path."""
     return {path: module for path, module in model.named_modules() if isinstance(module, QuantLayer)}
+
+
+def half_precision(model: nn.Module) -> torch.dtype | None:
+    """The half precision that layers of `model` compute in; None: they compute in float32."""
+    return next((layer.dtype for layer in quant_layers(model).values() if layer.dtype in HALF), None)
 
 
 def act_quantizers(model: nn.Module) -> dict[str, ActQuantizer]:

@@ -9,12 +9,13 @@ moments are those of centered inputs, and the bias takes the difference of the m
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qdiff.layers import QuantConv, QuantLayer
+from qdiff.layers import QuantConv, QuantConvTranspose, QuantLayer
 from qdiff.scale_rules import search_range
 
 DAMPING = 0.01  # added to the diagonal of the moments, as a share of its mean
@@ -95,19 +96,42 @@ class RowSampler:
 
 def output_size(layer: QuantLayer, x: Tensor) -> list[int]:
     """The positions of a layer's output along each dimension but samples and channels."""
-    if not isinstance(layer, QuantConv):
+    if not isinstance(layer, QuantConv | QuantConvTranspose):
         return list(x.shape[1:-1])
+    if isinstance(layer, QuantConvTranspose):
+        x = _spread(layer, x)
     sizes = []
     for axis, (size, kernel) in enumerate(zip(x.shape[2:], layer.shape[2:], strict=True)):
         low, high = _padding(layer)[axis]
         reach = layer.geometry["dilation"][axis] * (kernel - 1) + 1
-        sizes.append((size + low + high - reach) // layer.geometry["stride"][axis] + 1)
+        sizes.append((size + low + high - reach) // _stride(layer)[axis] + 1)
     return sizes
 
 
-def _padding(layer: QuantConv) -> list[tuple[int, int]]:
+def _stride(layer: QuantConv | QuantConvTranspose) -> tuple[int, ...]:
+    """The stride of the convolution that gives the layer's output; see `_spread`."""
+    return layer.geometry["stride"] if isinstance(layer, QuantConv) else (1,) * (len(layer.shape) - 2)
+
+
+def _spread(layer: QuantConvTranspose, x: Tensor) -> Tensor:
+    """`x` [N, C, ...] with stride - 1 zeros between its values: what a transposed convolution convolves with stride 1.
+
+    Its kernel is flipped for that.
+    """
+    strides = layer.geometry["stride"]
+    sizes = [(size - 1) * stride + 1 for size, stride in zip(x.shape[2:], strides, strict=True)]
+    spread = x.new_zeros(*x.shape[:2], *sizes)
+    every: tuple[Any, ...] = (..., *(slice(None, None, stride) for stride in strides))
+    spread[every] = x
+    return spread
+
+
+def _padding(layer: QuantConv | QuantConvTranspose) -> list[tuple[int, int]]:
     """The padding before and after, of each dimension."""
     padding, kernel, dilation = layer.geometry["padding"], layer.shape[2:], layer.geometry["dilation"]
+    if isinstance(layer, QuantConvTranspose):
+        sides = [d * (k - 1) - p for d, k, p in zip(dilation, kernel, padding, strict=True)]
+        return [(side, side + extra) for side, extra in zip(sides, layer.output_padding, strict=True)]
     if padding == "valid":
         return [(0, 0)] * len(kernel)
     if padding == "same":
@@ -128,18 +152,23 @@ def receptive_fields(layer: QuantLayer, x: Tensor, positions: Tensor) -> Tensor:
         [R, K], in the order of the elements of the weight of an output channel, over the channels of all groups.
     """
     positions = positions.to(x.device)
-    if not isinstance(layer, QuantConv):
+    if not isinstance(layer, QuantConv | QuantConvTranspose):
         return x.reshape(-1, x.shape[-1])[positions]
     sizes, padding = output_size(layer, x), _padding(layer)
-    padded = F.pad(x, [side for pair in reversed(padding) for side in pair])
+    if isinstance(layer, QuantConvTranspose):
+        source, mode = _spread(layer, x), "constant"
+    else:
+        source, mode = x, "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    padded = F.pad(source, [side for pair in reversed(padding) for side in pair], mode=mode)
     per_sample = math.prod(sizes)
     sample, rest = positions // per_sample, positions % per_sample
     index: list[Tensor] = []
     dims = len(sizes)
     for axis, size in enumerate(sizes):
         place = rest // math.prod(sizes[axis + 1 :]) % size
-        first = place * layer.geometry["stride"][axis]
+        first = place * _stride(layer)[axis]
         offsets = torch.arange(layer.shape[2 + axis], device=x.device) * layer.geometry["dilation"][axis]
+        offsets = offsets.flip(0) if isinstance(layer, QuantConvTranspose) else offsets
         shape = [1] * dims
         shape[axis] = -1
         index.append(first.view(-1, *[1] * dims) + offsets.view(1, *shape))
@@ -194,7 +223,7 @@ def _row_weights(layer: QuantLayer, x: Tensor, positions: Tensor) -> Tensor:
 
 def groups_of(layer: QuantLayer) -> int:
     """The groups of a convolution; 1 for other layers."""
-    return layer.geometry["groups"] if isinstance(layer, QuantConv) else 1
+    return layer.geometry["groups"] if isinstance(layer, QuantConv | QuantConvTranspose) else 1
 
 
 def expand_channels(layer: QuantLayer, values: Tensor) -> Tensor:

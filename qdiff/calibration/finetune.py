@@ -20,9 +20,10 @@ from qdiff.calibration.batches import add_gradients, mean_loss
 from qdiff.calibration.data import CalibrationData
 from qdiff.calibration.reconstruct import UnitResult
 from qdiff.config import CalibrationConfig
-from qdiff.layers import ActQuantizer, QuantLayer, dequantize
+from qdiff.layers import ActQuantizer, QuantLayer, dequantize, to_float32
 from qdiff.model import act_quantizers, quant_layers
 from qdiff.prediction import Prediction
+from qdiff.refusals import NORMS
 from qdiff.utils import distributed
 
 VALIDATIONS, VALIDATION_SAMPLES = 6, 64  # each costs a pass of both networks over so many samples
@@ -32,6 +33,7 @@ SIZE_SAMPLES = 16  # that the sizes of outputs are measured on
 
 def relative_error(output: Tensor, target: Tensor) -> Tensor:
     """||output - target|| / ||target|| of each sample, averaged."""
+    output, target = to_float32(output), to_float32(target)
     return ((output - target).flatten(1).norm(dim=1) / target.flatten(1).norm(dim=1)).mean()
 
 
@@ -223,7 +225,7 @@ class FineTuner:
 def affine_names(quantized: nn.Module) -> Iterator[tuple[str, str]]:
     """The biases of quantized layers and the affine parameters of normalizations: (path of the module, name)."""
     for path, module in quantized.named_modules():
-        if isinstance(module, QuantLayer | nn.GroupNorm | nn.LayerNorm):
+        if isinstance(module, (QuantLayer, *NORMS)):
             for name, _ in module.named_parameters(recurse=False):
                 yield path, name
 

@@ -16,7 +16,7 @@ from qdiff.calibration.compensation import expand_channels, gather_moments, roun
 from qdiff.calibration.data import CalibrationData
 from qdiff.calibration.reconstruct import UnitResult
 from qdiff.calibration.smoothing import choose_smoothing
-from qdiff.layers import QuantConv, QuantLayer, QuantLinear
+from qdiff.layers import QuantConv, QuantConvTranspose, QuantLayer, QuantLinear
 from qdiff.scale_rules import FITTED_RULE
 from qdiff.utils import distributed
 from qdiff.utils.memory import halving
@@ -189,7 +189,7 @@ def compensate_unit(pair: UnitPair, layers: Sequence[tuple[str, QuantLayer]], sm
 
 def can_compensate(layer: QuantLayer) -> bool:
     """Whether a layer's output is a product of receptive fields with its weight."""
-    return isinstance(layer, QuantLinear | QuantConv)
+    return isinstance(layer, QuantLinear | QuantConv | QuantConvTranspose)
 
 
 def _nearest_loss(pair: UnitPair, weights: Sequence[tuple[QuantLayer, Tensor, Tensor | None]]) -> float:

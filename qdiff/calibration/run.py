@@ -37,9 +37,10 @@ from qdiff.checkpoint import state_hash
 from qdiff.checkpoint.reading import first_line
 from qdiff.config import CalibrationConfig, QuantConfig
 from qdiff.errors import ConfigError
-from qdiff.layers import QuantLayer, QuantMatMul
+from qdiff.layers import QuantLayer, QuantMatMul, to_float32
 from qdiff.model import (
     find_timestep_groups,
+    half_precision,
     init_weights,
     quant_layers,
     quantize_model,
@@ -374,9 +375,11 @@ class _Run:
     def _unit_data(self, call: UnitCall, arguments: Sequence[CachedTensor], target: UnitOutput) -> UnitData:
         def read(index: Tensor | slice) -> tuple[tuple[Tensor, ...], Tensor]:
             self._before_samples(self.data, index)
-            return tuple(x.read(index, self.device) for x in arguments), target.read(index, self.device)
+            # losses are in float32 also in a network in half precision, which is computed as it is
+            return tuple(x.read(index, self.device) for x in arguments), to_float32(target.read(index, self.device))
 
-        autocast = partial(torch.autocast, self.device.type, torch.bfloat16, enabled=self.config.bfloat16)
+        enabled = self.config.bfloat16 and half_precision(self.quantized) is None
+        autocast = partial(torch.autocast, self.device.type, torch.bfloat16, enabled=enabled)
         return UnitData(read, self.data.train, self.data.validation, self.config.batch_size, call, autocast)
 
     def _reconstruct_weights(

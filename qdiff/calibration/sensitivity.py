@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from qdiff.architecture import Architecture
 from qdiff.calibration.data import CalibrationData
 from qdiff.config import QuantConfig
-from qdiff.layers import ActQuantizer, QuantLayer, QuantMatMul
+from qdiff.layers import ActQuantizer, QuantLayer, QuantMatMul, positions
 from qdiff.model import quantize_model
 from qdiff.policy import Policy
 from qdiff.quantizers import quantize_nearest
@@ -105,27 +106,31 @@ class _Probe:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Watch inside the `with`."""
-        handles = [module.register_forward_hook(self._hook(path)) for path, module in self.modules.items()]
+        handles = [
+            module.register_forward_hook(self._hook(path), with_kwargs=True) for path, module in self.modules.items()
+        ]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _hook(self, path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    def _hook(self, path: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], Tensor]:
         found = self.found[path]
 
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
             with torch.no_grad():
-                detached = tuple(arg.detach() for arg in args)
                 if isinstance(module, QuantLayer):
+                    x, *others = args
                     found.elements = module.weight.numel()
-                    found.macs += output.numel() // module.shape[0] * found.elements
-                    errors = self._layer_errors(module, detached[0])
+                    found.macs += positions(module, x, output) * found.elements
+                    errors = self._layer_errors(
+                        module, x.detach(), lambda x, w: module.apply_weight(x, w, *others, **kwargs)
+                    )
                 else:
                     assert isinstance(module, QuantMatMul)  # the hook is registered on no others
                     found.macs += output.numel() * args[0].shape[-1]
-                    errors = self._matmul_errors(module, *detached)
+                    errors = self._matmul_errors(module, *(arg.detach() for arg in args))
             if not output.requires_grad:
                 output = output.detach().requires_grad_()
             self.outputs.append((path, output, errors))
@@ -133,8 +138,10 @@ class _Probe:
 
         return hook
 
-    def _layer_errors(self, layer: QuantLayer, x: Tensor) -> list[Tensor]:
-        """The errors of a layer's output by its input and by its weight."""
+    def _layer_errors(
+        self, layer: QuantLayer, x: Tensor, apply_weight: Callable[[Tensor, Tensor], Tensor]
+    ) -> list[Tensor]:
+        """The errors of a layer's output by its input and by its weight; `apply_weight` as the network calls it."""
         weight, bias = layer.weight, layer.bias
         rounded = [
             _quantized(part, q.n_bits, False, False, rows=True)
@@ -142,12 +149,12 @@ class _Probe:
         ]
         layer.bias = None
         try:
-            of_weight = layer.apply_weight(x, layer._join(rounded) - weight)
+            of_weight = apply_weight(x, layer._join(rounded) - weight)
             if not self.activations:
                 return [torch.zeros_like(of_weight), of_weight]
             parts = zip(layer._parts(x), layer.act_quantizers, strict=True)
             coarse = layer._join([_quantized_input(part, quantizer) for part, quantizer in parts])
-            return [layer.apply_weight(coarse - x, weight), of_weight]
+            return [apply_weight(coarse - x, weight), of_weight]
         finally:
             layer.bias = bias
 

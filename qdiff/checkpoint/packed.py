@@ -327,7 +327,8 @@ class PackedFile:
                     f"expected {expected}"
                 )
         if values:
-            set_mode_parameters(network, {name: tensor.to(own[name].dtype) for name, tensor in values.items()})
+            # in the order of the network, so that `save` writes the same bytes again
+            set_mode_parameters(network, {name: values[name].to(own[name].dtype) for name in own if name in values})
 
     def _wrapped(self, model: nn.Module | None) -> nn.Module:
         """The quantized form of the network, without the values of the file."""

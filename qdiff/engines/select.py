@@ -10,8 +10,8 @@ from torch import nn
 from qdiff.engines import cpu, cuda, probe
 from qdiff.engines.proxy import has_engine
 from qdiff.errors import ConfigError
-from qdiff.layers import HALF, QuantLayer
-from qdiff.model import quant_layers
+from qdiff.layers import QuantLayer
+from qdiff.model import half_precision, quant_layers
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ def _why_not_integer(model: nn.Module, device: str) -> str | None:
         return "activations are not quantized"
     if device != "cpu":
         return f"integer products are for CPU and CUDA, the network is on {device}"
-    if half := next((layer.dtype for layer in layers if layer.dtype in HALF), None):
+    if half := half_precision(model):
         return f"the network is in {str(half).removeprefix('torch.')}"
     return probe.why_unavailable()
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from qdiff.layers import ActQuantizer, QuantConvTranspose, QuantLayer, QuantMatMul
+from qdiff.layers import ActQuantizer, QuantLayer, QuantMatMul, positions
 
 DEFINITION = (
     "MACs count convolutions, linear layers and attention matmuls, quantized or not, for one image and one evaluation "
@@ -49,11 +49,9 @@ def measure_cost(wrapped: nn.Module, inputs: tuple[Tensor, ...], weight_bits: in
 
     def layer_hook(layer: QuantLayer, args: tuple[Tensor, ...], output: Tensor) -> None:
         nonlocal macs, bops
-        positions = output.numel() // layer.shape[0]
-        if isinstance(layer, QuantConvTranspose):
-            positions = args[0].numel() // (layer.shape[1] * layer.geometry["groups"])
+        times = positions(layer, args[0], output)
         for weight, act in zip(layer.weight_quantizers, layer.act_quantizers, strict=True):
-            part = positions * weight.integers.numel()
+            part = times * weight.integers.numel()
             macs += part
             bops += part * (weight_bits or weight.n_bits) * bits(act)
 

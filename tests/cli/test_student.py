@@ -131,7 +131,9 @@ def test_one_call_and_what_its_error_says(samples, tmp_path, dtype):
 
 def test_its_cost_and_the_integer_engine(samples):
     unet = network(0)
-    quantized = qdiff.quantize(unet, samples, keep=["MultiheadAttention"], iters=0, iters_a=0, iters_tune=0)
+    quantized = qdiff.quantize(
+        unet, samples, keep=["MultiheadAttention"], preset="published", iters=0, iters_a=0, iters_tune=0
+    )
     one = tuple(part[:1] for part in samples)
     width, emb = 16, 32
     pixels = 16 * 16

@@ -1,6 +1,7 @@
 """Quantized layers against the full-precision ones: transposed convolutions, padding modes, half precision."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 import qdiff
 from qdiff.architecture import Architecture
+from qdiff.calibration.compensation import groups_of, output_size, receptive_fields
 from qdiff.checkpoint import save_published
 from qdiff.config import QuantConfig
 from qdiff.engines.cpu import to_integer
@@ -18,6 +20,7 @@ from qdiff.layers import LAYER_TYPES, ActQuantizer, QuantConv1d, QuantConv2d, Qu
 from qdiff.model import enable_activations, quantize_model, set_mode_parameters
 from tests.support import golden
 from tests.support.engines import quantized_layer
+from tests.support.foreign import QUICK
 
 pytestmark = pytest.mark.unit
 HALF = [torch.bfloat16, torch.float16]
@@ -96,6 +99,35 @@ def test_the_published_format_refuses_transposed_convolutions(tmp_path):
     with pytest.raises(CheckpointError, match="the published format holds no transposed convolutions, but 0 is one"):
         save_published(tmp_path / "q.pth", wrapped, architecture, network.state_dict(), activations=False)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        *[(layer, shape) for layer, shape, options in UPSAMPLERS if not options],
+        (nn.ConvTranspose2d(6, 4, 3, stride=2, padding=3, dilation=1), (2, 6, 7, 6)),
+        (nn.Conv2d(6, 9, 3, stride=2, padding=(1, 2), dilation=2, groups=3), (2, 6, 7, 8)),
+        (nn.Conv2d(6, 4, 3, padding=(1, 2), padding_mode="circular"), (2, 6, 7, 8)),
+        (nn.Conv1d(6, 4, 4, padding="same", padding_mode="reflect"), (2, 6, 7)),
+        (nn.Linear(6, 4), (2, 5, 6)),
+    ],
+)
+def test_an_output_is_the_product_of_its_receptive_field_with_the_weight(layer, shape):
+    """Error-compensating rounding rests on this."""
+    x, wrapped = torch.randn(shape), LAYER_TYPES[type(layer)](layer, 8, 8, False)
+    with torch.no_grad():
+        output = layer(x) if layer.bias is None else layer(x) - _per_channel(layer, layer.bias)
+    output = output if isinstance(layer, nn.Linear) else output.movedim(1, -1)
+    sizes, groups = output_size(wrapped, x), groups_of(wrapped)
+    assert list(output.shape[1:-1]) == sizes
+    fields = receptive_fields(wrapped, x, torch.arange(len(x) * math.prod(sizes)))
+    parts = zip(fields.chunk(groups, dim=1), wrapped.weight.flatten(1).chunk(groups), strict=True)
+    found = torch.cat([rows @ weight.T for rows, weight in parts], dim=1)
+    assert torch.allclose(found, output.reshape(found.shape), atol=1e-5)
+
+
+def _per_channel(layer: nn.Module, bias: torch.Tensor) -> torch.Tensor:
+    return bias if isinstance(layer, nn.Linear) else bias.view(-1, *[1] * (layer.weight.dim() - 2))
 
 
 # --- padding modes -------------------------------------------------------------------------------------
@@ -192,7 +224,7 @@ def test_a_network_comes_back_in_the_precision_of_the_model(tmp_path, dtype):
         return layers.to(dtype)
 
     x = torch.randn(8, 3, 6, 6).to(dtype)
-    quantized = qdiff.quantize(network(0), (x,), iters=0, iters_a=0, iters_tune=0)
+    quantized = qdiff.quantize(network(0), (x,), **QUICK)
     set_mode_parameters(quantized, {"0.bias": torch.randn(8).to(dtype)})
     outputs = [quantized(x)]
     qdiff.save(tmp_path / "q.safetensors", quantized)
