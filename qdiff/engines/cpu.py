@@ -131,26 +131,26 @@ class QuantizedRows(NamedTuple):
     """Quantized activations: scale * (q - zero).
 
     Attributes:
-        q: the integers as bytes, uint8 or int8 [bytes, n, pixels, c]; of two bytes the lower ones come first.
+        bytes: the bytes of q, uint8 or int8 [n, pixels, c] each, the lower ones first.
         scale: the scale of all values.
-        zero: the zero point of `q`.
-        sums: the sums of `q` over the channels, int32 [n, pixels].
+        zero: the zero point of q.
+        sums: the sums of q over the channels, int32 [n, pixels].
     """
 
-    q: Tensor
+    bytes: list[Tensor]
     scale: float
     zero: int
     sums: Tensor
 
     def centered(self) -> Tensor:
         """The sums over the channels of q - zero, int32 [n, pixels]."""
-        return self.sums - self.q.shape[3] * self.zero
+        return self.sums - self.bytes[0].shape[2] * self.zero
 
     def terms(self) -> "list[Term]":
         """The terms whose sum the values are: one for each byte of the integers."""
-        if len(self.q) == 1:
-            return [Term(self.q[0], self.scale, self.zero)]
-        low, high = self.q
+        if len(self.bytes) == 1:
+            return [Term(self.bytes[0], self.scale, self.zero)]
+        low, high = self.bytes
         return [Term(high, 256 * self.scale, self.zero >> 8), Term(low, self.scale, self.zero & 255)]
 
 
@@ -174,35 +174,48 @@ class InputGrid:
     Args:
         quantizer: the activation quantizer.
         smoothing: what the input is divided by first, [C]; None: nothing.
+        signed: the bytes are int8, 128 less than the unsigned ones; integers of two bytes are always unsigned.
 
     Attributes:
-        offset: what turns the quantizer's integers into unsigned ones of one or two bytes.
+        wide: whether the integers have two bytes.
         whole: whether all zero points are whole numbers.
         span: the largest |q - zero point|, and at least 128.
-        fixed: (scale, zero point); None with timestep groups, where they depend on the current group.
+        fixed: the grid; None with timestep groups, where it depends on the current group.
     """
 
-    def __init__(self, quantizer: ActQuantizer, smoothing: Tensor | None = None) -> None:
-        self.quantizer, self.smoothing = quantizer, smoothing
-        self.low, self.high = Q.integer_range(quantizer.n_bits, quantizer.symmetric)
+    def __init__(self, quantizer: ActQuantizer, smoothing: Tensor | None = None, signed: bool = False) -> None:
+        self.quantizer, self.smoothing, self.signed = quantizer, smoothing, signed
         self.wide = quantizer.n_bits > 8
-        self.offset = (2**15 if self.wide else 2**7) if quantizer.symmetric else 0
         zeros = torch.zeros(()) if quantizer.zero_is_fixed else quantizer.zero_point
         self.whole = bool((zeros == zeros.round()).all())
-        self.span = max(128, *((bound - zeros).abs().max().item() for bound in (self.low, self.high)))
-        self.fixed = None if quantizer.groups else self._numbers(quantizer.scale, quantizer.zero_point)
+        bounds = Q.integer_range(quantizer.n_bits, quantizer.symmetric)
+        self.span = max(128, *((bound - zeros).abs().max().item() for bound in bounds))
+        self.fixed = None if quantizer.groups else self._grid(quantizer.scale, quantizer.zero_point)
 
-    def _numbers(self, scale: Tensor, zero_point: Tensor) -> tuple[float, int]:
-        zero = 0 if self.quantizer.zero_is_fixed else int(zero_point.item())
-        return scale.item(), zero
+    def _grid(self, scale: Tensor, zero_point: Tensor) -> IntegerGrid:
+        """The grid of a scale and a zero point of the quantizer."""
+        quantizer = self.quantizer
+        low, high = Q.integer_range(quantizer.n_bits, quantizer.symmetric)
+        zero = 0 if quantizer.zero_is_fixed else int(zero_point.item())
+        # clamp(round(x / scale) + z, low, high) = clamp(round(x / scale), low - z, high - z) + z
+        bounds, dtype = (low - zero, high - zero), torch.int8 if self.signed else torch.uint8
+        if quantizer.symmetric:  # to unsigned integers
+            zero += 2**15 if self.wide else 2**7
+        if self.wide:
+            dtype = torch.uint16
+            if quantizer.n_bits < 16:  # there is room to make the lower byte of the zero point 128: so the bytes of
+                zero += (128 - zero) % 256  # values near 0 are near those of the zero point, and do not cancel out
+        elif self.signed:
+            zero -= 128
+        return IntegerGrid(scale.item(), *bounds, zero, self.smoothing, dtype)
 
-    def qparams(self) -> tuple[float, int]:
-        """(scale, zero point) of the samples that come next."""
+    def current(self) -> IntegerGrid:
+        """The grid of the samples that come next."""
         if self.fixed is not None:
             return self.fixed
         groups = self.quantizer.groups
-        assert groups is not None  # without groups the numbers are fixed
-        return self._numbers(self.quantizer.scale[groups.current], self.quantizer.zero_point[groups.current])
+        assert groups is not None  # without groups the grid is fixed
+        return self._grid(self.quantizer.scale[groups.current], self.quantizer.zero_point[groups.current])
 
     def is_ready(self) -> bool:
         """Whether the samples that come next are quantized, with a common scale: all of one timestep group."""
@@ -223,24 +236,16 @@ class InputGrid:
         )
         return None if max(sums) < 2**31 else "sums beyond 32 bits"
 
-    def quantize(self, rows: ChannelsLastView, epilogue: Epilogue, signed: bool = False) -> QuantizedRows:
+    def quantize(self, rows: ChannelsLastView, epilogue: Epilogue) -> QuantizedRows:
         """Quantize activations.
 
         Args:
             rows: the stored values.
             epilogue: the deferred work, which is done first.
-            signed: the bytes are int8, 128 less than the unsigned ones; integers of two bytes are always unsigned.
         """
-        scale, zero = self.qparams()
-        # clamp(round(x / scale) + z, low, high) = clamp(round(x / scale), low - z, high - z) + z
-        offset, dtype = (self.offset - 128, torch.int8) if signed else (self.offset, torch.uint8)
-        if self.wide:
-            offset, dtype = self.offset, torch.uint16
-            if self.quantizer.n_bits < 16:  # room to make the lower byte of the zero point 128: so the bytes of values
-                offset += (128 - zero - offset) % 256  # near 0 are near their zero points, and do not cancel out
-        grid = IntegerGrid(scale, self.low - zero, self.high - zero, zero + offset, self.smoothing, dtype)
+        grid = self.current()
         q, sums = rows.quantize(epilogue.merged(), epilogue.silu, grid)
-        return QuantizedRows(q, scale, zero + offset, sums)
+        return QuantizedRows(q, grid.scale, grid.zero, sums)
 
 
 class Int8Weight:
@@ -309,13 +314,12 @@ def _product(
         operator: multiplies one term. It takes the term, the bias that is added (None: no bias) and the type of its
             result.
     """
-    dtype = _product_dtype(part.coef)
-    first, *others = x.terms()
-    if not others:
-        return operator(first, part.bias, dtype)
+    terms, dtype = x.terms(), _product_dtype(part.coef)
+    if len(terms) == 1:
+        return operator(terms[0], part.bias, dtype)
+    first, second = terms
     y = operator(first, part.bias, torch.float32)
-    for term in others:
-        y += operator(term, None, torch.float32)
+    y += operator(second, None, torch.float32)
     return y.to(dtype)
 
 
@@ -581,7 +585,7 @@ class IntegerMatMul(CpuProxy):
 
     def __init__(self, matmul: QuantMatMul) -> None:
         super().__init__(matmul)
-        self.inputs = [InputGrid(quantizer) for quantizer in matmul.act_quantizers]
+        self.inputs = [InputGrid(quantizer, signed=True) for quantizer in matmul.act_quantizers]
         self.obstacle = None if all(grid.whole for grid in self.inputs) else "fractional zero points"
         if any(grid.wide for grid in self.inputs):
             self.obstacle = "operands of more than 8 bits"
@@ -606,7 +610,7 @@ class IntegerMatMul(CpuProxy):
         p = self._quantize(self.inputs[0], a)  # [B, M, K]
         q = self._quantize(self.inputs[1], b.transpose(1, 2))  # [B, N, K]
         total = torch.empty(len(a), a.shape[1], b.shape[2], dtype=torch.int32)
-        for x, y, result in zip(p.q[0], q.q[0], total, strict=True):
+        for x, y, result in zip(p.bytes[0], q.bytes[0], total, strict=True):
             torch._int_mm(x, y.t(), out=result)
         # sum (p - zp) (q - zq), in int32
         if q.zero:
@@ -619,7 +623,7 @@ class IntegerMatMul(CpuProxy):
     def _quantize(grid: InputGrid, x: Tensor) -> QuantizedRows:
         x = _to_supported_dtype(x).contiguous()
         n, rows, k = x.shape
-        return grid.quantize(ChannelsLastView(x, n, rows, k, k), Epilogue(), signed=True)
+        return grid.quantize(ChannelsLastView(x, n, rows, k, k), Epilogue())
 
 
 class DeferredGroupNorm(nn.GroupNorm):

@@ -147,35 +147,10 @@ void stats(const T* x, int64_t n, int64_t pixels, int64_t c, int64_t ld, const f
     }
 }
 
-// The integers of a row of values, clamp(round(value / delta), low, high) + offset; returns their sum. Integers of one
-// byte (with or without a sign) go to `out`. For those of two bytes, `upper` takes the upper ones; else it is null.
-inline int32_t integers(const float* values, int64_t c, float delta, float low, float high, float offset, uint8_t* out, uint8_t* upper) {
-    const auto nearest = [=](float value) {
-        float q = std::rint(value / delta);
-        q = q < low ? low : (q > high ? high : q);
-        return static_cast<int32_t>(q + offset);
-    };
-    int32_t total = 0;
-    if (upper) {
-        for (int64_t k = 0; k < c; ++k) {
-            const int32_t integer = nearest(values[k]);
-            out[k] = static_cast<uint8_t>(integer);
-            upper[k] = static_cast<uint8_t>(integer >> 8);
-            total += integer;
-        }
-    } else {
-        for (int64_t k = 0; k < c; ++k) {
-            const int32_t integer = nearest(values[k]);
-            out[k] = static_cast<uint8_t>(integer);
-            total += integer;
-        }
-    }
-    return total;
-}
-
-// Rows of values as integers (see above), each value divided by the divisor [c] of its channel first, where there is
-// one; and the sum of each row's integers.
-template <typename T>
+// Rows of values as integers, clamp(round(value / delta), low, high) + offset, each value divided by the divisor [c] of
+// its channel first, where there is one; and the sum of each row's integers. Integers of one byte (with or without a
+// sign) go to `out`. Of integers of two bytes, the upper ones go to `upper`.
+template <bool two_bytes, typename T>
 void quantize(const T* x, int64_t n, int64_t pixels, int64_t c, int64_t ld, const float* coef, const float* sums, const float* a,
               const float* b, int silu, const float* divisor, float delta, float low, float high, float offset, uint8_t* out,
               uint8_t* upper, int32_t* totals, int threads) {
@@ -191,7 +166,17 @@ void quantize(const T* x, int64_t n, int64_t pixels, int64_t c, int64_t ld, cons
                 for (int64_t k = 0; k < c; ++k) v[k] = values[k] / divisor[k];
                 values = v.data();
             }
-            totals[pixel] = integers(values, c, delta, low, high, offset, out + pixel * c, upper ? upper + pixel * c : nullptr);
+            uint8_t* to = out + pixel * c;
+            int32_t total = 0;
+            for (int64_t k = 0; k < c; ++k) {
+                float q = std::rint(values[k] / delta);
+                q = q < low ? low : (q > high ? high : q);
+                const int32_t integer = static_cast<int32_t>(q + offset);
+                to[k] = static_cast<uint8_t>(integer);
+                if constexpr (two_bytes) upper[pixel * c + k] = static_cast<uint8_t>(integer >> 8);
+                total += integer;
+            }
+            totals[pixel] = total;
         }
     }
 }
@@ -229,7 +214,8 @@ void values(const T* x, int64_t n, int64_t pixels, int64_t c, int64_t ld, const 
     void qdiff_quantize_##SUFFIX(const T* x, int64_t n, int64_t pixels, int64_t c, int64_t ld, const float* coef, const float* sums,    \
                                  const float* a, const float* b, int silu, const float* divisor, float delta, float low, float high,   \
                                  float offset, uint8_t* out, uint8_t* upper, int32_t* totals, int threads) {                           \
-        quantize(x, n, pixels, c, ld, coef, sums, a, b, silu, divisor, delta, low, high, offset, out, upper, totals, threads);         \
+        const auto run = upper ? quantize<true, T> : quantize<false, T>;                                                               \
+        run(x, n, pixels, c, ld, coef, sums, a, b, silu, divisor, delta, low, high, offset, out, upper, totals, threads);              \
     }                                                                                                                                  \
     void qdiff_values_##SUFFIX(const T* x, int64_t n, int64_t pixels, int64_t c, int64_t ld, const float* coef, const float* sums,      \
                                const float* a, const float* b, int silu, const T* other, T* out, int threads) {                        \

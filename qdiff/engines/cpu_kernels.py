@@ -91,16 +91,15 @@ def _int(value: int) -> ctypes.c_int64:
 
 
 class IntegerGrid(NamedTuple):
-    """The integers that values are quantized to: clamp(round(value / divisor / scale), low, high) + offset.
+    """The integers that values are quantized to: clamp(round(value / divisor / scale), low, high) + zero.
 
-    The zero point is part of `low`, `high` and `offset`. So this is not `qdiff.quantizers.quantize_nearest`, which adds
-    it before it clamps.
+    This is not `qdiff.quantizers.quantize_nearest`, which adds the zero point before it clamps.
 
     Attributes:
         scale: the scale.
         low: the lower bound, less the zero point.
         high: the upper bound, less the zero point.
-        offset: what is added to the clamped integers.
+        zero: the zero point.
         divisor: what the values of each channel are divided by first, float32 [channels]; None: nothing.
         dtype: uint8 or int8 for integers of one byte, uint16 for those of two.
     """
@@ -108,7 +107,7 @@ class IntegerGrid(NamedTuple):
     scale: float
     low: float
     high: float
-    offset: float
+    zero: int
     divisor: Tensor | None = None
     dtype: torch.dtype = torch.uint8
 
@@ -199,7 +198,7 @@ class ChannelsLastView:
         )
         return mean, rstd
 
-    def quantize(self, affine: Affine | None, silu: bool, grid: IntegerGrid) -> tuple[Tensor, Tensor]:
+    def quantize(self, affine: Affine | None, silu: bool, grid: IntegerGrid) -> tuple[list[Tensor], Tensor]:
         """Quantize silu(a * value + b).
 
         Args:
@@ -208,37 +207,36 @@ class ChannelsLastView:
             grid: the integers.
 
         Returns:
-            The integers as bytes, uint8 or int8 [bytes, n, pixels, channels]; of two bytes the lower ones come first.
-            And the sums of the integers over the channels, int32 [n, pixels].
+            The bytes of the integers, uint8 or int8 [n, pixels, channels] each, the lower ones first. And the sums of
+            the integers over the channels, int32 [n, pixels].
         """
         if (compiled := self._compiled("quantize")) is None:
             return self._quantize(affine, silu, grid)
-        wide = grid.dtype == torch.uint16
-        shape = (1 + wide, self.n, self.pixels, self.channels)
-        out = torch.empty(shape, dtype=torch.uint8 if wide else grid.dtype)
+        dtypes = (torch.uint8, torch.uint8) if grid.dtype == torch.uint16 else (grid.dtype,)
+        out = [torch.empty(self.n, self.pixels, self.channels, dtype=dtype) for dtype in dtypes]
         sums = torch.empty(self.n, self.pixels, dtype=torch.int32)
         compiled(
             *self._arguments(),
             *_pointers(affine),
             ctypes.c_int(silu),
             _pointer(grid.divisor),
-            *(ctypes.c_float(value) for value in (grid.scale, grid.low, grid.high, grid.offset)),
-            _pointer(out),
-            _pointer(out[1] if wide else None),
+            *(ctypes.c_float(value) for value in (grid.scale, grid.low, grid.high, grid.zero)),
+            _pointer(out[0]),
+            _pointer(out[1] if len(out) == 2 else None),
             _pointer(sums),
             ctypes.c_int(torch.get_num_threads()),
         )
         return out, sums
 
-    def _quantize(self, affine: Affine | None, silu: bool, grid: IntegerGrid) -> tuple[Tensor, Tensor]:
+    def _quantize(self, affine: Affine | None, silu: bool, grid: IntegerGrid) -> tuple[list[Tensor], Tensor]:
         """`quantize` without a compiler."""
         x = self._mapped(affine, silu)
         x = x if grid.divisor is None else x / grid.divisor
-        q = (x / grid.scale).round_().clamp_(grid.low, grid.high).add_(grid.offset).to(torch.int32)
-        planes = (
-            torch.stack([q & 255, q >> 8]).to(torch.uint8) if grid.dtype == torch.uint16 else q[None].to(grid.dtype)
-        )
-        return planes, q.sum(2, dtype=torch.int32)
+        q = (x / grid.scale).round_().clamp_(grid.low, grid.high).add_(grid.zero).to(torch.int32)
+        sums = q.sum(2, dtype=torch.int32)
+        if grid.dtype == torch.uint16:
+            return [(q & 255).to(torch.uint8), (q >> 8).to(torch.uint8)], sums
+        return [q.to(grid.dtype)], sums
 
     def values(self, affine: Affine | None, silu: bool, other: Tensor | None = None) -> Tensor:
         """Compute silu(a * value + b) + other.

@@ -311,7 +311,7 @@ def test_16_bits_fill_both_bytes(operators):
     quantizer = wide_layer().act_quantizer
     quantizer.set_qparams(torch.tensor(1.0), torch.tensor(30_000.0))
     found = cpu.InputGrid(quantizer).quantize(cpu_kernels.ChannelsLastView(x, 1, 2**15, 2, 2), Epilogue())
-    low, high = found.q.flatten(1).int()
+    low, high = (byte.flatten().int() for byte in found.bytes)
     assert torch.equal(256 * high + low, torch.arange(2**16, dtype=torch.int32))
     assert [term.scale * (term.q.double() - term.zero).sum().item() for term in found.terms()] == [
         (256 * (high.double() - 117)).sum().item(),

@@ -291,7 +291,8 @@ def test_any_number_of_threads_gives_the_same_bits():
                 [
                     *rows.stats(None, 4, 1e-5),
                     rows.values((a, b), True),
-                    *rows.quantize((a, b), True, grid),
+                    *rows.quantize((a, b), True, grid)[0],
+                    rows.quantize((a, b), True, grid)[1],
                 ]
             )
     finally:
