@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from terrain_unet import TOLERANCE, AttentionBlock, ResBlock, make_network, onnx_file, read_weights
+from terrain_unet import TOLERANCE, make_network, onnx_file, read_weights
 from torch import Tensor, nn
 
 import qdiff
@@ -235,7 +235,7 @@ def main() -> None:
     print("| setting | G | PSNR G | V | PSNR V | MB | CPU s |\n|---|---|---|---|---|---|---|", flush=True)
     for name, arguments in settings.items():
         began = time.process_time()
-        quantized = qdiff.quantize(network, samples, blocks=(ResBlock, AttentionBlock), **arguments)
+        quantized = qdiff.quantize(network, samples, **arguments)
         seconds = time.process_time() - began
         terrains = sample(quantized, reference[0])
         found, size = compare(terrains, reference), packed_bytes(quantized) / 1e6
