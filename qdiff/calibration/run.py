@@ -237,14 +237,13 @@ class _Run:
 
     def _make_cache(self) -> Cache:
         directory = self.calibration.directory
-        dtype = torch.bfloat16 if self.config.bfloat16 else torch.float32
-        cache = Cache(directory.cache_bytes, directory.folder, dtype)
+        cache = Cache(directory.cache_bytes, directory.folder)
         written = 0
         if directory.folder is not None:
             # a file for each unit, the whole network after the ranges and after fine-tuning, and both checkpoints
             parameters = sum(p.numel() for p in self.calibration.model.parameters())
             written = 5 * sum(tensor.nbytes for tensor in self.quantized.state_dict().values()) + 8 * parameters
-        cache.check_space(self.order.peak_elements * len(self.data) * cache.item_size(torch.float32), written)
+        cache.check_space(self.order.peak_elements * len(self.data) * torch.float32.itemsize, written)
         return cache
 
     def all_steps(self) -> None:
@@ -376,8 +375,7 @@ class _Run:
             self._before_samples(self.data, index)
             return tuple(x.read(index, self.device) for x in arguments), target.read(index, self.device)
 
-        autocast = partial(torch.autocast, self.device.type, torch.bfloat16, enabled=self.config.bfloat16)
-        return UnitData(read, self.data.train, self.data.validation, self.config.batch_size, call, autocast)
+        return UnitData(read, self.data.train, self.data.validation, self.config.batch_size, call)
 
     def _reconstruct_weights(
         self, path: str, data: UnitData, seed: int, on_iteration: OnIteration
