@@ -29,12 +29,13 @@ from ldm.config import load_config as load_latent
 from ldm.family import LATENT
 from ldm.unet import UNetModel
 from qdiff.architecture import Architecture
-from qdiff.calibration.blockwise import BlockwiseRunner, trace_execution
+from qdiff.calibration.blockwise import BlockwiseRunner
 from qdiff.calibration.cache import Cache
 from qdiff.calibration.data import CalibrationData
 from qdiff.calibration.directory import MANIFEST, CalibrationDir, read_records
 from qdiff.calibration.reconstruct import VALIDATIONS
 from qdiff.calibration.run import Calibration
+from qdiff.calibration.trace import trace_execution
 from qdiff.config import PRESETS, CalibrationConfig, QuantConfig
 from qdiff.model import quantize_model, units
 from qdiff.utils.memory import peak_memory

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from qdiff.attention import AttentionCall
 from qdiff.config import QuantConfig
 from qdiff.errors import ConfigError
 from qdiff.layers import ActQuantizer, QuantMatMul, TimestepGroups
@@ -44,6 +45,18 @@ class AttentionMatMulSpec:
     always_zero: bool = False
     follows_a_sym: bool = True
     on_block: bool = False
+
+    @classmethod
+    def of_call(cls, probabilities: int | None) -> "AttentionMatMulSpec":
+        """The spec of a matmul that was found in a function call.
+
+        Args:
+            probabilities: the operand that holds attention probabilities: 0, 1, or None.
+        """
+        if probabilities is None:
+            return cls(("q", "k"))
+        operands = ("w", "v") if probabilities == 0 else ("v", "w")
+        return cls(operands, softmax="w", always_zero=True, follows_a_sym=False)
 
     def make(self, config: QuantConfig, groups: TimestepGroups | None, path: str = "") -> QuantMatMul:
         """The quantized matmul in the number formats of `config`.
@@ -77,13 +90,16 @@ class Architecture:
         make_unet: makes the network from the configuration that a packed checkpoint stores.
         blocks: the module types that are reconstructed as a whole. Each names the layer inside whose bias is added to
             the block's output; None switches the bias correction of this block off.
+        block_paths: single modules that are reconstructed as a whole, by path, with the layer of `blocks`.
         separate: how the paths of layers inside blocks end that are reconstructed on their own, before their block
             (projections of the time embedding: TFMQ-DM, arXiv 2311.16503).
         attention_matmuls: for each block type its attention matmuls by attribute name.
+        calls: for each module, by path, the function calls that multiply activations in its forward pass, in order
+            (`qdiff.structure`).
         split_points: from a network to {path of a layer: input channels of the first half of its concatenated input}.
-        keep: what stays in full precision. The path of a module, or a pattern (`head.*`), keeps everything inside it;
-            the path of a parameter keeps the parameter. A type keeps the parameters of its modules, or everything
-            inside them if they have no parameters of their own.
+        keep: what stays in full precision. The path of a module, a pattern (`head.*`), a type of modules or its name
+            (`MultiheadAttention`) keeps everything inside; the path of a parameter keeps the parameter.
+        unused: the paths of layers that never run, and of parameters that no product uses; they stay in full precision.
         signatures: parts of tensor names by which a state dict of this family is recognized in messages.
         input_layer: the path of the layer that x_t goes into.
     """
@@ -91,23 +107,34 @@ class Architecture:
     name: str
     make_unet: Callable[[dict[str, Any]], nn.Module]
     blocks: Mapping[type[nn.Module], str | None]
+    block_paths: Mapping[str, str | None] = field(default_factory=dict)
     separate: tuple[str, ...] = ()
     attention_matmuls: Mapping[type[nn.Module], Mapping[str, AttentionMatMulSpec]] = field(default_factory=dict)
+    calls: Mapping[str, tuple[AttentionCall, ...]] = field(default_factory=dict)
     split_points: Callable[[nn.Module], Mapping[str, int]] = _no_splits
     keep: tuple[type[nn.Module] | str, ...] = ()
+    unused: frozenset[str] = frozenset()
     signatures: tuple[str, ...] = ()
     input_layer: str = ""
 
     def keeps(self, path: str) -> bool:
-        """Whether a name or pattern of `keep` matches the path of a module or parameter."""
-        return any(isinstance(kept, str) and fnmatchcase(path, kept) for kept in self.keep)
+        """Whether a name or pattern of `keep` matches the path of a module or parameter, or it is unused."""
+        return path in self.unused or any(isinstance(kept, str) and fnmatchcase(path, kept) for kept in self.keep)
 
-    def output_layer(self, unit: nn.Module) -> nn.Module | None:
-        """The layer whose bias is added to the output of `unit`: the unit itself if it is a layer."""
-        if type(unit) not in self.blocks:
+    def keeps_type(self, kind: type[nn.Module]) -> bool:
+        """Whether `keep` has a type of modules or its name."""
+        return kind in self.keep or kind.__name__ in self.keep
+
+    def is_block(self, path: str, module: nn.Module) -> bool:
+        """Whether the module at `path` is reconstructed as a whole."""
+        return path in self.block_paths or type(module) in self.blocks
+
+    def output_layer(self, path: str, unit: nn.Module) -> nn.Module | None:
+        """The layer whose bias is added to the output of the unit at `path`: the unit itself if it is a layer."""
+        if not self.is_block(path, unit):
             return unit
-        path = self.blocks[type(unit)]
-        return None if path is None else unit.get_submodule(path)
+        layer = self.block_paths[path] if path in self.block_paths else self.blocks[type(unit)]
+        return None if layer is None else unit.get_submodule(layer)
 
     def is_separate(self, path: str) -> bool:
         """Whether the layer at `path` is reconstructed apart from the block it is in."""

@@ -9,6 +9,7 @@ from qdiff.policy import Policy, is_kept, make_policy, widths_of
 from qdiff.scale_rules import SCALE_RULES
 
 MODES = ("qdiff", "linear")
+ROUNDINGS = ("adaround", "compensated", "nearest")
 FILE_KEYS = {"num_timesteps": "steps", "validation_fraction": "held_out"}  # of settings with another name in files
 
 
@@ -125,12 +126,16 @@ class CalibrationConfig:
         warmup: fraction of `iters` before the regularizer acts.
         validation_fraction: fraction of the samples in the validation split, which chooses the best result and is
             never trained on.
-        patience: activation scales of a unit are done after this number of validations in a row without a better one
-            (20 validations fit in `iters_a`); 0: never before the end.
         iters_tune: iterations of the end-to-end fine-tuning of scales, biases and norm affines; 0: none.
         lr_tune: its learning rate, of the logarithms of the scales; the other parameters take a tenth of it.
         batch_tune: its batch size.
-        bfloat16: units run in bfloat16 while they are fitted, and activations are cached in it.
+        rounding: how weights are rounded: `adaround` learns it for each unit, `compensated` rounds in closed form and
+            moves the errors on (GPTQ, arXiv 2210.17323), `nearest`.
+        smoothing: with `compensated` and quantized activations, choose a factor for each input channel of a layer
+            (SmoothQuant, arXiv 2211.10438) where it pays.
+        unit_samples: with `compensated`, samples of the training split that layers are rounded on; 0: all.
+        policy_budget: the most that bytes and bit operations may grow, as a share, by giving more bits to the layers
+            that disturb the output most; 0: all layers have the nominal widths.
         seed: seed of the random order of samples and of the batches.
     """
 
@@ -147,11 +152,13 @@ class CalibrationConfig:
     rounding_weight: float = 0.01
     warmup: float = 0.2
     validation_fraction: float = 0.125
-    patience: int = 0
     iters_tune: int = 0
     lr_tune: float = 1e-2
     batch_tune: int = 16
-    bfloat16: bool = False
+    rounding: str = "adaround"
+    smoothing: bool = False
+    unit_samples: int = 0
+    policy_budget: float = 0.0
     seed: int = 0
 
     def validate(self) -> "CalibrationConfig":
@@ -163,12 +170,15 @@ class CalibrationConfig:
         for name in ("num_timesteps", "samples", "batch_size", "batch_tune"):
             value = getattr(self, name)
             _require(isinstance(value, int) and value >= 1, name, f" {value}: expected a whole number of at least 1")
-        for name in ("iters", "iters_a", "iters_tune", "patience"):
+        for name in ("iters", "iters_a", "iters_tune", "unit_samples"):
             value = getattr(self, name)
             _require(isinstance(value, int) and value >= 0, name, f" {value}: expected a whole number of 0 or more")
         fraction = self.validation_fraction
         _require(0 < fraction < 1, "validation_fraction", f" {fraction}: expected more than 0 and less than 1")
         _require(0 <= self.warmup <= 1, "warmup", f" {self.warmup}: expected 0 to 1")
+        _require(self.rounding in ROUNDINGS, "rounding", f" {self.rounding}: expected {', '.join(ROUNDINGS)}")
+        budget = self.policy_budget
+        _require(0 <= budget <= 1, "policy_budget", f" {budget}: expected a share of 0 to 1")
         for name in ("lr", "lr_a", "p", "lr_tune"):
             _require(getattr(self, name) > 0, name, f" {getattr(self, name)}: expected a positive number")
         return self
@@ -178,16 +188,18 @@ class CalibrationConfig:
         return {FILE_KEYS.get(name, name): value for name, value in asdict(self).items()}
 
 
+_FAST = CalibrationConfig(
+    samples=64,
+    iters=0,
+    iters_a=0,
+    rounding="compensated",
+    smoothing=True,
+    unit_samples=256,
+    policy_budget=0.05,
+    iters_tune=60,
+)
 PRESETS = {
     "published": CalibrationConfig(),
-    "fast": CalibrationConfig(
-        samples=64,
-        iters=400,
-        lr=3e-2,
-        iters_a=60,
-        lr_a=1e-3,
-        patience=5,
-        iters_tune=150,
-        bfloat16=True,
-    ),
+    "fast": _FAST,
+    "best": replace(_FAST, samples=128, unit_samples=1024, iters_tune=600, batch_tune=32),
 }

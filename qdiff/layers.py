@@ -3,10 +3,13 @@
 A layer's `weight` is what its forward pass uses: the full-precision weight until `set_integers`, then the dequantized
 integers. These are computed once, on first use. So a quantized weight costs nothing in a forward pass, and its
 dequantized form takes no memory if an engine computes on the integers themselves.
+
+Networks in half precision (bfloat16, float16) are computed as they are: scales, zero points and smoothing factors stay
+float32, quantization is done in float32, and its results are rounded to the precision of the network.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +17,8 @@ from torch.nn import functional as F
 
 from qdiff import quantizers as Q
 from qdiff.scale_rules import choose_qparams
+
+HALF = (torch.bfloat16, torch.float16)
 
 
 class TimestepGroups:
@@ -62,7 +67,36 @@ def dequantize(integers: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     return (integers.to(scale.dtype) - zero_point) * scale
 
 
-class Quantizer(nn.Module):
+def to_float32(x: Tensor) -> Tensor:
+    """An activation of a network in half precision as float32, any other as it is.
+
+    Under autocast, activations between the layers are of half precision too. They stay so.
+    """
+    return x.float() if x.dtype in HALF and not torch.is_autocast_enabled(x.device.type) else x
+
+
+def to_precision(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The input of a layer that computes in `dtype`.
+
+    While a network in half precision is fitted, some weights are float32, and code that follows their type gives
+    float32 inputs.
+    """
+    return x.to(dtype) if dtype in HALF and not torch.is_autocast_enabled(x.device.type) else x
+
+
+class _Float32Buffers(nn.Module):
+    """A module whose own floating-point buffers stay float32 when the network is converted to half precision."""
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Self:
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in self.named_buffers(recurse=False):
+            if buffer.dtype in HALF and before[name].dtype not in HALF:
+                setattr(self, name, before[name].to(buffer.device, torch.float32))
+        return self
+
+
+class Quantizer(_Float32Buffers):
     """The common base of activation and weight quantizers.
 
     Attributes:
@@ -142,6 +176,10 @@ class ActQuantizer(Quantizer):
             self.observer(x)
         if not self.enabled:
             return x
+        values = to_float32(x)
+        return self._quantize(values) if values is x else self._quantize(values).to(x.dtype)
+
+    def _quantize(self, x: Tensor) -> Tensor:
         scale, zero_point = self.qparams(x)
         if self.learning:
             return Q.fake_quantize(x, scale, zero_point, self.n_bits, self.symmetric)
@@ -181,8 +219,10 @@ class WeightQuantizer(Quantizer):
         return dequantize(self.integers, self.scale, self.zero_point)
 
 
-class QuantLayer(nn.Module):
+class QuantLayer(_Float32Buffers):
     """A convolution or linear layer with quantized weight and input; subclasses define `apply_weight`.
+
+    The weight's first dimension is that of the output channels, in every kind of layer.
 
     Args:
         layer: the full-precision layer; its parameters are shared, not copied.
@@ -195,6 +235,7 @@ class QuantLayer(nn.Module):
     Attributes:
         channels: the dimension of the input channels, in the input and in the weight.
         quantized: whether the weight is that of the integers.
+        dtype: the precision that the layer computes in.
         rounding: AdaRound's alpha of each half while it is learned, else None.
         shape: the shape of the whole weight, valid after `drop_weight` too.
         smoothing: float32 [C], a factor for each input channel (SmoothQuant, arXiv 2211.10438): the input is divided by
@@ -222,13 +263,14 @@ class QuantLayer(nn.Module):
         groups: TimestepGroups | None = None,
     ) -> None:
         super().__init__()
-        weight, bias = layer.weight, layer.bias
-        assert isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))
+        bias = layer.bias
+        assert bias is None or isinstance(bias, Tensor)
+        weight = self.weight_of(layer)
         self.split = split
         self.quantized = False
         self.rounding: list[Tensor] | None = None
-        self.shape = weight.shape
-        self.register_buffer("_weight", weight.detach(), persistent=False)
+        self.shape, self.dtype = weight.shape, weight.dtype
+        self.register_buffer("_weight", weight, persistent=False)
         self.register_buffer("smoothing", None)
         self.bias = bias
         for suffix, part in zip(("", "_0"), self._parts(self.weight), strict=False):
@@ -238,6 +280,12 @@ class QuantLayer(nn.Module):
             if hasattr(layer, name):
                 setattr(self, name, getattr(layer, name))
         self.copy_geometry(layer)
+
+    @staticmethod
+    def weight_of(layer: nn.Module) -> Tensor:
+        """The weight of a full-precision layer, [N, C / groups, ...]."""
+        assert isinstance(layer.weight, Tensor)
+        return layer.weight.detach()
 
     def copy_geometry(self, layer: nn.Module) -> None:
         """Copy from `layer` what `apply_weight` needs besides weight and bias."""
@@ -308,10 +356,11 @@ class QuantLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight in full precision, or the dequantized integers once they are set."""
+        """The weight in full precision (float32 if it is smoothed), or the dequantized integers once they are set."""
         if self._weight is None:
             with torch.no_grad():
-                self._weight = self._join([quantizer.dequantize() for quantizer in self.weight_quantizers])
+                whole = self._join([quantizer.dequantize() for quantizer in self.weight_quantizers])
+                self._weight = whole.to(self.dtype)
         return self._weight
 
     @weight.setter
@@ -336,27 +385,33 @@ class QuantLayer(nn.Module):
     def effective_weight(self) -> Tensor:
         """The weight of the forward pass: soft-rounded while AdaRound learns, else `weight`."""
         if self.rounding is None:
-            return self.weight
+            return self.weight.to(self.dtype)
         parts = zip(self.weight_quantizers, self._parts(self.weight), self.rounding, strict=True)
-        return self._join([Q.soft_round(w, alpha, q.scale, q.zero_point, q.n_bits) for q, w, alpha in parts])
+        rounded = self._join([Q.soft_round(w, alpha, q.scale, q.zero_point, q.n_bits) for q, w, alpha in parts])
+        return rounded.to(self.dtype)
 
     def quantize_input(self, x: Tensor) -> Tensor:
         """The input of the forward pass: smoothed, and quantized if the quantizers are enabled."""
+        x = to_precision(x, self.dtype)
+        values = x if self.smoothing is None else to_float32(x)
+        is_half = values is not x
         if self.smoothing is not None:
-            x = x / self._along_channels(self.smoothing, x.dim()).to(x.dtype)
+            values = values / self._along_channels(self.smoothing, x.dim()).to(values.dtype)
         if not self.split:
-            return self.act_quantizer(x)
-        if not any(quantizer.enabled or quantizer.observer is not None for quantizer in self.act_quantizers):
-            return x  # saves the copy that joining the halves makes
-        halves = zip(self.act_quantizers, self._parts(x), strict=True)
-        return self._join([quantizer(half) for quantizer, half in halves])
+            values = self.act_quantizer(values)
+        elif any(quantizer.enabled or quantizer.observer is not None for quantizer in self.act_quantizers):
+            halves = zip(self.act_quantizers, self._parts(values), strict=True)
+            values = self._join([quantizer(half) for quantizer, half in halves])  # a copy, which is saved otherwise
+        return values.to(x.dtype) if is_half else values
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.apply_weight(self.quantize_input(x), self.effective_weight())
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.apply_weight(self.quantize_input(x), self.effective_weight(), *args, **kwargs)
 
-    def _apply(self, fn: Callable, recurse: bool = True) -> "QuantLayer":
+    def _apply(self, fn: Callable, recurse: bool = True) -> Self:
         """After a change of precision or device, dequantize the integers again on next use."""
+        device = self.weight_quantizer.scale.device
         super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=device)).dtype
         if self.quantized:
             self.freeze()
         return self
@@ -366,6 +421,11 @@ class QuantLayer(nn.Module):
 
 
 LAYER_TYPES: dict[type[nn.Module], type[QuantLayer]] = {}
+
+
+def has_own_behavior(module: nn.Module) -> bool:
+    """Whether a module has hooks or its own `forward`, which a replacement of the module would lose."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def register_layer(float_type: type[nn.Module]) -> Callable[[type[QuantLayer]], type[QuantLayer]]:
@@ -393,14 +453,28 @@ class QuantConv(QuantLayer):
 
     Attributes:
         geometry: stride, padding, dilation and groups, as the functional convolutions take them.
+        padding_mode: how the input is continued beyond its borders, as in the full-precision layer.
+        pads: with a padding mode other than `zeros`, what `F.pad` adds before the convolution; else None.
     """
 
     geometry: dict[str, Any]
+    padding_mode: str
+    pads: list[int] | None
 
     def copy_geometry(self, layer: nn.Module) -> None:
-        if layer.padding_mode != "zeros":
-            raise NotImplementedError(f"padding_mode {layer.padding_mode!r}: only zeros can be quantized")
         self.geometry = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
+        self.padding_mode = str(layer.padding_mode)
+        sides: Any = layer._reversed_padding_repeated_twice
+        self.pads = None if self.padding_mode == "zeros" else list(sides)
+
+    def padded(self, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """The input with its padding, and the geometry of the convolution that follows.
+
+        Padding repeats values of the input, so it may come after their quantization.
+        """
+        if self.pads is None:
+            return x, self.geometry
+        return F.pad(x, self.pads, mode=self.padding_mode), self.geometry | {"padding": 0}
 
 
 @register_layer(nn.Conv1d)
@@ -408,7 +482,8 @@ class QuantConv1d(QuantConv):
     """A quantized 1-D convolution."""
 
     def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.conv1d(x, weight, self.bias, **self.geometry)
+        x, geometry = self.padded(x)
+        return F.conv1d(x, weight, self.bias, **geometry)
 
 
 @register_layer(nn.Conv2d)
@@ -416,7 +491,80 @@ class QuantConv2d(QuantConv):
     """A quantized 2-D convolution."""
 
     def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.conv2d(x, weight, self.bias, **self.geometry)
+        x, geometry = self.padded(x)
+        return F.conv2d(x, weight, self.bias, **geometry)
+
+
+class QuantConvTranspose(QuantLayer):
+    """The common base of quantized transposed convolutions.
+
+    PyTorch holds their weights as [C, N / groups, ...]. Here they are [N, C / groups, ...] like those of convolutions,
+    so that every output channel has a scale of its own.
+
+    Attributes:
+        geometry: stride, padding, dilation and groups, as the functional transposed convolutions take them.
+        output_padding: what is added to one side of the output, for each dimension.
+    """
+
+    geometry: dict[str, Any]
+    output_padding: tuple[int, ...]
+
+    @staticmethod
+    def weight_of(layer: nn.Module) -> Tensor:
+        assert isinstance(layer.weight, Tensor) and isinstance(layer.groups, int)
+        return _swap_channels(layer.weight.detach(), layer.groups)
+
+    def copy_geometry(self, layer: nn.Module) -> None:
+        self.geometry = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
+
+    def arguments(self, x: Tensor, output_size: Sequence[int] | None) -> dict[str, Any]:
+        """The keyword arguments of the functional transposed convolution.
+
+        Args:
+            x: the input.
+            output_size: the size of the output, with or without its first two dimensions; None: the smallest possible
+                one plus `output_padding`.
+        """
+        if output_size is None:
+            return self.geometry | {"output_padding": self.output_padding}
+        kernel = self.shape[2:]
+        geometry = [self.geometry[name] for name in ("stride", "padding", "dilation")]
+        smallest = [
+            (size - 1) * stride - 2 * padding + dilation * (side - 1) + 1
+            for size, side, stride, padding, dilation in zip(x.shape[-len(kernel) :], kernel, *geometry, strict=True)
+        ]
+        extra = tuple(size - least for size, least in zip(output_size[-len(kernel) :], smallest, strict=True))
+        return self.geometry | {"output_padding": extra}
+
+
+def positions(layer: QuantLayer, x: Tensor, output: Tensor) -> int:
+    """How often a forward pass with this input and output multiplies by each element of the layer's weight."""
+    if isinstance(layer, QuantConvTranspose):
+        return x.numel() // (layer.shape[1] * layer.geometry["groups"])
+    return output.numel() // layer.shape[0]
+
+
+def _swap_channels(weight: Tensor, groups: int) -> Tensor:
+    """Exchange input and output channels within each group: [A, B / groups, ...] becomes [B, A / groups, ...]."""
+    return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+
+
+@register_layer(nn.ConvTranspose1d)
+class QuantConvTranspose1d(QuantConvTranspose):
+    """A quantized 1-D transposed convolution."""
+
+    def apply_weight(self, x: Tensor, weight: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        weight = _swap_channels(weight, self.geometry["groups"])
+        return F.conv_transpose1d(x, weight, self.bias, **self.arguments(x, output_size))
+
+
+@register_layer(nn.ConvTranspose2d)
+class QuantConvTranspose2d(QuantConvTranspose):
+    """A quantized 2-D transposed convolution."""
+
+    def apply_weight(self, x: Tensor, weight: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        weight = _swap_channels(weight, self.geometry["groups"])
+        return F.conv_transpose2d(x, weight, self.bias, **self.arguments(x, output_size))
 
 
 class MatMul(nn.Module):

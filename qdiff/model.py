@@ -5,22 +5,27 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qdiff.architecture import Architecture, AttentionMatMulSpec
+from qdiff.attention import add_matmuls, matmul_names
+from qdiff.calls import time_argument
 from qdiff.config import QuantConfig
 from qdiff.errors import ConfigError
-from qdiff.layers import LAYER_TYPES, ActQuantizer, MatMul, Quantizer, QuantLayer, QuantMatMul, TimestepGroups
-from qdiff.policy import unused_patterns
-
-NORMS = (
-    nn.GroupNorm,
-    nn.LayerNorm,
-    nn.RMSNorm,
-    nn.modules.batchnorm._BatchNorm,
-    nn.modules.instancenorm._InstanceNorm,
+from qdiff.layers import (
+    HALF,
+    LAYER_TYPES,
+    ActQuantizer,
+    MatMul,
+    Quantizer,
+    QuantLayer,
+    QuantMatMul,
+    TimestepGroups,
+    has_own_behavior,
 )
-UNQUANTIZED = (*NORMS, nn.Embedding, nn.PReLU)
+from qdiff.policy import unused_patterns
+from qdiff.refusals import kept_ids, validate_layers
 
 
 @dataclass(frozen=True)
@@ -32,11 +37,14 @@ class QuantPlan:
             is not split.
         matmuls: the attention matmuls.
         forms: for each layer its type and geometry, as PyTorch prints it.
+        calls: for each module that multiplies activations by function calls the names of these calls, in order
+            (`qdiff.attention`). The attention matmuls that compute them are named `matmul_0`, `matmul_1`, ...
     """
 
     layers: Mapping[str, int]
     matmuls: Mapping[str, AttentionMatMulSpec] = field(default_factory=dict)
     forms: Mapping[str, str] = field(default_factory=dict)
+    calls: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module, architecture: Architecture, config: QuantConfig) -> "QuantPlan":
@@ -48,12 +56,12 @@ class QuantPlan:
             config: whether concatenated shortcuts are split, and what its policy keeps in full precision.
 
         Raises:
-            ConfigError: a pattern of the policy matches no layer and no attention matmul.
+            ConfigError: a pattern of the policy matches neither a layer nor a matmul, or the policy keeps all layers.
             TypeError: a module can be neither quantized nor left in full precision, or a block has no attention matmul
                 of a name that the architecture lists. The message has the path and the type.
         """
         validate_layers(model, architecture)
-        unquantized = _unquantized_ids(model, architecture)
+        unquantized = kept_ids(model, architecture)
         splits = architecture.split_points(model) if config.split else {}
         # by identity, because one layer may stand at several paths
         split_channels = {id(model.get_submodule(path)): channels for path, channels in splits.items()}
@@ -70,11 +78,24 @@ class QuantPlan:
                         "(expected a qdiff.layers.MatMul)"
                     )
                 matmuls[f"{path}.{name}".lstrip(".")] = spec
+        called = _matmuls_of_calls(model, architecture) if config.quant_act else {}
+        matmuls |= called
         if unused := unused_patterns(config.policy, [*layers, *matmuls]):
             raise ConfigError(f" {unused[0]!r}: no layer or attention matmul has such a path", field="policy")
         layers = {path: split for path, split in layers.items() if not config.keeps(path)}
+        if config.policy and not layers:
+            raise ConfigError(": every layer would stay in full precision; expected some to be quantized", "policy")
         matmuls = {path: spec for path, spec in matmuls.items() if not config.keeps(path)}
-        return cls(layers, matmuls, {path: repr(model.get_submodule(path)) for path in layers})
+        calls: dict[str, tuple[str, ...]] = {}
+        if any(path in matmuls for path in called):
+            owners = {path.rpartition(".")[0] for path in called if path in matmuls}
+            # one without a quantized matmul must not be taken for a part of one around it; there is none around ""
+            calls = {
+                path: tuple(call.name for call in made)
+                for path, made in architecture.calls.items()
+                if path or path in owners
+            }
+        return cls(layers, matmuls, {path: repr(model.get_submodule(path)) for path in layers}, calls)
 
     def validate(self, model: nn.Module) -> None:
         """Check that `model` has the layers of the plan, in their forms.
@@ -93,11 +114,12 @@ class QuantPlan:
     def to_dict(self) -> dict[str, Any]:
         """The plan in types that JSON has."""
         matmuls = {path: asdict(spec) for path, spec in self.matmuls.items()}
-        return {"layers": dict(self.layers), "matmuls": matmuls, "forms": dict(self.forms)}
+        values = {"layers": dict(self.layers), "matmuls": matmuls, "forms": dict(self.forms)}
+        return values | ({"calls": {path: list(calls) for path, calls in self.calls.items()}} if self.calls else {})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "QuantPlan":
-        """Undo `to_dict`.
+        """Undo `to_dict`; older files have no `calls`.
 
         Raises:
             KeyError: a key is missing.
@@ -107,7 +129,9 @@ class QuantPlan:
             path: AttentionMatMulSpec(**spec | {"operands": tuple(spec["operands"])})
             for path, spec in values["matmuls"].items()
         }
-        return cls({path: int(split) for path, split in values["layers"].items()}, matmuls, dict(values["forms"]))
+        layers = {path: int(split) for path, split in values["layers"].items()}
+        calls = {path: tuple(names) for path, names in values.get("calls", {}).items()}
+        return cls(layers, matmuls, dict(values["forms"]), calls)
 
 
 def quantize_model(model: nn.Module, architecture: Architecture, config: QuantConfig) -> nn.Module:
@@ -115,13 +139,11 @@ def quantize_model(model: nn.Module, architecture: Architecture, config: QuantCo
 
     The copy shares its parameters with `model` until the integers of a layer are set; `model` itself is not changed.
     Nothing is quantized yet: weights are in full precision and activation quantizers are off. With timestep groups the
-    second input of the network is the time step of each sample.
+    time step is found by `qdiff.calls.time_argument`.
 
     Raises:
         TypeError: a layer has parameters and no registered quantized form, or has hooks or its own `forward`; or a
             block has no attention matmul of a name that the architecture lists. The message has the path and the type.
-        NotImplementedError: a layer of a registered type has options without a quantized form. The message has its
-            path.
     """
     return apply_plan(model, QuantPlan.of(model, architecture, config), config)
 
@@ -131,8 +153,6 @@ def apply_plan(model: nn.Module, plan: QuantPlan, config: QuantConfig) -> nn.Mod
 
     Raises:
         AttributeError: the model has no module, or no attention matmul, at a path of the plan.
-        NotImplementedError: a layer of a registered type has options without a quantized form. The message has its
-            path.
     """
     config.validate_formats()
     shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
@@ -140,7 +160,7 @@ def apply_plan(model: nn.Module, plan: QuantPlan, config: QuantConfig) -> nn.Mod
     groups = TimestepGroups(config.time_bounds) if config.time_bounds else None
     if groups is not None:
         wrapped.timestep_groups = groups  # type: ignore[assignment]  # an attribute, so that a copy gets its own
-        wrapped.register_forward_pre_hook(_set_timesteps)
+        wrapped.register_forward_pre_hook(_set_timesteps, with_kwargs=True)
     splits = {id(wrapped.get_submodule(path)): split for path, split in plan.layers.items()}
     device = next(model.parameters()).device
 
@@ -148,70 +168,57 @@ def apply_plan(model: nn.Module, plan: QuantPlan, config: QuantConfig) -> nn.Mod
         if id(module) not in splits:
             return None
         layer_type, (weight_bit, act_bit) = LAYER_TYPES[type(module)], config.widths(path)
-        try:
-            return layer_type(module, weight_bit, act_bit, config.a_sym, splits[id(module)], groups)
-        except NotImplementedError as error:
-            raise NotImplementedError(f"{path or 'the network'}: {error}") from None
+        return layer_type(module, weight_bit, act_bit, config.a_sym, splits[id(module)], groups)
 
     replace_modules(wrapped, make_quantized)
-    for path, spec in plan.matmuls.items():
-        parent, _, name = path.rpartition(".")
-        block = wrapped.get_submodule(parent)
-        if not isinstance(getattr(block, name, None), MatMul):
-            raise AttributeError(f"{path} is no attention matmul (expected a qdiff.layers.MatMul)")
-        setattr(block, name, spec.make(config, groups, path).to(device))
+    for module in wrapped.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # its fused form would take the weights and leave out the quantizers
+    _put_matmuls(
+        wrapped, plan, {path: spec.make(config, groups, path).to(device) for path, spec in plan.matmuls.items()}
+    )
     for path, module in wrapped.named_modules():
         if isinstance(module, Quantizer):
             module.name = path
+        elif isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # else it may compute with the weights of its layers, without the layers
     return wrapped.eval()
 
 
-def validate_layers(model: nn.Module, architecture: Architecture) -> None:
-    """Check that every module of `model` can be quantized or left in full precision.
+def _put_matmuls(model: nn.Module, plan: QuantPlan, matmuls: Mapping[str, QuantMatMul]) -> None:
+    """Put attention matmuls where `plan` has them: in the place of modules, or behind function calls."""
+    of_owners: dict[str, dict[str, QuantMatMul]] = {owner: {} for owner in plan.calls}
+    for path, matmul in matmuls.items():
+        parent, _, name = path.rpartition(".")
+        block = model.get_submodule(parent)
+        if isinstance(getattr(block, name, None), MatMul):
+            setattr(block, name, matmul)
+        elif parent in of_owners:
+            of_owners[parent][name] = matmul
+        else:
+            raise AttributeError(f"{path} is no attention matmul (expected a qdiff.layers.MatMul)")
+    for owner, named in of_owners.items():
+        add_matmuls(model.get_submodule(owner), owner, plan.calls[owner], named)
 
-    Raises:
-        TypeError: the first module for which neither is possible. The message has its path and its type.
-    """
-    unquantized = _unquantized_ids(model, architecture)
-    for path, module in model.named_modules():
-        if id(module) in unquantized:
+
+def _matmuls_of_calls(model: nn.Module, architecture: Architecture) -> dict[str, AttentionMatMulSpec]:
+    """The attention matmuls that function calls compute and that are not kept in full precision, by path."""
+    kept = kept_ids(model, architecture)
+    found: dict[str, AttentionMatMulSpec] = {}
+    for owner, calls in architecture.calls.items():
+        if id(model.get_submodule(owner)) in kept:
             continue
-        if type(module) not in LAYER_TYPES:
-            own_parameters = [f"{path}.{name}".lstrip(".") for name, _ in module.named_parameters(recurse=False)]
-            if not all(architecture.keeps(name) for name in own_parameters):
-                raise TypeError(
-                    f"{path or 'the network'}: no quantized form registered for {type(module).__name__}, "
-                    "expected it among `keep`"
-                )
-        elif has_own_behavior(module):
-            raise TypeError(
-                f"{path or 'the network'}: a hook or a `forward` of its own would be lost; "
-                "remove it, or name it in `keep`"
-            )
-
-
-def _unquantized_ids(model: nn.Module, architecture: Architecture) -> set[int]:
-    """The ids of modules whose own parameters stay in full precision. One of a module's paths is enough for that."""
-    ids: set[int] = set()
-    for path, module in model.named_modules(remove_duplicate=False):
-        if architecture.keeps(path):
-            ids |= {id(inner) for inner in module.modules()}
-        elif isinstance(module, UNQUANTIZED):
-            ids.add(id(module))
-        elif type(module) in architecture.keep:
-            is_container = not list(module.parameters(recurse=False))
-            ids |= {id(inner) for inner in module.modules()} if is_container else {id(module)}
-    return ids
+        for call, names in zip(calls, matmul_names([call.name for call in calls]), strict=True):
+            paths = [f"{owner}.{name}".lstrip(".") for name in names]
+            for path, probabilities in zip(paths, call.probabilities, strict=False):  # kept calls have none
+                if not architecture.keeps(path):
+                    found[path] = AttentionMatMulSpec.of_call(probabilities)
+    return found
 
 
 def is_inside(path: str, outer: str) -> bool:
     """Whether the module at `path` lies inside the module at `outer`. The path of the network itself is empty."""
     return path != outer and (not outer or path.startswith(f"{outer}."))
-
-
-def has_own_behavior(module: nn.Module) -> bool:
-    """Whether a module has hooks or its own `forward`, which a replacement of the module would lose."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def copy_weights(source: nn.Module, target: nn.Module) -> None:
@@ -227,11 +234,14 @@ def copy_weights(source: nn.Module, target: nn.Module) -> None:
         layer.freeze()
 
 
-def _set_timesteps(model: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Forward hook that sets the timestep groups from the second input of the network, the time step of each sample."""
+def _set_timesteps(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward hook that sets the timestep groups from the time step among the inputs: of each sample [N], or one."""
     groups = find_timestep_groups(model)
     assert groups is not None  # the hook is registered only for networks with timestep groups
-    groups.set(inputs[1])
+    place = time_argument(model, args, kwargs)
+    if place is None:
+        raise ConfigError(": the network was called without a time step", field="timestep_groups")
+    groups.set(torch.as_tensor(kwargs[place] if isinstance(place, str) else args[place]).flatten())
 
 
 def replace_modules(model: nn.Module, replacement: Callable[[str, nn.Module], nn.Module | None]) -> None:
@@ -254,6 +264,11 @@ def replace_modules(model: nn.Module, replacement: Callable[[str, nn.Module], nn
 def quant_layers(model: nn.Module) -> dict[str, QuantLayer]:
     """The quantized layers of `model`, by path."""
     return {path: module for path, module in model.named_modules() if isinstance(module, QuantLayer)}
+
+
+def half_precision(model: nn.Module) -> torch.dtype | None:
+    """The half precision that layers of `model` compute in; None: they compute in float32."""
+    return next((layer.dtype for layer in quant_layers(model).values() if layer.dtype in HALF), None)
 
 
 def act_quantizers(model: nn.Module) -> dict[str, ActQuantizer]:
@@ -319,7 +334,7 @@ def units(model: nn.Module, architecture: Architecture) -> list[str]:
     blocks: list[str] = []
     for path, module in model.named_modules():
         inside = any(is_inside(path, block) for block in blocks)
-        if type(module) in architecture.blocks and any(
+        if architecture.is_block(path, module) and any(
             isinstance(inner, QuantLayer | QuantMatMul) for inner in module.modules()
         ):
             if inside:

@@ -22,6 +22,7 @@ from qdiff.utils.registry import Registry
 
 MSE_CANDIDATES = 80  # ranges shrunk by 1.00, 0.99, ... 0.21
 MSE_NORM = 2.4
+RANGE_CANDIDATES, SMALLEST_SHRINK = 50, 0.8  # of `search_range`: shrunk by 1.00, 0.984, ... 0.216
 
 
 class ScaleRule(Protocol):
@@ -92,6 +93,54 @@ def least_error(
     return best_scale, best_zero
 
 
+@SCALE_RULES.register("least_squares")
+def least_squares(
+    values: Tensor, n_bits: int, symmetric: bool, always_zero: bool, name: str = ""
+) -> tuple[Tensor, Tensor]:
+    """Of ranges that include 0, shrunk in steps, the one with the least squared error.
+
+    It is free of units: values that are multiplied by a power of two give the same zero points and the scales times
+    that power, because errors are compared relative to the range.
+    """
+    return search_range(values, n_bits, symmetric, always_zero)
+
+
+def search_range(
+    values: Tensor, n_bits: int, symmetric: bool, always_zero: bool, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The scales and zero points of least squared error, of RANGE_CANDIDATES shrunk ranges for each row.
+
+    Args:
+        values: float32 [R, K], see `ScaleRule`.
+        n_bits: the width of the integers.
+        symmetric: the integers are signed and the zero point is 0.
+        always_zero: the zero point is 0 and the integers are unsigned.
+        weights: importance of the squared errors, [K]; None: all count the same.
+
+    Returns:
+        scale and zero_point, float32 [R, 1]. A row of zeros has the scale 1.
+    """
+    low = torch.zeros_like(values[:, :1]) if always_zero else values.amin(1, keepdim=True).clamp(max=0)
+    high = values.amax(1, keepdim=True).clamp(min=0)
+    steps = 2 ** (n_bits - 1) - 1 if symmetric else 2**n_bits - 1
+    span = torch.maximum(high, -low) if symmetric else high - low
+    span = torch.where(span > 0, span, torch.full_like(span, steps))
+    best = torch.full_like(span, math.inf)
+    best_scale, best_zero = span / steps, torch.zeros_like(span)
+    for candidate in range(RANGE_CANDIDATES):
+        shrink = 1.0 - SMALLEST_SHRINK * candidate / RANGE_CANDIDATES
+        scale = span * shrink / steps
+        zero = torch.zeros_like(span) if symmetric or always_zero else torch.round(-low * shrink / scale)
+        q = quantize_nearest(values, scale, zero, n_bits, symmetric)
+        squares = ((values - (q - zero) * scale) / span).square()
+        error = (squares if weights is None else squares * weights).mean(1, keepdim=True)
+        better = error < best
+        best = torch.where(better, error, best)
+        best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
+    return best_scale, best_zero
+
+
+FITTED_RULE = "least_squares"  # of all presets but `published`
 PUBLISHED_RULES = ("max", "max_scale", "mse")  # the width of a published file is inferred from their scales
 
 

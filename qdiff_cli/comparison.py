@@ -1,4 +1,4 @@
-"""Compares networks with full precision from the same noises: errors along the trajectory, images and cost."""
+"""Compares networks with full precision from the same noise samples: errors along the trajectory, images and cost."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,10 +10,12 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from qdiff.config import QuantConfig
 from qdiff.evaluation.cost import Cost, measure_cost
 from qdiff.evaluation.lite0 import load_lite0
 from qdiff.evaluation.similarity import ImageSimilarity, image_similarity
 from qdiff.evaluation.trajectory import StepErrors, Trajectories
+from qdiff.model import quantize_model
 from qdiff.utils.extras import require_extra
 from qdiff.utils.files import atomic_write
 from qdiff.utils.memory import working_memory
@@ -21,6 +23,16 @@ from qdiff_cli.images import make_grid
 from qdiff_cli.sampling_run import SamplingRun
 
 FULL = "full precision"
+
+# The heading and the number format of each measure of closeness to full precision, in every table that has it.
+CLOSENESS = {
+    "trajectory_error": ("eps error", "{:.4f}"),
+    "psnr": ("PSNR dB", "{:.1f}"),
+    "ssim": ("SSIM", "{:.3f}"),
+    "isolated": ("isolated px", "{:.0f}"),
+    "identity": ("identity", "{:.0%}"),
+    "perceptual": ("perceptual (lite0)", "{:.3f}"),
+}
 
 
 @dataclass(frozen=True)
@@ -43,6 +55,16 @@ class Comparison:
     images: dict[str, Tensor]
     seconds: dict[str, float]
     memory: dict[str, int | None]
+
+
+def closeness_header(*names: str) -> list[str]:
+    """The headings of some measures of `CLOSENESS`."""
+    return [CLOSENESS[name][0] for name in names]
+
+
+def closeness_cells(similarity: ImageSimilarity, *names: str) -> list[str]:
+    """Some measures of `CLOSENESS` that images have, as text."""
+    return [CLOSENESS[name][1].format(getattr(similarity, name)) for name in names]
 
 
 def compare(run: SamplingRun, model: nn.Module, networks: Mapping[str, nn.Module], count: int) -> Comparison:
@@ -80,8 +102,14 @@ def compare(run: SamplingRun, model: nn.Module, networks: Mapping[str, nn.Module
     return Comparison(trajectories.eps_errors(), trajectories.x_errors(), similarity, joined, seconds, memory)
 
 
-def measure_costs(run: SamplingRun, networks: Mapping[str, nn.Module]) -> dict[str, Cost]:
-    """Measure the cost of one evaluation on one sample, for each simulated network and for full precision."""
+def measure_costs(run: SamplingRun, model: nn.Module, networks: Mapping[str, nn.Module]) -> dict[str, Cost]:
+    """Measure the cost of one evaluation on one sample.
+
+    Args:
+        run: the sampling run.
+        model: the full-precision network.
+        networks: simulated networks by name.
+    """
     inputs: list[tuple[Tensor, ...]] = []
 
     def remember(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -89,14 +117,14 @@ def measure_costs(run: SamplingRun, networks: Mapping[str, nn.Module]) -> dict[s
             inputs.append(args)
 
     with torch.no_grad():
-        first = next(iter(networks.values()))
-        hook = first.register_forward_pre_hook(remember)
+        wrapped = quantize_model(model, run.task.architecture, QuantConfig())
+        hook = wrapped.register_forward_pre_hook(remember)
         x = torch.zeros(1, *run.task.input_shape, device=run.device)
-        run.denoiser(first, range(1))(x, torch.zeros(1, device=run.device))
+        run.denoiser(wrapped, range(1))(x, torch.zeros(1, device=run.device))
         hook.remove()
     sample = tuple(part[:1] for part in inputs[0])  # guidance gives the network two samples for an image
     quantized = {name: measure_cost(network, sample) for name, network in networks.items()}
-    return {FULL: measure_cost(first, sample, 32, 32)} | quantized
+    return {FULL: measure_cost(wrapped, sample, 32, 32)} | quantized
 
 
 def stack_labeled_grids(grids: Mapping[str, Tensor]) -> Image.Image:

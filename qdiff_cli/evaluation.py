@@ -44,7 +44,7 @@ class EvaluationConfig:
 
     Attributes:
         reference: the reference images, or saved statistics of them.
-        against: full-precision images from the same noises.
+        against: full-precision images from the same noise samples.
         metrics: the metrics to compute; None: all that are possible with the reference.
         extractor: inception or lite0.
         weights: the weights of the extractor; None: download them, or take those of an installed package.
@@ -82,7 +82,7 @@ def evaluation_parser(description: str) -> Parser:
     parser = Parser(description)
     parser.add_argument("images", nargs="?", help="images to evaluate (or a sampling command after --)")
     parser.add_argument("--reference", help="reference images, or saved statistics of them")
-    help_text = "full-precision images from the same noises, for PSNR, SSIM and a perceptual distance"
+    help_text = "full-precision images from the same noise samples, for the similarity to full precision"
     parser.add_argument("--against", help=help_text)
     parser.add_argument("--metrics", nargs="+", choices=METRICS, help="metrics (default: all that are possible)")
     help_text = "network for the features; lite0 works offline, but is not comparable with published FID"

@@ -24,8 +24,8 @@ OptionGroup = TypeVar("OptionGroup")
 # The option that sets each field of the library's configurations, for error messages.
 SAME_NAME = (
     *("a_sym", "act_bit", "ckpt", "classes", "clip", "config", "device", "engine", "eta"),
-    *("quant_act", "quant_mode", "sample_type", "skip_type", "sm_abit", "split", "timestep_groups", "use_pretrained"),
-    *("weight_bit", "weight_scale_method"),
+    *("keep", "layer_bits", "quant_act", "quant_mode", "resume_w", "sample_type", "skip_type", "sm_abit", "split"),
+    *("timestep_groups", "use_pretrained", "weight_bit", "weight_scale_method"),
 )
 OPTION_OF_FIELD = {name: f"--{name}" for name in SAME_NAME} | {
     "batch_size": "--cali_batch_size",
@@ -36,8 +36,21 @@ OPTION_OF_FIELD = {name: f"--{name}" for name in SAME_NAME} | {
     "lr_a": "--cali_lr",
     "num_timesteps": "--cali_st",
     "p": "--cali_p",
+    "policy_budget": "--cali_policy_budget",
     "samples": "--cali_n",
+    "smoothing": "--cali_smoothing",
 }
+
+
+class Extend(argparse.Action):
+    """Collects the values of an option that may be given several times, each time with one or more values."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        """Append the values to those that were given before."""
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, (*(before if isinstance(before, tuple) else ()), *values))
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -104,7 +117,8 @@ class ParsedArgs(argparse.Namespace):
             ConfigError: the first option without an effect, and what it needs.
         """
         for name, rule in self.without_effect(rules):
-            shown = "" if getattr(self, name) is True else f" {getattr(self, name)}"
+            value = getattr(self, name)
+            shown = "" if value is True else f" {' '.join(value) if isinstance(value, tuple) else value}"
             raise ConfigError(f"--{name.replace('continue_run', 'continue')}{shown}: acts only {rule.when}")
 
 

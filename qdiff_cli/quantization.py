@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qdiff.calibration.data import CalibrationData, CalibrationSet, load_set, save_set
 from qdiff.calibration.directory import CalibrationDir
@@ -20,6 +20,7 @@ from qdiff.scale_rules import PUBLISHED_RULES
 from qdiff.task import QuantizationTask
 from qdiff.utils import distributed
 from qdiff.utils.files import file_hash
+from qdiff.utils.memory import retain_freed_memory
 from qdiff_cli.quantization_options import QuantizationConfig
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,34 @@ def load_calibrated(path: Path, task: QuantizationTask, formats: QuantConfig) ->
     network = load_published(path, task.unet_config, task.architecture, formats)
     remember_info(network, PackedInfo(task.architecture.name, task.unet_config, formats, {"published": path.name}, ""))
     return network
+
+
+def formats_of(network: nn.Module) -> QuantConfig:
+    """The number formats of a network that `load_calibrated` returned, with its widths per layer."""
+    info = remembered_info(network)
+    assert info is not None  # `load_calibrated` attaches it
+    return info.config
+
+
+def beyond_published_format(config: QuantizationConfig) -> list[str]:
+    """What the published format cannot hold of a calibration, by name. If there is anything, no such file is written.
+
+    It holds one scale for all time steps and one width for all layers, which its scales show for the published rules.
+    Its integers are one of the two neighbors of each full-precision weight, which error-compensating rounding and
+    fine-tuning leave.
+    """
+    formats, recipe = config.formats, config.recipe
+    fits_weights = formats.quant_mode != "linear" and not config.weights_only
+    compensates = fits_weights and recipe.rounding == "compensated"
+    found = {
+        "timestep groups": config.timestep_groups > 1,
+        "widths per layer": bool(formats.policy) or (fits_weights and recipe.policy_budget > 0),
+        "error-compensating rounding": compensates,
+        "smoothing": compensates and recipe.smoothing and formats.quant_act,
+        "fine-tuned weights": fits_weights and recipe.iters_tune > 0,
+        f"the scale rule {formats.weight_scale_method}": formats.weight_scale_method not in PUBLISHED_RULES,
+    }
+    return [name for name, present in found.items() if present]
 
 
 class NetworkSource:
@@ -87,8 +116,12 @@ class NetworkSource:
     def _calibrated(self) -> nn.Module:
         """Calibrate the network, and write the results."""
         config, task = self._settings, self.task
+        lost = beyond_published_format(config)
+        if lost and distributed.rank() == 0:
+            log.warning("no %s will be written: the published format cannot hold %s", PUBLISHED, " and ".join(lost))
         reused_weights = self._load_reused_weights()
         data = None if config.data_file is None else load_set(config.data_file, task.input_shape, task.context_dim)
+        retain_freed_memory()
         model = task.load_unet().to(self.device).eval()
         self._validate_source(reused_weights, model)
         data = self._generated_set(model) if data is None else data
@@ -104,7 +137,7 @@ class NetworkSource:
         directory = CalibrationDir(self.folder / "calibration", config.cache_bytes)
         calibration = Calibration(
             model, task.architecture, formats, recipe, samples, weights_from, directory, task.prediction
-        )
+        ).with_policy()
         quantized = calibration.run()
         if distributed.rank() == 0:
             self._write_results(calibration, quantized, samples)
@@ -152,14 +185,22 @@ class NetworkSource:
         header = calibration.config.to_dict() | {"rows_sha256": samples.hash()}
         parts = write_model_parts(task, folder)
         info = PackedInfo(task.architecture.name, task.unet_config, formats, header, state_hash(state), parts)
-        # the published format holds no groups, and it shows the width of its weights for the published rules alone
-        publishable = not formats.time_bounds and formats.weight_scale_method in PUBLISHED_RULES
-        if publishable:
-            save_published(folder / PUBLISHED, quantized, task.architecture, state, activations=formats.quant_act)
+        publishable = not beyond_published_format(self._settings)
+        publishable = publishable and self._write_published(quantized, state)
         calibration.report(folder / "calibration", quantized)
         save_packed(folder / PACKED, quantized, info)
         published = f", {PUBLISHED} (published)" if publishable else ""
         log.info("calibrated checkpoints in %s: %s (packed)%s", folder, PACKED, published)
+
+    def _write_published(self, quantized: nn.Module, state: dict[str, Tensor]) -> bool:
+        """Write the published format; False if it cannot hold reused weights, which may come from any preset."""
+        activations = self._settings.formats.quant_act
+        try:
+            save_published(self.folder / PUBLISHED, quantized, self.task.architecture, state, activations)
+        except CheckpointError as error:
+            log.warning("no %s is written: %s", PUBLISHED, error)
+            return False
+        return True
 
 
 def write_model_parts(task: QuantizationTask, folder: Path) -> dict[str, str] | None:

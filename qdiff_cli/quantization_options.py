@@ -1,18 +1,34 @@
 """The quantization options of the published scripts: their parser, their rules and what they resolve to."""
 
+import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch
 
 from qdiff.calibration.data import validate_num_timesteps
 from qdiff.checkpoint import PackedFile
 from qdiff.config import MODES, PRESETS, CalibrationConfig, QuantConfig
 from qdiff.errors import ConfigError
-from qdiff.scale_rules import SCALE_RULES
+from qdiff.model import QuantPlan
+from qdiff.policy import KEEP, Policy, make_policy
+from qdiff.scale_rules import FITTED_RULE, SCALE_RULES
 from qdiff.task import QuantizationTask
-from qdiff_cli.options import Parser, Rule, positive, project_file
+from qdiff_cli.options import Extend, ParsedArgs, Parser, Rule, positive, project_file
 
+# What a calibration with widths per layer needs, for error messages.
+OTHER_PRESETS = " or ".join(name for name in PRESETS if name != "published")
+NOT_PUBLISHED = f"--preset {OTHER_PRESETS}: published also writes a .pth, which holds one width for all layers"
 GENERATED_TIMESTEPS, GENERATED_SAMPLES = 20, 256  # the largest size of a generated calibration set, from the paper
+
+
+def switch(text: str) -> int:
+    """Check the value of an option that switches something off (0) or on (1)."""
+    if text not in ("0", "1"):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected 0 or 1")
+    return int(text)
+
 
 # For each option of the recipe: the field of `CalibrationConfig`, its type, and the help text.
 RECIPE_OPTIONS: dict[str, tuple[str, Callable[[str], int | float], str]] = {
@@ -22,7 +38,13 @@ RECIPE_OPTIONS: dict[str, tuple[str, Callable[[str], int | float], str]] = {
     "cali_iters_a": ("iters_a", int, "iterations of the activation scales per unit"),
     "cali_lr": ("lr_a", float, "learning rate of the activation scales"),
     "cali_p": ("p", float, "norm p of the reconstruction loss of activations"),
-    "cali_iters_tune": ("iters_tune", int, "iterations of the final end-to-end fine-tuning"),
+    "cali_iters_tune": ("iters_tune", int, "iterations of each round of the end-to-end fine-tuning"),
+    "cali_policy_budget": (
+        "policy_budget",
+        float,
+        "share by which wider layers may add bytes and operations",
+    ),
+    "cali_smoothing": ("smoothing", switch, "1: smooth outliers of activations where it pays; 0: nowhere"),
 }
 
 
@@ -43,6 +65,8 @@ class QuantizationOptions:
     rs_sm_only: bool = False
     timestep_groups: int = 1
     split: bool = False
+    layer_bits: tuple[str, ...] | None = None
+    keep: tuple[str, ...] | None = None
     cond: bool = False
     cali_ckpt: Path | None = None
     cali_data_path: str | None = None
@@ -58,6 +82,8 @@ class QuantizationOptions:
     cali_lr: float | None = None
     cali_p: float | None = None
     cali_iters_tune: int | None = None
+    cali_policy_budget: float | None = None
+    cali_smoothing: int | None = None
     cali_cache_gb: float | None = None
 
     def resolve(self, task: QuantizationTask, run_seed: int) -> "QuantizationConfig | None":
@@ -76,6 +102,7 @@ class QuantizationOptions:
         if self.timestep_groups > recipe.num_timesteps:
             message = f" {self.timestep_groups}: the calibration set has {recipe.num_timesteps} time steps (--cali_st)"
             raise ConfigError(message, field="timestep_groups")
+        self._validate_patterns(task)
         return QuantizationConfig(
             formats=self._formats(task),
             recipe=recipe,
@@ -88,10 +115,10 @@ class QuantizationOptions:
         )
 
     def _formats(self, task: QuantizationTask) -> QuantConfig:
-        """The number formats. `linear` always uses min-max ranges, and the preset `fast` the scale rule `mse`."""
-        linear, fast = self.quant_mode == "linear", self.preset == "fast"
-        weight_rule = self.weight_scale_method or ("mse" if fast else task.weight_scale_method)
-        act_rule = "max" if self.a_min_max else "mse" if fast else task.act_scale_method
+        """The number formats. `linear` always uses min-max ranges; only `published` uses the rules of the family."""
+        linear, published = self.quant_mode == "linear", self.preset == "published"
+        weight_rule = self.weight_scale_method or (task.weight_scale_method if published else FITTED_RULE)
+        act_rule = "max" if self.a_min_max else task.act_scale_method if published else FITTED_RULE
         return QuantConfig(
             weight_bit=self.weight_bit,
             act_bit=self.act_bit,
@@ -102,7 +129,32 @@ class QuantizationOptions:
             weight_scale_method="max" if linear else weight_rule,
             act_scale_method="max" if linear else act_rule,
             quant_mode=self.quant_mode,
+            policy=self._policy(),
         ).validate()
+
+    def _policy(self) -> Policy:
+        """The widths per layer of a calibration. A file that is loaded has its own."""
+        if self.cali_ckpt is None:
+            return (*layer_bits_policy(self.layer_bits or ()), *keep_policy(self.keep or ()))
+        packed = PackedFile.find(self.cali_ckpt) if self.resume_w else None
+        policy = () if packed is None else packed.info.config.policy
+        if policy and self.preset == "published":
+            message = f" {self.cali_ckpt}: its layers have widths of their own; expected {NOT_PUBLISHED}"
+            raise ConfigError(message, field="resume_w")
+        return policy
+
+    def _validate_patterns(self, task: QuantizationTask) -> None:
+        """Raise ConfigError for a pattern that matches no layer of the network, before any work."""
+        policies = {"layer_bits": layer_bits_policy(self.layer_bits or ()), "keep": keep_policy(self.keep or ())}
+        if not any(policies.values()):
+            return
+        with torch.device("meta"):
+            network = task.architecture.make_unet(task.unet_config)
+        for name, policy in policies.items():
+            try:
+                QuantPlan.of(network, task.architecture, QuantConfig(split=self.split, policy=policy))
+            except ConfigError as error:
+                raise error.renamed({"policy": name}) from None
 
     def _recipe(self, evaluations: int, run_seed: int) -> CalibrationConfig:
         """The recipe. Its numbers of time steps and samples depend on whether the calibration set is generated.
@@ -124,7 +176,7 @@ class QuantizationOptions:
             running_stat=self.running_stat,
             rs_sm_only=self.rs_sm_only,
             seed=run_seed,
-            **{field: value for field, value in values.items() if value is not None},
+            **{field: type(getattr(preset, field))(value) for field, value in values.items() if value is not None},
         ).validate()
 
 
@@ -153,6 +205,28 @@ class QuantizationConfig:
     cache_bytes: int | None = None
 
 
+def layer_bits_policy(entries: tuple[str, ...]) -> Policy:
+    """The policy that the values of --layer_bits describe."""
+    pairs = [entry.rpartition("=")[::2] for entry in entries]
+    return make_policy(pairs, field="layer_bits")
+
+
+def keep_policy(patterns: tuple[str, ...]) -> Policy:
+    """The policy that the values of --keep describe."""
+    return make_policy([(pattern, KEEP) for pattern in patterns], field="keep")
+
+
+def layer_bits(text: str) -> str:
+    """Check a value of --layer_bits, PATTERN=WIDTHS."""
+    if not text.rpartition("=")[0]:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected PATTERN=WIDTHS, such as 'conv_in=A16'")
+    try:
+        layer_bits_policy((text,))
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(error.message.strip()) from None
+    return text
+
+
 def add_quantization_options(parser: Parser) -> None:
     """Add the options of `QuantizationOptions`, with their published names and defaults."""
     group = parser.add_argument_group("quantization")
@@ -172,6 +246,12 @@ def add_quantization_options(parser: Parser) -> None:
     help_text = "number of groups of time steps, each with its own activation scales (only in packed files)"
     group.add_argument("--timestep_groups", type=positive, default=1, help=help_text)
     group.add_argument("--split", action="store_true", help="use two quantizers for concatenated shortcuts")
+    help_text = "layers and attention matmuls with other widths, by path; WIDTHS: W8A16, W8 or A16"
+    group.add_argument(
+        "--layer_bits", type=layer_bits, nargs="+", action=Extend, metavar="PATTERN=WIDTHS", help=help_text
+    )
+    help_text = "layers and attention matmuls that stay in full precision, by path"
+    group.add_argument("--keep", nargs="+", action=Extend, metavar="PATTERN", help=help_text)
     help_text = "no effect; accepted because published commands have it"
     group.add_argument("--cond", action="store_true", help=help_text)
     help_text = "calibrated checkpoint, published (.pth) or packed (.safetensors)"
@@ -184,7 +264,7 @@ def add_quantization_options(parser: Parser) -> None:
     group.add_argument("--cali_st", type=positive, help=f"time steps of the calibration set (default: {defaults})")
     defaults = f"{_preset_values('samples')}; at most {GENERATED_SAMPLES} from a generated set"
     group.add_argument("--cali_n", type=positive, help=f"samples of each time step (default: {defaults})")
-    help_text = "recipe: published by the paper, or fast, which takes a small part of its time"
+    help_text = "recipe: published by the paper, or one that takes a small part of its time"
     group.add_argument("--preset", default="published", choices=list(PRESETS), help=help_text)
     for option, (field, kind, description) in RECIPE_OPTIONS.items():
         group.add_argument(f"--{option}", type=kind, help=f"{description} (default: {_preset_values(field)})")
@@ -197,14 +277,32 @@ def _preset_values(field: str) -> str:
     return ", ".join(f"{getattr(preset, field):g} {name}" for name, preset in PRESETS.items())
 
 
+def _rounds_by_adaround(args: ParsedArgs) -> bool:
+    """Whether the preset learns the rounding of weights on the grids of a scale rule."""
+    return PRESETS[args.preset].rounding == "adaround"
+
+
+def _learns_scales(args: ParsedArgs) -> bool:
+    """Whether the scales of activations are learned unit by unit."""
+    return (PRESETS[args.preset].iters_a if args.cali_iters_a is None else args.cali_iters_a) > 0
+
+
+def _act_on_weights(args: ParsedArgs) -> bool:
+    """Whether every value of --layer_bits has an effect without quantized activations."""
+    return all(widths == KEEP or widths.startswith("W") for _, widths in layer_bits_policy(args.layer_bits))
+
+
 _LOADS = "in a calibration: --cali_ckpt loads a finished one"
 _WEIGHTS = "cali_iters cali_lr_w weight_scale_method"
 _SCALES = "cali_iters_a cali_lr cali_p"
+_POLICY = "layer_bits keep"
+_FITTED = "cali_policy_budget cali_smoothing"
 _RANGES = "a_min_max running_stat rs_sm_only"
 # `linear` has no reconstruction, so these options have no effect on it.
-RECONSTRUCTION_OPTIONS = ("cali_cache_gb", "cali_iters_tune", *_WEIGHTS.split(), *_SCALES.split())
+RECONSTRUCTION_OPTIONS = ("cali_cache_gb", "cali_iters_tune", *f"{_WEIGHTS} {_SCALES} {_FITTED}".split())
 _RECIPE = (
-    f"cali_data_path cali_st cali_n preset cali_batch_size cali_cache_gb cali_iters_tune {_RANGES} {_WEIGHTS} {_SCALES}"
+    "cali_data_path cali_st cali_n preset cali_batch_size cali_cache_gb cali_iters_tune "
+    f"{_RANGES} {_WEIGHTS} {_SCALES} {_POLICY} {_FITTED}"
 )
 # When the quantization options have an effect, in the order in which violations are reported. --cond, --resume and
 # --no_grad_ckpt never have one and are always accepted.
@@ -217,6 +315,7 @@ RULES = (
     Rule("resume_w", lambda args: bool(args.cali_ckpt), "with --cali_ckpt FILE, to take the weights from"),
     Rule("resume_w", lambda args: args.quant_act, "with --quant_act: there is nothing else to calibrate"),
     Rule(f"act_bit sm_abit a_sym {_RANGES} {_SCALES}", lambda args: args.quant_act, "with --quant_act"),
+    Rule("cali_smoothing", lambda args: args.quant_act, "with --quant_act", lambda args, value: value == 0),
     Rule(_RECIPE, lambda args: args.resume_w or not args.cali_ckpt, _LOADS),
     Rule(
         "timestep_groups",
@@ -230,13 +329,27 @@ RULES = (
         _LOADS,
         lambda args, value: value == "qdiff",
     ),
-    Rule(_WEIGHTS, lambda args: not args.resume_w, "without --resume_w, which takes the weights from a file"),
     Rule(
-        f"weight_scale_method cali_iters cali_lr_w cali_iters_tune cali_cache_gb resume_w {_SCALES}",
+        f"{_WEIGHTS} {_POLICY} {_FITTED}",
+        lambda args: not args.resume_w,
+        "without --resume_w, which takes the weights from a file",
+    ),
+    Rule(
+        f"weight_scale_method cali_iters cali_lr_w cali_iters_tune cali_cache_gb resume_w {_SCALES} {_FITTED}",
         lambda args: args.quant_mode != "linear",
         "with --quant_mode qdiff: linear rounds to nearest with min-max ranges",
         lambda args, value: value == "max" or (value == 0 and value is not False),
     ),
+    Rule("layer_bits", lambda args: args.quant_act or _act_on_weights(args), "with --quant_act: A is for activations"),
+    Rule(_POLICY, lambda args: args.preset != "published", f"with {NOT_PUBLISHED}"),
+    Rule(_FITTED, lambda args: args.preset != "published", f"with {NOT_PUBLISHED}", lambda args, value: value == 0),
+    Rule(
+        _WEIGHTS,
+        lambda args: _rounds_by_adaround(args) or args.quant_mode == "linear",
+        "with --preset published: the others round in closed form, on grids of their own",
+        lambda args, value: value == 0,
+    ),
+    Rule("cali_lr cali_p", _learns_scales, "with --cali_iters_a of 1 or more"),
     Rule("rs_sm_only", lambda args: args.running_stat, "with --running_stat"),
     Rule("running_stat", lambda args: args.timestep_groups == 1, "without --timestep_groups: expected one of them"),
     Rule(

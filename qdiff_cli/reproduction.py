@@ -4,7 +4,7 @@ import csv
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,19 @@ from qdiff.calibration.run import Calibration
 from qdiff.config import CalibrationConfig, QuantConfig
 from qdiff.errors import CheckpointError, ConfigError
 from qdiff.evaluation.page import Page, markdown_table
+from qdiff.evaluation.similarity import SIMILARITY_DEFINITION, ImageSimilarity
 from qdiff.evaluation.trajectory import Trajectories
 from qdiff.utils import distributed
 from qdiff.utils.files import atomic_write, write_text
-from qdiff_cli.comparison import save_image_rows
+from qdiff_cli.comparison import CLOSENESS, save_image_rows
 from qdiff_cli.evaluation import EvaluationConfig, evaluate, validate_inputs
 from qdiff_cli.images import load_png
 from qdiff_cli.options import OPTION_OF_FIELD, DeviceOptions
-from qdiff_cli.quantization import PACKED, load_calibrated
+from qdiff_cli.quantization import PACKED, formats_of, load_calibrated
 from qdiff_cli.sampling_run import SamplingRun
 from qdiff_cli.table_commands import TableCommands, hashes, read_json
 from qdiff_cli.tables import DASH, FULL, QDIFF, PaperTable, Row
+from qdiff_cli.widths import own_widths
 
 # The largest trajectory error of nearest rounding with 8-bit weights; the bundled models have 0.006 to 0.011.
 CHECK_LIMIT = 0.1
@@ -200,6 +202,7 @@ class TableRun:
             if row.method != FULL:
                 network = self.network(run, images.parent)
                 figures["trajectory_error"] = self.trajectory_error(network, self.config.trajectory_images, None)
+                figures["own_widths"] = own_widths(formats_of(network), run.task)
             figures["images_folder"] = str(images)
             write_text(result_file, json.dumps({"key": key, "figures": figures}, indent=1))
         distributed.barrier()
@@ -218,6 +221,7 @@ class TableRun:
             "crop": given.crop,
             "clip": str(given.clip),
             "trajectory_images": self.config.trajectory_images,
+            "similarity": [field.name for field in fields(ImageSimilarity)],  # a result of another version lacks some
         }
 
     def ordered_rows(self) -> list[Row]:
@@ -266,11 +270,7 @@ def format_time(seconds: float) -> str:
 
 
 # The heading and the number format of each figure.
-COLUMNS = {
-    "trajectory_error": ("eps error", "{:.4f}"),
-    "psnr": ("PSNR dB", "{:.1f}"),
-    "ssim": ("SSIM", "{:.3f}"),
-    "perceptual": ("perceptual (lite0)", "{:.3f}"),
+COLUMNS = CLOSENESS | {
     "fid": ("FID", "{:.2f}"),
     "kid": ("KID x 1000", "{:.2f}"),
     "is": ("IS", "{:.2f}"),
@@ -286,11 +286,17 @@ def cell(results: Sequence[Mapping[str, Any]], name: str) -> str:
     if not values:
         return ""
     number = COLUMNS[name][1]
-    spread = f" ± {number.format(torch.tensor(values).std().item())}" if len(values) > 1 else ""
+    spread = f" ± {number.format(torch.tensor(values, dtype=torch.float64).std().item())}" if len(values) > 1 else ""
     return number.format(sum(values) / len(values)) + spread
 
 
 Results = Mapping[str, Sequence[Mapping[str, Any]]]  # the figures of each seed, by the slug of the row
+
+
+def row_name(row: Row, results: Sequence[Mapping[str, Any]]) -> str:
+    """The name of a row, with the number of layers that have other widths."""
+    own = results[0].get("own_widths", "")
+    return f"{row.name} ({own})" if own else row.name
 
 
 def table_cells(run: TableRun, results: Results) -> tuple[list[str], list[list[str]]]:
@@ -304,7 +310,7 @@ def table_cells(run: TableRun, results: Results) -> tuple[list[str], list[list[s
     header += [f"published {COLUMNS[name][0]}" for name in published]
     rows = [
         [
-            row.name,
+            row_name(row, results[row.slug]),
             *(cell(results[row.slug], name) for name in shown),
             *(row.published.get(name, "") for name in published),
         ]
@@ -344,7 +350,7 @@ def write_tables(name: str, config: ReproductionConfig, runs: Sequence[TableRun]
         page.table(header, rows)
         page.text(note)
         save_image_rows(config.output / f"{run.table.name}.png", _first_images(run, of_table), GRID_IMAGES)
-        page.picture(f"{run.table.name}.png", "One row for each setting, the same noises")
+        page.picture(f"{run.table.name}.png", "One row for each setting, from the same noise samples")
     content = {run.table.name: of_table for run, of_table in zip(runs, results, strict=True)}
     write_text(config.output / "table.md", "\n".join(markdown))
     write_text(config.output / "table.json", json.dumps(content, indent=1))
@@ -359,7 +365,8 @@ def _note(run: TableRun, results: Results) -> str:
     first = next(iter(results.values()))[0]
     seeds = ", ".join(str(run.table.command.seed + i) for i in range(run.config.seeds))
     note = f"{first['count']} images, seed {seeds}. {first['note']}. "
-    note += f"eps error: of {run.config.trajectory_images} images along the trajectory of this sampler."
+    note += f"eps error: of {run.config.trajectory_images} images along the trajectory of this sampler. "
+    note += SIMILARITY_DEFINITION
     if any(text == DASH for row in run.rows for text in row.published.values()):
         note += f" {DASH}: see {run.table.source} of {PAPER}."
     return note
@@ -421,8 +428,7 @@ class TableCheck:
             self.verdicts.append(False)
             print(f"{row.name}: FAIL, {error.with_options(OPTION_OF_FIELD)}", flush=True)
             return
-        assert run.quantization is not None  # the row is quantized
-        limit = self._nearest_error(run.quantization.formats)
+        limit = self._nearest_error(formats_of(network))
         limit *= CHECK_RATIO if row.weight_bit < 8 else 1 / CHECK_RATIO
         self._judge(row.name, self.table.trajectory_error(network, CHECK_IMAGES, CHECK_STEPS), limit, str(path))
         self._sample(row.name, network)

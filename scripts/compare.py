@@ -6,7 +6,7 @@
 
 A sampling command in full precision stands after `--`. Every packed checkpoint is compared as it was calibrated, with
 quantized weights only (A32), and with nearest rounding in the same number formats. All images start from the same
-noises. The report begins at `index.html`.
+noise samples. The report begins at `index.html`.
 """
 
 from qdiff_cli.commands.compare import main

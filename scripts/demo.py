@@ -1,10 +1,11 @@
-"""Sample the bundled models from the same noises in full precision and quantized, with pictures and tables.
+"""Sample the bundled models from the same noise samples in full precision and quantized, with pictures and tables.
 
     python scripts/demo.py --output demo_output
 
-The command writes the picture demo_<model>.png for each bundled model, and prints a table with the file size, the PSNR
-and SSIM of the images against full precision, the relative error of eps (the mean over the trajectory of the first 4
-images) and the seconds for an image. A picture grows by a row whenever a network has sampled its images.
+The command writes the picture demo_<model>.png for each bundled model, and prints a table with the file size, the
+similarity of the images to full precision (explained below the last table), the relative error of eps (the mean over
+the trajectory of the first 4 images) and the seconds for an image. A picture grows by a row whenever a network has
+sampled its images.
 """
 
 from qdiff_cli.commands.demo import main

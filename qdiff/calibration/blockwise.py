@@ -1,189 +1,227 @@
 """Running a network unit by unit: what goes into a unit and what comes out, without running anything twice.
 
 A unit that is finished does not run again. Its output over all samples is cached, and a forward pass that reaches the
-next unit gets the output from the cache. So each phase of a calibration costs two passes of the network over the
-samples (full precision and quantized), whatever the number of units, and holds only the outputs that a later unit
-still needs.
+next unit gets the output from the cache; a module whose units are all finished is skipped as a whole. So each phase of
+a calibration costs about two passes of the network over the samples (full precision and quantized), whatever the number
+of units, and holds only the outputs that a later unit still needs.
+
+A module that runs several times in a forward pass is one unit with several calls, which it is fitted on together. It
+comes in the order of its first call. The inputs of its later calls are then computed by modules in the state that they
+have at that time, which may be full precision, and by the unit itself before it is fitted. Once everything before a
+later call is finished, the call runs again, so what follows it sees the quantized network.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from qdiff.calibration.batches import in_batches
 from qdiff.calibration.cache import Cache, CachedTensor
 from qdiff.calibration.data import CalibrationData
+from qdiff.calibration.schedule import Node, Progress
+from qdiff.calibration.trace import CallForm, ExecutionOrder, OutputPart, replaced_forwards
+from qdiff.calls import SampleAxis, SampleCount, TensorArg, map_leaves, named_leaves, same_leaf
 from qdiff.errors import NonFiniteError
-from qdiff.model import is_inside
+from qdiff.utils.memory import halving
 
-NO_UNIT = ": cannot be a unit; expected the module around it among `blocks`, or the layer among `keep`"
-
-
-@dataclass(frozen=True)
-class TensorArg:
-    """Stands for a tensor among the arguments of a unit; `index` is its place among the tensors."""
-
-    index: int
-
-
-@dataclass(frozen=True)
-class CallSpec:
-    """How a unit is called: a `TensorArg` for each tensor, everything else as a constant."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    @classmethod
-    def of(cls, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple["CallSpec", list[Tensor]]:
-        """The call with these arguments, and its tensors in order."""
-        tensors: list[Tensor] = []
-
-        def place(value: Any) -> Any:
-            if not isinstance(value, Tensor) or not value.dim():
-                return value
-            tensors.append(value)
-            return TensorArg(len(tensors) - 1)
-
-        call = cls(tuple(place(value) for value in args), {name: place(value) for name, value in kwargs.items()})
-        return call, tensors
-
-    def __call__(self, unit: nn.Module, tensors: Sequence[Tensor]) -> Tensor:
-        """Call `unit` with these tensors."""
-
-        def fill(value: Any) -> Any:
-            return tensors[value.index] if isinstance(value, TensorArg) else value
-
-        return unit(*(fill(value) for value in self.args), **{name: fill(value) for name, value in self.kwargs.items()})
-
-
-@dataclass(frozen=True)
-class ExecutionOrder:
-    """The units in the order in which they complete, and how long each output is needed.
-
-    Attributes:
-        units: the paths of the units, in order.
-        last_use: for each unit the position of the last unit whose input needs its output; its own if none does.
-        peak_elements: the most elements of one sample that are cached at once, inputs and outputs.
-    """
-
-    units: list[str]
-    last_use: dict[str, int]
-    peak_elements: int
+Index = Tensor | slice  # which samples
+# called with the samples of a batch, the number of the call of a unit, and its inputs by place and by name
+Visit = Callable[[Index, int, tuple[Any, Any]], None]
 
 
 class _ReachedUnit(Exception):
     """The unit has run: the rest of the forward pass is not needed."""
 
 
-@contextmanager
-def _replaced(model: nn.Module, forwards: Mapping[str, Callable[..., Tensor]]) -> Iterator[None]:
-    """Give modules another `forward` inside the `with`."""
-    modules = {path: model.get_submodule(path) for path in forwards}
-    own = {path: module.__dict__["forward"] for path, module in modules.items() if "forward" in module.__dict__}
-    try:
-        for path, module in modules.items():
-            module.forward = forwards[path]
-        yield
-    finally:
-        for path, module in modules.items():
-            module.__dict__.pop("forward", None)
-            if path in own:
-                module.forward = own[path]
-
-
-def trace_execution(
-    model: nn.Module, units: Sequence[str], data: CalibrationData, device: torch.device
-) -> ExecutionOrder:
-    """Trace one forward pass on two samples: in which order units run, and which needs the output of which.
+class Variants:
+    """What calls hold beside tensors with a part for each sample, where it may differ between batches of samples.
 
     Args:
-        model: the network.
-        units: paths of the units, in any order.
-        data: the samples.
-        device: where the network is.
-
-    Raises:
-        RuntimeError: a unit is not reached, runs more than once, takes tensors inside other arguments, or does not
-            return one tensor with the samples first.
+        samples: the number of samples.
     """
-    order: list[str] = []
-    needs: dict[str, set[str]] = {}
-    sizes: dict[str, tuple[int, int]] = {}
-    leaves: dict[int, str] = {}
-    alive: list[Tensor] = []  # leaves are known by their identity, so none may be freed
 
-    def traced(path: str) -> Callable[..., Tensor]:
-        original = model.get_submodule(path).forward
+    def __init__(self, samples: int) -> None:
+        self.trees: list[Any] = []
+        self.of_sample = torch.zeros(samples, dtype=torch.int32)
 
-        def forward(*args: Any, **kwargs: Any) -> Tensor:
-            _, tensors = CallSpec.of(args, kwargs)
-            if path in needs:
-                raise RuntimeError(f"{path}: runs more than once in a forward pass{NO_UNIT}")
-            if any(_holds_tensors(value) for value in [*args, *kwargs.values()] if not isinstance(value, Tensor)):
-                raise RuntimeError(f"{path}: takes tensors inside a list, tuple or dict{NO_UNIT}")
-            needs[path] = {leaves[leaf] for tensor in tensors for leaf in _leaves_of(tensor) if leaf in leaves}
-            output = original(*args, **kwargs)
-            if not isinstance(output, Tensor):
-                raise RuntimeError(f"{path}: returns {type(output).__name__} and no tensor{NO_UNIT}")
-            if wrong := [tuple(tensor.shape) for tensor in [*tensors, output] if not tensor.dim() or len(tensor) != 2]:
-                raise RuntimeError(
-                    f"{path}: a tensor of shape {wrong[0]} for 2 samples, which do not come first{NO_UNIT}"
-                )
-            order.append(path)
-            sizes[path] = (sum(tensor.numel() for tensor in tensors) // 2, output.numel() // 2)
-            leaf = output.detach().requires_grad_()
-            alive.append(leaf)
-            leaves[id(leaf)] = path
-            return leaf.clone()  # a copy, so that what follows may change it in place
+    def add(self, index: Index, tree: Any) -> None:
+        """Note what a batch has: nested containers with placeholders for the tensors."""
+        leaves = list(named_leaves(tree))
+        for number, known in enumerate(self.trees):
+            others = list(named_leaves(known))
+            if len(others) == len(leaves) and all(
+                name == other and same_leaf(leaf, value)
+                for (name, leaf), (other, value) in zip(leaves, others, strict=True)
+            ):
+                self.of_sample[index] = number
+                return
+        self.of_sample[index] = len(self.trees)
+        self.trees.append(map_leaves(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, tree))
 
-        return forward
+    def of(self, index: Index) -> Any:
+        """What a batch has that was added as one, or a part of such a batch."""
+        return self.trees[int(self.of_sample[index][0])]
 
-    two = data[:2] if len(data) > 1 else tuple(torch.cat([part, part]) for part in data[:1])
-    with torch.enable_grad(), _replaced(model, {path: traced(path) for path in units}):
-        output = model(*(part.to(device) for part in two))
-    if not isinstance(output, Tensor):
-        raise RuntimeError(f"the network returns {type(output).__name__}: expected one tensor (wrap the network)")
-    if missing := [unit for unit in units if unit not in order]:
-        raise RuntimeError(
-            f"units never reached by a forward pass: {', '.join(missing[:3])}; expected them among `keep`"
-        )
-    position = {unit: i for i, unit in enumerate(order)}
-    last_use = {
-        unit: max([i, *(position[user] for user in order if unit in needs[user])]) for unit, i in position.items()
-    }
-    cached = [
-        sizes[unit][0] + 2 * sum(sizes[other][1] for other in order[: i + 1] if last_use[other] >= i)
-        for i, unit in enumerate(order)
+
+class UnitCall:
+    """How a unit is called with tensors over samples, in all its calls.
+
+    Args:
+        forms: the form of each call.
+        variants: what each call holds beside the tensors.
+        before_samples: called with the samples before the unit runs on a part of those that it is called with.
+    """
+
+    def __init__(
+        self, forms: Sequence[CallForm], variants: Sequence[Variants], before_samples: Callable[[Index], None]
+    ) -> None:
+        self.forms, self.variants, self.before_samples = forms, variants, before_samples
+        self.counts = [sum(isinstance(axis, SampleAxis) for axis in form.inputs) for form in forms]
+
+    @property
+    def varies(self) -> bool:
+        """Whether samples of different batches must not be in one call. Then the last tensor is `labels`."""
+        return any(len(variant.trees) > 1 for variant in self.variants)
+
+    @property
+    def labels(self) -> Tensor:
+        """For each sample its variant in each call, and its number, [N, calls + 1]."""
+        variants = [variant.of_sample for variant in self.variants]
+        return torch.stack([*variants, torch.arange(len(variants[0]), dtype=torch.int32)], dim=1)
+
+    def __call__(self, unit: nn.Module, tensors: Sequence[Tensor]) -> Tensor:
+        """What `unit` returns for some samples, as one tensor: see `comparable`."""
+        if not self.varies:
+            return comparable(self.forms, self._rows(unit, tensors))
+        kinds, which = tensors[-1][:, :-1].unique(dim=0, return_inverse=True)
+        members = [(which == kind).nonzero()[:, 0] for kind in range(len(kinds))]
+        parts = []
+        for member in members:
+            self.before_samples(tensors[-1][member, -1].long().cpu())
+            parts.append(self._rows(unit, [tensor[member] for tensor in tensors]))
+        order = torch.cat(members).argsort()
+        joined = [[torch.cat(rows)[order] for rows in zip(*calls, strict=True)] for calls in zip(*parts, strict=True)]
+        return comparable(self.forms, joined)
+
+    def output(self, unit: nn.Module, number: int, tensors: Sequence[Tensor]) -> Any:
+        """What `unit` itself returns in one of its calls, for samples of one variant."""
+        first = sum(self.counts[:number])
+        own = tensors[first : first + self.counts[number]]
+        variant = int(tensors[-1][0, number]) if self.varies else 0
+
+        def fill(leaf: Any) -> Any:
+            if isinstance(leaf, SampleCount):
+                return leaf.factor * len(own[0])
+            return leaf.axis.from_rows(own[leaf.index]) if isinstance(leaf, TensorArg) else leaf
+
+        args, kwargs = map_leaves(fill, self.variants[number].trees[variant])
+        return unit(*args, **kwargs)
+
+    def _rows(self, unit: nn.Module, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+        outputs = [self.output(unit, number, tensors) for number in range(len(self.forms))]
+        return [output_rows(form, output) for form, output in zip(self.forms, outputs, strict=True)]
+
+
+def output_rows(form: CallForm, output: Any) -> list[Tensor]:
+    """The floating-point tensors among an output that have a part for each sample, with the samples first."""
+    leaves = zip(named_leaves(form.output), named_leaves(output), strict=True)
+    return [
+        part.axis.to_rows(leaf)
+        for (_, part), (_, leaf) in leaves
+        if isinstance(part, OutputPart) and part.dtype.is_floating_point
     ]
-    return ExecutionOrder(order, last_use, max(cached))
 
 
-def _holds_tensors(value: Any) -> bool:
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return any(isinstance(part, Tensor) or _holds_tensors(part) for part in parts)
+def comparable(forms: Sequence[CallForm], calls: Sequence[Sequence[Tensor]]) -> Tensor:
+    """One tensor that stands for all outputs of a unit, to compare the unit with another.
+
+    One tensor stays as it is, with the samples first. Tensors of several calls come one after the other. Several
+    tensors of a call become one, [N, elements], each divided by its size: it counts in proportion to its elements.
+
+    Args:
+        forms: the form of each call.
+        calls: for each call the tensors that `output_rows` gives.
+    """
+    if all(len(tensors) == 1 for tensors in calls) and len({tensors[0].shape for tensors in calls}) == 1:
+        folded = [part.axis.fold > 1 for part in forms[0].parts if part.dtype.is_floating_point]
+        tensors = [only.flatten(0, 1) if folded[0] else only for (only,) in calls]
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+    return torch.cat(
+        [
+            tensor.flatten(1) / part.size
+            for form, tensors in zip(forms, calls, strict=True)
+            for part, tensor in zip([p for p in form.parts if p.dtype.is_floating_point], tensors, strict=True)
+        ],
+        dim=1,
+    )
 
 
-def _leaves_of(tensor: Tensor) -> set[int]:
-    """The identities of the leaf tensors that `tensor` was computed from."""
-    if tensor.grad_fn is None:
-        return {id(tensor)}
-    found: set[int] = set()
-    seen: set[torch.autograd.graph.Node] = set()
-    todo = [tensor.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.add(id(node.variable))
-        todo += [parent for parent, _ in node.next_functions if parent is not None]
-    return found
+class StoredOutput:
+    """What a module returns in one of its calls, over all samples.
+
+    Args:
+        form: the form of the call.
+        samples: their number.
+        cache: room for it.
+    """
+
+    def __init__(self, form: CallForm, samples: int, cache: Cache) -> None:
+        self.form, self.variants = form, Variants(samples)
+        self.tensors = [cache.reserve((samples, *part.shape), part.dtype) for part in form.parts]
+
+    def write(self, index: Index, output: Any) -> None:
+        """Store what the module returned for some samples.
+
+        Raises:
+            ValueError: the output has another form than in the trace.
+        """
+        parts = iter([part for _, part in named_leaves(self.form.output)])
+
+        def take(leaf: Any) -> Any:
+            part = next(parts)
+            if isinstance(part, OutputPart):
+                self.tensors[part.index].write(index, part.axis.to_rows(leaf))
+                return part
+            return leaf
+
+        self.variants.add(index, map_leaves(take, output))
+
+    def read(self, index: Index, device: torch.device) -> Any:
+        """A copy of what the module returned for a batch of samples."""
+
+        def fill(leaf: Any) -> Any:
+            if isinstance(leaf, OutputPart):
+                return leaf.axis.from_rows(self.tensors[leaf.index].read(index, device))
+            return leaf.clone() if isinstance(leaf, Tensor) else leaf
+
+        return map_leaves(fill, self.variants.of(index))
+
+    def rows(self, index: Index, device: torch.device) -> list[Tensor]:
+        """Its floating-point tensors for some samples, with the samples first."""
+        parts = self.form.parts
+        return [self.tensors[part.index].read(index, device) for part in parts if part.dtype.is_floating_point]
+
+    def release(self) -> None:
+        """Give the room back."""
+        for tensor in self.tensors:
+            tensor.release()
+
+
+class UnitOutput:
+    """The outputs of a unit in all its calls, over all samples.
+
+    Args:
+        calls: the output of each call.
+    """
+
+    def __init__(self, calls: Sequence[StoredOutput]) -> None:
+        self.calls = calls
+
+    def read(self, index: Index, device: torch.device) -> Tensor:
+        """The outputs for some samples, as one tensor: see `comparable`."""
+        return comparable([call.form for call in self.calls], [call.rows(index, device) for call in self.calls])
 
 
 class BlockwiseRunner:
@@ -207,48 +245,55 @@ class BlockwiseRunner:
         batch_size: int,
         device: torch.device,
         cache: Cache,
-        before_samples: Callable[[slice], None] = lambda _: None,
+        before_samples: Callable[[Index], None] = lambda _: None,
     ) -> None:
         self.model, self.order, self.data, self.before_samples = model, order, data, before_samples
-        self.batch_size, self.device, self.cache = batch_size, device, cache
-        self.outputs: dict[str, CachedTensor] = {}
-        self.finished: dict[str, tuple[int, ...]] = {}  # with the shape of one sample of the output
-        self.nan = torch.empty(0)
+        self.device, self.cache = device, cache
+        self.batches = data.batches(batch_size)
+        self.modules = dict(model.named_modules())
+        self.progress = Progress(order.dependencies)
+        self.stored: dict[Node, StoredOutput] = {}
+        self.returned: list[StoredOutput] = []  # by `finish`, and needed by no later unit
+        self.unknown: dict[torch.dtype, Tensor] = {}
+        self.calls = _Calls(self)
 
     @torch.no_grad()
-    def arguments(self, unit: str) -> tuple[CallSpec, tuple[CachedTensor, ...]]:
+    def arguments(self, unit: str) -> tuple[UnitCall, tuple[CachedTensor, ...]]:
         """How `unit` is called, and its tensors over all samples. The caller releases them.
 
         Raises:
-            RuntimeError: an input is not a number, or the call is not the same for all samples.
+            RuntimeError: an input is not a number.
         """
-        calls: list[CallSpec] = []
-        stored: list[CachedTensor] = []
+        nodes = self.order.dependencies.nodes(unit)
+        forms = [self.order.forms[node] for node in nodes]
+        variants = [Variants(len(self.data)) for _ in nodes]
+        stored: list[list[CachedTensor]] = [[] for _ in nodes]
 
-        def store(start: int, call: CallSpec, tensors: list[Tensor]) -> None:
-            calls.append(call)
-            if call != calls[0]:
-                raise RuntimeError(
-                    f"{unit}: is called with {call} after {calls[0]}: "
-                    "what is no tensor must be the same for all samples"
-                )
-            if not stored:
-                stored.extend(
-                    self.cache.reserve((len(self.data), *tensor.shape[1:]), tensor.dtype) for tensor in tensors
-                )
-            for place, tensor in zip(stored, tensors, strict=True):
+        def store(index: Index, number: int, call: tuple[Any, Any]) -> None:
+            tree, tensors = split_call(forms[number], call)
+            for tensor in tensors:
                 if tensor.is_floating_point() and tensor.isnan().any():
                     raise RuntimeError(
-                        f"{unit}: an input is not a number: it comes from an earlier unit by a way that leaves no "
-                        "gradient (detach, no_grad, checkpointing), or the network itself gives such values"
+                        f"{unit}: an input is not a number: the network gives such values, or it reads numbers of "
+                        "earlier units by a way that leaves no trace (`item`, another library)"
                     )
-                place.write(start, tensor)
+            if not stored[number]:
+                shapes = [(len(self.data), *tensor.shape[1:]) for tensor in tensors]
+                stored[number] += [self.cache.reserve(s, t.dtype) for s, t in zip(shapes, tensors, strict=True)]
+            for place, tensor in zip(stored[number], tensors, strict=True):
+                place.write(index, tensor)
+            variants[number].add(index, tree)
 
         self._reach(unit, store)
-        return calls[0], tuple(stored)
+        call = UnitCall(forms, variants, self.before_samples)
+        found = [tensor for tensors in stored for tensor in tensors]
+        if call.varies:
+            found.append(self.cache.reserve(tuple(call.labels.shape), torch.int32))
+            found[-1].write(slice(None), call.labels)
+        return call, tuple(found)
 
     @torch.no_grad()
-    def finish(self, unit: str, call: CallSpec | None = None, arguments: Sequence[CachedTensor] = ()) -> CachedTensor:
+    def finish(self, unit: str, call: UnitCall | None = None, arguments: Sequence[CachedTensor] = ()) -> UnitOutput:
         """Run `unit` on all samples and cache its output.
 
         Outputs that no later unit needs are dropped; the one returned stays until the next unit is finished.
@@ -261,77 +306,179 @@ class BlockwiseRunner:
         Raises:
             NonFiniteError: its output holds values that are not finite.
         """
-        output: list[CachedTensor] = []
-        module = self.model.get_submodule(unit)
+        nodes, module = self.order.dependencies.nodes(unit), self.modules[unit]
+        outputs = [StoredOutput(self.order.forms[node], len(self.data), self.cache) for node in nodes]
 
-        def run(start: int, call: CallSpec, tensors: Sequence[Tensor]) -> None:
-            value = call(module, tensors)
-            if value.is_floating_point() and not torch.isfinite(value).all():
+        def write(index: Index, number: int, value: Any) -> None:
+            if not all(bool(torch.isfinite(rows).all()) for rows in output_rows(outputs[number].form, value)):
                 raise NonFiniteError(f"{unit}: its output holds values that are not finite numbers")
-            if not output:
-                output.append(self.cache.reserve((len(self.data), *value.shape[1:]), value.dtype))
-            output[0].write(start, value)
+            outputs[number].write(index, value)
 
         if call is None:
-            self._reach(unit, run)
+            self._reach(unit, lambda index, number, inputs: write(index, number, module(*inputs[0], **inputs[1])))
         else:
 
-            def alone(part: slice) -> None:
-                self.before_samples(part)
-                run(part.start, call, [x.read(part, self.device) for x in arguments])
+            def alone(index: Index) -> None:
+                self.before_samples(index)
+                tensors = [x.read(index, self.device) for x in arguments]
+                for number in range(len(nodes)):
+                    write(index, number, call.output(module, number, tensors))
 
-            in_batches(alone, range(len(self.data)), self.batch_size)
-        self._drop(self.order.units.index(unit))
-        self.outputs[unit] = output[0]
-        self.finished[unit] = tuple(output[0].tensor.shape[1:])
-        return output[0]
+            self._in_batches(alone)
+        self._keep(unit, dict(zip(nodes, outputs, strict=True)))
+        return UnitOutput(outputs)
 
-    def _dropped(self, shape: tuple[int, ...]) -> Tensor:
-        """NaN in the place of an output that is not cached any more, always in the same memory."""
-        size = torch.Size(shape).numel()
-        if len(self.nan) < size:
-            self.nan = torch.full((size,), float("nan"), device=self.device)
-        return self.nan[:size].view(shape)
+    def _keep(self, unit: str, outputs: dict[Node, StoredOutput]) -> None:
+        """Keep what later units need of the outputs of a unit, and drop what none needs any more."""
+        for output in self.returned:
+            output.release()
+        self.stored |= {node: outputs[node] for node in self.progress.finish(unit)}
+        self._drop(self.order.units.index(unit), outputs)
+        self.returned = [output for output in outputs.values() if output not in self.stored.values()]
 
-    def _drop(self, position: int) -> None:
-        for unit in [unit for unit in self.outputs if self.order.last_use[unit] <= position]:
-            self.outputs.pop(unit).release()
+    def _drop(self, position: int, keep: Any = ()) -> None:
+        for node in [node for node in self.stored if self.order.last_use[node] <= position]:
+            output = self.stored.pop(node)
+            self.progress.stored.discard(node)
+            if node not in keep:
+                output.release()
 
     def release(self) -> None:
         """Drop everything that is cached."""
         self._drop(len(self.order.units))
+        for output in self.returned:
+            output.release()
+        self.returned = []
 
-    def _reach(self, unit: str, visit: Callable[[int, CallSpec, list[Tensor]], None]) -> None:
-        """Run the network up to `unit` on all samples; call `visit` with a batch's first index and what goes in."""
-        module, span = self.model.get_submodule(unit), slice(0, 0)
-        handle: RemovableHandle | None = None
+    def _in_batches(self, work: Callable[[Index], None]) -> None:
+        for batch in self.batches:
+            halving(lambda part: work(slice(part.start, part.stop) if isinstance(part, range) else part), batch)
 
-        def cached(path: str) -> Callable[..., Tensor]:
-            def forward(*_: Any, **__: Any) -> Tensor:
-                if path in self.outputs:
-                    return self.outputs[path].read(span, self.device)
-                return self._dropped((span.stop - span.start, *self.finished[path]))
+    def _reach(self, unit: str, visit: Visit) -> None:
+        """Run the network up to the last call of `unit` on all samples, and visit its calls."""
+        required, storing = self.progress.next_pass(unit)
+        new = {node: StoredOutput(self.order.forms[node], len(self.data), self.cache) for node in storing}
 
-            return forward
-
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            assert handle is not None  # this hook runs only while it is registered
-            handle.remove()  # so that `visit` can run the unit
-            visit(span.start, *CallSpec.of(args, kwargs))
-            raise _ReachedUnit
-
-        def through(part: slice) -> None:
-            nonlocal handle, span
-            span = part
-            handle = module.register_forward_pre_hook(before, with_kwargs=True)
+        def through(index: Index) -> None:
+            self.calls.begin(index, unit, required, new, visit)
             try:
-                with _replaced(self.model, forwards):
-                    self.data.run(self.model, part, self.device)
+                self.data.run(self.model, index, self.device)
             except _ReachedUnit:
                 return
-            finally:
-                handle.remove()
             raise RuntimeError(f"{unit}: never reached by a forward pass of the network")
 
-        forwards = {path: cached(path) for path in self.finished if not is_inside(path, unit)}
-        in_batches(through, range(len(self.data)), self.batch_size)
+        with replaced_forwards(self.calls.forwards):
+            self._in_batches(through)
+        self.stored |= new
+        self.progress.store(new)
+
+    def placeholder(self, form: CallForm, samples: int) -> Any:
+        """NaN in the place of an output that nothing needs, always in the same memory."""
+
+        def fill(leaf: Any) -> Any:
+            if not isinstance(leaf, OutputPart):
+                return leaf
+            shape = torch.Size((samples, *leaf.shape))
+            known = self.unknown.get(leaf.dtype)
+            if known is None or len(known) < shape.numel():
+                value = float("nan") if leaf.dtype.is_floating_point else 0
+                known = self.unknown[leaf.dtype] = torch.full(
+                    (shape.numel(),), value, dtype=leaf.dtype, device=self.device
+                )
+            return leaf.axis.from_rows(known[: shape.numel()].view(shape))
+
+        return map_leaves(fill, form.output)
+
+
+class _Calls:
+    """What the calls of units, and of the modules around them, do in passes up to a unit.
+
+    Args:
+        runner: the network.
+
+    Attributes:
+        forwards: takes the place of `forward` of each module during a pass.
+    """
+
+    unit: str
+    index: Index
+    required: set[Node]
+    new: dict[Node, StoredOutput]
+    visit: Visit
+
+    def __init__(self, runner: BlockwiseRunner) -> None:
+        self.runner, self.dependencies = runner, runner.order.dependencies
+        self.counts = Counter[str]()
+        self.visiting = False
+        self.forwards = {runner.modules[path]: self._replacement(path) for path, _ in self.dependencies.output}
+
+    def begin(self, index: Index, unit: str, required: set[Node], new: dict[Node, StoredOutput], visit: Visit) -> None:
+        """A pass begins.
+
+        Args:
+            index: its samples.
+            unit: where it ends.
+            required: the nodes whose outputs must be right.
+            new: the nodes whose outputs it stores.
+            visit: called at each call of the unit.
+        """
+        self.index, self.unit, self.required, self.new, self.visit = index, unit, required, new, visit
+        self.around, self.visiting = self.dependencies.around[unit], False
+        self.counts.clear()
+
+    def _replacement(self, path: str) -> Callable[..., Any]:
+        original = self.runner.modules[path].forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self.visiting:
+                return original(*args, **kwargs)
+            node = (path, self.counts[path])
+            self.counts[path] += 1
+            if path == self.unit:
+                self._visit(node[1], (args, kwargs))
+            if self._runs(node):
+                output = original(*args, **kwargs)
+                if node in self.new:
+                    self.new[node].write(self.index, output)
+                return output
+            self.counts.update(inner for inner, _ in self.dependencies.inside[node])
+            return self._output(self.dependencies.same.get(node, node))
+
+        return forward
+
+    def _visit(self, number: int, call: tuple[Any, Any]) -> None:
+        is_last = number + 1 == self.dependencies.calls[self.unit]
+        if not is_last:  # the unit may change its inputs in place, and runs once more
+            call = map_leaves(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, call)
+        self.visiting = True
+        self.visit(self.index, number, call)
+        self.visiting = False
+        if is_last:
+            raise _ReachedUnit
+
+    def _runs(self, node: Node) -> bool:
+        if node in self.around or node not in self.dependencies.output:
+            return True
+        source = self.dependencies.same.get(node, node)
+        return source in self.required and source not in self.runner.stored
+
+    def _output(self, node: Node) -> Any:
+        if node in self.required:
+            return self.runner.stored[node].read(self.index, self.runner.device)
+        samples = self.index.stop - self.index.start if isinstance(self.index, slice) else len(self.index)
+        return self.runner.placeholder(self.runner.order.forms[node], samples)
+
+
+def split_call(form: CallForm, call: tuple[Any, Any]) -> tuple[Any, list[Tensor]]:
+    """The inputs of a call with placeholders, and its tensors with a part for each sample, the samples first."""
+    tensors: list[Tensor] = []
+    kinds = iter(form.inputs)
+
+    def place(leaf: Any) -> Any:
+        kind = next(kinds)
+        if not isinstance(kind, SampleAxis):
+            return leaf if kind is None else kind
+        tensors.append(kind.to_rows(leaf))
+        return TensorArg(len(tensors) - 1, kind)
+
+    return map_leaves(place, list(call)), tensors

@@ -1,14 +1,17 @@
 """The calibration set: (x_t, t[, context]) of all time steps, from the sampling trajectory of the model itself."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from qdiff.calibration.file_layouts import Layout
+from qdiff.calls import ScalarArg, TensorArg, map_leaves, named_leaves, output_tensor
 from qdiff.checkpoint import load_object, state_hash
 from qdiff.errors import CheckpointError, ConfigError
 from qdiff.utils.files import atomic_write
@@ -65,19 +68,69 @@ def _spread(count: int, total: int) -> list[int]:
 
 
 @dataclass(frozen=True)
+class InputSpec:
+    """How a network is called with samples.
+
+    Attributes:
+        args: its positional inputs; a `TensorArg` stands for a tensor with the samples first, a `ScalarArg` for a
+            number that the samples of a call share. Everything else is the same in all calls, tensors included.
+        kwargs: its inputs by keyword, in the same way.
+        time: which of the tensors is the time step of each sample; None: the network has none.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    time: int | None
+
+    @classmethod
+    def positional(cls, count: int) -> "InputSpec":
+        """Tensors by position: x_t, the time step, contexts."""
+        return cls(tuple(TensorArg(index) for index in range(count)), {}, 1 if count > 1 else None)
+
+    @property
+    def scalars(self) -> list[int]:
+        """Which of the tensors hold numbers that the samples of a call must share."""
+        return [leaf.index for _, leaf in named_leaves([self.args, self.kwargs]) if isinstance(leaf, ScalarArg)]
+
+    @property
+    def shared(self) -> dict[str, Tensor]:
+        """The tensors that all samples share, by name."""
+        leaves = named_leaves([self.args, self.kwargs])
+        return {name: leaf for name, leaf in leaves if isinstance(leaf, Tensor)}
+
+    def __call__(self, model: nn.Module, tensors: Sequence[Tensor], device: torch.device) -> Any:
+        """What `model` returns for some samples."""
+
+        def fill(leaf: Any) -> Any:
+            if isinstance(leaf, TensorArg):
+                return tensors[leaf.index].to(device)
+            value = leaf.value(tensors[leaf.index]) if isinstance(leaf, ScalarArg) else leaf
+            return value.to(device, copy=True) if isinstance(value, Tensor) else value
+
+        return model(*map_leaves(fill, self.args), **map_leaves(fill, self.kwargs))
+
+
+@dataclass(frozen=True)
 class CalibrationData:
     """The samples that a network is calibrated on, with their training and validation splits.
 
     Attributes:
-        inputs: the positional inputs of the network (x_t, t, contexts), each with the samples first.
+        inputs: the inputs of the network that differ between samples (x_t, t, contexts), each with the samples first.
         trajectories: the number of the trajectory that each sample comes from, [N]; None: each has its own trajectory.
         num_train: samples before this index are the training split, the others the validation split, which is never
             trained on. None: the data is not split, and all of it is for training.
+        call: how the network is called with them; None: by position, the time step second.
     """
 
     inputs: tuple[Tensor, ...]
     trajectories: Tensor | None = None
     num_train: int | None = None
+    call: InputSpec | None = None
+
+    @cached_property
+    def spec(self) -> InputSpec:
+        """How the network is called."""
+        return InputSpec.positional(len(self.inputs)) if self.call is None else self.call
 
     def __len__(self) -> int:
         return len(self.inputs[0])
@@ -86,9 +139,63 @@ class CalibrationData:
         """Copies of some samples. They may be changed in place."""
         return tuple(tensor[index].clone() if isinstance(index, slice) else tensor[index] for tensor in self.inputs)
 
+    def x(self, index: Tensor | slice) -> Tensor:
+        """x_t of some samples, [N, ...]: the first input of floating-point values with two dimensions or more."""
+        wide = (tensor for tensor in self.inputs if tensor.dim() > 1 and tensor.is_floating_point())
+        return next(wide, self.inputs[0])[index]
+
+    def timesteps(self, index: Tensor | slice) -> Tensor:
+        """The time steps of some samples, [N].
+
+        Raises:
+            ConfigError: the network has no time step.
+        """
+        if self.spec.time is None:
+            raise ConfigError(" without a time step: expected it as the second input, or by keyword", field="inputs")
+        return self.inputs[self.spec.time][index].flatten()
+
     def run(self, model: nn.Module, index: Tensor | slice, device: torch.device) -> Tensor:
-        """The output of `model` for some samples, on the device of the network."""
-        return model(*(tensor.to(device) for tensor in self[index]))
+        """The output of `model` for some samples, on the device of the network.
+
+        A network that takes the time step as a number is called once for each time step among the samples.
+
+        Args:
+            model: the network, or one that is called in the same way.
+            index: which samples.
+            device: the device of the network.
+
+        Returns:
+            [N, ...]: of several tensors that the network returns the first one (`output_tensor`).
+        """
+        parts = self.uniform_parts(index)
+        outputs = []
+        for part in parts:
+            tensors = self[part]
+            outputs.append(output_tensor(self.spec(model, tensors, device), len(tensors[0])))
+        if len(outputs) == 1:
+            return outputs[0]
+        numbers = torch.arange(len(self))[index]
+        order = torch.cat([torch.arange(len(numbers))[member] for member in self._members(numbers)])
+        return torch.cat(outputs)[order.argsort().to(outputs[0].device)]
+
+    def batches(self, size: int) -> list[range | Tensor]:
+        """All samples in batches of at most `size` that the network can be called with."""
+        parts = self.uniform_parts(slice(None))
+        everything = [range(len(self)) if isinstance(part, slice) else part for part in parts]
+        return [part[start : start + size] for part in everything for start in range(0, len(part), size)]
+
+    def uniform_parts(self, index: Tensor | slice) -> list[Tensor | slice]:
+        """Split samples into parts that the network can be called with: [index] unless it takes numbers."""
+        if not self.spec.scalars:
+            return [index]
+        numbers = torch.arange(len(self))[index]
+        return [numbers[member] for member in self._members(numbers)]
+
+    def _members(self, numbers: Tensor) -> list[Tensor]:
+        """For each combination of numbers which of the samples `numbers` have it, as masks."""
+        keys = torch.stack([self.inputs[place][numbers].double().cpu() for place in self.spec.scalars], dim=1)
+        kinds, which = keys.unique(dim=0, return_inverse=True)
+        return [which == kind for kind in range(len(kinds))]
 
     @property
     def train(self) -> range:
@@ -100,14 +207,29 @@ class CalibrationData:
         """The indices of the validation split."""
         return range(len(self.train), len(self))
 
+    def fewer(self, training: int) -> "CalibrationData":
+        """At most `training` samples of the training split, and the same share of the validation split."""
+        if training >= len(self.train):
+            return self
+        share = max(1, round(len(self.validation) * training / len(self.train)))
+        kept = torch.cat([torch.arange(training), torch.arange(share) + len(self.train)])
+        trajectories = None if self.trajectories is None else self.trajectories[kept]
+        return replace(self, inputs=self[kept], trajectories=trajectories, num_train=training)
+
     def training_data(self) -> "CalibrationData":
         """The training split alone."""
-        return CalibrationData(self[: len(self.train)])
+        return replace(self, inputs=self[: len(self.train)], trajectories=None, num_train=None)
 
     def hash(self) -> str:
         """A sha256 over all samples."""
         parts = [*self.inputs, *([] if self.trajectories is None else [self.trajectories])]
-        return state_hash({str(number): tensor for number, tensor in enumerate(parts)})
+        state = {str(number): tensor for number, tensor in enumerate(parts)}
+        if self.call is not None:
+            constants = map_leaves(
+                lambda leaf: None if isinstance(leaf, Tensor) else leaf, [self.call.args, self.call.kwargs]
+            )
+            state |= self.call.shared | {"call": torch.tensor(list(repr(constants).encode()), dtype=torch.uint8)}
+        return state_hash(state)
 
     def split(self, fraction: float, seed: int) -> "CalibrationData":
         """Shuffle the samples and divide them into a training and a validation split.
@@ -128,7 +250,9 @@ class CalibrationData:
         order = torch.randperm(len(self), generator=generator)
         is_validation = torch.isin(trajectories[order], validation_numbers)
         order = torch.cat([order[~is_validation], order[is_validation]])
-        return CalibrationData(self[order], trajectories[order], int((~is_validation).sum()))
+        return replace(
+            self, inputs=self[order], trajectories=trajectories[order], num_train=int((~is_validation).sum())
+        )
 
 
 def validate_num_timesteps(num_timesteps: int, evaluations: int) -> None:

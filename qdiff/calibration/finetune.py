@@ -1,37 +1,111 @@
-"""End-to-end fine-tuning of the few floating-point parameters against the network's output.
+"""End-to-end fine-tuning of a quantized network against the full-precision network's output.
 
-The loss of a unit says little about what the unit does to eps. So after all units the activation scales, the biases
-and the affine parameters of the normalizations (some thousand numbers, which every checkpoint format holds in full
-precision) are trained on the relative error of eps over all time steps, which is what the images depend on. The
-integers of the weights stay as they are.
+The loss of a unit says little about what the unit does to eps. So after all units the parameters that every file holds
+in floating point are trained on the relative error of eps over all time steps, which is what the images depend on.
+There are two rounds. The first one, without quantized activations, trains the scales of the weights (PEQA, arXiv
+2305.14152), their rounding, the biases and the affine parameters of the normalizations. The second one, with quantized
+activations, trains the scales of the activations, and biases and norms once more: each mode has values of its own.
+
+Everything is trained in steps relative to its size, so the result does not depend on the units of the activations.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from qdiff import quantizers as Q
 from qdiff.calibration.batches import add_gradients, mean_loss
 from qdiff.calibration.data import CalibrationData
 from qdiff.calibration.reconstruct import UnitResult
 from qdiff.config import CalibrationConfig
-from qdiff.layers import QuantLayer
-from qdiff.model import act_quantizers
+from qdiff.layers import ActQuantizer, QuantLayer, dequantize, to_float32
+from qdiff.model import act_quantizers, quant_layers
 from qdiff.prediction import Prediction
+from qdiff.refusals import NORMS
 from qdiff.utils import distributed
 
-VALIDATIONS = 6  # each costs a pass of both networks over the validation split
+VALIDATIONS, VALIDATION_SAMPLES = 6, 64  # each costs a pass of both networks over so many samples
+AFFINE_SHARE = 0.1  # of the learning rate, for biases and norms
+SIZE_SAMPLES = 16  # that the sizes of outputs are measured on
 
 
 def relative_error(output: Tensor, target: Tensor) -> Tensor:
     """||output - target|| / ||target|| of each sample, averaged."""
+    output, target = to_float32(output), to_float32(target)
     return ((output - target).flatten(1).norm(dim=1) / target.flatten(1).norm(dim=1)).mean()
+
+
+@dataclass
+class Trained:
+    """A tensor that is trained.
+
+    Attributes:
+        tensor: the leaf.
+        size: its unit: gradients are multiplied and steps are taken in multiples of it.
+        rate: its learning rate, in units of `size`.
+    """
+
+    tensor: Tensor
+    size: float
+    rate: float
+
+
+class ActScales:
+    """The scale of an activation quantizer, trained by its logarithm."""
+
+    def __init__(self, quantizer: ActQuantizer, rate: float) -> None:
+        self.quantizer, self.first = quantizer, quantizer.scale.clone()
+        self.factor = torch.zeros_like(quantizer.scale).requires_grad_()
+        self.trained = [Trained(self.factor, 1.0, rate)]
+
+    def apply(self, learning: bool) -> None:
+        """Put the scale into the quantizer, with gradients if `learning`."""
+        scale = self.first * self.factor.exp()
+        self.quantizer.scale, self.quantizer.learning = (scale if learning else scale.detach()), learning
+
+    def finish(self) -> None:
+        """Fix the scale."""
+        self.apply(learning=False)
+
+
+class LayerWeight:
+    """The scales of a layer's weight, trained by their logarithms, and its rounding.
+
+    The rounding is trained on numbers in the unit of the integers, which are rounded in the forward pass; gradients
+    pass straight through.
+    """
+
+    def __init__(self, layer: QuantLayer, rate: float) -> None:
+        self.layer = layer
+        self.quantizers = layer.weight_quantizers
+        self.factors = [torch.zeros_like(q.scale).requires_grad_() for q in self.quantizers]
+        self.values = [q.integers.to(q.scale.dtype).requires_grad_() for q in self.quantizers]
+        steps = 2 ** (self.quantizers[0].n_bits - 1)
+        self.trained = [Trained(factor, 1.0, 8 * rate / steps) for factor in self.factors]
+        self.trained += [Trained(value, 1.0, rate) for value in self.values]
+
+    def apply(self, learning: bool) -> None:
+        """Put the weight into the layer, with gradients if `learning`, else as integers."""
+        parts = []
+        for quantizer, factor, value in zip(self.quantizers, self.factors, self.values, strict=True):
+            integers = Q.round_ste(value.clamp(*Q.integer_range(quantizer.n_bits, symmetric=False)))
+            parts.append(dequantize(integers, quantizer.scale * factor.exp(), quantizer.zero_point))
+        self.layer.weight = self.layer._join(parts if learning else [part.detach() for part in parts])
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Fix the scales and the integers."""
+        integers = []
+        for quantizer, factor, value in zip(self.quantizers, self.factors, self.values, strict=True):
+            quantizer.scale = quantizer.scale * factor.exp()
+            integers.append(value.clamp(*Q.integer_range(quantizer.n_bits, symmetric=False)).round())
+        self.layer.set_integers(integers)
 
 
 class FineTuner:
     """Fine-tunes a quantized network against its full-precision one.
-
-    Scales are trained by their logarithms with the learning rate `lr_tune`, the other parameters with a tenth of it.
 
     Args:
         model: the full-precision network.
@@ -39,6 +113,7 @@ class FineTuner:
         data: the samples, with their splits.
         config: the recipe.
         prediction: turns the output of both networks into eps; None: the outputs are compared as they are.
+        weights: train the weights too.
     """
 
     def __init__(
@@ -48,15 +123,16 @@ class FineTuner:
         data: CalibrationData,
         config: CalibrationConfig,
         prediction: Prediction | None = None,
+        weights: bool = False,
     ) -> None:
         self.model, self.quantized, self.data, self.config, self.prediction = model, quantized, data, config, prediction
         self.device = next(model.parameters()).device
-        self.enabled = [q for q in act_quantizers(quantized).values() if q.enabled]
-        self.learned = [q for q in self.enabled if q.n_bits < 16]
-        self.first_scales = [q.scale.clone() for q in self.learned]
-        self.log_factors = [torch.zeros_like(q.scale).requires_grad_() for q in self.learned]
-        self.others = _own_parameters(quantized)
-        self.parameters: list[Tensor] = [*self.log_factors, *self.others]
+        enabled = [q for q in act_quantizers(quantized).values() if q.enabled and q.n_bits < 16]
+        layers = quant_layers(quantized).values() if weights else ()
+        self.groups: list[ActScales | LayerWeight] = [ActScales(quantizer, config.lr_tune) for quantizer in enabled]
+        self.groups += [LayerWeight(layer, config.lr_tune) for layer in layers]
+        self.trained = [one for group in self.groups for one in group.trained]
+        self.trained += self._affine_parameters()
 
     def run(self, on_iteration: Callable[[float], None]) -> UnitResult:
         """Train by Adam; the parameters with the least validation loss stay, the first ones included.
@@ -64,77 +140,111 @@ class FineTuner:
         Args:
             on_iteration: called with the loss after every iteration.
         """
-        config = self.config
+        config, tensors = self.config, [one.tensor for one in self.trained]
         before = best = self.validation_loss()
-        best_values = [parameter.detach().clone() for parameter in self.parameters]
+        best_values = [tensor.detach().clone() for tensor in tensors]
         generator = torch.Generator().manual_seed(config.seed)
-        groups = [
-            {"params": self.log_factors, "lr": config.lr_tune},
-            {"params": self.others, "lr": config.lr_tune / 10},
-        ]
-        optimizer = torch.optim.Adam([group for group in groups if group["params"]])
+        groups = [{"params": [one.tensor], "lr": one.rate * one.size} for one in self.trained]
+        optimizer = torch.optim.Adam(groups)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.iters_tune)
         for iteration in range(config.iters_tune):
             batch = torch.randint(0, len(self.data.train), (config.batch_tune,), generator=generator)
             optimizer.zero_grad()
-            loss = add_gradients(self.training_loss, batch, self.parameters)
+            loss = add_gradients(self.training_loss, batch, tensors)
+            for one in self.trained:
+                assert one.tensor.grad is not None  # set by add_gradients
+                one.tensor.grad *= one.size
             optimizer.step()
             schedule.step()
             done = iteration + 1
             if done % max(1, config.iters_tune // VALIDATIONS) == 0 or done == config.iters_tune:
                 error = self.validation_loss()
                 if error < best:
-                    best, best_values = error, [value.detach().clone() for value in self.parameters]
+                    best, best_values = error, [tensor.detach().clone() for tensor in tensors]
             on_iteration(loss)
         self._finish(best_values)
         return UnitResult(before, best)
 
     def loss(self, part: Tensor | slice) -> Tensor:
         """The mean relative error of eps over some samples."""
-        inputs = [tensor.to(self.device) for tensor in self.data[part]]
         with torch.no_grad():
-            target = self.eps(inputs, self.model(*inputs))
-        return relative_error(self.eps(inputs, self.quantized(*inputs)), target)
+            target = self.eps(part, self.data.run(self.model, part, self.device))
+        return relative_error(self.eps(part, self.data.run(self.quantized, part, self.device)), target)
 
     def training_loss(self, part: Tensor) -> Tensor:
         """The same with a graph of its own, so that a batch can be split."""
-        self._set_scales(learning=True)
+        self._apply(learning=True)
         return self.loss(part)
 
     @torch.no_grad()
     def validation_loss(self) -> float:
         """The loss over the validation split."""
-        self._set_scales(learning=False)
-        return mean_loss(self.loss, self.data.validation, self.config.batch_size)
+        self._apply(learning=False)
+        few = self.data.validation[:VALIDATION_SAMPLES]
+        return mean_loss(self.loss, few, self.config.batch_size)
 
-    def eps(self, inputs: Sequence[Tensor], output: Tensor) -> Tensor:
-        """What a network's output says of the noise."""
-        return output if self.prediction is None else self.prediction.eps(inputs[0], inputs[1], output)
+    def eps(self, part: Tensor | slice, output: Tensor) -> Tensor:
+        """What a network's output for some samples says of the noise."""
+        output = output.float()
+        if self.prediction is None:
+            return output
+        x, t = self.data.x(part).to(self.device), self.data.timesteps(part).to(self.device)
+        return self.prediction.eps(x, t, output)
 
-    def _set_scales(self, learning: bool) -> None:
-        for quantizer in self.enabled:
-            quantizer.learning = learning
-        for quantizer, first, factor in zip(self.learned, self.first_scales, self.log_factors, strict=True):
-            scale = first * factor.exp()
-            quantizer.scale = scale if learning else scale.detach()
+    def _apply(self, learning: bool) -> None:
+        for group in self.groups:
+            group.apply(learning)
 
     def _finish(self, values: Sequence[Tensor]) -> None:
         distributed.from_first(values)
         with torch.no_grad():
-            for parameter, value in zip(self.parameters, values, strict=True):
-                parameter.copy_(value)
-                parameter.grad = None
-        self._set_scales(learning=False)
+            for one, value in zip(self.trained, values, strict=True):
+                one.tensor.copy_(value)
+                one.tensor.grad = None
+        for group in self.groups:
+            group.finish()
         self.quantized.requires_grad_(False)
 
+    def _affine_parameters(self) -> list[Trained]:
+        """Biases and norm affines as parameters of their own, not shared with the full-precision network."""
+        rate, found = self.config.lr_tune * AFFINE_SHARE, []
+        sizes = _output_sizes(self.quantized, self._run_few)
+        for path, name in affine_names(self.quantized):
+            module = self.quantized.get_submodule(path)
+            own = nn.Parameter(module.get_parameter(name).detach().clone())
+            size = sizes.get(path, 0.0) if isinstance(module, QuantLayer) else _root_mean_square(module.weight)
+            setattr(module, name, own)
+            found.append(Trained(own, size, rate))
+        return found
 
-def _own_parameters(quantized: nn.Module) -> list[nn.Parameter]:
-    """Biases and norm affines as parameters that can be trained and are not shared with the full-precision network."""
-    found = []
-    for module in quantized.modules():
-        if isinstance(module, QuantLayer | nn.GroupNorm | nn.LayerNorm):
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                own = nn.Parameter(parameter.detach().clone())
-                setattr(module, name, own)
-                found.append(own)
-    return found
+    def _run_few(self) -> None:
+        few = torch.arange(min(SIZE_SAMPLES, len(self.data)))
+        self.data.run(self.quantized, few, self.device)
+
+
+def affine_names(quantized: nn.Module) -> Iterator[tuple[str, str]]:
+    """The biases of quantized layers and the affine parameters of normalizations: (path of the module, name)."""
+    for path, module in quantized.named_modules():
+        if isinstance(module, (QuantLayer, *NORMS)):
+            for name, _ in module.named_parameters(recurse=False):
+                yield path, name
+
+
+def _root_mean_square(values: object) -> float:
+    return float(values.detach().float().square().mean().sqrt()) if isinstance(values, Tensor) else 0.0
+
+
+@torch.no_grad()
+def _output_sizes(quantized: nn.Module, run: Callable[[], None]) -> dict[str, float]:
+    """The root mean square of the output of every quantized layer, by path, in one forward pass."""
+    sizes: dict[str, float] = {}
+    handles = [
+        layer.register_forward_hook(lambda _, __, output, path=path: sizes.update({path: _root_mean_square(output)}))
+        for path, layer in quant_layers(quantized).items()
+    ]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sizes

@@ -1,7 +1,5 @@
 """Activation ranges: the first scales of all activation quantizers, from samples of all time steps."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
@@ -45,10 +43,14 @@ def init_activation_ranges(
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(config.seed))
 
     def first_ranges(chosen: Tensor) -> None:
-        for path, quantizer in act_quantizers(model).items():
-            first = _RangeOfEachGroup if quantizer.groups else _Range
-            quantizer.observer = _finite(path, first(quantizer, method))
-        data.run(model, chosen, device)
+        ranges = [_Range(path, quantizer, method) for path, quantizer in act_quantizers(model).items()]
+        for part in data.uniform_parts(chosen):
+            assert isinstance(part, Tensor)  # as `chosen` is
+            for observer in ranges:
+                observer.share = len(part) / len(chosen)
+            data.run(model, part, device)
+        for observer in ranges:
+            observer.finish()
 
     fitting = largest_fitting(first_ranges, order[:RANGE_SAMPLES])
     if unseen := [path for path, q in act_quantizers(model).items() if not torch.isfinite(q.scale).all()]:
@@ -68,59 +70,98 @@ def init_activation_ranges(
         quantizer.observer = None
 
 
-def _finite(path: str, observer: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
-    """`observer`, which raises NonFiniteError for values that are not finite and names the quantizer."""
+class _Pool:
+    """A fair sample of values that come in several parts, with the least and the greatest of all."""
 
-    def observe(x: Tensor) -> None:
-        if not torch.isfinite(x).all():
-            raise NonFiniteError(f"{path}: the network gives values there that are not finite numbers")
-        observer(x)
-
-    return observe
-
-
-class _Range:
-    """Observes one forward pass. Large attentions come in slices; each joins the values of the earlier ones."""
-
-    def __init__(self, quantizer: ActQuantizer, method: str) -> None:
-        self.quantizer, self.method = quantizer, method
+    def __init__(self) -> None:
         self.values, self.count = torch.empty(0), 0
         self.generator = torch.Generator().manual_seed(0)
 
-    def __call__(self, x: Tensor) -> None:
-        self.values = self._joined(x.detach().flatten())
-        self.count += x.numel()
-        self.quantizer.set_qparams(*_qparams(self.quantizer, self.values, self.method))
+    def add(self, x: Tensor) -> None:
+        """Add the values of `x` [K]."""
+        self.values = self._joined(x) if self.count else _thin(x, RULE_ELEMENTS)
+        self.count += len(x)
 
     def _joined(self, x: Tensor) -> Tensor:
-        """A fair sample of all values so far and `x`, with the least and the greatest of all."""
-        if not self.count:
-            return _thin(x)
         old, new = (
             values[torch.randint(0, len(values), (RULE_ELEMENTS,), generator=self.generator).to(x.device)]
             for values in (self.values, x)
         )
-        stays = torch.rand(RULE_ELEMENTS, generator=self.generator) < self.count / (self.count + x.numel())
+        stays = torch.rand(RULE_ELEMENTS, generator=self.generator) < self.count / (self.count + len(x))
         ends = [torch.minimum(self.values.amin(), x.amin()), torch.maximum(self.values.amax(), x.amax())]
         return torch.cat([torch.where(stays.to(x.device), old, new), torch.stack(ends)])
 
+    def add_share(self, x: Tensor, share: float) -> bool:
+        """Add the values of `x` [K], which are this share of all; returns whether they lie outside the range so far."""
+        part = _thin(x, max(1, int(share * RULE_ELEMENTS)))
+        grows = not self.count or bool((part.amin() < self.values.amin()) | (part.amax() > self.values.amax()))
+        self.values, self.count = torch.cat([self.values.to(part), part]), self.count + len(x)
+        return grows
 
-class _RangeOfEachGroup:
-    """One range for each timestep group; a group without samples gets that of its neighbor."""
 
-    def __init__(self, quantizer: ActQuantizer, method: str) -> None:
-        self.quantizer, self.method = quantizer, method
+class _Range:
+    """Observes an activation and sets its scale and zero point.
+
+    The activation may come in several parts: slices of a large attention, several calls of a layer, samples of other
+    time steps. With timestep groups there is one range for each group; a group without samples gets that of its
+    neighbor.
+
+    Args:
+        path: what messages call the quantizer.
+        quantizer: the quantizer of the activation.
+        method: the scale rule.
+
+    Attributes:
+        share: the share of the samples that are passed through the network now.
+    """
+
+    def __init__(self, path: str, quantizer: ActQuantizer, method: str) -> None:
+        self.path, self.quantizer, self.method, self.share = path, quantizer, method, 1.0
+        self.pools: dict[int, _Pool] = {}
+        self.found: dict[int, tuple[Tensor, Tensor]] = {}
+        quantizer.observer = self
 
     def __call__(self, x: Tensor) -> None:
-        groups = self.quantizer.groups
-        assert groups is not None  # this observer is for quantizers with groups
-        group_of = groups.of_rows(len(x), x.device)
-        found = {
-            number: _qparams(self.quantizer, _thin(x[group_of == number]), self.method)
-            for number in group_of.unique().tolist()
-        }
-        nearest = [min((abs(other - number), other) for other in found)[1] for number in range(len(groups))]
-        scale, zero_point = (torch.stack([found[number][i] for number in nearest]) for i in range(2))
+        x, groups = x.detach(), self.quantizer.groups
+        if groups is None:
+            self._add(0, x)
+        else:
+            group_of = groups.of_rows(len(x), x.device)
+            for number in group_of.unique().tolist():
+                self._add(number, x[group_of == number])
+        self._set()
+
+    def finish(self) -> None:
+        """Choose the ranges from all samples, after parts of them have chosen no new ones."""
+        if self.share < 1:
+            for group in self.pools:
+                self._choose(group)
+            self._set()
+
+    def _add(self, group: int, x: Tensor) -> None:
+        """Add values of a group. Its range is searched again, unless they come in many parts and lie within it."""
+        pool, outside = self.pools.setdefault(group, _Pool()), True
+        if self.share < 1:
+            outside = pool.add_share(x.flatten(), self.share)
+        else:
+            pool.add(x.flatten())
+        if not torch.isfinite(pool.values).all():  # the least and the greatest of all values are among them
+            raise NonFiniteError(f"{self.path}: the network gives values there that are not finite numbers")
+        if outside:
+            self._choose(group)
+
+    def _choose(self, group: int) -> None:
+        self.found[group] = _qparams(self.quantizer, self.pools[group].values, self.method)
+
+    def _set(self) -> None:
+        count = len(self.quantizer.groups) if self.quantizer.groups else 0
+        if not self.found:
+            return
+        if not count:
+            self.quantizer.set_qparams(*self.found[0])
+            return
+        nearest = [min((abs(other - number), other) for other in self.found)[1] for number in range(count)]
+        scale, zero_point = (torch.stack([self.found[number][i] for number in nearest]) for i in range(2))
         self.quantizer.set_qparams(scale, zero_point)
 
 
@@ -136,13 +177,13 @@ def _qparams(quantizer: ActQuantizer, values: Tensor, method: str) -> tuple[Tens
     )
 
 
-def _thin(x: Tensor) -> Tensor:
-    """At most RULE_ELEMENTS random elements of `x`, with its least and its greatest one."""
+def _thin(x: Tensor, limit: int) -> Tensor:
+    """At most `limit` random elements of `x`, with its least and its greatest one."""
     flat = x.flatten()
-    if len(flat) <= RULE_ELEMENTS:
+    if len(flat) <= limit:
         return flat.clone()  # a view would keep the whole activation in memory
-    chosen = torch.randint(0, len(flat), (RULE_ELEMENTS,), generator=torch.Generator().manual_seed(0))
-    return torch.cat([flat[chosen.to(flat.device)], flat.amin()[None], flat.amax()[None]])
+    chosen = torch.randint(0, len(flat), (limit,), generator=torch.Generator().manual_seed(0))
+    return torch.cat([flat[chosen.to(flat.device)], *(end[None] for end in torch.aminmax(flat))])
 
 
 class _RunningRange:
@@ -170,9 +211,12 @@ def timestep_group_bounds(data: CalibrationData, groups: int) -> tuple[float, ..
     """Where each timestep group but the first begins, if all groups hold equally many of the time steps in `data`.
 
     Raises:
-        ConfigError: more groups than time steps.
+        ConfigError: more groups than time steps, or no time steps.
     """
-    times = data.inputs[1].unique().tolist()
+    if data.spec.time is None:
+        message = f" {groups}: expected the time steps as the second input, or by keyword"
+        raise ConfigError(message, field="timestep_groups")
+    times = data.timesteps(slice(None)).unique().tolist()
     if groups > len(times):
         message = f" {groups}: the calibration set has {len(times)} time steps"
         raise ConfigError(message, field="timestep_groups")

@@ -1,25 +1,24 @@
 """The calibration of a whole network: ranges, then reconstruction unit by unit, then end-to-end fine-tuning."""
 
+import json
 import logging
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from qdiff.architecture import Architecture
-from qdiff.calibration.blockwise import BlockwiseRunner, CallSpec, ExecutionOrder, trace_execution
+from qdiff.calibration.blockwise import BlockwiseRunner, UnitCall, UnitOutput
 from qdiff.calibration.cache import Cache, CachedTensor, remove_leftovers
 from qdiff.calibration.data import CalibrationData
 from qdiff.calibration.directory import CalibrationCheckpoint, CalibrationDir
-from qdiff.calibration.finetune import FineTuner
+from qdiff.calibration.finetune import FineTuner, affine_names
 from qdiff.calibration.ranges import init_activation_ranges
 from qdiff.calibration.reconstruct import (
     OnIteration,
@@ -29,30 +28,35 @@ from qdiff.calibration.reconstruct import (
     reconstruct_activations,
     reconstruct_weights,
 )
-from qdiff.calibration.report import write_report
+from qdiff.calibration.report import report_quality
+from qdiff.calibration.rounding import UnitPair, compensate_unit
+from qdiff.calibration.sensitivity import choose_policy, measure_sensitivity
+from qdiff.calibration.steps import Steps
+from qdiff.calibration.trace import ExecutionOrder, trace_execution
 from qdiff.checkpoint import state_hash
 from qdiff.checkpoint.reading import first_line
 from qdiff.config import CalibrationConfig, QuantConfig
 from qdiff.errors import ConfigError
-from qdiff.layers import QuantLayer, QuantMatMul
+from qdiff.layers import QuantLayer, QuantMatMul, to_float32
 from qdiff.model import (
-    act_quantizers,
     find_timestep_groups,
     init_weights,
     quant_layers,
     quantize_model,
+    set_mode_parameters,
     unit_modules,
     units,
 )
+from qdiff.policy import Policy, make_policy
 from qdiff.prediction import Prediction
 from qdiff.utils import distributed
-from qdiff.utils.memory import peak_memory
+from qdiff.utils.files import write_text
 
 log = logging.getLogger(__name__)
 
 # Raise it with every change that gives a calibration other numbers: a folder of another version is not continued.
-RECIPE_VERSION = 2
-CURVE_POINTS = 100  # of the loss curve that is recorded for each step
+RECIPE_VERSION = 3
+POLICY_FILE = "policy.json"
 
 State = dict[str, Tensor]
 
@@ -107,19 +111,49 @@ class Calibration:
             self._reconstruct(quantized)
         return quantized.eval()
 
+    def with_policy(self) -> "Calibration":
+        """The same calibration with the policy that the network's sensitivity gives within the recipe's budget.
+
+        A calibration that continues in a folder takes the policy that it began with.
+
+        Raises:
+            NonFiniteError: a layer whose sensitivity is not finite.
+        """
+        if not self.config.policy_budget or self.quant.quant_mode == "linear" or self.weights_from is not None:
+            return self
+        self.model.eval().requires_grad_(False)
+        found = distributed.run_on_first(self._find_policy)
+        return replace(self, quant=replace(self.quant, policy=make_policy([*found, *self.quant.policy])).validate())
+
+    def _find_policy(self) -> Policy:
+        folder = self.directory.folder
+        file = None if folder is None else folder / POLICY_FILE
+        if file is not None and file.is_file():
+            return make_policy(json.loads(file.read_text(encoding="utf-8")))
+        data = self._samples()
+        found = measure_sensitivity(self.model, self.architecture, self.quant, data, self.device)
+        policy = choose_policy(found, self.quant, self.config.policy_budget)
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_text(file, json.dumps(policy, indent=1))
+        return policy
+
     def nearest(self) -> nn.Module:
         """The baseline: the same widths by nearest rounding and min-max ranges."""
         return replace(self, quant=self.quant.linear(), weights_from=None, directory=CalibrationDir()).run()
 
-    def report(self, folder: Path, quantized: nn.Module) -> None:
-        """Write tables and pictures of the finished calibration into `folder`.
+    def report(self, folder: Path | None, quantized: nn.Module) -> None:
+        """Log how good the finished calibration is, and write tables and pictures of it into `folder`, if any.
 
         A failure, whatever it is, goes to the log, because it must not cost the calibration.
         """
         try:
-            write_report(folder, self.model, {"nearest": self.nearest(), "calibrated": quantized}, self._samples())
+            data = self._samples().split(self.config.validation_fraction, self.config.seed)
+            nearest = None if self.quant.quant_mode == "linear" else self.nearest
+            report_quality(folder, self.model, quantized, nearest, data)
         except Exception as error:
-            log.warning("%s: the report could not be written (%s: %s)", folder, type(error).__name__, first_line(error))
+            where = "" if folder is None else f"{folder}: "
+            log.warning("%sthe report could not be made (%s: %s)", where, type(error).__name__, first_line(error))
             log.debug("", exc_info=True)
 
     @property
@@ -147,9 +181,9 @@ class Calibration:
         order = trace_execution(quantized, units(quantized, self.architecture), data, self.device)
         with _resume_log(self.directory.folder, self._settings(quantized, order, data)) as checkpoint:
             run = _Run(self, quantized, data, order, checkpoint)
-            with logging_redirect_tqdm(), torch.enable_grad(), closing(run.progress):
+            with logging_redirect_tqdm(), torch.enable_grad(), closing(run.steps.progress):
                 run.all_steps()
-            run.log_cost()
+            run.steps.log_cost()
 
     def _settings(self, quantized: nn.Module, order: ExecutionOrder, data: CalibrationData) -> dict[str, Any]:
         """Everything that the result depends on, by the names of the manifest."""
@@ -193,148 +227,173 @@ class _Run:
         checkpoint: CalibrationCheckpoint,
     ) -> None:
         self.calibration, self.config, self.quant = calibration, calibration.config, calibration.quant
-        self.quantized, self.data, self.order, self.checkpoint = quantized, data, order, checkpoint
+        self.quantized, self.data, self.order = quantized, data, order
         self.device, self.groups = calibration.device, find_timestep_groups(quantized)
         self.cache = self._make_cache()
-        iterations = self.config.iters + (self.config.iters_a if self.quant.quant_act else 0)
-        total = len(order.units) * iterations + self.config.iters_tune
-        silent = distributed.rank() > 0
-        self.progress = tqdm(total=total, desc="calibration", unit="it", smoothing=0.02, disable=silent)
-        self.next_step = 0
-        self.began = time.perf_counter(), time.process_time()
+        of_unit = self.config.iters if self.config.rounding == "adaround" else 1
+        of_unit += self.config.iters_a if self.quant.quant_act else 0
+        total = len(order.units) * of_unit + self.config.iters_tune * (1 + self.quant.quant_act)
+        self.steps = Steps(checkpoint, total, self.device)
 
     def _make_cache(self) -> Cache:
         directory = self.calibration.directory
-        dtype = torch.bfloat16 if self.config.bfloat16 else torch.float32
-        cache = Cache(directory.cache_bytes, directory.folder, dtype)
+        cache = Cache(directory.cache_bytes, directory.folder)
         written = 0
         if directory.folder is not None:
             # a file for each unit, the whole network after the ranges and after fine-tuning, and both checkpoints
             parameters = sum(p.numel() for p in self.calibration.model.parameters())
             written = 5 * sum(tensor.nbytes for tensor in self.quantized.state_dict().values()) + 8 * parameters
-        cache.check_space(self.order.peak_elements * len(self.data) * cache.item_size(torch.float32), written)
+        cache.check_space(self.order.peak_elements * len(self.data) * torch.float32.itemsize, written)
         return cache
 
     def all_steps(self) -> None:
         """Do every step, or take it from the resume log."""
+        weights_only: dict[str, Tensor] = {}
         if self.calibration.weights_from is None:
-            self._over_units("weights", self.config.iters, self._reconstruct_weights)
-        if self.quant.quant_act:
-            self._whole("ranges", 0, self._init_ranges)
+            self._weights()
+            if self.config.iters_tune:
+                self._whole("tune weights", self.config.iters_tune, partial(self._finetune, weights=True))
+                weights_only = self._affine_parameters()
+        if not self.quant.quant_act:
+            return
+        self._whole("ranges", 0, self._init_ranges)
+        if self.config.iters_a:
             self._over_units("activations", self.config.iters_a, self._reconstruct_activations)
         if self.config.iters_tune:
-            self._whole("tune", self.config.iters_tune, self._finetune)
+            self._whole("tune activations", self.config.iters_tune, partial(self._finetune, weights=False))
+        if weights_only:
+            set_mode_parameters(self.quantized, weights_only)
 
-    def log_cost(self) -> None:
-        """Log time and memory."""
-        wall, cpu = time.perf_counter() - self.began[0], time.process_time() - self.began[1]
-        memory = peak_memory() / 1e9
-        log.info("calibration: %.0f s, %.0f s of CPU time, peak memory of the process %.2f GB", wall, cpu, memory)
-
-    def _step(
-        self,
-        name: str,
-        iterations: int,
-        module: nn.Module,
-        work: Callable[[OnIteration], UnitResult | None] | None,
-    ) -> None:
-        """Do a step and keep it, or take it from the resume log.
-
-        Args:
-            name: what the log and the progress bar call it.
-            iterations: its share of the progress bar.
-            module: what it may change.
-            work: does it; None: the step is known to be in the log.
-        """
-        number, self.next_step = self.next_step, self.next_step + 1
-        ends_at = self.progress.n + iterations
-        if number < len(self.checkpoint):
-            self._restore(module, self.checkpoint.load(number))
+    def _weights(self) -> None:
+        """Round the weights of all units."""
+        if self.config.rounding == "nearest":
+            self._whole("weights", 0, lambda _: init_weights(self.quantized, self.quant.weight_scale_method))
+            return
+        self._round_left_out()
+        if self.config.rounding == "compensated":
+            self._compensate()
         else:
-            assert work is not None  # steps without work are in the log
-            losses: list[float] = []
-            started, began = time.perf_counter(), time.process_time()
-            result = work(self._on_iteration(name, losses))
-            seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - began
-            record: dict[str, Any] = {"seconds": seconds, "cpu_seconds": cpu_seconds, "losses": _thin(losses)}
-            if result is not None:
-                record |= asdict(result)
-                log.info("%s: validation loss %.4g -> %.4g, %.1f s", name, result.before, result.after, seconds)
-            self.checkpoint.commit(name, module.state_dict(), record)
-        self.progress.update(ends_at - self.progress.n)
+            self._over_units("weights", self.config.iters, self._reconstruct_weights)
 
-    def _on_iteration(self, name: str, losses: list[float]) -> OnIteration:
-        def on_iteration(loss: float) -> None:
-            losses.append(loss)
-            self.progress.update()
-            if len(losses) % 20 == 1:
-                self.progress.set_postfix_str(f"{name} loss {loss:.3g}", refresh=False)
-
-        return on_iteration
+    def _affine_parameters(self) -> dict[str, Tensor]:
+        """Copies of the biases and norm affines, by name."""
+        names = [f"{path}.{name}".lstrip(".") for path, name in affine_names(self.quantized)]
+        return {name: self.quantized.get_parameter(name).detach().clone() for name in names}
 
     def _whole(self, name: str, iterations: int, work: Callable[[OnIteration], UnitResult | None]) -> None:
         """A step over the whole network."""
-        self._step(name, iterations, self.quantized, work)
+        self.steps.do(name, iterations, self.quantized, work)
 
     def _over_units(
         self,
         phase: str,
         iterations: int,
-        work: Callable[[nn.Module, UnitData, int, OnIteration], UnitResult | None],
+        work: Callable[[str, UnitData, int, OnIteration], UnitResult | None],
     ) -> None:
         """One phase over all units, in order; inputs come from the quantized prefix, targets from full precision."""
         paths = self.order.units
-        if self.next_step + len(paths) <= len(self.checkpoint):
+        if self.steps.has(len(paths)):
             for path in paths:
-                self._step(f"{phase} {path}", iterations, self.quantized.get_submodule(path), None)
+                self.steps.do(f"{phase} {path}", iterations, self.quantized.get_submodule(path), None)
             return
-        full, quantized = (
-            BlockwiseRunner(
-                network, self.order, self.data, self.config.batch_size, self.device, self.cache, self._before_samples
-            )
-            for network in (self.calibration.model, self.quantized)
-        )
+        full, quantized = self._runners(self.data, self.calibration.model)
         for index, path in enumerate(paths):
             target = full.finish(path)
             call, arguments = quantized.arguments(path)
             unit, data = self.quantized.get_submodule(path), self._unit_data(call, arguments, target)
             seed = self.config.seed * 100_003 + index
-            self._step(f"{phase} {index + 1}/{len(paths)} {path}", iterations, unit, partial(work, unit, data, seed))
+            self.steps.do(f"{phase} {index + 1}/{len(paths)} {path}", iterations, unit, partial(work, path, data, seed))
             quantized.finish(path, call, arguments)
             for stored in arguments:
                 stored.release()
         full.release()
         quantized.release()
 
-    def _before_samples(self, index: Tensor | slice) -> None:
+    def _runners(self, data: CalibrationData, full: nn.Module) -> tuple[BlockwiseRunner, BlockwiseRunner]:
+        """What runs both networks unit by unit over all samples of `data`."""
+        size, before = self.config.batch_size, partial(self._before_samples, data)
+        first, second = (
+            BlockwiseRunner(network, self.order, data, size, self.device, self.cache, before)
+            for network in (full, self.quantized)
+        )
+        return first, second
+
+    def _compensate(self) -> None:
+        """Round the weights of all units in closed form, in order, on the recipe's share of the samples."""
+        calibration, paths = self.calibration, self.order.units
+        data = self.data.fewer(self.config.unit_samples) if self.config.unit_samples else self.data
+        if self.steps.has(len(paths)):
+            for path in paths:
+                self.steps.do(f"weights {path}", 1, self.quantized.get_submodule(path), None)
+            return
+        wrapped = quantize_model(calibration.model, calibration.architecture, self.quant).requires_grad_(False)
+        full, quantized = self._runners(data, wrapped)
+        for index, path in enumerate(paths):
+            calls = full.arguments(path), quantized.arguments(path)
+            modules = wrapped.get_submodule(path), self.quantized.get_submodule(path)
+            pair = UnitPair.of(modules, calls, data, self.config.batch_size, partial(self._before_samples, data))
+            layers = [
+                (name, module)
+                for name, module in unit_modules(pair.quantized, calibration.architecture)
+                if isinstance(module, QuantLayer)
+            ]
+            seed = self.config.seed * 100_003 + index
+            work = partial(self._compensate_unit, pair, layers, seed)
+            self.steps.do(f"weights {index + 1}/{len(paths)} {path}", 1, pair.quantized, work)
+            for runner, (call, arguments) in zip((full, quantized), calls, strict=True):
+                runner.finish(path, call, arguments)
+                for stored in arguments:
+                    stored.release()
+        full.release()
+        quantized.release()
+
+    def _compensate_unit(
+        self, pair: UnitPair, layers: Sequence[tuple[str, QuantLayer]], seed: int, on_iteration: OnIteration
+    ) -> UnitResult | None:
+        if not layers:
+            return None
+        result = compensate_unit(pair, layers, self.config.smoothing and self.quant.quant_act, seed)
+        on_iteration(result.after)
+        return result
+
+    def _round_left_out(self) -> None:
+        """Round the layers to nearest that cannot be fitted as units."""
+        for path, reason in self.order.left_out.items():
+            log.info("%s: %s: it is rounded to nearest", path, reason)
+            layer = self.quantized.get_submodule(path)
+            assert isinstance(layer, QuantLayer)  # the trace leaves out no others
+            rounded = partial(layer.init_weight_scales, self.quant.weight_scale_method)
+            self.steps.do(f"weights {path}", 0, layer, lambda _, rounded=rounded: rounded())  # type: ignore[misc]  # a default binds it
+
+    def _before_samples(self, data: CalibrationData, index: Tensor | slice) -> None:
         """Tell the quantized network's timestep groups which samples come next."""
         if self.groups is not None:
-            self.groups.set(self.data.inputs[1][index])
+            self.groups.set(data.timesteps(index))
 
-    def _unit_data(self, call: CallSpec, arguments: Sequence[CachedTensor], target: CachedTensor) -> UnitData:
+    def _unit_data(self, call: UnitCall, arguments: Sequence[CachedTensor], target: UnitOutput) -> UnitData:
         def read(index: Tensor | slice) -> tuple[tuple[Tensor, ...], Tensor]:
-            self._before_samples(index)
-            return tuple(x.read(index, self.device) for x in arguments), target.read(index, self.device)
+            self._before_samples(self.data, index)
+            # losses are in float32 also in a network in half precision, which is computed as it is
+            return tuple(x.read(index, self.device) for x in arguments), to_float32(target.read(index, self.device))
 
-        autocast = partial(torch.autocast, self.device.type, torch.bfloat16, enabled=self.config.bfloat16)
-        return UnitData(read, self.data.train, self.data.validation, self.config.batch_size, call, autocast)
+        return UnitData(read, self.data.train, self.data.validation, self.config.batch_size, call)
 
     def _reconstruct_weights(
-        self, unit: nn.Module, data: UnitData, seed: int, on_iteration: OnIteration
+        self, path: str, data: UnitData, seed: int, on_iteration: OnIteration
     ) -> UnitResult | None:
+        unit = self.quantized.get_submodule(path)
         architecture, method = self.calibration.architecture, self.quant.weight_scale_method
         layers = [module for _, module in unit_modules(unit, architecture) if isinstance(module, QuantLayer)]
         if not layers:
             return None
         result = reconstruct_weights(unit, layers, data, method, self.config, seed, on_iteration)
-        output_layer = architecture.output_layer(unit)
+        output_layer = architecture.output_layer(path, unit)
         if output_layer is None:
             return result
         return UnitResult(result.before, correct_bias(unit, output_layer, data).after)
 
-    def _reconstruct_activations(
-        self, unit: nn.Module, data: UnitData, seed: int, on_iteration: OnIteration
-    ) -> UnitResult:
+    def _reconstruct_activations(self, path: str, data: UnitData, seed: int, on_iteration: OnIteration) -> UnitResult:
+        unit = self.quantized.get_submodule(path)
         modules = [module for _, module in unit_modules(unit, self.calibration.architecture)]
         quantizers = [quantizer for module in modules for quantizer in module.act_quantizers]
         return reconstruct_activations(unit, quantizers, data, self.config, seed, on_iteration)
@@ -343,25 +402,9 @@ class _Run:
         method = self.quant.act_scale_method
         init_activation_ranges(self.quantized, self.data.training_data(), method, self.config, self.device)
 
-    def _finetune(self, on_iteration: OnIteration) -> UnitResult:
-        tuner = FineTuner(self.calibration.model, self.quantized, self.data, self.config, self.calibration.prediction)
+    def _finetune(self, on_iteration: OnIteration, weights: bool) -> UnitResult:
+        calibration = self.calibration
+        tuner = FineTuner(
+            calibration.model, self.quantized, self.data, self.config, calibration.prediction, weights=weights
+        )
         return tuner.run(on_iteration)
-
-    def _restore(self, module: nn.Module, state: Mapping[str, Tensor]) -> None:
-        """Bring `module` to a state that was kept."""
-        for path, tensor in state.items():
-            parent, _, name = path.rpartition(".")
-            owner, tensor = module.get_submodule(parent), tensor.to(self.device)
-            is_parameter = name in owner._parameters
-            setattr(owner, name, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
-        for quantizer in act_quantizers(module).values():
-            quantizer.enabled = quantizer.enabled or bool(torch.isfinite(quantizer.scale).all())
-        for layer in quant_layers(module).values():
-            if bool(torch.isfinite(layer.weight_quantizer.scale).all()):
-                layer.freeze()
-
-
-def _thin(losses: list[float]) -> list[float]:
-    """At most CURVE_POINTS means over equal stretches of the losses."""
-    stretch = max(1, -(-len(losses) // CURVE_POINTS))
-    return [sum(part) / len(part) for part in (losses[i : i + stretch] for i in range(0, len(losses), stretch))]

@@ -327,7 +327,8 @@ class PackedFile:
                     f"expected {expected}"
                 )
         if values:
-            set_mode_parameters(network, values)
+            # in the order of the network, so that `save` writes the same bytes again
+            set_mode_parameters(network, {name: values[name].to(own[name].dtype) for name in own if name in values})
 
     def _wrapped(self, model: nn.Module | None) -> nn.Module:
         """The quantized form of the network, without the values of the file."""
@@ -348,7 +349,7 @@ class PackedFile:
         try:
             plan.validate(model)
             return apply_plan(model, plan, info.config)
-        except (AttributeError, KeyError, TypeError, NotImplementedError) as error:
+        except (AttributeError, KeyError, TypeError) as error:
             raise CheckpointError(f"{self.path}: model is another network ({first_line(error)})") from None
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -456,12 +457,15 @@ def _qparam_names(stem: str) -> tuple[str, str]:
 
 
 def _assign_tensors(model: nn.Module, tensors: Mapping[str, Tensor], activations: bool) -> None:
-    """Assign the tensors of a packed file to the network. Without activation scales, the network gets NaN for them."""
+    """Assign the tensors of a packed file to the network, in its precision. Missing activation scales become NaN."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    own = parameters | _other_buffers(model, every_path=True)
     values: dict[str, Tensor] = {}
     for name, name_in_file in _names_in_file(model, tensors).items():
         if name_in_file not in values:
             tensor = tensors[name_in_file]
+            if tensor.is_floating_point():
+                tensor = tensor.to(own[name].dtype)
             values[name_in_file] = nn.Parameter(tensor, requires_grad=False) if name in parameters else tensor
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, values[name_in_file])

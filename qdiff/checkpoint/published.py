@@ -27,9 +27,8 @@ from qdiff.checkpoint.reading import (
 )
 from qdiff.config import QuantConfig
 from qdiff.errors import CheckpointError
-from qdiff.layers import LAYER_TYPES, MatMul
+from qdiff.layers import LAYER_TYPES, MatMul, QuantConvTranspose
 from qdiff.model import (
-    _unquantized_ids,
     act_quantizers,
     enable_activations,
     find_timestep_groups,
@@ -37,6 +36,7 @@ from qdiff.model import (
     quant_layers,
     quantize_model,
 )
+from qdiff.refusals import kept_ids
 from qdiff.utils.files import atomic_write
 
 log = logging.getLogger(__name__)
@@ -90,7 +90,9 @@ def not_publishable(model: nn.Module, architecture: Architecture) -> str | None:
     layers, acts = quant_layers(model), act_quantizers(model)
     if smoothed := [path for path, layer in layers.items() if layer.smoothing is not None]:
         return f"no smoothing, but {smoothed[0]} has one"
-    known = _unquantized_ids(model, architecture)
+    if transposed := [path for path, layer in layers.items() if isinstance(layer, QuantConvTranspose)]:
+        return f"no transposed convolutions, but {transposed[0]} is one"
+    known = kept_ids(model, architecture)
     for path, module in model.named_modules():
         if (type(module) in LAYER_TYPES and id(module) not in known) or isinstance(module, MatMul):
             return f"no layers in full precision, but {path} is one"

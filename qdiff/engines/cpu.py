@@ -368,8 +368,10 @@ def _input_grids(layer: QuantLayer) -> list[InputGrid]:
 
 
 def _padding(layer: QuantConv2d) -> list[int] | None:
-    """The padding of each dimension, the same on both sides; None for `same` with an odd total."""
+    """The padding of each dimension, the same on both sides; None for `same` with an odd total, or not with zeros."""
     padding = layer.geometry["padding"]
+    if layer.padding_mode != "zeros":
+        return None
     if padding == "valid":
         return [0, 0]
     if padding == "same":

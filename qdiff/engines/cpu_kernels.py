@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qdiff.utils.memory import retain_freed_memory
+
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
@@ -47,26 +49,11 @@ def library() -> ctypes.CDLL | None:
         path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qdiff" / f"kernels-{key}.so"
         if not path.is_file():
             _compile(compiler, variants, path)
-        _retain_freed_memory()
+        retain_freed_memory()
         return ctypes.CDLL(str(path))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: the user has no home folder
         log.warning("integer engine: %s: the pointwise work is not fused", str(error).splitlines()[0])
         return None
-
-
-def _retain_freed_memory() -> None:
-    """Let the C library reuse the memory of freed tensors. This affects the whole process.
-
-    By default it returns large blocks to the system, and every operator pays for page faults when it allocates again.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):
-        return  # not the GNU C library
-    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
-    mallopt(m_mmap_max, 0)
-    mallopt(m_trim_threshold, 2**31 - 1)
-    mallopt(m_top_pad, 64 * 2**20)
 
 
 def _processor() -> str:

@@ -7,6 +7,7 @@ images would depend on the number of processes. Integers, scales, smoothing and 
 """
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -123,15 +124,14 @@ class PackedLayer(ModuleProxy):
         """The dequantized weight."""
         return self.layer._join([weight.dequantize() for weight in self.packed_weights])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer = self.layer
         x = layer.quantize_input(x)
-        weight = self.weight
-        if torch.is_autocast_enabled(x.device.type):
-            weight = weight.to(torch.get_autocast_dtype(x.device.type))
+        autocast = torch.is_autocast_enabled(x.device.type)
+        weight = self.weight.to(torch.get_autocast_dtype(x.device.type) if autocast else layer.dtype)
         if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
             weight = weight.contiguous(memory_format=torch.channels_last)
-        return layer.apply_weight(x, weight)
+        return layer.apply_weight(x, weight, *args, **kwargs)
 
 
 class Int8Linear(ModuleProxy):

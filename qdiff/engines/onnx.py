@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qdiff import quantizers as Q
 from qdiff.errors import ConfigError
-from qdiff.layers import ActQuantizer, QuantLayer, QuantMatMul, WeightQuantizer, dequantize
+from qdiff.layers import HALF, ActQuantizer, QuantLayer, QuantMatMul, WeightQuantizer, dequantize
 from qdiff.model import replace_modules
 from qdiff.utils.extras import require_extra
 from qdiff.utils.files import atomic_write
@@ -102,6 +102,9 @@ class _Layer(nn.Module):
 
     def __init__(self, layer: QuantLayer, path: str, activations: bool) -> None:
         super().__init__()
+        if layer.dtype in HALF:
+            name = str(layer.dtype).removeprefix("torch.")
+            raise ConfigError(f"{path}: computes in {name}: expected a network in float32 (network.float())")
         self.layer, self.split = layer, layer.split
         self.acts = nn.ModuleList([_Activation(q, path) for q in layer.act_quantizers] if activations else [])
         self.names: list[tuple[str, str, str]] = []
@@ -114,16 +117,16 @@ class _Layer(nn.Module):
             self.names.append(names)
         layer.drop_weight()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.layer.smoothing is not None:
             x = x / self.layer._along_channels(self.layer.smoothing, x.dim())
         weights = [torch.ops.qdiff.weight(*(getattr(self, name) for name in names)) for names in self.names]
         if not self.split:
-            return self.layer.apply_weight(self.acts[0](x) if len(self.acts) else x, weights[0])
+            return self.layer.apply_weight(self.acts[0](x) if len(self.acts) else x, weights[0], *args, **kwargs)
         parts = self.layer._parts(x)
         if len(self.acts):
             parts = [act(part) for act, part in zip(self.acts, parts, strict=True)]
-        return self.layer.apply_weight(self.layer._join(parts), self.layer._join(weights))
+        return self.layer.apply_weight(self.layer._join(parts), self.layer._join(weights), *args, **kwargs)
 
 
 class _MatMul(nn.Module):

@@ -11,7 +11,7 @@ from qdiff.engines import cpu, cuda, probe
 from qdiff.engines.proxy import has_engine
 from qdiff.errors import ConfigError
 from qdiff.layers import QuantLayer
-from qdiff.model import quant_layers
+from qdiff.model import half_precision, quant_layers
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +100,8 @@ def _why_not_integer(model: nn.Module, device: str) -> str | None:
         return "activations are not quantized"
     if device != "cpu":
         return f"integer products are for CPU and CUDA, the network is on {device}"
+    if half := half_precision(model):
+        return f"the network is in {str(half).removeprefix('torch.')}"
     return probe.why_unavailable()
 
 

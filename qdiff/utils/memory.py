@@ -98,6 +98,21 @@ def _free_cached_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def retain_freed_memory() -> None:
+    """Let the C library reuse the memory of freed tensors. This affects the whole process; it can be called again.
+
+    By default it returns large blocks to the system, and every operator pays for page faults when it allocates again.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return  # not the GNU C library
+    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
+    mallopt(m_mmap_max, 0)
+    mallopt(m_trim_threshold, 2**31 - 1)
+    mallopt(m_top_pad, 64 * 2**20)
+
+
 def peak_memory() -> int:
     """The largest amount of memory that this process has held so far, in bytes."""
     try:

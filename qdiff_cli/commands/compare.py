@@ -17,19 +17,30 @@ from qdiff.errors import ConfigError
 from qdiff.evaluation.cost import DEFINITION, Cost
 from qdiff.evaluation.explain import observe, plot_errors, plot_ranges, plot_shortcuts, split_gains
 from qdiff.evaluation.page import Page, markdown_table
+from qdiff.evaluation.similarity import SIMILARITY_DEFINITION
 from qdiff.utils.files import atomic_write, check_writable, write_text
 from qdiff_cli.bundled import NAMES, folder_of, sampling_command
-from qdiff_cli.comparison import FULL, Comparison, compare, measure_costs, save_image_rows
+from qdiff_cli.comparison import (
+    FULL,
+    Comparison,
+    closeness_cells,
+    closeness_header,
+    compare,
+    measure_costs,
+    save_image_rows,
+)
 from qdiff_cli.options import DeviceOptions, Parser, add_device_options, positive, split_command
 from qdiff_cli.quantization import load_calibrated
 from qdiff_cli.runs import log_to
 from qdiff_cli.sampling_commands import parse_sampling_command
 from qdiff_cli.sampling_run import SamplingCommand, SamplingRun
+from qdiff_cli.widths import width_name
 
 NEAREST_TIMESTEPS, NEAREST_SAMPLES = 20, 16  # size of the calibration set of nearest rounding
+SIMILARITY = ("psnr", "ssim", "isolated", "identity", "perceptual")
 HEADER = [
-    *("setting", "size MB", "GMACs", "TBOPs", "eps error", "last x_t error", "PSNR dB", "SSIM"),
-    *("perceptual (lite0)", "s/image", "MB"),
+    *("setting", "size MB", "GMACs", "TBOPs", *closeness_header("trajectory_error"), "last x_t error"),
+    *(*closeness_header(*SIMILARITY), "s/image", "MB"),
 ]
 
 
@@ -83,11 +94,6 @@ def parse(argv: Sequence[str] | None) -> CompareOptions:
     return CompareOptions(command, tuple(checkpoints), args.output, args.images, nearest=not args.no_nearest)
 
 
-def label(quant: QuantConfig, activations: bool) -> str:
-    """The name of a network in the report."""
-    return f"W{quant.weight_bit}A{quant.act_bit if activations else 32}"
-
-
 def load_networks(run: SamplingRun, model: nn.Module, options: CompareOptions) -> dict[str, nn.Module]:
     """Load simulated networks: each checkpoint with and without quantized activations, and nearest rounding.
 
@@ -109,12 +115,12 @@ def load_networks(run: SamplingRun, model: nn.Module, options: CompareOptions) -
             raise ConfigError(f"{path}: expected packed checkpoints; scripts/export.py converts published ones")
         config = packed.info.config
         for activations in (False, True) if config.quant_act else (False,):
-            name = label(config, activations)
+            quant = replace(config, quant_act=activations)
+            name = width_name(quant, run.task)
             if name in loaded and not activations and config.quant_act:
                 continue  # another checkpoint has weights of the same width
             if name in loaded:
                 raise ConfigError(f"{path}: a second checkpoint for {name}")
-            quant = replace(config, quant_act=activations)
             loaded[name] = quant, load_calibrated(path, run.task, quant).to(run.device)
     if not options.nearest:
         return {name: network for name, (_, network) in loaded.items()}
@@ -134,11 +140,10 @@ def table_rows(found: Comparison, costs: dict[str, Cost]) -> list[list[str]]:
     for name, cost in costs.items():
         cells = [name, f"{cost.size / 1e6:.2f}", f"{cost.macs / 1e9:.3f}", f"{cost.bops / 1e12:.4f}"]
         if name == FULL:
-            cells += [""] * 5
+            cells += [""] * (2 + len(SIMILARITY))
         else:
-            similarity = found.similarity[name]
             cells += [f"{found.eps[name].mean:.4f}", f"{found.x[name].per_step[-1]:.4f}"]
-            cells += [f"{similarity.psnr:.1f}", f"{similarity.ssim:.3f}", f"{similarity.perceptual:.3f}"]
+            cells += closeness_cells(found.similarity[name], *SIMILARITY)
         memory = found.memory[name]
         rows.append([*cells, f"{found.seconds[name]:.3f}", "" if memory is None else f"{memory / 1e6:.0f}"])
     return rows
@@ -161,7 +166,7 @@ def write_report(
         The rows of the table.
     """
     rows = table_rows(found, costs)
-    write_text(folder / "table.md", f"{markdown_table(HEADER, rows)}\n\n{DEFINITION}\n")
+    write_text(folder / "table.md", f"{markdown_table(HEADER, rows)}\n\n{SIMILARITY_DEFINITION} {DEFINITION}\n")
     with atomic_write(folder / "table.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([HEADER, *rows])
     content = {
@@ -196,15 +201,15 @@ def _write_page(
     plot_ranges(observed, folder / "ranges.png")
     count = len(found.images[FULL])
     page = Page(f"{run.title}: quantized against full precision")
-    page.text(f"{count} images from the same noises.")
+    page.text(f"{count} images from the same noise samples.")
     page.table(HEADER, rows)
     page.text(
         "eps error: ||e_q - e|| / ||e|| on the full-precision trajectory, mean over its steps; last x_t error: on its "
         "own trajectory. PSNR, SSIM and perceptual distance (EfficientNet-Lite0 features, not LPIPS) of the final "
-        f"images against full precision. MB: peak memory while sampling {min(run.batch_size, count)} images, above "
-        f"that of the loaded networks. {DEFINITION}"
+        f"images against full precision. {SIMILARITY_DEFINITION} MB: peak memory while sampling "
+        f"{min(run.batch_size, count)} images, above that of the loaded networks. {DEFINITION}"
     )
-    page.heading("The same noises")
+    page.heading("From the same noise samples")
     page.picture("images.png", "One row for each setting")
     page.heading("How errors grow along the trajectory")
     caption = "Left: every network on the full-precision x_t. Right: every network on its own trajectory."
@@ -232,11 +237,11 @@ def main(argv: list[str] | None = None) -> None:
     log_to(None, verbose=False)
     model = run.load_full_precision()
     simulated = load_networks(run, model, options)
-    costs = measure_costs(run, simulated)
+    costs = measure_costs(run, model, simulated)
     engine = run.options.engine
     networks = {name: apply_engine(network, engine) for name, network in simulated.items()}
     with torch.no_grad():
         found = compare(run, apply_engine(model, engine), networks, options.images)
     rows = write_report(options.output, run, model, next(iter(simulated.values())), found, costs)
-    print(markdown_table(HEADER, rows), DEFINITION, sep="\n\n")
+    print(markdown_table(HEADER, rows), f"{SIMILARITY_DEFINITION} {DEFINITION}", sep="\n\n")
     print(f"{options.output / 'index.html'}")

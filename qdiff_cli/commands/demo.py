@@ -1,4 +1,4 @@
-"""Sample the bundled models from the same noises in full precision and quantized, with pictures and tables."""
+"""Sample the bundled models from the same noise samples in full precision and quantized, with pictures and tables."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,13 +13,14 @@ from qdiff.calibration.run import Calibration
 from qdiff.checkpoint import PackedFile, PackedInfo, save_packed, state_hash
 from qdiff.config import CalibrationConfig
 from qdiff.engines.select import apply_engine
-from qdiff.evaluation.similarity import psnr, ssim
+from qdiff.evaluation.similarity import SIMILARITY_DEFINITION, image_similarity
 from qdiff.evaluation.trajectory import Trajectories
 from qdiff.utils.files import check_writable
 from qdiff_cli.bundled import folder_of, sampling_command
-from qdiff_cli.comparison import FULL, save_image_rows
+from qdiff_cli.comparison import CLOSENESS, FULL, closeness_cells, closeness_header, save_image_rows
 from qdiff_cli.options import DeviceOptions, Parser, add_device_options, positive
 from qdiff_cli.runs import log_to
+from qdiff_cli.widths import own_widths
 
 NEAREST = "W4A8 nearest"
 RECIPE = CalibrationConfig(num_timesteps=10, samples=8)
@@ -27,6 +28,8 @@ ERROR_IMAGES = 4  # the number of images for the error along the trajectory
 COSTS = {"emoji64": 1, "emoji32": 2, "emoji64-text": 4}  # relative time of an image; the fastest model comes first
 BAR = "{desc}{percentage:3.0f}%|{bar}| {elapsed} < {remaining}"
 NETWORKS = (FULL, "W8A8", "W4A8", NEAREST)
+SIMILARITY = ("psnr", "ssim", "isolated", "identity")
+LINE = "{:14} {:>8} {:>8} {:>7} {:>11} {:>8} {:>10} {:>8}"  # of the table
 
 
 @dataclass(frozen=True)
@@ -126,21 +129,26 @@ class Demo:
         seconds = (perf_counter() - started) / total
         save_image_rows(self.picture, self.images)
         size = self.files[name].stat().st_size / 1e6
+        start, end = (name, f"{size:.2f}"), f"{seconds:.2f}"
         if name == FULL:
-            return f"{name:14} {size:8.2f} {'':8} {'':7} {'':10} {seconds:8.2f}   (stored in half precision)"
-        images, reference = self.images[name], self.images[FULL]
-        similarity = f"{psnr(images, reference):8.1f} {ssim(images, reference):7.3f}"
-        return f"{name:14} {size:8.2f} {similarity} {self.eps_error(network):10.4f} {seconds:8.2f}"
+            return LINE.format(*start, *[""] * (len(SIMILARITY) + 1), end) + "   (stored in half precision)"
+        similarity = image_similarity([(self.images[name], self.images[FULL])])
+        error = CLOSENESS["trajectory_error"][1].format(self.eps_error(network))
+        return LINE.format(*start, *closeness_cells(similarity, *SIMILARITY), error, end)
 
     def sample_all(self, progress: tqdm) -> None:
         """Sample the images of all networks, and print the table."""
         self.progress = progress
         self.progress.set_description(self.name)
-        columns = f"{'':14} {'file MB':>8} {'PSNR dB':>8} {'SSIM':>7} {'eps error':>10} {'s/image':>8}"
+        columns = LINE.format("", "file MB", *closeness_header(*SIMILARITY, "trajectory_error"), "s/image")
         self.progress.write(f"\n{self.run.title}\n{columns}")
         for name in NETWORKS:
             self.progress.write(self.sample_row(name))
-        self.progress.write(f"{self.picture}: one row for each line of the table, the same {self.run.total} noises")
+        for name in ("W8A8", "W4A8"):
+            if own := own_widths(PackedFile.open(self.files[name]).info.config, self.run.task):
+                self.progress.write(f"{name}: {own}")
+        row = f"one row for each line of the table, {self.run.total} images from the same noise samples"
+        self.progress.write(f"{self.picture}: {row}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -153,3 +161,4 @@ def main(argv: list[str] | None = None) -> None:
     with tqdm(total=sum(demo.cost for demo in demos), bar_format=BAR) as progress:
         for demo in demos:
             demo.sample_all(progress)
+    print(f"\n{SIMILARITY_DEFINITION}")

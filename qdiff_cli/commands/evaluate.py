@@ -8,6 +8,7 @@ from typing import Any
 
 from qdiff.errors import ConfigError
 from qdiff.evaluation.images import open_images
+from qdiff.evaluation.similarity import SIMILARITY_DEFINITION
 from qdiff.utils import distributed
 from qdiff.utils.files import write_text
 from qdiff_cli.evaluation import (
@@ -59,9 +60,10 @@ def parse(argv: Sequence[str] | None) -> EvaluateOptions:
 
 def format_figures(figures: Mapping[str, Any]) -> str:
     """The figures as lines of text, with the note at the end."""
-    lines = [f"{'images':12} {figures['count']}"]
-    lines += [f"{name:12} {value:.6g}" for name, value in figures.items() if isinstance(value, float)]
-    return "\n".join([*lines, figures["note"]])
+    numbers = {name: value for name, value in figures.items() if isinstance(value, int | float) and name != "count"}
+    lines = [f"{'images':12} {figures['count']}", *(f"{name:12} {value:.6g}" for name, value in numbers.items())]
+    explained = [SIMILARITY_DEFINITION] if "isolated" in figures else []
+    return "\n".join([*lines, figures["note"], *explained])
 
 
 def sample(options: EvaluateOptions) -> str | Path:

@@ -167,14 +167,16 @@ def _validate_effect(commands: TableCommands, given: frozenset[str] | set[str]) 
     typed = {name: getattr(command.quantization, name) for name in names}
     rows = [row for row in commands.rows if row.method != FULL]
     effective: set[str] = set()
+    reasons: dict[str, str] = {}
     for row in rows:
         values: dict[str, Any] = vars(commands.quantization(row)) | {"cali_ckpt": commands.given_checkpoint(row)}
         args = ParsedArgs(**values | typed, typed=frozenset(names))
-        effective |= names - {name for name, _ in args.without_effect(RULES)}
+        without_effect = {name: rule.when for name, rule in args.without_effect(RULES)}
+        effective, reasons = effective | (names - without_effect.keys()), reasons | without_effect
     if ineffective := sorted(names - effective - ALWAYS_ACCEPTED):
         raise ConfigError(
             f"--{ineffective[0]}: has no effect on any of the {len(rows)} quantized rows of the table "
-            f"{commands.table.name}"
+            f"{commands.table.name}: it acts only {reasons[ineffective[0]]}"
         )
     without_integers = [row.slug for row in commands.rows if row.act_bit == 32]
     if command.run.engine == "integer" and without_integers:

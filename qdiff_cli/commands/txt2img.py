@@ -88,7 +88,7 @@ class TextCommand(SamplingCommand):
         parser.add_argument("--plms", action="store_true", help="use PLMS (default: DDIM)")
         parser.add_argument("--dpm", action="store_true", help="use DPM-Solver++ 2M (default: DDIM)")
         parser.add_argument("--laion400m", action="store_true", help="use the 1p4B model of LAION")
-        help_text = "start from the same noises for every prompt and round"
+        help_text = "start from the same noise samples for every prompt and round"
         parser.add_argument("--fixed_code", action="store_true", help=help_text)
         parser.add_argument("--ddim_eta", type=float, default=0.0, help="noise of DDIM: 0 none, 1 as DDPM")
         parser.add_argument("--n_iter", type=positive, default=2, help="rounds over all prompts")

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from qdiff.evaluation.similarity import SIMILARITY_DEFINITION, isolated_pixels
 from tests.support import commands, pictures, tiny
 from tests.support.commands import fails, succeeded
 
@@ -54,6 +55,8 @@ def test_folders_npz_and_statistics_give_the_same_figures(work):
     assert "NOT comparable" in first.stdout and "biased" in first.stdout
     found = json.loads((work / "one.json").read_text())
     assert set(FIGURES) <= set(found) and found["psnr"] < 30 and 0 < found["ssim"] < 1 and found["perceptual"] > 0
+    assert found["isolated"] == isolated_pixels(pictures.make(16, 0), pictures.make(16, 1)).sum() > 0
+    assert found["identity"] == 0 and SIMILARITY_DEFINITION in first.stdout and "\nisolated " in first.stdout
     with np.load(work / "a.npz") as file:
         assert np.array_equal(file["arr_0"], pictures.make(16, 0).permute(0, 2, 3, 1).numpy())
     second = commands.run(
@@ -201,9 +204,14 @@ def test_the_comparison_is_written(report):
     means = {name: sum(values["eps"]) / STEPS for name, values in errors.items()}
     assert means["W8A32"] < means["W8A8"] < means["W4A8"] < 0.15
     assert errors["W8A8"]["bops"] == pytest.approx(2 * errors["W4A8"]["bops"], rel=0.05)
-    assert "| W4A8 |" in shown
+    assert "| W4A8 |" in shown and SIMILARITY_DEFINITION in shown
+    assert SIMILARITY_DEFINITION in (folder / "table.md").read_text()
     with (folder / "table.csv").open(newline="") as file:
-        memory = {line["setting"]: line["MB"] for line in csv.DictReader(file)}
+        lines = {line["setting"]: line for line in csv.DictReader(file)}
+    memory = {name: line["MB"] for name, line in lines.items()}
+    for name, values in errors.items():
+        shown_figures = int(lines[name]["isolated px"]), lines[name]["identity"]
+        assert shown_figures == (values["isolated"], f"{values['identity']:.0%}") and 0 <= values["identity"] <= 1
     assert set(memory) == {"full precision", *errors}
     if sys.platform == "linux":
         assert all(float(megabytes) > 0 for megabytes in memory.values())
@@ -268,6 +276,12 @@ def test_a_table_is_filled_and_continued(tmp_path):
         content["q-diffusion-w4a32"][0]["trajectory_error"] < content["q-diffusion-w4a8"][0]["trajectory_error"] < 0.15
     )
     assert content["q-diffusion-w4a8"][0]["psnr"] > 10
+    with (tmp_path / "out/table.csv").open(newline="") as file:
+        lines = {line["setting"]: line for line in csv.DictReader(file)}
+    for row, name in (("q-diffusion-w4a8", "Q-Diffusion W4A8"), ("q-diffusion-w4a32", "Q-Diffusion W4A32")):
+        assert lines[name]["isolated px"] == str(content[row][0]["isolated"])
+        assert lines[name]["identity"] == f"{content[row][0]['identity']:.0%}"
+    assert (tmp_path / "out/table.md").read_text().count(SIMILARITY_DEFINITION) == 1
     assert {"table.md", "table.csv", "index.html", "emoji32.png"} <= {
         path.name for path in (tmp_path / "out").iterdir()
     }

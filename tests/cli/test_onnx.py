@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
+import qdiff
 from ddim.family import PIXEL
 from qdiff.calibration.run import Calibration
 from qdiff.checkpoint import PackedInfo, save_packed
@@ -103,6 +104,35 @@ def test_weights_alone_agree_at_every_size(case, tmp_path):
     session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     for sized in ((x, t), (torch.cat([x, x.flip(3)], 3)[:3], t[:3]), (torch.cat([x, x.flip(2)], 2)[:1], t[:1])):
         assert max(errors_of(session, model, sized)) < 1e-5
+
+
+class Upsampler(torch.nn.Module):
+    """Transposed convolutions with groups and a given size, and padding that is not zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Conv2d(3, 8, 3, padding=1, padding_mode="circular")
+        self.up = torch.nn.ConvTranspose2d(8, 4, 3, stride=2, padding=1, groups=2)
+        self.out = torch.nn.ConvTranspose2d(4, 3, 2, stride=2)
+
+    def forward(self, x, t):
+        h = torch.relu(self.first(x) + t[:, None, None, None])
+        return self.out(self.up(h, output_size=(2 * x.shape[2], 2 * x.shape[3])))
+
+
+def test_transposed_convolutions_and_padding_modes_are_exported(tmp_path):
+    pytest.importorskip("onnxscript", reason="the extra `export` is not installed")
+    runtime = pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    inputs = (torch.randn(8, 3, 6, 5), torch.linspace(0, 1, 8))
+    model = qdiff.quantize(Upsampler(), inputs, weight_bit=4, iters=0, iters_a=0, iters_tune=0)
+    assert set(quant_layers(model)) == {"first", "up", "out"}
+    export_onnx(tmp_path / "model.onnx", model, inputs)
+    session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    errors = errors_of(session, model, inputs)
+    assert statistics.median(errors) < 1e-5 and max(errors) < 0.05
+    with pytest.raises(ConfigError, match="first: computes in bfloat16: expected a network in float32"):
+        exportable(model.bfloat16())
 
 
 def test_the_command_fixes_the_sizes_that_are_given(tmp_path):

@@ -9,9 +9,10 @@ from torch import nn
 
 from ddim.family import PIXEL
 from qdiff.architecture import Architecture
-from qdiff.calibration.blockwise import BlockwiseRunner, trace_execution
+from qdiff.calibration.blockwise import BlockwiseRunner
 from qdiff.calibration.cache import Cache
 from qdiff.calibration.data import CalibrationData
+from qdiff.calibration.trace import trace_execution
 from qdiff.config import QuantConfig
 from qdiff.errors import ConfigError
 from qdiff.model import init_weights, quantize_model, units
@@ -82,7 +83,7 @@ def test_outputs_are_dropped_when_no_unit_needs_them(network, rows):
         runner.finish(unit)
         assert cache.used <= order.peak_elements * len(rows) * 4
     runner.release()
-    assert cache.used == 0 and not runner.outputs
+    assert cache.used == 0 and not runner.stored
 
 
 def test_calls_by_keyword_and_constants(tmp_path):
@@ -111,49 +112,12 @@ def test_calls_by_keyword_and_constants(tmp_path):
     assert torch.allclose(runner.finish("block", call, arguments).read(slice(None), CPU), expected)
 
 
-@pytest.mark.parametrize(
-    ("forward", "words"),
-    [
-        (lambda self, x: self.b(self.a(self.a(x))), "more than once"),
-        (lambda self, x: self.b(x), "never reached"),
-        (lambda self, x: self.b(self.a(x[:1])), "do not come first"),
-        (lambda self, x: self.b(x) + self.a(x, [{"skip": x}]), "inside a list"),
-    ],
-)
-def test_what_cannot_be_a_unit_is_named(forward, words):
-    net = nn.Module()
-    net.a, net.b = nn.Linear(4, 4), nn.Linear(4, 4)
-    net.forward = lambda x: forward(net, x)
-    with pytest.raises(RuntimeError, match=f"a: .*{words}|{words}.*a"):
-        trace_execution(net, ["a", "b"], CalibrationData((torch.randn(3, 4),)), CPU)
-
-
-def test_a_graph_that_is_cut_is_named():
+def test_units_that_are_never_reached_are_all_named():
     net = nn.Module()
     net.a, net.b, net.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
-    net.forward = lambda x: net.c(net.a(x).detach() + net.b(x))
-    net.requires_grad_(False)
-    rows = CalibrationData((torch.randn(3, 4),))
-    runner = BlockwiseRunner(net, trace_execution(net, ["a", "b", "c"], rows, CPU), rows, 2, CPU, Cache())
-    for unit in ("a", "b"):
-        runner.finish(unit)
-    with pytest.raises(RuntimeError, match="c: an input is not a number"):
-        runner.arguments("c")
-
-
-def test_bfloat16_is_kept_where_asked_and_read_in_the_precision_written():
-    stored = Cache(dtype=torch.bfloat16).reserve((4, 3, 30), torch.float32)
-    x = torch.randn(4, 3, 30)
-    stored.write(0, x)
-    assert stored.tensor.dtype == torch.bfloat16
-    assert torch.equal(stored.read(torch.tensor([2, 0]), CPU), x.bfloat16().float()[[2, 0]])
-
-
-def test_time_steps_are_kept_exactly():
-    stored = Cache(dtype=torch.bfloat16).reserve((4,), torch.float32)
-    t = torch.tensor([999.0, 998.0, 501.0, 3.0])
-    stored.write(0, t)
-    assert torch.equal(stored.read(slice(0, 4), CPU), t)
+    net.forward = lambda x: net.b(x)
+    with pytest.raises(RuntimeError, match=r"units never reached by a forward pass: a, c; .* among `keep`"):
+        trace_execution(net, ["a", "b", "c"], CalibrationData((torch.randn(3, 4),)), CPU)
 
 
 class InPlace(nn.Module):
@@ -203,25 +167,6 @@ def test_a_forward_of_a_module_s_own_is_kept():
     assert network[0](torch.zeros(1, 3)).min() > 50
 
 
-def test_other_constants_for_other_rows_are_named():
-    class Sized(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.block = Scaled()
-
-        def forward(self, x):
-            return self.block(x, len(x))
-
-    class Scaled(nn.Module):
-        def forward(self, x, count):
-            return x.reshape(count, -1)
-
-    network, rows = Sized(), CalibrationData((torch.randn(5, 3),))
-    order = trace_execution(network, ["block"], rows, CPU)
-    with pytest.raises(RuntimeError, match=r"block: is called with .* what is no tensor must be the same"):
-        BlockwiseRunner(network, order, rows, 3, CPU, Cache()).arguments("block")
-
-
 def test_a_network_that_returns_no_tensor_is_named_before_work():
     class Pair(nn.Module):
         def __init__(self) -> None:
@@ -229,9 +174,9 @@ def test_a_network_that_returns_no_tensor_is_named_before_work():
             self.layer = nn.Linear(3, 3)
 
         def forward(self, x):
-            return self.layer(x), x
+            return {"mean": self.layer(x).mean(), "count": torch.arange(len(x))}
 
-    with pytest.raises(RuntimeError, match="the network returns tuple: expected one tensor"):
+    with pytest.raises(TypeError, match=r"the network returns dict \(\(\), \(3,\)\) for 3 samples: expected"):
         trace_execution(Pair(), ["layer"], CalibrationData((torch.randn(4, 3),)), CPU)
 
 
@@ -291,6 +236,6 @@ def test_quantized_weights_do_not_disturb_the_plan(network, rows):
 def test_an_unknown_family_of_blocks_needs_no_output_layer(network):
     architecture = Architecture("odd", make_unet=lambda _: network, blocks={type(network.mid.block_1): None})
     assert (
-        architecture.output_layer(network.mid.block_1) is None
-        and architecture.output_layer(network.conv_in) is network.conv_in
+        architecture.output_layer("mid.block_1", network.mid.block_1) is None
+        and architecture.output_layer("conv_in", network.conv_in) is network.conv_in
     )

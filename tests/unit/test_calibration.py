@@ -12,11 +12,11 @@ from ddim.family import PIXEL, unet_config_dict
 from ldm.attention import CrossAttention
 from ldm.family import LATENT
 from qdiff.architecture import Architecture, AttentionMatMulSpec
-from qdiff.calibration.blockwise import trace_execution
 from qdiff.calibration.data import CalibrationData, CalibrationSet, Recorder, load_set, save_set
 from qdiff.calibration.ranges import init_activation_ranges, timestep_group_bounds
 from qdiff.calibration.reconstruct import UnitData, reconstruct_activations, reconstruct_weights
 from qdiff.calibration.run import Calibration
+from qdiff.calibration.trace import trace_execution
 from qdiff.checkpoint import PackedInfo, load_packed, save_packed, save_published
 from qdiff.config import CalibrationConfig, QuantConfig
 from qdiff.errors import CheckpointError, ConfigError
@@ -85,10 +85,10 @@ def test_an_unknown_layer_is_named():
     class Odd(nn.Module):
         def __init__(self):
             super().__init__()
-            self.deconv = nn.ConvTranspose2d(3, 3, 2)
+            self.deconv = nn.ConvTranspose3d(3, 3, 2)
 
     architecture = Architecture("odd", make_unet=lambda _: Odd(), blocks={})
-    with pytest.raises(TypeError, match=r"deconv.*ConvTranspose2d"):
+    with pytest.raises(TypeError, match=r"deconv: ConvTranspose3d has no quantized form"):
         quantize_model(Odd(), architecture, W4A8)
 
 
@@ -215,10 +215,7 @@ def test_a_layer_at_two_paths_is_quantized_at_both():
     assert isinstance(model.alias, QuantLinear) and model.alias is model.first
 
 
-def test_what_cannot_be_quantized_is_named():
-    net = nn.Sequential(nn.Conv2d(4, 4, 3, padding_mode="circular"))
-    with pytest.raises(NotImplementedError, match="0: padding_mode 'circular'"):
-        quantize_model(net, Architecture("odd", lambda _: None, {}), QuantConfig())
+def test_a_missing_attention_matmul_is_named():
     architecture = Architecture(
         "odd", lambda _: None, {}, attention_matmuls={nn.Sequential: {"qk": AttentionMatMulSpec(("q", "k"))}}
     )
@@ -256,7 +253,7 @@ def test_calibration_beats_nearest_rounding_and_leaves_the_model_alone(network, 
 
     A random network gains little as a whole (its errors are not those of a trained one): the units are what is judged.
     """
-    caplog.set_level(logging.INFO, "qdiff.calibration.run")
+    caplog.set_level(logging.INFO, "qdiff.calibration")
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     recipe = CalibrationConfig(num_timesteps=4, samples=16, batch_size=16, iters=120, lr=3e-2, iters_a=0)
     weights = QuantConfig(weight_bit=4, split=True)
@@ -314,18 +311,6 @@ def test_a_diverging_activation_phase_keeps_the_start():
     wild = CalibrationConfig(iters_a=10, lr_a=1e3)
     result = reconstruct_activations(layer, layer.act_quantizers, data, wild, 0, lambda _: None)
     assert result.after == result.before and torch.equal(layer.act_quantizer.scale, start)
-
-
-@pytest.mark.parametrize("patience, iterations", [(0, 200), (3, 30)])
-def test_activation_phase_ends_after_checks_without_a_better_one(patience, iterations):
-    layer, data = _unit(8)
-    layer.init_weight_scales("max")
-    layer.act_quantizer.set_qparams(data.read(slice(None))[0][0].abs().max() / 127, torch.tensor(0.0))
-    layer.act_quantizer.enabled = True
-    ticks = []
-    wild = CalibrationConfig(iters_a=200, lr_a=1e3, patience=patience)
-    reconstruct_activations(layer, layer.act_quantizers, data, wild, 0, ticks.append)
-    assert len(ticks) == iterations
 
 
 def test_activation_phase_mends_a_bad_scale():

@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn import functional as F
 
 from qdiff.architecture import Architecture
 from qdiff.config import QuantConfig
@@ -376,6 +377,36 @@ def test_cost_of_a_small_network():
     assert measure_cost(wrapped, inputs, 32, 32).size == (288 + 40 + 8 + 5) * 4
 
 
+def test_cost_of_what_stays_in_full_precision():
+    """By hand: 2 x 3 pixels, upsampled to 4 x 6 in two groups, convolved, attended to by 24 tokens, and two linears."""
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.kept = nn.ConvTranspose2d(4, 8, 2, stride=2, groups=2), nn.Conv2d(8, 8, 3, padding=1)
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.own, self.head = nn.Parameter(torch.randn(8, 8)), nn.Linear(8, 5)
+
+        def forward(self, x):
+            tokens = self.kept(self.up(x)).flatten(2).transpose(1, 2)
+            attended, _ = self.attention(tokens, tokens, tokens)
+            return self.head(F.scaled_dot_product_attention(attended @ self.own, attended, attended))
+
+    family = Architecture("small", lambda _: Network(), {}, keep=("kept", "MultiheadAttention", "own"))
+    wrapped = quantize_model(Network(), family, QuantConfig(4, policy=(("head", "W8"),))).requires_grad_(False)
+    init_weights(wrapped, "max")
+    up, head = 6 * 2 * (2 * 4 * 4), 24 * 8 * 5
+    attention = 4 * 24 * 8 * 8 + 2 * 24 * 24 * 8
+    kept = 24 * 8 * 8 * 9 + attention + 24 * 8 * 8 + 2 * 24 * 24 * 8
+    found = measure_cost(wrapped, (torch.randn(1, 4, 2, 3),))
+    assert found.macs == up + head + kept
+    assert found.bops == (up * 4 + head * 8) * 32 + kept * 32 * 32
+    parameters = 8 + (8 * 8 * 9 + 8) + (4 * 8 * 8 + 4 * 8) + 8 * 8 + 5
+    assert found.size == 64 / 2 + 40 + parameters * 4
+    wrapped.head.smoothing = torch.ones(8)
+    assert measure_cost(wrapped, (torch.randn(1, 4, 2, 3),)).size == found.size + 8 * 4
+
+
 def test_perceptual_distance_is_a_distance():
     network, images = load_lite0(), pictures.make(4, 0)
     assert torch.equal(perceptual_distance(network, images, images), torch.zeros(4))
@@ -460,11 +491,16 @@ def test_clip_score_of_a_small_model(tmp_path):
 
 
 def test_similarity_of_batches_is_that_of_all_images():
-    from qdiff.evaluation.similarity import image_similarity, psnr
+    from qdiff.evaluation.similarity import image_similarity, isolated_pixels, psnr
 
     first, second, network = pictures.make(6, 0), pictures.make(6, 1), load_lite0()
+    second[1], second[4] = first[1], first[4]
+    second[4, 0, 9:12:2, 20] = 255 - second[4, 0, 9:12:2, 20]  # dots
     found = image_similarity(zip(first.split(4), second.split(4), strict=True), network)
     assert found.psnr == pytest.approx(psnr(first, second), rel=1e-9) and 0 < found.ssim < 1 and found.perceptual > 0
+    dots = isolated_pixels(first, second)
+    assert found.isolated == dots.sum() and dots[1] == 0 and found.identity == pytest.approx(2 / 6)
     same = image_similarity([(first, first)], network)
-    assert (same.psnr, same.perceptual) == (float("inf"), 0.0)
+    assert (same.psnr, same.perceptual, same.isolated, same.identity) == (float("inf"), 0.0, 0, 1.0)
+    assert image_similarity([(first, second)]).perceptual is None
     assert same.ssim > 0.999 > found.ssim  # float32 squares of up to 255 leave it at 0.9997 on flat images

@@ -418,7 +418,7 @@ def denoiser(x: Tensor, t: Tensor) -> Tensor:
 
 
 class Noises:
-    """The same noises for both sides, which must draw the same number of them."""
+    """The same noise samples for both sides, which must draw the same number of them."""
 
     def __init__(self) -> None:
         self.random = np.random.default_rng(13)
@@ -442,7 +442,7 @@ def sampler_error(
     steps: list[int] | int,
     **eta: float,
 ) -> float:
-    """The error of one of our samplers from the oracle's; both have the same start and the same noises.
+    """The error of one of our samplers from the oracle's; both have the same start and noise samples.
 
     The oracle's DPM-Solvers take the number of steps; ours take the grid.
     """

@@ -8,7 +8,8 @@ from torch import nn
 
 import qdiff
 from qdiff.errors import ConfigError, NonFiniteError
-from qdiff.layers import QuantLayer
+from qdiff.layers import QuantLayer, QuantMatMul
+from qdiff.structure import describe
 from tests.support.foreign import QUICK, Denoiser
 
 
@@ -49,6 +50,10 @@ def quantize(**options):
     return qdiff.quantize(Network(), INPUTS, **QUICK, **options)
 
 
+def matmuls_of(network):
+    return {path: module for path, module in network.named_modules() if isinstance(module, QuantMatMul)}
+
+
 def quantized_layers(network):
     return {path for path, module in network.named_modules() if isinstance(module, QuantLayer)}
 
@@ -77,17 +82,30 @@ def test_a_name_in_keep_keeps_everything_inside(keep, kept, caplog):
     )
 
 
-def test_matmuls_and_shortcuts_in_full_precision_are_logged(caplog):
-    with caplog.at_level(logging.WARNING):
-        quantize()
-    assert "2 attention matmuls stay in full precision" in caplog.text and "attention (2)" in caplog.text
-    assert "1 layers see a concatenation through one quantizer" in caplog.text and "join: 8" in caplog.text
+def test_what_is_found_is_quantized_and_what_is_given_wins(caplog):
+    caplog.set_level(logging.INFO)
+    found = describe(quantize())
+    assert found.matmuls == ("attention.matmul_0", "attention.matmul_1") and found.splits == {"join": 8}
+    assert "quantized: 6 layers, 2 attention matmuls, 1 split shortcuts" in caplog.text
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     caplog.clear()
-    with caplog.at_level(logging.WARNING):
-        quantize(splits={"join": 8}, act_bit=None)
-    assert (
-        "concatenation" not in caplog.text and "attention products" not in caplog.text
-    )  # weights alone have no attention matmuls
+    none = describe(quantize(splits={}, attention_matmuls={}))
+    assert none.matmuls == () and none.splits == {} and none.unsplit == {"join": 8}
+    assert none.kept_matmuls == {"attention": (2, "kept")}
+    assert "2 attention matmuls stay in full precision: attention (2): kept" in caplog.text
+    assert "1 layers see a concatenation through one quantizer (not among splits): join: 8" in caplog.text
+    caplog.clear()
+    weights_only = quantize(act_bit=None)
+    assert "attention matmuls" not in caplog.text and not matmuls_of(weights_only)
+
+
+def test_attention_matmuls_can_be_kept_and_take_other_widths():
+    one = quantize(keep=["position", "attention.matmul_1"], policy={"*.matmul_0": "A4"})
+    (matmul,) = matmuls_of(one).values()
+    assert describe(one).kept_matmuls == {"attention": (1, "kept")}
+    assert [quantizer.n_bits for quantizer in matmul.act_quantizers] == [4, 4]
+    whole = describe(quantize(keep=["position", "attention"]))
+    assert whole.matmuls == () and whole.kept_matmuls == {"attention": (2, "kept")}
 
 
 @pytest.mark.parametrize(
@@ -96,6 +114,8 @@ def test_matmuls_and_shortcuts_in_full_precision_are_logged(caplog):
         ({"keep": ["haed"]}, "keep: no haed in the network"),
         ({"keep": ["head.7*"]}, "keep: no head"),
         ({"keep": [nn.Bilinear]}, "keep: no Bilinear"),
+        ({"keep": ["Conv?d"]}, "keep: no Conv"),
+        ({"keep": "head"}, r"keep 'head': expected a list, \['head'\]"),
         ({"attention_matmuls": {nn.Bilinear: None}}, "attention_matmuls: no Bilinear"),
         ({"splits": {"jion": 8}}, "splits: no layer jion"),
         ({"splits": {"join": 16}}, "splits: join has 16 input channels"),
