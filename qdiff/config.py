@@ -126,12 +126,9 @@ class CalibrationConfig:
         warmup: fraction of `iters` before the regularizer acts.
         validation_fraction: fraction of the samples in the validation split, which chooses the best result and is
             never trained on.
-        patience: activation scales of a unit are done after this number of validations in a row without a better one
-            (20 validations fit in `iters_a`); 0: never before the end.
         iters_tune: iterations of the end-to-end fine-tuning of scales, biases and norm affines; 0: none.
         lr_tune: its learning rate, of the logarithms of the scales; the other parameters take a tenth of it.
         batch_tune: its batch size.
-        bfloat16: units run in bfloat16 while they are fitted, and activations are cached in it.
         rounding: how weights are rounded: `adaround` learns it for each unit, `compensated` rounds in closed form and
             moves the errors on (GPTQ, arXiv 2210.17323), `nearest`.
         smoothing: with `compensated` and quantized activations, choose a factor for each input channel of a layer
@@ -155,11 +152,9 @@ class CalibrationConfig:
     rounding_weight: float = 0.01
     warmup: float = 0.2
     validation_fraction: float = 0.125
-    patience: int = 0
     iters_tune: int = 0
     lr_tune: float = 1e-2
     batch_tune: int = 16
-    bfloat16: bool = False
     rounding: str = "adaround"
     smoothing: bool = False
     unit_samples: int = 0
@@ -175,7 +170,7 @@ class CalibrationConfig:
         for name in ("num_timesteps", "samples", "batch_size", "batch_tune"):
             value = getattr(self, name)
             _require(isinstance(value, int) and value >= 1, name, f" {value}: expected a whole number of at least 1")
-        for name in ("iters", "iters_a", "iters_tune", "patience", "unit_samples"):
+        for name in ("iters", "iters_a", "iters_tune", "unit_samples"):
             value = getattr(self, name)
             _require(isinstance(value, int) and value >= 0, name, f" {value}: expected a whole number of 0 or more")
         fraction = self.validation_fraction

@@ -36,7 +36,9 @@ OPTION_OF_FIELD = {name: f"--{name}" for name in SAME_NAME} | {
     "lr_a": "--cali_lr",
     "num_timesteps": "--cali_st",
     "p": "--cali_p",
+    "policy_budget": "--cali_policy_budget",
     "samples": "--cali_n",
+    "smoothing": "--cali_smoothing",
 }
 
 

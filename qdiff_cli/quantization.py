@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qdiff.calibration.data import CalibrationData, CalibrationSet, load_set, save_set
 from qdiff.calibration.directory import CalibrationDir
@@ -59,12 +59,18 @@ def beyond_published_format(config: QuantizationConfig) -> list[str]:
     """What the published format cannot hold of a calibration, by name. If there is anything, no such file is written.
 
     It holds one scale for all time steps and one width for all layers, which its scales show for the published rules.
+    Its integers are one of the two neighbors of each full-precision weight, which error-compensating rounding and
+    fine-tuning leave.
     """
     formats, recipe = config.formats, config.recipe
+    fits_weights = formats.quant_mode != "linear" and not config.weights_only
+    compensates = fits_weights and recipe.rounding == "compensated"
     found = {
         "timestep groups": config.timestep_groups > 1,
-        "widths per layer": bool(formats.policy) or recipe.policy_budget > 0,
-        "smoothing": recipe.smoothing and formats.quant_act,
+        "widths per layer": bool(formats.policy) or (fits_weights and recipe.policy_budget > 0),
+        "error-compensating rounding": compensates,
+        "smoothing": compensates and recipe.smoothing and formats.quant_act,
+        "fine-tuned weights": fits_weights and recipe.iters_tune > 0,
         f"the scale rule {formats.weight_scale_method}": formats.weight_scale_method not in PUBLISHED_RULES,
     }
     return [name for name, present in found.items() if present]
@@ -180,12 +186,21 @@ class NetworkSource:
         parts = write_model_parts(task, folder)
         info = PackedInfo(task.architecture.name, task.unet_config, formats, header, state_hash(state), parts)
         publishable = not beyond_published_format(self._settings)
-        if publishable:
-            save_published(folder / PUBLISHED, quantized, task.architecture, state, activations=formats.quant_act)
+        publishable = publishable and self._write_published(quantized, state)
         calibration.report(folder / "calibration", quantized)
         save_packed(folder / PACKED, quantized, info)
         published = f", {PUBLISHED} (published)" if publishable else ""
         log.info("calibrated checkpoints in %s: %s (packed)%s", folder, PACKED, published)
+
+    def _write_published(self, quantized: nn.Module, state: dict[str, Tensor]) -> bool:
+        """Write the published format; False if it cannot hold reused weights, which may come from any preset."""
+        activations = self._settings.formats.quant_act
+        try:
+            save_published(self.folder / PUBLISHED, quantized, self.task.architecture, state, activations)
+        except CheckpointError as error:
+            log.warning("no %s is written: %s", PUBLISHED, error)
+            return False
+        return True
 
 
 def write_model_parts(task: QuantizationTask, folder: Path) -> dict[str, str] | None:

@@ -22,6 +22,14 @@ OTHER_PRESETS = " or ".join(name for name in PRESETS if name != "published")
 NOT_PUBLISHED = f"--preset {OTHER_PRESETS}: published also writes a .pth, which holds one width for all layers"
 GENERATED_TIMESTEPS, GENERATED_SAMPLES = 20, 256  # the largest size of a generated calibration set, from the paper
 
+
+def switch(text: str) -> int:
+    """Check the value of an option that switches something off (0) or on (1)."""
+    if text not in ("0", "1"):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected 0 or 1")
+    return int(text)
+
+
 # For each option of the recipe: the field of `CalibrationConfig`, its type, and the help text.
 RECIPE_OPTIONS: dict[str, tuple[str, Callable[[str], int | float], str]] = {
     "cali_batch_size": ("batch_size", positive, "samples of one batch"),
@@ -30,7 +38,13 @@ RECIPE_OPTIONS: dict[str, tuple[str, Callable[[str], int | float], str]] = {
     "cali_iters_a": ("iters_a", int, "iterations of the activation scales per unit"),
     "cali_lr": ("lr_a", float, "learning rate of the activation scales"),
     "cali_p": ("p", float, "norm p of the reconstruction loss of activations"),
-    "cali_iters_tune": ("iters_tune", int, "iterations of the final end-to-end fine-tuning"),
+    "cali_iters_tune": ("iters_tune", int, "iterations of each round of the end-to-end fine-tuning"),
+    "cali_policy_budget": (
+        "policy_budget",
+        float,
+        "share by which wider layers may add bytes and operations",
+    ),
+    "cali_smoothing": ("smoothing", switch, "1: smooth outliers of activations where it pays; 0: nowhere"),
 }
 
 
@@ -68,6 +82,8 @@ class QuantizationOptions:
     cali_lr: float | None = None
     cali_p: float | None = None
     cali_iters_tune: int | None = None
+    cali_policy_budget: float | None = None
+    cali_smoothing: int | None = None
     cali_cache_gb: float | None = None
 
     def resolve(self, task: QuantizationTask, run_seed: int) -> "QuantizationConfig | None":
@@ -160,7 +176,7 @@ class QuantizationOptions:
             running_stat=self.running_stat,
             rs_sm_only=self.rs_sm_only,
             seed=run_seed,
-            **{field: value for field, value in values.items() if value is not None},
+            **{field: type(getattr(preset, field))(value) for field, value in values.items() if value is not None},
         ).validate()
 
 
@@ -261,6 +277,16 @@ def _preset_values(field: str) -> str:
     return ", ".join(f"{getattr(preset, field):g} {name}" for name, preset in PRESETS.items())
 
 
+def _rounds_by_adaround(args: ParsedArgs) -> bool:
+    """Whether the preset learns the rounding of weights on the grids of a scale rule."""
+    return PRESETS[args.preset].rounding == "adaround"
+
+
+def _learns_scales(args: ParsedArgs) -> bool:
+    """Whether the scales of activations are learned unit by unit."""
+    return (PRESETS[args.preset].iters_a if args.cali_iters_a is None else args.cali_iters_a) > 0
+
+
 def _act_on_weights(args: ParsedArgs) -> bool:
     """Whether every value of --layer_bits has an effect without quantized activations."""
     return all(widths == KEEP or widths.startswith("W") for _, widths in layer_bits_policy(args.layer_bits))
@@ -270,12 +296,13 @@ _LOADS = "in a calibration: --cali_ckpt loads a finished one"
 _WEIGHTS = "cali_iters cali_lr_w weight_scale_method"
 _SCALES = "cali_iters_a cali_lr cali_p"
 _POLICY = "layer_bits keep"
+_FITTED = "cali_policy_budget cali_smoothing"
 _RANGES = "a_min_max running_stat rs_sm_only"
 # `linear` has no reconstruction, so these options have no effect on it.
-RECONSTRUCTION_OPTIONS = ("cali_cache_gb", "cali_iters_tune", *_WEIGHTS.split(), *_SCALES.split())
+RECONSTRUCTION_OPTIONS = ("cali_cache_gb", "cali_iters_tune", *f"{_WEIGHTS} {_SCALES} {_FITTED}".split())
 _RECIPE = (
     "cali_data_path cali_st cali_n preset cali_batch_size cali_cache_gb cali_iters_tune "
-    f"{_RANGES} {_WEIGHTS} {_SCALES} {_POLICY}"
+    f"{_RANGES} {_WEIGHTS} {_SCALES} {_POLICY} {_FITTED}"
 )
 # When the quantization options have an effect, in the order in which violations are reported. --cond, --resume and
 # --no_grad_ckpt never have one and are always accepted.
@@ -288,6 +315,7 @@ RULES = (
     Rule("resume_w", lambda args: bool(args.cali_ckpt), "with --cali_ckpt FILE, to take the weights from"),
     Rule("resume_w", lambda args: args.quant_act, "with --quant_act: there is nothing else to calibrate"),
     Rule(f"act_bit sm_abit a_sym {_RANGES} {_SCALES}", lambda args: args.quant_act, "with --quant_act"),
+    Rule("cali_smoothing", lambda args: args.quant_act, "with --quant_act", lambda args, value: value == 0),
     Rule(_RECIPE, lambda args: args.resume_w or not args.cali_ckpt, _LOADS),
     Rule(
         "timestep_groups",
@@ -302,18 +330,26 @@ RULES = (
         lambda args, value: value == "qdiff",
     ),
     Rule(
-        f"{_WEIGHTS} {_POLICY}",
+        f"{_WEIGHTS} {_POLICY} {_FITTED}",
         lambda args: not args.resume_w,
         "without --resume_w, which takes the weights from a file",
     ),
     Rule(
-        f"weight_scale_method cali_iters cali_lr_w cali_iters_tune cali_cache_gb resume_w {_SCALES}",
+        f"weight_scale_method cali_iters cali_lr_w cali_iters_tune cali_cache_gb resume_w {_SCALES} {_FITTED}",
         lambda args: args.quant_mode != "linear",
         "with --quant_mode qdiff: linear rounds to nearest with min-max ranges",
         lambda args, value: value == "max" or (value == 0 and value is not False),
     ),
     Rule("layer_bits", lambda args: args.quant_act or _act_on_weights(args), "with --quant_act: A is for activations"),
     Rule(_POLICY, lambda args: args.preset != "published", f"with {NOT_PUBLISHED}"),
+    Rule(_FITTED, lambda args: args.preset != "published", f"with {NOT_PUBLISHED}", lambda args, value: value == 0),
+    Rule(
+        _WEIGHTS,
+        lambda args: _rounds_by_adaround(args) or args.quant_mode == "linear",
+        "with --preset published: the others round in closed form, on grids of their own",
+        lambda args, value: value == 0,
+    ),
+    Rule("cali_lr cali_p", _learns_scales, "with --cali_iters_a of 1 or more"),
     Rule("rs_sm_only", lambda args: args.running_stat, "with --running_stat"),
     Rule("running_stat", lambda args: args.timestep_groups == 1, "without --timestep_groups: expected one of them"),
     Rule(

@@ -13,9 +13,6 @@ from qdiff.errors import ConfigError
 from qdiff.utils import distributed
 
 PREFIX = ".activations."
-# Values of one sample up to which a tensor is cached exactly: time steps and other inputs of embeddings, whose last
-# digits matter and whose size does not.
-EXACT_UP_TO = 64
 
 
 class Cache:
@@ -26,21 +23,12 @@ class Cache:
             all processes.
         folder: where those files lie. They lose their names once they are mapped, so that a crash leaves nothing
             behind.
-        dtype: the type of cached floating-point values, float32 or bfloat16 (relative error up to 0.4 %). Tensors
-            with few values a sample are always exact.
     """
 
-    def __init__(
-        self, budget: int | None = None, folder: Path | None = None, dtype: torch.dtype = torch.float32
-    ) -> None:
+    def __init__(self, budget: int | None = None, folder: Path | None = None) -> None:
         self.budget = free_memory() // 2 // distributed.world() if budget is None else budget
         self.folder = Path(tempfile.gettempdir()) if folder is None else folder
-        self.dtype = dtype
         self.used = 0
-
-    def item_size(self, dtype: torch.dtype) -> int:
-        """Bytes of one cached value of type `dtype`."""
-        return (self.dtype if dtype.is_floating_point else dtype).itemsize
 
     def check_space(self, peak: int, written: int) -> None:
         """Check that everything fits into the budget and onto the disk.
@@ -62,13 +50,11 @@ class Cache:
 
     def reserve(self, shape: tuple[int, ...], dtype: torch.dtype) -> "CachedTensor":
         """Room for a tensor [samples, ...] of this shape; its content is undefined until it is written."""
-        short = torch.Size(shape[1:]).numel() <= EXACT_UP_TO
-        cached = self.dtype if dtype.is_floating_point and not short else dtype
-        size = torch.Size(shape).numel() * cached.itemsize
+        size = torch.Size(shape).numel() * dtype.itemsize
         if self.used + size <= self.budget or size == 0:
             self.used += size
-            return CachedTensor(self, torch.empty(shape, dtype=cached), size, dtype)
-        return CachedTensor(self, self._mapped(shape, cached, size), 0, dtype)
+            return CachedTensor(self, torch.empty(shape, dtype=dtype), size)
+        return CachedTensor(self, self._mapped(shape, dtype, size), 0)
 
     def _mapped(self, shape: tuple[int, ...], dtype: torch.dtype, size: int) -> Tensor:
         handle, name = tempfile.mkstemp(prefix=PREFIX, dir=self.folder)
@@ -88,24 +74,23 @@ class Cache:
 
 
 class CachedTensor:
-    """A tensor [samples, ...] in a cache. Reads give the type that was written, on any device.
+    """A tensor [samples, ...] in a cache. Reads give it on any device.
 
     Args:
         cache: the cache whose budget it counts against.
         tensor: its values, in memory or in a mapped file.
         charged: bytes that it counts.
-        dtype: the type that reads give.
     """
 
-    def __init__(self, cache: Cache, tensor: Tensor, charged: int, dtype: torch.dtype) -> None:
-        self.cache, self.tensor, self.charged, self.dtype = cache, tensor, charged, dtype
+    def __init__(self, cache: Cache, tensor: Tensor, charged: int) -> None:
+        self.cache, self.tensor, self.charged = cache, tensor, charged
 
     def __len__(self) -> int:
         return len(self.tensor)
 
     def read(self, index: Tensor | slice, device: torch.device) -> Tensor:
         """A copy of some samples, which may be changed in place."""
-        return self.tensor[index].to(device, self.dtype, copy=isinstance(index, slice))
+        return self.tensor[index].to(device, copy=isinstance(index, slice))
 
     def write(self, index: Tensor | slice, samples: Tensor) -> None:
         """Store some samples."""

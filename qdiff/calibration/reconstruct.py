@@ -5,7 +5,6 @@ network, targets from the full-precision network.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +30,6 @@ class UnitData:
         validation: the indices of the validation split, which are never trained on.
         batch_size: samples of one batch.
         call: runs the unit on inputs.
-        autocast: a context in which the unit runs while it is fitted.
     """
 
     read: Callable[[Tensor | slice], tuple[Sequence[Tensor], Tensor]]
@@ -39,7 +37,6 @@ class UnitData:
     validation: range
     batch_size: int
     call: Callable[[nn.Module, Sequence[Tensor]], Tensor] = lambda unit, inputs: unit(*inputs)
-    autocast: Callable[[], AbstractContextManager[object]] = nullcontext
 
     def random_batch(self, generator: torch.Generator) -> Tensor:
         """The indices of a random batch of the training split, [batch_size]."""
@@ -50,15 +47,13 @@ class UnitData:
 
         def loss(part: Tensor) -> Tensor:
             inputs, target = self.read(part)
-            with self.autocast():
-                output = self.call(unit, inputs)
-            return reconstruction_loss(output.float(), target, p)
+            return reconstruction_loss(self.call(unit, inputs).float(), target, p)
 
         return add_gradients(loss, batch, parameters)
 
     @torch.no_grad()
     def validation_loss(self, unit: nn.Module, p: float) -> float:
-        """The reconstruction loss over the validation split, in float32."""
+        """The reconstruction loss over the validation split."""
 
         def loss(part: slice) -> Tensor:
             inputs, target = self.read(part)
@@ -197,9 +192,8 @@ def reconstruct_activations(
 ) -> UnitResult:
     """Learn the scales of `quantizers` (LSQ, arXiv 1902.08153).
 
-    The scales with the least validation loss stay, the first ones included. The iterations end early after `patience`
-    validations in a row without a better one. 16-bit quantizers (attention probabilities of Stable Diffusion) stay as
-    they are.
+    The scales with the least validation loss stay, the first ones included. 16-bit quantizers (attention probabilities
+    of Stable Diffusion) stay as they are.
 
     Args:
         unit: the module that is reconstructed.
@@ -213,7 +207,7 @@ def reconstruct_activations(
     before = best = data.validation_loss(unit, config.p)
     if not learned or config.iters_a == 0:
         return UnitResult(before, before)
-    kept, worse = [q.scale.clone() for q in learned], 0
+    kept = [q.scale.clone() for q in learned]
     for quantizer in learned:
         quantizer.scale = quantizer.scale.clone().requires_grad_()
         quantizer.learning = True
@@ -232,12 +226,9 @@ def reconstruct_activations(
                 scale.clamp_(min=floor)
         if (iteration + 1) % max(1, config.iters_a // VALIDATIONS) == 0 or iteration + 1 == config.iters_a:
             error = data.validation_loss(unit, config.p)
-            worse = 0 if error < best else worse + 1
             if error < best:
                 best, kept = error, [scale.detach().clone() for scale in scales]
         on_iteration(loss)
-        if config.patience and worse == config.patience:
-            break
     distributed.from_first(kept)
     for quantizer, scale in zip(learned, kept, strict=True):
         quantizer.scale, quantizer.learning = scale, False

@@ -40,7 +40,6 @@ from qdiff.errors import ConfigError
 from qdiff.layers import QuantLayer, QuantMatMul, to_float32
 from qdiff.model import (
     find_timestep_groups,
-    half_precision,
     init_weights,
     quant_layers,
     quantize_model,
@@ -238,14 +237,13 @@ class _Run:
 
     def _make_cache(self) -> Cache:
         directory = self.calibration.directory
-        dtype = torch.bfloat16 if self.config.bfloat16 else torch.float32
-        cache = Cache(directory.cache_bytes, directory.folder, dtype)
+        cache = Cache(directory.cache_bytes, directory.folder)
         written = 0
         if directory.folder is not None:
             # a file for each unit, the whole network after the ranges and after fine-tuning, and both checkpoints
             parameters = sum(p.numel() for p in self.calibration.model.parameters())
             written = 5 * sum(tensor.nbytes for tensor in self.quantized.state_dict().values()) + 8 * parameters
-        cache.check_space(self.order.peak_elements * len(self.data) * cache.item_size(torch.float32), written)
+        cache.check_space(self.order.peak_elements * len(self.data) * torch.float32.itemsize, written)
         return cache
 
     def all_steps(self) -> None:
@@ -378,9 +376,7 @@ class _Run:
             # losses are in float32 also in a network in half precision, which is computed as it is
             return tuple(x.read(index, self.device) for x in arguments), to_float32(target.read(index, self.device))
 
-        enabled = self.config.bfloat16 and half_precision(self.quantized) is None
-        autocast = partial(torch.autocast, self.device.type, torch.bfloat16, enabled=enabled)
-        return UnitData(read, self.data.train, self.data.validation, self.config.batch_size, call, autocast)
+        return UnitData(read, self.data.train, self.data.validation, self.config.batch_size, call)
 
     def _reconstruct_weights(
         self, path: str, data: UnitData, seed: int, on_iteration: OnIteration

@@ -28,7 +28,6 @@ log = logging.getLogger(__name__)
 SAMPLES, PROBES, BATCH = 16, 4, 8  # of the measurement
 COMPENSATED = 1 / 8  # what error-compensating rounding leaves of the squared error of nearest rounding, as measured
 WIDE_ACT, WIDE_WEIGHTS = 16, (5, 6, 8)  # the widths that sensitive layers get
-MIXED_BELOW = 4  # up to this nominal width, layers that matter little give a bit away
 BISECTIONS = 60
 VALUES = 2**14  # of an activation that its range is searched on
 
@@ -203,8 +202,7 @@ def _quantized(x: Tensor, n_bits: int, symmetric: bool, always_zero: bool, rows:
 def choose_policy(sensitivities: Mapping[str, Sensitivity], quant: QuantConfig, budget: float) -> Policy:
     """Find the widths that disturb the output least within a budget.
 
-    Every layer takes the widths of least (error + price * cost); the price is the lowest one within the budget. Layers
-    that matter little give a bit of their weights away if the nominal width is MIXED_BELOW or less.
+    Every layer takes the widths of least (error + price * cost); the price is the lowest one within the budget.
 
     Args:
         sensitivities: of all layers and attention matmuls, by path.
@@ -277,8 +275,7 @@ def _choices(path: str, one: Sensitivity, quant: QuantConfig, nominal: _Nominal)
     weights, acts = [own[0]], [own[1]]
     if own == usual and not quant.keeps(path):  # else the caller has decided
         if one.elements:
-            fewer = [own[0] - 1] if 2 < own[0] <= MIXED_BELOW else []
-            weights += [*fewer, *(wide for wide in WIDE_WEIGHTS if wide > own[0])]
+            weights += [wide for wide in WIDE_WEIGHTS if wide > own[0]]
         if quant.quant_act and own[1] < WIDE_ACT:
             acts.append(WIDE_ACT)
     usual_product = _product(one, usual, quant)

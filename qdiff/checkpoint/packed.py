@@ -130,7 +130,7 @@ def save_packed(path: str | Path, model: nn.Module, info: PackedInfo) -> None:
     tensors = {name: parameter.detach().float() for name, parameter in parameters.items()}
     if activations:
         others = mode_parameters(model, False)
-        tensors |= {f"{WEIGHTS_ONLY}{name}": parameter.detach().float() for name, parameter in sorted(others.items())}
+        tensors |= {f"{WEIGHTS_ONLY}{name}": parameter.detach().float() for name, parameter in others.items()}
     tensors |= _other_buffers(model)
     for layer_path, layer in quant_layers(model).items():
         for name, quantizer in layer.named_weight_quantizers():
@@ -327,7 +327,8 @@ class PackedFile:
                     f"expected {expected}"
                 )
         if values:
-            set_mode_parameters(network, {name: tensor.to(own[name].dtype) for name, tensor in values.items()})
+            # in the order of the network, so that `save` writes the same bytes again
+            set_mode_parameters(network, {name: values[name].to(own[name].dtype) for name in own if name in values})
 
     def _wrapped(self, model: nn.Module | None) -> nn.Module:
         """The quantized form of the network, without the values of the file."""

@@ -235,10 +235,9 @@ def _contiguous(func: Callable) -> Callable:
     return rule
 
 
-def _conv2d(input: Tensor, weight: Tensor, *args: Any, **named: Any) -> Tensor:
+def _conv2d(*args: Any, **named: Any) -> Tensor:
     """A convolution in full precision. Its result can be viewed like that of a quantized one, see `_contiguous`."""
-    with _no_override():
-        y = F.conv2d(_read(input), weight, *args, **named)
+    y: Tensor = _on_values(F.conv2d, args, named)
     result = deferred(y)
     return y if result is None else result
 
@@ -303,7 +302,7 @@ _RULES: dict[Callable, Callable] = {
     Tensor.__mul__: _mul,
     Tensor.__rmul__: _mul,
 }
-_FRESH = {torch.cat, F.interpolate}  # operations whose result never shares memory with their arguments
+_FRESH = {torch.cat, F.conv2d, F.interpolate}  # operations whose result never shares memory with their arguments
 _METADATA = {  # what a tensor can answer without its values
     *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad")),
     Tensor.dim,

@@ -9,25 +9,24 @@ import torch
 
 import qdiff
 from ddim.family import PIXEL
-from qdiff.calibration.ranges import init_activation_ranges
 from qdiff.calibration.run import Calibration
 from qdiff.checkpoint import PackedInfo, save_packed
 from qdiff.config import CalibrationConfig, QuantConfig
 from qdiff.engines.onnx import export_onnx, exportable
 from qdiff.errors import ConfigError
-from qdiff.model import enable_activations, init_weights, quant_layers, quantize_model
+from qdiff.model import enable_activations, quant_layers
 from tests.support import commands, golden, tiny
 from tests.support.commands import fails, succeeded
+from tests.support.engines import network_of_policy
 
+FLAT = replace(tiny.MODEL, ch_mult=(1,), attn_resolutions=())  # exports take a second for ten layers
 DYNAMIC = ({0: "batch", 2: "height", 3: "width"}, {0: "batch"})
 
 
 @pytest.fixture(scope="module", params=[(4, True, "max", True), (8, False, "mse", False), (8, True, "mse", False)])
 def case(request):
     bits, symmetric, method, split = request.param
-    network = tiny.unet(
-        config=replace(tiny.MODEL, ch_mult=(1,), attn_resolutions=())
-    )  # exports take a second for ten layers
+    network = tiny.unet(config=FLAT)
     rows = tiny.rows(network)
     quant = QuantConfig(
         bits,
@@ -169,28 +168,13 @@ POLICY = (
 )
 
 
-def of_policy(symmetric: bool):
-    """(network, inputs, formats) with widths per layer, 16-bit inputs, a layer in full precision, and smoothing."""
-    config = replace(tiny.MODEL, ch_mult=(1,), attn_resolutions=())
-    network = tiny.unet(config=config)
-    rows = tiny.rows(network)
-    quant = QuantConfig(4, quant_act=True, a_sym=symmetric, split=True, quant_mode="linear", policy=POLICY)
-    model = quantize_model(network, PIXEL, quant).requires_grad_(False)
-    for path, layer in quant_layers(model).items():
-        if path == "conv_in" or layer.split:
-            layer.smooth(torch.linspace(0.5, 2, layer.shape[1]))
-    init_weights(model, "max")
-    init_activation_ranges(model, rows, "max", CalibrationConfig(), torch.device("cpu"))
-    enable_activations(model, True)
-    return model, tuple(part[::8][:8] for part in rows.inputs), quant
-
-
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_policies_and_smoothing_run_in_the_runtime(symmetric, tmp_path):
     onnx = pytest.importorskip("onnx", reason="the extra `export` is not installed")
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
-    model, inputs, _ = of_policy(symmetric)
+    model, rows, _ = network_of_policy(POLICY, FLAT, a_sym=symmetric)
+    inputs = tuple(part[::8][:8] for part in rows.inputs)
     with torch.no_grad():
         found = exportable(model).double()(*inputs64(inputs))
         assert golden.relative_error(found, copy.deepcopy(model).double()(*inputs64(inputs))) < 1e-6
@@ -213,10 +197,9 @@ def test_the_command_exports_a_policy_but_not_to_the_published_format(tmp_path):
     onnx = pytest.importorskip("onnx", reason="the extra `export` is not installed")
     pytest.importorskip("onnxscript")
     config = tiny.config_file(tmp_path, ch_mult=[1], attn_resolutions=[])
-    model, _, quant = of_policy(False)
+    model, _, quant = network_of_policy(POLICY, FLAT)
     file = tmp_path / "w4a8.safetensors"
-    unet_config = asdict(replace(tiny.MODEL, ch_mult=(1,), attn_resolutions=()))
-    save_packed(file, model, PackedInfo("pixel", unet_config, quant, {}, ""))
+    save_packed(file, model, PackedInfo("pixel", asdict(FLAT), quant, {}, ""))
     words = ["export.py", "--config", config, "--quant_act", "--split", "--weight_bit", 4, "--cali_ckpt", file]
     succeeded(commands.run(*words, "-o", tmp_path / "a.onnx"))
     types = {tensor.data_type for tensor in onnx.load(tmp_path / "a.onnx").graph.initializer}

@@ -25,8 +25,9 @@ from tests.support.quantized import UNET_CONFIG
 SAMPLE = "sample_diffusion_ddim.py"
 QUANT = ("--ptq", "--weight_bit", 4, "--quant_act", "--a_sym", "--split")
 POLICY = ("--layer_bits", "conv_in=A16", "conv_out=W8", "--keep", "temb.*")
-SHORT = ("--cali_st", 2, "--cali_n", 8, "--cali_iters", 2, "--cali_iters_a", 2, "--cali_iters_tune", 2)
-FAST = ("--preset", "fast", *SHORT)
+SHORT = ("--cali_st", 2, "--cali_n", 8, "--cali_iters_a", 2)
+PUBLISHED = (*SHORT, "--cali_iters", 2)
+FAST = ("--preset", "fast", *SHORT, "--cali_iters_tune", 2, "--cali_policy_budget", 0)
 STORED = (("conv_in", "A16"), ("conv_out", "W8"), ("temb.*", "keep"))
 
 
@@ -81,7 +82,7 @@ def test_the_published_file_is_missing_and_a_line_says_so_before(model, calibrat
     line = "no ckpt.pth will be written: the published format cannot hold widths per layer"
     assert line in printed and printed.index(line) < printed.index("calibration:")
     assert line in (folder / "run.log").read_text()
-    result = succeeded(sample(model, tmp_path, "--ckpt", model["ckpt"], *QUANT, *SHORT))
+    result = succeeded(sample(model, tmp_path, "--ckpt", model["ckpt"], *QUANT, *PUBLISHED))
     assert list(tmp_path.rglob("ckpt.pth")) and "will be written" not in result.stderr
 
 
@@ -105,8 +106,7 @@ def test_an_interrupted_calibration_continues(model, calibrated):
 
 def test_reused_weights_bring_their_widths(model, calibrated, tmp_path):
     packed = calibrated[0] / "ckpt.safetensors"
-    short = ("--cali_st", 2, "--cali_n", 8, "--cali_iters_a", 2)
-    words = [*QUANT, "--act_bit", 6, "--resume_w", "--cali_ckpt", packed, "--ckpt", model["ckpt"], *short]
+    words = [*QUANT, "--act_bit", 6, "--resume_w", "--cali_ckpt", packed, "--ckpt", model["ckpt"], *SHORT]
     fails(sample(model, tmp_path, *words), "--resume_w", str(packed), "widths of their own", "--preset fast")
     succeeded(sample(model, tmp_path, *words, "--preset", "fast"))
     (made,) = tmp_path.rglob("ckpt.safetensors")
@@ -212,6 +212,6 @@ def test_reports_name_the_nominal_widths_and_count_the_others(model, calibrated,
     words = ["reproduce.py", "--table", "cifar10", "--rows", "q-diffusion-w4a8", "q-diffusion-w4a32", "--images", 2]
     words += ["--trajectory_images", 1, "--reference", tmp_path / "reference", "--extractor", "lite0", "--metrics"]
     words += ["kid", "--preset", "fast", "--output", tmp_path / "out", "--cache", tmp_path / "cache", "--threads", 1]
-    result = succeeded(commands.run(*words, "--", *command[:4], "--timesteps", 4, *POLICY, *SHORT))
+    result = succeeded(commands.run(*words, "--", *command[:4], "--timesteps", 4, *POLICY, *FAST[2:]))
     for name in (full, f"W4A32 (3 of {layers} layers at other widths)"):
         assert f"| Q-Diffusion {name}" in result.stdout

@@ -285,8 +285,6 @@ def test_a_killed_calibration_continues(files, tmp_path):
         2,
         "--cali_n",
         4,
-        "--cali_iters",
-        10,
         "--cali_iters_a",
         3,
         "--cali_iters_tune",
@@ -311,7 +309,7 @@ def test_a_killed_calibration_continues(files, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not list((tmp_path / "a").glob("samples/*/ckpt.safetensors"))
-    fails(commands.run(SAMPLE, *arguments, "--continue", "--cali_iters", 11), "cali_iters is 11 now, but was 10")
+    fails(commands.run(SAMPLE, *arguments, "--continue", "--cali_iters_a", 4), "cali_iters_a is 4 now, but was 3")
     assert commands.run(SAMPLE, *arguments, "--continue").returncode == 0
     other = base(files, tmp_path / "b", *arguments[arguments.index("--ckpt") :], images=1)
     assert commands.run(SAMPLE, *other).returncode == 0
@@ -320,4 +318,4 @@ def test_a_killed_calibration_continues(files, tmp_path):
     assert {"layers.csv", "layers.png", "units.png", "manifest.jsonl"} <= {
         path.name for path in (first / "calibration").iterdir()
     }
-    assert not (first / "ckpt.pth").exists()  # the published format has no time-step sets
+    assert not (first / "ckpt.pth").exists()  # the published format has no timestep groups

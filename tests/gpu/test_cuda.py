@@ -9,6 +9,7 @@ from qdiff.calibration.run import Calibration
 from qdiff.config import CalibrationConfig, QuantConfig
 from qdiff.engines.select import apply_engine
 from tests.support import golden, tiny
+from tests.support.engines import network_of_policy
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
@@ -43,6 +44,18 @@ def test_the_packed_engine_is_the_simulation(rows, engine):
         .run()
         .to(CUDA)
     )
+    inputs = tuple(part[::8].to(CUDA) for part in rows.inputs)
+    expected = simulated(*inputs)
+    found = apply_engine(simulated, engine)(*inputs)
+    assert golden.relative_error(found.cpu(), expected.cpu()) < 0.05  # values on the edge between two integers
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("engine", ["auto", "integer"])
+def test_policies_and_smoothing_are_those_of_the_simulation(engine):
+    policy = (("conv_in", "W8A16"), ("conv_out", "keep"), ("mid.*.conv1", "W6A12"))
+    simulated, rows, _ = network_of_policy(policy)
+    simulated = simulated.to(CUDA)
     inputs = tuple(part[::8].to(CUDA) for part in rows.inputs)
     expected = simulated(*inputs)
     found = apply_engine(simulated, engine)(*inputs)

@@ -6,15 +6,19 @@ import pytest
 import torch
 from torch import nn
 
+from ddim.config import ModelConfig
 from ddim.family import PIXEL
 from ldm.config import load_config
 from ldm.family import LATENT
 from ldm.unet import UNetModel
 from qdiff.architecture import AttentionMatMulSpec
 from qdiff.calibration.data import CalibrationData
-from qdiff.config import QuantConfig
+from qdiff.calibration.ranges import init_activation_ranges, timestep_group_bounds
+from qdiff.config import CalibrationConfig, QuantConfig
 from qdiff.engines import cpu, probe
 from qdiff.layers import QuantLayer, QuantMatMul
+from qdiff.model import enable_activations, init_weights, quant_layers, quantize_model
+from qdiff.policy import Policy
 from qdiff.scale_rules import choose_qparams
 from tests.support import golden, tiny, tiny_latent
 
@@ -100,6 +104,33 @@ def skip_numbers(compared: bool) -> None:
     """Say, as the end of a test, that its numbers were not (all) compared."""
     if not compared:
         pytest.skip(f"numbers of 8-bit products are not compared: {SATURATES or INT_MM_SATURATES}")
+
+
+def factors(channels: int) -> torch.Tensor:
+    """Factors of a smoothing, from 1/4 to 4."""
+    return torch.exp2(torch.rand(channels) * 4 - 2)
+
+
+def network_of_policy(policy: Policy, model: ModelConfig = tiny.MODEL, grouped: bool = False, **settings):
+    """A tiny pixel network by nearest rounding, W4 unless `settings` say more, with two of three layers smoothed.
+
+    Returns:
+        The network, the calibration samples, and the number formats.
+    """
+    network = tiny.unet(config=model)
+    rows = tiny.rows(network)
+    bounds = timestep_group_bounds(rows, 3) if grouped else ()
+    formats = {"weight_bit": 4, "quant_act": True, "split": True, "quant_mode": "linear"} | settings
+    quant = QuantConfig(policy=policy, time_bounds=bounds, **formats)
+    quantized = quantize_model(network, PIXEL, quant).requires_grad_(False)
+    torch.manual_seed(0)
+    for index, layer in enumerate(quant_layers(quantized).values()):
+        if index % 3 != 1:
+            layer.smooth(factors(layer.shape[layer.channels]))
+    init_weights(quantized, "max")
+    init_activation_ranges(quantized, rows, "max", CalibrationConfig(), torch.device("cpu"))
+    enable_activations(quantized, True)
+    return quantized, rows, quant
 
 
 def network_of(kind, folder):

@@ -10,9 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddim.family import PIXEL
-from qdiff.calibration.ranges import init_activation_ranges, timestep_group_bounds
-from qdiff.config import CalibrationConfig, QuantConfig
 from qdiff.engines import cpu, cpu_kernels, select
 from qdiff.engines.cpu import to_integer
 from qdiff.engines.cuda import Int8Linear, PackedLayer, to_packed
@@ -20,12 +17,14 @@ from qdiff.engines.deferred import Epilogue, deferred
 from qdiff.engines.select import apply_engine, on_gpu
 from qdiff.errors import ConfigError
 from qdiff.layers import QuantConv1d, QuantConv2d, QuantLayer, QuantLinear
-from qdiff.model import enable_activations, init_weights, quant_layers, quantize_model, set_mode_parameters
-from tests.support import golden, tiny
+from qdiff.model import enable_activations, quant_layers, set_mode_parameters
+from tests.support import golden
 from tests.support.engines import (
     INT_MM_SATURATES,
     attention_matmul,
     check,
+    factors,
+    network_of_policy,
     on_grid,
     quantized_layer,
     right,
@@ -42,11 +41,6 @@ LAYERS = [  # full-precision type, its arguments, quantized form, shape of the i
     (nn.Linear, (24, 17), QuantLinear, (3, 5, 24), 0),
     (nn.Conv1d, (5, 9, 1), QuantConv1d, (3, 5, 24), 0),
 ]
-
-
-def factors(channels: int) -> Tensor:
-    """Factors of a smoothing, from 1/4 to 4."""
-    return torch.exp2(torch.rand(channels) * 4 - 2)
 
 
 def layers(bits: int, act_bit: int, symmetric: bool, smoothed: bool):
@@ -156,28 +150,11 @@ POLICY = (
 )
 
 
-def of_policy(policy=POLICY, smoothed: bool = True, **settings):
-    """(simulated network, calibration samples): the tiny network with a policy, some of its layers smoothed."""
-    network = tiny.unet()
-    rows = tiny.rows(network)
-    if settings.pop("grouped", False):
-        settings["time_bounds"] = timestep_group_bounds(rows, 3)
-    quant = QuantConfig(weight_bit=4, quant_act=True, split=True, sm_abit=16, policy=policy, **settings)
-    quantized = quantize_model(network, PIXEL, quant).requires_grad_(False)
-    for index, layer in enumerate(quant_layers(quantized).values()):
-        if smoothed and index % 3:
-            layer.smooth(factors(layer.shape[layer.channels]))
-    init_weights(quantized, "max")
-    init_activation_ranges(quantized, rows, "max", CalibrationConfig(), torch.device("cpu"))
-    enable_activations(quantized, True)
-    return quantized, rows
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_whole_networks_with_a_policy_are_as_near_to_float64_as_float32_is(symmetric):
     """Over 8 inputs the median error of the integer network is at most 1.5 times that of the float32 simulation."""
-    simulated, rows = of_policy(a_sym=symmetric)
+    simulated, rows, _ = network_of_policy(POLICY, a_sym=symmetric)
     integer, exact = to_integer(simulated), copy.deepcopy(simulated).double()
     assert type(integer.conv_out) is type(integer.mid.attn_1.q) is nn.Conv2d
     errors = {"integer": [], "simulated": []}
@@ -192,7 +169,7 @@ def test_whole_networks_with_a_policy_are_as_near_to_float64_as_float32_is(symme
 
 @torch.no_grad()
 def test_timestep_groups_of_two_bytes():
-    simulated, rows = of_policy(grouped=True)
+    simulated, rows, _ = network_of_policy(POLICY, grouped=True)
     integer, exact = to_integer(simulated), copy.deepcopy(simulated).double()
     for chosen in (slice(0, 2), slice(48, 50), slice(0, None, 9)):  # one time step, another, several
         inputs = tuple(part[chosen] for part in rows.inputs)
@@ -235,7 +212,7 @@ def test_deferred_work_passes_through_kept_layers(operators):
 @torch.no_grad()
 def test_modes_can_change_on_an_engine():
     """Without quantized activations an integer network is the simulation, with the parameters of that mode."""
-    simulated, rows = of_policy()
+    simulated, rows, _ = network_of_policy(POLICY)
     inputs = tuple(part[:2] for part in rows.inputs)
     others = {"conv_in.bias": torch.ones(16), "mid.block_1.norm1.weight": torch.full((32,), 2.0)}
     set_mode_parameters(simulated, others)
@@ -251,7 +228,7 @@ def test_modes_can_change_on_an_engine():
 
 def test_the_log_names_what_stays_simulated(caplog, monkeypatch):
     caplog.set_level(logging.INFO)
-    simulated, _ = of_policy()
+    simulated, *_ = network_of_policy(POLICY, sm_abit=16)
     apply_engine(simulated, "integer")
     assert caplog.messages == [
         "engine: integer (51 of 56 layers and attention matmuls); "
@@ -260,23 +237,23 @@ def test_the_log_names_what_stays_simulated(caplog, monkeypatch):
     ]
     monkeypatch.setattr(select, "MAX_NAMES", 2)
     caplog.clear()
-    apply_engine(of_policy((("down.*", "W12"),))[0], "integer")
+    apply_engine(network_of_policy((("down.*", "W12"),))[0], "integer")
     assert "down.0.block.0.conv1, down.0.block.0.temb_proj and 10 more (weights of more than 8 bits)" in caplog.text
     with pytest.raises(ConfigError, match=r"no layer has a form .*\(weights of more than 8 bits\)"):
-        apply_engine(of_policy((("*", "W12A16"),))[0], "integer")
+        apply_engine(network_of_policy((("*", "W12A16"),))[0], "integer")
 
 
 def test_auto_counts_the_products_of_layers_that_can_run_on_integers(monkeypatch):
-    simulated, _ = of_policy(())
+    simulated, *_ = network_of_policy(())
     sizes = [layer.shape.numel() for layer in quant_layers(simulated).values()]
     mean = sum(sizes) // len(sizes)
     monkeypatch.setattr(select, "MIN_MEAN_WEIGHTS", mean)
     assert apply_engine(simulated) is not simulated
-    twice, _ = of_policy((("*", "A16"),))  # each product is done twice
+    twice, *_ = network_of_policy((("*", "A16"),))  # each product is done twice
     assert apply_engine(twice) is twice
     monkeypatch.setattr(select, "MIN_MEAN_WEIGHTS", mean // 2)
     assert apply_engine(twice) is not twice
-    few, _ = of_policy((("*", "W12"), ("conv_in", "W4")))  # the one layer on integers is small
+    few, *_ = network_of_policy((("*", "W12"), ("conv_in", "W4")))  # the one layer on integers is small
     assert apply_engine(few) is few
 
 
@@ -297,7 +274,7 @@ def test_packed_and_int8_layers_on_cuda_are_smoothed(bits):
 @torch.no_grad()
 def test_cuda_honors_policies_and_names_linear_layers_in_floating_point(caplog):
     caplog.set_level(logging.INFO)
-    simulated, rows = of_policy((("*.temb_proj", "A16"), ("conv_in", "W8A16"), ("conv_out", "keep")))
+    simulated, rows, _ = network_of_policy((("*.temb_proj", "A16"), ("conv_in", "W8A16"), ("conv_out", "keep")))
     inputs = tuple(part[:4] for part in rows.inputs)
     assert torch.equal(to_packed(simulated, int8_products=False)(*inputs), simulated(*inputs))
     on_gpu(simulated, int8_products=True)
