@@ -3,11 +3,12 @@
     python benchmarks/activation_floor.py
     python benchmarks/activation_floor.py --model emoji64-text
 
-W8A8, weights by nearest rounding with `mse` ranges. It prints the trajectory errors (64 images, 50 steps of the model's sampler) of
+W8A8, weights by nearest rounding with `mse` ranges. It prints the trajectory errors (64 images, 50 steps of the
+model's sampler) of
 
 - min-max ranges, ranges of least error, and the same with timestep groups;
-- the floor: activation scales, biases and norm affines fine-tuned on the evaluation trajectory itself, which no calibration with
-  static scales can be expected to beat by much;
+- the floor: activation scales, biases and norm affines fine-tuned on the evaluation trajectory itself, which no
+  calibration with static scales can be expected to beat by much;
 - calibrated checkpoints, whose weights are calibrated too: the bundled one and those of --checkpoints.
 """
 

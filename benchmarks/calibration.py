@@ -9,8 +9,9 @@ difference gives the time of an iteration; the rest is done once for each unit. 
 fine-tuning are measured in the same way, and so is the sensitivity of the layers, whose cost does not depend on the
 recipe. The totals of all presets follow for the number of samples that the paper takes. A `--batch` smaller than the
 preset's batch is scaled up linearly. A pass of validation or of the bias correction is counted at a third of an
-iteration's time for each sample. `--csv` writes the time of every unit. `--capture` shows how the cost of getting each unit's inputs and outputs grows with the number of
-units, beside the cost of running the network from the start for every unit.
+iteration's time for each sample. `--csv` writes the time of every unit. `--capture` shows how the cost of
+getting each unit's inputs and outputs grows with the number of units, beside the cost of running the network from the
+start for every unit.
 """
 
 import argparse

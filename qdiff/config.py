@@ -199,7 +199,7 @@ _FAST = CalibrationConfig(
     smoothing=True,
     unit_samples=256,
     policy_budget=0.05,
-    iters_tune=160,
+    iters_tune=60,
 )
 PRESETS = {
     "published": CalibrationConfig(),
