@@ -10,8 +10,7 @@ fine-tuning are measured in the same way, and so is the sensitivity of the layer
 recipe. The totals of all presets follow for the number of samples that the paper takes. A `--batch` smaller than the
 preset's batch is scaled up linearly. A pass of validation or of the bias correction is counted at a third of an
 iteration's time for each sample. `--csv` writes the time of every unit. `--capture` shows how the cost of
-getting each unit's inputs and outputs grows with the number of units, beside the cost of running the network from the
-start for every unit.
+getting each unit's inputs and outputs grows with the number of units, of a UNet and of a transformer whose layers are units.
 """
 
 import argparse
@@ -23,6 +22,8 @@ from pathlib import Path
 
 import torch
 import yaml
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ddim.config import load_config as load_pixel
 from ddim.family import PIXEL
@@ -211,29 +212,96 @@ def project(args: argparse.Namespace) -> None:
     print(f"  peak memory of this run: {peak_memory() / 1e9:.1f} GB")
 
 
-@torch.no_grad()
-def capture_growth(args: argparse.Namespace) -> None:
-    print(
-        "units  unit by unit s  from the start s  (captures of every unit's output, 8 samples, one phase, one network)"
-    )
-    for depth in (1, 2, 3, 4):
-        config = replace(
-            load_pixel(ROOT / "configs/cifar10.yml").model, ch=32, norm_groups=8, num_res_blocks=depth, dropout=0.0
+class JointBlock(nn.Module):
+    """A block of two streams as in Stable Diffusion 3 (Esser et al. 2024, arXiv 2403.03206): 14 linear layers."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.modulation = nn.ModuleList(nn.Linear(width, 6 * width) for _ in range(2))
+        self.q, self.k, self.v, self.out = (nn.ModuleList(nn.Linear(width, width) for _ in range(2)) for _ in range(4))
+        self.up = nn.ModuleList(nn.Linear(width, 4 * width) for _ in range(2))
+        self.down = nn.ModuleList(nn.Linear(4 * width, width) for _ in range(2))
+
+    def forward(self, image: Tensor, text: Tensor, emb: Tensor) -> tuple[Tensor, Tensor]:
+        streams = [image, text]
+        factors = [layer(F.silu(emb))[:, None].chunk(6, dim=-1) for layer in self.modulation]
+        inputs = [self.norm(x) * (1 + f[0]) + f[1] for x, f in zip(streams, factors, strict=True)]
+        q, k, v = (
+            torch.cat([layer(x) for layer, x in zip(layers, inputs, strict=True)], dim=1)
+            .unflatten(-1, (self.heads, -1))
+            .transpose(1, 2)
+            for layers in (self.q, self.k, self.v)
         )
-        model = UNet(config).eval().requires_grad_(False)
-        data = random_data((torch.randn(1, 3, 32, 32), torch.ones(1)), 8)
-        wrapped = quantize_model(model, PIXEL, QUANT)
-        order = trace_execution(wrapped, units(wrapped, PIXEL), data, CPU)
-        times = []
-        for restart in (False, True):
-            runner = BlockwiseRunner(model, order, data, 8, CPU, Cache())
-            began = time.process_time()
-            for unit in order.units:
-                runner.finish(unit)
-                if restart:
-                    runner.finished.clear()
-            times.append(time.process_time() - began)
-        print(f"{len(order.units):5}  {times[0]:14.2f}  {times[1]:16.2f}", flush=True)
+        joint = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        parts = joint.split([image.shape[1], text.shape[1]], dim=1)
+        for i, part in enumerate(parts):
+            f = factors[i]
+            streams[i] = streams[i] + f[2] * self.out[i](part)
+            streams[i] = streams[i] + f[5] * self.down[i](F.gelu(self.up[i](self.norm(streams[i]) * (1 + f[3]) + f[4])))
+        return streams[0], streams[1]
+
+
+class JointTransformer(nn.Module):
+    """A transformer of `depth` such blocks, with 5 layers around them, on latents of 16x16."""
+
+    def __init__(self, depth: int, width: int = 128, heads: int = 4) -> None:
+        super().__init__()
+        self.patch, self.context = nn.Conv2d(4, width, 2, stride=2), nn.Linear(64, width)
+        self.time = nn.Sequential(nn.Linear(32, width), nn.SiLU(), nn.Linear(width, width))
+        self.blocks = nn.ModuleList(JointBlock(width, heads) for _ in range(depth))
+        self.head = nn.Linear(width, 16)
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        emb = self.time(torch.cos(t[:, None] * torch.arange(1, 33) / 500))
+        image, text = self.patch(x).flatten(2).transpose(1, 2), self.context(context)
+        for block in self.blocks:
+            image, text = block(image, text, emb)
+        return F.pixel_shuffle(self.head(image).transpose(1, 2).unflatten(2, (8, 8)), 2)
+
+
+def capture(model: nn.Module, architecture: Architecture, data: CalibrationData) -> tuple[int, float, float]:
+    """Capture all units of one phase.
+
+    Returns:
+        the number of units, and the CPU seconds of the trace and of the captures.
+    """
+    model = model.eval().requires_grad_(False)
+    wrapped = quantize_model(model, architecture, QUANT)
+    began = time.process_time()
+    order = trace_execution(wrapped, units(wrapped, architecture), data, CPU)
+    traced = time.process_time()
+    full, quantized = (BlockwiseRunner(network, order, data, 8, CPU, Cache()) for network in (model, wrapped))
+    for unit in order.units:
+        full.finish(unit)
+        call, arguments = quantized.arguments(unit)
+        quantized.finish(unit, call, arguments)
+        for stored in arguments:
+            stored.release()
+    return len(order.units), traced - began, time.process_time() - traced
+
+
+@torch.no_grad()
+def capture_growth() -> None:
+    print("captures of every unit's inputs and outputs, 16 samples, one phase, both networks\n")
+    print("| network | units | CPU s of the trace | of the captures | for each unit, of the first line |")
+    print("|---|---|---|---|---|")
+    layers = Architecture("layers", make_unet=JointTransformer, blocks={})
+    for name in ("UNet, blocks", "transformer of two streams, layers"):
+        first = None
+        for depth in (1, 2, 3, 4) if name.startswith("UNet") else (4, 16):
+            torch.manual_seed(0)
+            if name.startswith("UNet"):
+                config = load_pixel(ROOT / "configs/cifar10.yml").model
+                config = replace(config, ch=32, norm_groups=8, num_res_blocks=depth, dropout=0.0)
+                model, architecture, sample = UNet(config), PIXEL, (torch.randn(1, 3, 32, 32), torch.ones(1))
+            else:
+                model, architecture = JointTransformer(depth), layers
+                sample = (torch.randn(1, 4, 16, 16), torch.ones(1), torch.randn(1, 16, 64))
+            count, traced, captured = capture(model, architecture, random_data(sample, 16))
+            first = first or captured / count
+            print(f"| {name} | {count} | {traced:.2f} | {captured:.2f} | {captured / count / first:.2f} |", flush=True)
 
 
 def main() -> None:
@@ -246,7 +314,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.capture:
-        capture_growth(args)
+        capture_growth()
     else:
         project(args)
 

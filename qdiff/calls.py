@@ -33,7 +33,7 @@ class SampleAxis:
 
     def to_rows(self, tensor: Tensor) -> Tensor:
         """The samples first, [N, ...]; [N, fold, ...] if several entries belong to a sample."""
-        rows = tensor.movedim(self.dim, 0)
+        rows = tensor.movedim(self.dim, 0) if self.dim else tensor
         if self.fold == 1:
             return rows
         if self.interleaved:
@@ -44,7 +44,7 @@ class SampleAxis:
         """Undo `to_rows`."""
         if self.fold > 1:
             rows = (rows.transpose(0, 1) if self.interleaved else rows).flatten(0, 1)
-        return rows.movedim(0, self.dim)
+        return rows.movedim(0, self.dim) if self.dim else rows
 
 
 @dataclass(frozen=True)

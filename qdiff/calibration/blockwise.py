@@ -255,6 +255,7 @@ class BlockwiseRunner:
         self.stored: dict[Node, StoredOutput] = {}
         self.returned: list[StoredOutput] = []  # by `finish`, and needed by no later unit
         self.unknown: dict[torch.dtype, Tensor] = {}
+        self.placeholders: dict[tuple[torch.dtype, torch.Size, SampleAxis], Tensor] = {}
         self.calls = _Calls(self)
 
     @torch.no_grad()
@@ -358,16 +359,19 @@ class BlockwiseRunner:
         """Run the network up to the last call of `unit` on all samples, and visit its calls."""
         required, storing = self.progress.next_pass(unit)
         new = {node: StoredOutput(self.order.forms[node], len(self.data), self.cache) for node in storing}
+        forwards = self.calls.begin(unit, required, new, visit)
 
         def through(index: Index) -> None:
-            self.calls.begin(index, unit, required, new, visit)
+            self.calls.index = index
+            self.calls.counts.clear()
+            self.calls.visiting = False
             try:
                 self.data.run(self.model, index, self.device)
             except _ReachedUnit:
                 return
             raise RuntimeError(f"{unit}: never reached by a forward pass of the network")
 
-        with replaced_forwards(self.calls.forwards):
+        with replaced_forwards(forwards):
             self._in_batches(through)
         self.stored |= new
         self.progress.store(new)
@@ -379,13 +383,15 @@ class BlockwiseRunner:
             if not isinstance(leaf, OutputPart):
                 return leaf
             shape = torch.Size((samples, *leaf.shape))
-            known = self.unknown.get(leaf.dtype)
-            if known is None or len(known) < shape.numel():
-                value = float("nan") if leaf.dtype.is_floating_point else 0
-                known = self.unknown[leaf.dtype] = torch.full(
-                    (shape.numel(),), value, dtype=leaf.dtype, device=self.device
-                )
-            return leaf.axis.from_rows(known[: shape.numel()].view(shape))
+            place = (leaf.dtype, shape, leaf.axis)
+            if place not in self.placeholders:
+                unknown = self.unknown.get(leaf.dtype, torch.empty(0))
+                if len(unknown) < shape.numel():
+                    value = float("nan") if leaf.dtype.is_floating_point else 0
+                    unknown = torch.full((shape.numel(),), value, dtype=leaf.dtype, device=self.device)
+                    self.unknown[leaf.dtype] = unknown
+                self.placeholders[place] = leaf.axis.from_rows(unknown[: shape.numel()].view(shape))
+            return self.placeholders[place]
 
         return map_leaves(fill, form.output)
 
@@ -397,34 +403,46 @@ class _Calls:
         runner: the network.
 
     Attributes:
-        forwards: takes the place of `forward` of each module during a pass.
+        index: the samples of the pass.
+        counts: how often each module was called in the pass.
+        visiting: the unit is visited: nothing is replaced inside it.
     """
 
     unit: str
-    index: Index
     required: set[Node]
     new: dict[Node, StoredOutput]
     visit: Visit
 
     def __init__(self, runner: BlockwiseRunner) -> None:
         self.runner, self.dependencies = runner, runner.order.dependencies
+        self.index: Index = slice(0, 0)
         self.counts = Counter[str]()
         self.visiting = False
-        self.forwards = {runner.modules[path]: self._replacement(path) for path, _ in self.dependencies.output}
+        self.forwards = {path: self._replacement(path) for path, _ in self.dependencies.output}
 
-    def begin(self, index: Index, unit: str, required: set[Node], new: dict[Node, StoredOutput], visit: Visit) -> None:
-        """A pass begins.
+    def begin(
+        self, unit: str, required: set[Node], new: dict[Node, StoredOutput], visit: Visit
+    ) -> dict[nn.Module, Callable[..., Any]]:
+        """Passes up to a unit begin.
 
         Args:
-            index: its samples.
-            unit: where it ends.
+            unit: where they end.
             required: the nodes whose outputs must be right.
-            new: the nodes whose outputs it stores.
+            new: the nodes whose outputs they store.
             visit: called at each call of the unit.
+
+        Returns:
+            what takes the place of `forward` of the modules that are called.
         """
-        self.index, self.unit, self.required, self.new, self.visit = index, unit, required, new, visit
-        self.around, self.visiting = self.dependencies.around[unit], False
-        self.counts.clear()
+        self.unit, self.required, self.new, self.visit = unit, required, new, visit
+        self.around = self.dependencies.around[unit]
+        called: set[str] = set()
+        todo = list(self.dependencies.children[None])
+        while todo:
+            node = todo.pop()
+            called.add(node[0])
+            todo += self.dependencies.children[node] if self._runs(node) else []
+        return {self.runner.modules[path]: self.forwards[path] for path in called}
 
     def _replacement(self, path: str) -> Callable[..., Any]:
         original = self.runner.modules[path].forward

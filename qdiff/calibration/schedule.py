@@ -22,7 +22,7 @@ class Dependencies:
         calls: how often each unit is called.
         inputs: for each call of a unit the nodes that its inputs are computed from.
         output: for each node the nodes that its output is computed from when it runs.
-        inside: for each node the nodes that run within it.
+        inside: for each node the nodes that run within it; in the order in which the nodes complete.
         same: for modules that return the output of a node inside as it is: that node.
     """
 
@@ -49,6 +49,18 @@ class Dependencies:
             for path, _ in inner:
                 if path in found:
                     found[path].add(node)
+        return found
+
+    @cached_property
+    def children(self) -> dict[Node | None, list[Node]]:
+        """The nodes directly within each node; None: within none."""
+        parents: dict[Node, Node] = {}
+        for outer, inner in self.inside.items():  # the innermost one completes first
+            for node in inner:
+                parents.setdefault(node, outer)
+        found: dict[Node | None, list[Node]] = defaultdict(list)
+        for node in self.inside:
+            found[parents.get(node)].append(node)
         return found
 
     @cached_property
