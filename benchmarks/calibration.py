@@ -5,18 +5,20 @@
     python benchmarks/calibration.py --capture
 
 Random weights. After a warm-up every unit runs 1 and then 3 iterations of each phase on the same samples. The
-difference gives the time of an iteration; the rest is done once for each unit. The totals of both presets follow for
-the number of samples that the paper takes. A `--batch` smaller than the preset's batch is scaled up linearly. A pass of
-validation or of the bias correction is counted at a third of an iteration's time for each sample. `--csv` writes the
-time of every unit. `--capture` shows how the cost of getting each unit's inputs and outputs grows with the number of
-units, beside the cost of running the network from the start for every unit.
+difference gives the time of an iteration; the rest is done once for each unit. Error-compensating rounding and the
+fine-tuning are measured in the same way, and so is the sensitivity of the layers, whose cost does not depend on the
+recipe. The totals of all presets follow for the number of samples that the paper takes. A `--batch` smaller than the
+preset's batch is scaled up linearly. A pass of validation or of the bias correction is counted at a third of an
+iteration's time for each sample. `--csv` writes the time of every unit. `--capture` shows how the cost of
+getting each unit's inputs and outputs grows with the number of units, beside the cost of running the network from the
+start for every unit.
 """
 
 import argparse
 import csv
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -33,8 +35,11 @@ from qdiff.calibration.blockwise import BlockwiseRunner
 from qdiff.calibration.cache import Cache
 from qdiff.calibration.data import CalibrationData
 from qdiff.calibration.directory import MANIFEST, CalibrationDir, read_records
+from qdiff.calibration.finetune import VALIDATION_SAMPLES
+from qdiff.calibration.finetune import VALIDATIONS as FINETUNING_VALIDATIONS
 from qdiff.calibration.reconstruct import VALIDATIONS
 from qdiff.calibration.run import Calibration
+from qdiff.calibration.sensitivity import SAMPLES
 from qdiff.calibration.trace import trace_execution
 from qdiff.config import PRESETS, CalibrationConfig, QuantConfig
 from qdiff.model import quantize_model, units
@@ -47,7 +52,6 @@ QUANT = QuantConfig(
 )
 PUBLISHED_SAMPLES = {"pixel": 20 * 256, "latent": 20 * 256, "text": 25 * 128 * 2}
 PUBLISHED_BATCH = {"pixel": 32, "latent": 32, "text": 8}
-FAST_SAMPLES = PRESETS["fast"].samples
 
 
 def load(path: Path) -> tuple:
@@ -74,11 +78,10 @@ def random_data(sample: tuple, count: int) -> CalibrationData:
 
 
 def seconds_of(
-    model: torch.nn.Module, architecture: Architecture, data: CalibrationData, batch: int, iterations: int
+    model: torch.nn.Module, architecture: Architecture, data: CalibrationData, config: CalibrationConfig
 ) -> tuple[dict[str, float], float]:
     """CPU seconds of each step of a calibration, and of the captures between the steps."""
-    one = 1 / len(data)
-    config = CalibrationConfig(batch_size=batch, iters=iterations, iters_a=iterations, validation_fraction=one)
+    config = replace(config, validation_fraction=1 / len(data))
     with tempfile.TemporaryDirectory() as folder:
         began = time.process_time()
         Calibration(model, architecture, QUANT, config, data, directory=CalibrationDir(Path(folder))).run()
@@ -88,54 +91,123 @@ def seconds_of(
     return steps, total - sum(steps.values())
 
 
+@dataclass(frozen=True)
+class Costs:
+    """CPU seconds of the parts of a calibration, summed over the units.
+
+    Attributes:
+        weights: one iteration of AdaRound.
+        activations: one iteration of the activation scales.
+        captures: the captures of both phases, for each sample.
+        policy: the sensitivity of all layers.
+        layers: what error-compensating rounding takes once.
+        rows: what it takes for each sample, captures included.
+        ranges: the ranges, for each sample.
+        tuning: one iteration of both rounds of the fine-tuning, for each sample of the batch.
+    """
+
+    weights: float
+    activations: float
+    captures: float
+    policy: float
+    layers: float
+    rows: float
+    ranges: float
+    tuning: float
+
+
+def sum_of(steps: dict[str, float], phase: str) -> float:
+    """The time of the steps of a phase."""
+    return sum(seconds for step, seconds in steps.items() if step.startswith(phase))
+
+
+def measure(
+    model: torch.nn.Module, architecture: Architecture, sample: tuple, args: argparse.Namespace
+) -> tuple[Costs, dict[str, float]]:
+    """The costs, and the time of an iteration of every unit."""
+    data, more = (random_data(sample, count) for count in (args.samples, 2 * args.samples))
+    learned = [CalibrationConfig(batch_size=args.batch, iters=count, iters_a=count) for count in (1, 3)]
+    fitted = [
+        replace(PRESETS["fast"], batch_size=args.batch, batch_tune=args.batch, unit_samples=0, iters_tune=count)
+        for count in (1, 3)
+    ]
+    seconds_of(model, architecture, data, learned[0])  # warm-up: oneDNN compiles its kernels for every shape
+    once, captures = seconds_of(model, architecture, data, learned[0])
+    thrice, _ = seconds_of(model, architecture, data, learned[1])
+    iteration = {step: (thrice[step] - once[step]) / 2 for step in once if step != "ranges"}
+    few, few_captures = seconds_of(model, architecture, data, fitted[0])
+    many, many_captures = seconds_of(model, architecture, more, fitted[0])
+    tuned, _ = seconds_of(model, architecture, data, fitted[1])
+    rows = (sum_of(many, "weights") + many_captures - sum_of(few, "weights") - few_captures) / args.samples
+    began = time.process_time()
+    Calibration(model, architecture, QUANT, fitted[0], data).with_policy()
+    policy = (time.process_time() - began) * SAMPLES / min(SAMPLES, len(data))
+    return Costs(
+        weights=sum_of(iteration, "weights"),
+        activations=sum_of(iteration, "activations"),
+        captures=captures / args.samples,
+        policy=policy,
+        layers=max(0.0, sum_of(few, "weights") + few_captures - rows * args.samples),
+        rows=rows,
+        ranges=few["ranges"] / args.samples,
+        tuning=(sum_of(tuned, "tune") - sum_of(few, "tune")) / 2 / args.batch,
+    ), iteration
+
+
+def project_preset(
+    preset: CalibrationConfig, costs: Costs, num_samples: int, batch: tuple[int, int]
+) -> dict[str, float]:
+    """The CPU seconds of the parts of a calibration.
+
+    Args:
+        preset: the recipe.
+        costs: what its parts take.
+        num_samples: the samples of the calibration set.
+        batch: the published batch size, and the one that iterations were measured with.
+    """
+    num_validation = preset.validation_fraction * num_samples
+    # an iteration is one pass forward, two back, and one of the full-precision network; validation has two passes
+    tuning = preset.iters_tune * preset.batch_tune + FINETUNING_VALIDATIONS * VALIDATION_SAMPLES / 2
+    parts = {"ranges": costs.ranges * num_samples, "fine-tuning": costs.tuning * tuning if preset.iters_tune else 0.0}
+    if preset.rounding == "compensated":
+        rounded = min(preset.unit_samples or num_samples, num_samples)
+        return parts | {"policy": costs.policy, "rounding": costs.layers + costs.rows * rounded}
+    scale = batch[0] / batch[1]
+    passes = costs.weights * (3 * num_validation + num_samples) + costs.activations * num_validation * (2 + VALIDATIONS)
+    return parts | {
+        "fitting": scale * (preset.iters * costs.weights + preset.iters_a * costs.activations),
+        "validation": passes / (3 * batch[1]),
+        "captures": costs.captures * num_samples,
+    }
+
+
 def project(args: argparse.Namespace) -> None:
     model, architecture, sample, kind = load(args.config)
     model = model.eval().requires_grad_(False)
-    data = random_data(sample, args.samples)
-    seconds_of(model, architecture, data, args.batch, 1)  # warm-up: oneDNN compiles its kernels for every shape
-    once, capture = seconds_of(model, architecture, data, args.batch, 1)
-    thrice, _ = seconds_of(model, architecture, data, args.batch, 3)
-    iteration = {step: (thrice[step] - once[step]) / 2 for step in once if step != "ranges"}
-    per_phase = {
-        phase: sum(value for step, value in iteration.items() if step.startswith(phase))
-        for phase in ("weights", "activations")
-    }
+    costs, iteration = measure(model, architecture, sample, args)
     count = sum(step.startswith("weights") for step in iteration)
     print(f"{args.config}: {count} units, CPU seconds of an iteration at batch {args.batch}, summed over the units:")
     print(
-        f"  weights {per_phase['weights']:.2f}, activations {per_phase['activations']:.2f}; "
-        f"captures {capture / args.samples:.3f} a sample"
+        f"  weights {costs.weights:.2f}, activations {costs.activations:.2f}; captures {costs.captures:.3f} a sample; "
+        f"rounding {costs.layers:.2f} and {costs.rows:.3f} a sample; fine-tuning {costs.tuning:.3f} a sample of a batch"
     )
     slowest = sorted(iteration, key=iteration.get, reverse=True)[:3]
     print("  slowest: " + ", ".join(f"{step} {iteration[step]:.3f}" for step in slowest))
     if args.csv:
         with args.csv.open("w", newline="") as file:
-            csv.writer(file).writerows(
-                [
-                    ["step", "CPU seconds of an iteration"],
-                    *((step, f"{value:.4f}") for step, value in iteration.items()),
-                ]
-            )
+            rows = [(step, f"{value:.4f}") for step, value in iteration.items()]
+            csv.writer(file).writerows([("step", "CPU seconds of an iteration"), *rows])
+    wrapped = quantize_model(model, architecture, QUANT)
+    order = trace_execution(wrapped, units(wrapped, architecture), random_data(sample, 2), CPU)
     for name, preset in PRESETS.items():
-        num_samples = PUBLISHED_SAMPLES[kind] if name == "published" else PUBLISHED_SAMPLES[kind] * FAST_SAMPLES // 256
-        scale = PUBLISHED_BATCH[kind] / args.batch
-        fitting = scale * (preset.iters * per_phase["weights"] + preset.iters_a * per_phase["activations"])
-        # an iteration is one pass forward, two back, and one of the full-precision network; a capture has four passes
-        tuning = preset.iters_tune * preset.batch_tune * 4 * capture / args.samples / 4
-        captures = num_samples * capture / args.samples
-        num_validation = preset.validation_fraction * num_samples
-        passes = per_phase["weights"] * (3 * num_validation + num_samples)
-        passes += per_phase["activations"] * num_validation * (2 + VALIDATIONS)
-        validation = passes / (3 * args.batch)
-        total = fitting + captures + tuning + validation
+        num_samples = PUBLISHED_SAMPLES[kind] * min(preset.samples, 256) // 256
+        parts = project_preset(preset, costs, num_samples, (PUBLISHED_BATCH[kind], args.batch))
+        listed = ", ".join(f"{part} {seconds / 3600:.2f}" for part, seconds in parts.items())
+        print(f"  {name}: {sum(parts.values()) / 3600:.1f} h: {listed}")
+        cached = min(preset.unit_samples or num_samples, num_samples)
         print(
-            f"  {name}: {total / 3600:.1f} h: fitting {fitting / 3600:.1f}, validation {validation / 3600:.2f}, "
-            f"captures {captures / 3600:.2f}, fine-tuning {tuning / 3600:.2f}"
+            f"    activations of {cached} samples: {order.peak_elements * cached * 4 / 1e9:.1f} GB (memory and files)"
         )
-        wrapped = quantize_model(model, architecture, QUANT)
-        order = trace_execution(wrapped, units(wrapped, architecture), data, CPU)
-        peak = order.peak_elements * num_samples * (2 if preset.bfloat16 else 4)
-        print(f"    activations of {num_samples} samples: {peak / 1e9:.1f} GB (memory and files)")
     print(f"  peak memory of this run: {peak_memory() / 1e9:.1f} GB")
 
 

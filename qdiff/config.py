@@ -126,7 +126,9 @@ class CalibrationConfig:
         warmup: fraction of `iters` before the regularizer acts.
         validation_fraction: fraction of the samples in the validation split, which chooses the best result and is
             never trained on.
-        iters_tune: iterations of the end-to-end fine-tuning of scales, biases and norm affines; 0: none.
+        iters_tune: iterations of the end-to-end fine-tuning of weights, biases and norm affines; 0: none.
+        iters_tune_a: iterations of the one that follows with quantized activations, of their scales, biases and norm
+            affines; 0: none.
         lr_tune: its learning rate, of the logarithms of the scales; the other parameters take a tenth of it.
         batch_tune: its batch size.
         rounding: how weights are rounded: `adaround` learns it for each unit, `compensated` rounds in closed form and
@@ -153,6 +155,7 @@ class CalibrationConfig:
     warmup: float = 0.2
     validation_fraction: float = 0.125
     iters_tune: int = 0
+    iters_tune_a: int = 0
     lr_tune: float = 1e-2
     batch_tune: int = 16
     rounding: str = "adaround"
@@ -170,7 +173,7 @@ class CalibrationConfig:
         for name in ("num_timesteps", "samples", "batch_size", "batch_tune"):
             value = getattr(self, name)
             _require(isinstance(value, int) and value >= 1, name, f" {value}: expected a whole number of at least 1")
-        for name in ("iters", "iters_a", "iters_tune", "unit_samples"):
+        for name in ("iters", "iters_a", "iters_tune", "iters_tune_a", "unit_samples"):
             value = getattr(self, name)
             _require(isinstance(value, int) and value >= 0, name, f" {value}: expected a whole number of 0 or more")
         fraction = self.validation_fraction
@@ -201,5 +204,5 @@ _FAST = CalibrationConfig(
 PRESETS = {
     "published": CalibrationConfig(),
     "fast": _FAST,
-    "best": replace(_FAST, samples=128, unit_samples=1024, iters_tune=600, batch_tune=32),
+    "best": replace(_FAST, samples=128, unit_samples=1024, iters_tune=1200, iters_tune_a=600, batch_tune=32),
 }

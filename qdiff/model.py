@@ -171,9 +171,6 @@ def apply_plan(model: nn.Module, plan: QuantPlan, config: QuantConfig) -> nn.Mod
         return layer_type(module, weight_bit, act_bit, config.a_sym, splits[id(module)], groups)
 
     replace_modules(wrapped, make_quantized)
-    for module in wrapped.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0  # its fused form would take the weights and leave out the quantizers
     _put_matmuls(
         wrapped, plan, {path: spec.make(config, groups, path).to(device) for path, spec in plan.matmuls.items()}
     )
@@ -181,7 +178,7 @@ def apply_plan(model: nn.Module, plan: QuantPlan, config: QuantConfig) -> nn.Mod
         if isinstance(module, Quantizer):
             module.name = path
         elif isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0  # else it may compute with the weights of its layers, without the layers
+            module.activation_relu_or_gelu = 0  # its fused form would take the weights and leave out the quantizers
     return wrapped.eval()
 
 

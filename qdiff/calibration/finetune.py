@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qdiff import quantizers as Q
-from qdiff.calibration.batches import add_gradients, mean_loss
+from qdiff.calibration.batches import add_gradients, in_batches, mean_loss
 from qdiff.calibration.data import CalibrationData
 from qdiff.calibration.reconstruct import UnitResult
 from qdiff.config import CalibrationConfig
@@ -128,6 +128,7 @@ class FineTuner:
         self.model, self.quantized, self.data, self.config, self.prediction = model, quantized, data, config, prediction
         self.device = next(model.parameters()).device
         enabled = [q for q in act_quantizers(quantized).values() if q.enabled and q.n_bits < 16]
+        self.trains_weights = weights
         layers = quant_layers(quantized).values() if weights else ()
         self.groups: list[ActScales | LayerWeight] = [ActScales(quantizer, config.lr_tune) for quantizer in enabled]
         self.groups += [LayerWeight(layer, config.lr_tune) for layer in layers]
@@ -141,13 +142,15 @@ class FineTuner:
             on_iteration: called with the loss after every iteration.
         """
         config, tensors = self.config, [one.tensor for one in self.trained]
+        iterations = config.iters_tune if self.trains_weights else config.iters_tune_a
+        self.targets = self._find_targets()
         before = best = self.validation_loss()
         best_values = [tensor.detach().clone() for tensor in tensors]
         generator = torch.Generator().manual_seed(config.seed)
         groups = [{"params": [one.tensor], "lr": one.rate * one.size} for one in self.trained]
         optimizer = torch.optim.Adam(groups)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.iters_tune)
-        for iteration in range(config.iters_tune):
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=iterations)
+        for iteration in range(iterations):
             batch = torch.randint(0, len(self.data.train), (config.batch_tune,), generator=generator)
             optimizer.zero_grad()
             loss = add_gradients(self.training_loss, batch, tensors)
@@ -157,7 +160,7 @@ class FineTuner:
             optimizer.step()
             schedule.step()
             done = iteration + 1
-            if done % max(1, config.iters_tune // VALIDATIONS) == 0 or done == config.iters_tune:
+            if done % max(1, iterations // VALIDATIONS) == 0 or done == iterations:
                 error = self.validation_loss()
                 if error < best:
                     best, best_values = error, [tensor.detach().clone() for tensor in tensors]
@@ -167,9 +170,19 @@ class FineTuner:
 
     def loss(self, part: Tensor | slice) -> Tensor:
         """The mean relative error of eps over some samples."""
-        with torch.no_grad():
-            target = self.eps(part, self.data.run(self.model, part, self.device))
+        target = self.targets[part].to(self.device)
         return relative_error(self.eps(part, self.data.run(self.quantized, part, self.device)), target)
+
+    @torch.no_grad()
+    def _find_targets(self) -> Tensor:
+        """What the full-precision network says of the noise of all samples, [N, ...]."""
+        found: list[Tensor] = []
+
+        def work(part: slice) -> None:
+            found.append(self.eps(part, self.data.run(self.model, part, self.device)).cpu())
+
+        in_batches(work, range(len(self.data)), self.config.batch_size)
+        return torch.cat(found)
 
     def training_loss(self, part: Tensor) -> Tensor:
         """The same with a graph of its own, so that a batch can be split."""

@@ -232,7 +232,7 @@ class _Run:
         self.cache = self._make_cache()
         of_unit = self.config.iters if self.config.rounding == "adaround" else 1
         of_unit += self.config.iters_a if self.quant.quant_act else 0
-        total = len(order.units) * of_unit + self.config.iters_tune * (1 + self.quant.quant_act)
+        total = len(order.units) * of_unit + self.config.iters_tune + self.config.iters_tune_a * self.quant.quant_act
         self.steps = Steps(checkpoint, total, self.device)
 
     def _make_cache(self) -> Cache:
@@ -248,20 +248,18 @@ class _Run:
 
     def all_steps(self) -> None:
         """Do every step, or take it from the resume log."""
-        weights_only: dict[str, Tensor] = {}
         if self.calibration.weights_from is None:
             self._weights()
             if self.config.iters_tune:
                 self._whole("tune weights", self.config.iters_tune, partial(self._finetune, weights=True))
-                weights_only = self._affine_parameters()
         if not self.quant.quant_act:
             return
         self._whole("ranges", 0, self._init_ranges)
         if self.config.iters_a:
             self._over_units("activations", self.config.iters_a, self._reconstruct_activations)
-        if self.config.iters_tune:
-            self._whole("tune activations", self.config.iters_tune, partial(self._finetune, weights=False))
-        if weights_only:
+        if self.config.iters_tune_a:
+            weights_only = self._affine_parameters()
+            self._whole("tune activations", self.config.iters_tune_a, partial(self._finetune, weights=False))
             set_mode_parameters(self.quantized, weights_only)
 
     def _weights(self) -> None:

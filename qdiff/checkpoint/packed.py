@@ -130,7 +130,8 @@ def save_packed(path: str | Path, model: nn.Module, info: PackedInfo) -> None:
     tensors = {name: parameter.detach().float() for name, parameter in parameters.items()}
     if activations:
         others = mode_parameters(model, False)
-        tensors |= {f"{WEIGHTS_ONLY}{name}": parameter.detach().float() for name, parameter in others.items()}
+        differing = {name: value for name, value in others.items() if not torch.equal(value, parameters[name])}
+        tensors |= {f"{WEIGHTS_ONLY}{name}": value.detach().float() for name, value in differing.items()}
     tensors |= _other_buffers(model)
     for layer_path, layer in quant_layers(model).items():
         for name, quantizer in layer.named_weight_quantizers():

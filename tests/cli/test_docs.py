@@ -58,7 +58,7 @@ SHORT = {
     "export.py": "",
 }
 SHORT_ROWS = "--rows full-precision q-diffusion-w4a8"
-SHORT_CALIBRATION = "--cali_st 2 --cali_n 2 --a_min_max --cali_iters 1 --cali_iters_a 1 --cali_iters_tune 1"
+SHORT_CALIBRATION = "--cali_st 2 --cali_n 2 --a_min_max --cali_iters_a 1 --cali_iters_tune 1"
 SLOW = re.compile(r"\.onnx\b|--check\b")  # commands that take more than some seconds even so
 MODULES = {module: name for name, module in commands.MODULES.items()}
 
@@ -254,6 +254,7 @@ def shortened(name: str, options: Sequence[str]) -> list[str]:
         own += shlex.split(SHORT_ROWS)
     if "--ptq" in own and "--cali_ckpt" not in own:
         own += shlex.split(SHORT_CALIBRATION)
+        own += [] if {"fast", "best"} & set(own) else ["--cali_iters", "1"]
     if "--timestep_groups" in own:
         own += ["--timestep_groups", "2"]
     return own + inner

@@ -30,7 +30,7 @@ from qdiff.scale_rules import choose_qparams
 
 pytestmark = pytest.mark.unit
 CPU = torch.device("cpu")
-SMALL = {"iters_tune": 3, "batch_tune": 4, "batch_size": 8, "unit_samples": 24}
+SMALL = {"iters_tune": 3, "iters_tune_a": 3, "batch_tune": 4, "batch_size": 8, "unit_samples": 24}
 
 
 class Chain(nn.Module):
@@ -243,7 +243,9 @@ def test_one_signed_channels_get_ranges_that_include_zero():
 
 
 def test_each_mode_has_its_own_biases(chain, samples, tmp_path):
-    network = qdiff.quantize(chain, (samples,), weight_bit=4, preset="fast", **SMALL | {"iters_tune": 20})
+    network = qdiff.quantize(
+        chain, (samples,), weight_bit=4, preset="fast", **SMALL | {"iters_tune": 20, "iters_tune_a": 20}
+    )
     with_activations = mode_parameters(network, True)
     assert set(with_activations) == set(mode_parameters(network, False)) and with_activations
     on = network(samples)
