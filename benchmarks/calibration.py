@@ -10,7 +10,7 @@ fine-tuning are measured in the same way, and so is the sensitivity of the layer
 recipe. The totals of all presets follow for the number of samples that the paper takes. A `--batch` smaller than the
 preset's batch is scaled up linearly. A pass of validation or of the bias correction is counted at a third of an
 iteration's time for each sample. `--csv` writes the time of every unit. `--capture` shows how the cost of
-getting each unit's inputs and outputs grows with the number of units, of a UNet and of a transformer whose layers are units.
+getting each unit's inputs and outputs grows with the number of units, of a UNet and of a transformer of single layers.
 """
 
 import argparse

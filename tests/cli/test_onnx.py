@@ -205,7 +205,8 @@ def test_the_command_exports_a_policy_but_not_to_the_published_format(tmp_path):
     types = {tensor.data_type for tensor in onnx.load(tmp_path / "a.onnx").graph.initializer}
     assert {onnx.TensorProto.UINT4, onnx.TensorProto.UINT16, onnx.TensorProto.INT16} <= types
     fails(
-        commands.run(*words, "-o", tmp_path / "b.pth"), "the published format holds no smoothing, but temb.dense.0 has one"
+        commands.run(*words, "-o", tmp_path / "b.pth"),
+        "the published format holds no smoothing, but temb.dense.0 has one",
     )
     assert not list(tmp_path.glob("b.*"))
 
