@@ -159,7 +159,7 @@ def test_a_converted_file_keeps_the_widths_or_is_refused(model, calibrated, tmp_
     succeeded(commands.run(*words, "-o", tmp_path / "again.safetensors"))
     first, again = (PackedFile.open(path) for path in (words[-1], tmp_path / "again.safetensors"))
     assert again.info == first.info and again.hashes == first.hashes
-    fails(commands.run(*words, "-o", tmp_path / "again.pth"), "again.pth", "published format", "temb.dense.0")
+    fails(commands.run(*words, "-o", tmp_path / "again.pth"), "again.pth", "published format")
     assert not (tmp_path / "again.pth").exists()
     fails(commands.run(*words, "--keep", "conv_in", "-o", tmp_path / "b.safetensors"), "--keep conv_in: acts only in a")
 
