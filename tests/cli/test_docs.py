@@ -39,6 +39,7 @@ FOREIGN_OPTIONS = {  # options of other programs: torchrun, and `qdiff --help`
 PLACEHOLDERS = {
     "4 or 8": ["4", "8"],
     "output_path": ["results"],
+    "packed_ckpt_path": ["quantized.safetensors"],
     "quantized_ckpt_path": ["quantized.pth"],
     "cali_data_path": ["calibration_set.pt"],
     "model.ckpt": ["quantized.pth"],
