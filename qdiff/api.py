@@ -221,9 +221,9 @@ def _found_blocks(
 
 
 def _two_samples(model: nn.Module, data: CalibrationData) -> Callable[[], object]:
-    """What runs the network on two samples."""
+    """What runs the network on two samples, in one call."""
     device = next(model.parameters()).device
-    return lambda: data.run(model, slice(0, 2), device)
+    return lambda: data.run(model, data.alike(2), device)
 
 
 def _calibrate(calibration: Calibration, structure: Structure, plan: QuantPlan) -> nn.Module:

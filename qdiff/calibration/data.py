@@ -191,6 +191,12 @@ class CalibrationData:
         numbers = torch.arange(len(self))[index]
         return [numbers[member] for member in self._members(numbers)]
 
+    def alike(self, count: int) -> Tensor:
+        """The indices of `count` samples that one call of the network takes, [count]; few ones repeat themselves."""
+        numbers = torch.arange(len(self))
+        largest = max((numbers[part] for part in self.uniform_parts(slice(None))), key=len)
+        return largest[torch.arange(count) % len(largest)]
+
     def _members(self, numbers: Tensor) -> list[Tensor]:
         """For each combination of numbers which of the samples `numbers` have it, as masks."""
         keys = torch.stack([self.inputs[place][numbers].double().cpu() for place in self.spec.scalars], dim=1)

@@ -216,9 +216,7 @@ class _Trace:
         self.model, self.data, self.device, self.units = model, data, device, units
         self.modules = dict(model.named_modules())
         self.watched = [*units, *(_modules_around(units) - never_cached)]
-        numbers = torch.arange(len(data))
-        alike = max((numbers[part] for part in data.uniform_parts(slice(None))), key=len)
-        self.index = alike[torch.arange(MORE) % len(alike)]
+        self.index = data.alike(MORE)
         self.more, self.few = self._record(MORE), self._record(FEW)
         self.forms: dict[Node, CallForm] = {}
 

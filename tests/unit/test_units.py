@@ -22,6 +22,7 @@ from qdiff.calibration.data import CalibrationData
 from qdiff.calibration.trace import trace_execution
 from qdiff.calls import named_leaves
 from qdiff.config import QuantConfig
+from qdiff.layers import QuantMatMul
 from qdiff.model import quantize_model, units
 from tests.support import tiny
 from tests.support.foreign import QUICK
@@ -435,3 +436,25 @@ def test_networks_with_such_units_are_quantized_by_one_call():
     assert isinstance(found, tuple)
     for a, b in zip(found, expected, strict=True):
         assert 0 < (a - b).norm() < 0.05 * b.norm()
+
+
+def test_calls_of_one_sample_and_one_time_step_each():
+    class Attentive(nn.Module):
+        """Takes one time step, and has attention, whose calls are counted."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+
+        def forward(self, x, t):
+            q, k, v = self.qkv(x + float(t)).chunk(3, dim=-1)
+            return self.out(F.scaled_dot_product_attention(q, k, v))
+
+    generator = torch.Generator().manual_seed(0)
+    calls = [(torch.randn(1, 4, 8, generator=generator), torch.tensor(t / 10)) for t in range(8)]
+    quantized = qdiff.quantize(Attentive(), calls, timestep_groups=2, **QUICK)
+    matmuls = [path for path, module in quantized.named_modules() if isinstance(module, QuantMatMul)]
+    assert matmuls == ["matmul_0", "matmul_1"]
+    found, expected = quantized(*calls[3]), Attentive()(*calls[3])
+    assert 0 < (found - expected).norm() < 0.1 * expected.norm()
