@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qdiff.quantizers import MIN_SCALE, qparams_from_range, quantize_nearest
+from qdiff.quantizers import MIN_SCALE, integer_range, qparams_from_range, quantize_nearest
 from qdiff.utils.registry import Registry
 
 MSE_CANDIDATES = 80  # ranges shrunk by 1.00, 0.99, ... 0.21
@@ -127,13 +127,15 @@ def search_range(
     span = torch.where(span > 0, span, torch.full_like(span, steps))
     best = torch.full_like(span, math.inf)
     best_scale, best_zero = span / steps, torch.zeros_like(span)
+    bounds, work = integer_range(n_bits, symmetric), torch.empty_like(values)
     for candidate in range(RANGE_CANDIDATES):
         shrink = 1.0 - SMALLEST_SHRINK * candidate / RANGE_CANDIDATES
         scale = span * shrink / steps
         zero = torch.zeros_like(span) if symmetric or always_zero else torch.round(-low * shrink / scale)
-        q = quantize_nearest(values, scale, zero, n_bits, symmetric)
-        squares = ((values - (q - zero) * scale) / span).square()
-        error = (squares if weights is None else squares * weights).mean(1, keepdim=True)
+        # the squared error of `quantize_nearest`, relative to the range, in one tensor that stays in the cache
+        torch.div(values, scale, out=work).round_().add_(zero).clamp_(*bounds).sub_(zero).mul_(scale)
+        torch.sub(values, work, out=work).div_(span).square_()
+        error = (work if weights is None else work.mul_(weights)).mean(1, keepdim=True)
         better = error < best
         best = torch.where(better, error, best)
         best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)

@@ -149,12 +149,18 @@ class Calibration:
         """
         try:
             data = self._samples().split(self.config.validation_fraction, self.config.seed)
-            nearest = None if self.quant.quant_mode == "linear" else self.nearest
+            nearest = self.nearest if self._is_learned() else None
             report_quality(folder, self.model, quantized, nearest, data)
         except Exception as error:
             where = "" if folder is None else f"{folder}: "
             log.warning("%sthe report could not be made (%s: %s)", where, type(error).__name__, first_line(error))
             log.debug("", exc_info=True)
+
+    def _is_learned(self) -> bool:
+        """Whether anything is fitted beyond nearest rounding and first ranges."""
+        config = self.config
+        fitted = config.rounding != "nearest" or config.iters_a > 0 or config.iters_tune > 0
+        return self.quant.quant_mode != "linear" and fitted
 
     @property
     def device(self) -> torch.device:
