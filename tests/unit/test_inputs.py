@@ -1,6 +1,6 @@
 """Calibration samples in the forms that people's networks take, and outputs that are no single tensor."""
 
-from collections import OrderedDict, namedtuple
+from collections import Counter, OrderedDict, namedtuple
 from dataclasses import dataclass
 
 import pytest
@@ -8,10 +8,14 @@ import torch
 from torch import nn
 
 import qdiff
+from qdiff.architecture import Architecture
+from qdiff.calibration import ranges
 from qdiff.calibration.collate import collate
 from qdiff.calls import map_leaves, named_leaves, output_tensor
+from qdiff.config import CalibrationConfig, QuantConfig
 from qdiff.errors import ConfigError
-from qdiff.model import act_quantizers, quant_layers
+from qdiff.model import act_quantizers, quant_layers, quantize_model
+from qdiff.scale_rules import choose_qparams
 from tests.support.foreign import INPUTS, QUICK, Denoiser, Residual
 
 CPU = torch.device("cpu")
@@ -254,3 +258,34 @@ def test_inputs_by_keyword_give_what_inputs_by_position_give():
         assert torch.equal(data.timesteps(slice(None)), t) and torch.equal(data.x(slice(None)), x)
     found = qdiff.quantize(network, {"t": t, "x": x}, **settings)
     assert torch.equal(found(x, t=t), first(x, t)) and torch.equal(found(t=t, x=x), first(x, t))
+
+
+def test_ranges_of_many_time_steps_see_all_values_and_need_few_searches(monkeypatch):
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    calls = [(torch.randn(1, 4, generator=generator), t, {"text": [torch.zeros(1)]}) for t in torch.rand(32)]
+    network = quantize_model(Conditioned(), Architecture("", lambda _: nn.Identity(), {}), QuantConfig(quant_act=True))
+    data = collate([((x,), {"timestep": t, "added": a, "table": torch.zeros(1)}) for x, t, a in calls], network)
+    searches = Counter()
+
+    def counted(values, *args, name="", **kwargs):
+        searches.update([name])
+        return choose_qparams(values, *args, name=name, **kwargs)
+
+    monkeypatch.setattr(ranges, "choose_qparams", counted)
+    ranges.init_activation_ranges(network, data, "max", CalibrationConfig(), CPU)
+    assert len(searches) == 3 and max(searches.values()) < 16
+    scale, _ = choose_qparams(torch.cat([x for x, _, _ in calls]), 8, method="max")
+    assert network.stem.act_quantizer.scale == scale
+
+
+def test_nearest_rounding_needs_no_pass_unit_by_unit(monkeypatch, caplog):
+    def refuse(*_, **__):
+        raise AssertionError("a pass unit by unit")
+
+    monkeypatch.setattr("qdiff.calibration.run.BlockwiseRunner", refuse)
+    monkeypatch.setattr("qdiff.calibration.run.Calibration.nearest", refuse)
+    quantized = qdiff.quantize(Denoiser(), INPUTS, rounding="nearest", iters_a=0, iters_tune=0, policy_budget=0.0)
+    assert all(layer.quantized for layer in quant_layers(quantized).values())
+    assert all(q.enabled for q in act_quantizers(quantized).values())
+    assert "the report could not be made" not in caplog.text
