@@ -537,11 +537,15 @@ class QuantConvTranspose(QuantLayer):
         return self.geometry | {"output_padding": extra}
 
 
-def positions(layer: QuantLayer, x: Tensor, output: Tensor) -> int:
-    """How often a forward pass with this input and output multiplies by each element of the layer's weight."""
-    if isinstance(layer, QuantConvTranspose):
-        return x.numel() // (layer.shape[1] * layer.geometry["groups"])
-    return output.numel() // layer.shape[0]
+def multiply_accumulates(module: "QuantLayer | QuantMatMul", x: Tensor, output: Tensor) -> int:
+    """The multiply-accumulates of a layer or attention matmul in a call with this first operand and output."""
+    if isinstance(module, QuantMatMul):
+        return output.numel() * x.shape[-1]
+    if isinstance(module, QuantConvTranspose):
+        times = x.numel() // (module.shape[1] * module.geometry["groups"])
+    else:
+        times = output.numel() // module.shape[0]
+    return times * module.shape.numel()
 
 
 def _swap_channels(weight: Tensor, groups: int) -> Tensor:

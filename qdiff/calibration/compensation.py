@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qdiff.layers import QuantConv, QuantConvTranspose, QuantLayer
+from qdiff.layers import QuantConv, QuantConvTranspose, QuantLayer, QuantLinear
 from qdiff.scale_rules import search_range
 
+COMPENSATED = 1 / 8  # what it leaves of the squared error of nearest rounding, as measured
 DAMPING = 0.01  # added to the diagonal of the moments, as a share of its mean
 BLOCK = 128  # columns whose errors are moved together
 ROWS_PER_COLUMN, LEAST_ROWS, MOST_ROWS = 24, 2**14, 2**17  # of the inputs that moments are taken from
@@ -219,6 +220,11 @@ def _row_weights(layer: QuantLayer, x: Tensor, positions: Tensor) -> Tensor:
     square = torch.where(square > 0, square, torch.ones_like(square))
     per_sample = math.prod(output_size(layer, x))
     return (1 / square)[positions.to(x.device) // per_sample]
+
+
+def can_compensate(layer: QuantLayer) -> bool:
+    """Whether a layer's output is a product of receptive fields with its weight."""
+    return isinstance(layer, QuantLinear | QuantConv | QuantConvTranspose)
 
 
 def groups_of(layer: QuantLayer) -> int:

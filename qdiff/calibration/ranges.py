@@ -42,22 +42,11 @@ def init_activation_ranges(
     enable_activations(model, True)
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(config.seed))
 
-    def first_ranges(chosen: Tensor) -> None:
-        ranges = [_Range(path, quantizer, method) for path, quantizer in act_quantizers(model).items()]
-        for part in data.uniform_parts(chosen):
-            assert isinstance(part, Tensor)  # as `chosen` is
-            for observer in ranges:
-                observer.share = len(part) / len(chosen)
-            data.run(model, part, device)
-        for observer in ranges:
-            observer.finish()
-
-    fitting = largest_fitting(first_ranges, order[:RANGE_SAMPLES])
+    fitting = largest_fitting(lambda chosen: set_ranges(model, data, chosen, method, device), order[:RANGE_SAMPLES])
     if unseen := [path for path, q in act_quantizers(model).items() if not torch.isfinite(q.scale).all()]:
         raise RuntimeError(f"activation quantizers never reached by a forward pass: {', '.join(unseen[:3])}")
     averages: list[_RunningRange] = []
     for quantizer in act_quantizers(model).values():
-        quantizer.observer = None
         if config.running_stat and not quantizer.groups and (quantizer.is_softmax or not config.rs_sm_only):
             quantizer.observer = _RunningRange(quantizer)
             averages.append(quantizer.observer)
@@ -68,6 +57,30 @@ def init_activation_ranges(
             data.run(model, batch, device)
     for quantizer in act_quantizers(model).values():
         quantizer.observer = None
+
+
+@torch.no_grad()
+def set_ranges(model: nn.Module, data: CalibrationData, chosen: Tensor, method: str, device: torch.device) -> None:
+    """Set the scale and zero point of every activation quantizer from one pass over some samples.
+
+    Args:
+        model: the quantized network. Quantizers that are enabled quantize what the others see.
+        data: the samples.
+        chosen: numbers of samples, [S].
+        method: the scale rule.
+        device: where the network is.
+
+    Raises:
+        NonFiniteError: an activation that is not finite, by the path of its quantizer.
+    """
+    ranges = [_Range(path, quantizer, method) for path, quantizer in act_quantizers(model).items()]
+    for part in data.uniform_parts(chosen):
+        assert isinstance(part, Tensor)  # as `chosen` is
+        for observer in ranges:
+            observer.share = len(part) / len(chosen)
+        data.run(model, part, device)
+    for observer in ranges:
+        observer.finish()
 
 
 class _Pool:
@@ -132,11 +145,12 @@ class _Range:
         self._set()
 
     def finish(self) -> None:
-        """Choose the ranges from all samples, after parts of them have chosen no new ones."""
+        """Stop observing; if samples came in parts, choose the ranges from all of them."""
         if self.share < 1:
             for group in self.pools:
                 self._choose(group)
             self._set()
+        self.quantizer.observer = None
 
     def _add(self, group: int, x: Tensor) -> None:
         """Add values of a group. Its range is searched again, unless they come in many parts and lie within it."""

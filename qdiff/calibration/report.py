@@ -3,7 +3,6 @@
 import csv
 import logging
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from qdiff.attention import with_called_matmuls
 from qdiff.calibration.batches import in_batches
 from qdiff.calibration.data import CalibrationData
 from qdiff.calibration.directory import MANIFEST, read_records
+from qdiff.calibration.effects import squared_effects
 from qdiff.calibration.ranges import RANGE_SAMPLES
 from qdiff.layers import QuantLayer, QuantMatMul
 from qdiff.model import act_quantizers, enable_activations, find_timestep_groups, quant_layers
@@ -133,16 +133,15 @@ def layer_effects(
 ) -> dict[str, float]:
     """Estimate the relative error of the network's output that each quantized layer alone causes.
 
-    A quantized layer, fed with its full-precision input, changes its output by d. To first order this changes the
-    output of the network by J d. For a vector v of random signs, (v J d)^2 has the mean ||J d||^2 (Hutchinson 1990),
-    and one backward pass gives v J for all layers. So this costs EFFECT_PASSES passes of the network over at most
-    EFFECT_SAMPLES samples of the validation split, whatever the number of layers.
+    A quantized layer, fed with its full-precision input, changes its output by d, and the output of the network by J d
+    (`qdiff.calibration.effects`). This costs EFFECT_PASSES passes of the network over at most EFFECT_SAMPLES samples of
+    the validation split, whatever the number of layers.
 
     Args:
         model: the full-precision network.
         network: the quantized network, in the mode that is judged.
         data: the samples, with their splits.
-        on_sample: called after every sample.
+        on_sample: called with every sample.
 
     Returns:
         {layer or attention matmul: ||J d|| / ||y||}, the root of the mean square over the samples, in order of
@@ -150,64 +149,20 @@ def layer_effects(
     """
     device = next(model.parameters()).device
     modules = {path: module for path, module in network.named_modules() if isinstance(module, QuantLayer | QuantMatMul)}
-    groups, generator = find_timestep_groups(network), torch.Generator().manual_seed(0)
-    reference = with_called_matmuls(model, network)
-    squares: dict[str, float] = defaultdict(float)
-    chosen = _spread(data.validation, EFFECT_SAMPLES)
-    for index in chosen:  # one by one, so that every value inside the network belongs to the sample
+    groups, reference = find_timestep_groups(network), with_called_matmuls(model, network)
+
+    def change(path: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> list[Tensor]:
+        return [modules[path](*args, **kwargs) - output]
+
+    def run(index: Tensor) -> Tensor:
         if groups is not None:
-            groups.set(data.timesteps(index[None]))
-        probe = _Probe(reference, modules)
-        with torch.enable_grad(), probe:
-            output = data.run(reference, index[None], device)
-        norm = output.detach().float().norm().clamp(min=torch.finfo(torch.float32).tiny).item()
-        for _ in range(EFFECT_VECTORS if output.requires_grad else 0):
-            signs = torch.randint(0, 2, output.shape, generator=generator).to(output) * 2 - 1
-            for path, change in probe.changes(output, signs).items():
-                squares[path] += (change / norm) ** 2
+            groups.set(data.timesteps(index))
         on_sample()
-    return {path: math.sqrt(total / len(chosen) / EFFECT_VECTORS) for path, total in squares.items()}
+        return data.run(reference, index, device)
 
-
-class _Probe:
-    """Inside a `with` it sees how quantized layers change their outputs in a pass of the full-precision network.
-
-    Args:
-        model: the full-precision network.
-        modules: the quantized layers and attention matmuls, by path.
-    """
-
-    def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-        self.model, self.modules = model, modules
-        self.calls: list[tuple[str, Tensor, Tensor]] = []  # (path, zeros added to the output, change of the output)
-
-    def __enter__(self) -> None:
-        self.handles = [
-            self.model.get_submodule(path).register_forward_hook(partial(self._visit, path), with_kwargs=True)
-            for path in self.modules
-        ]
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-    def _visit(self, path: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        with torch.no_grad():
-            change = self.modules[path](*args, **kwargs) - output
-        zeros = torch.zeros_like(output, requires_grad=True)
-        self.calls.append((path, zeros, change))
-        return output + zeros
-
-    def changes(self, output: Tensor, direction: Tensor) -> dict[str, float]:
-        """How far each layer moves the output of the pass in a direction of the same shape, to first order."""
-        zeros = [zeros for _, zeros, _ in self.calls]
-        gradients = torch.autograd.grad(
-            output, zeros, direction, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-        found: dict[str, float] = defaultdict(float)
-        for (path, _, change), gradient in zip(self.calls, gradients, strict=True):
-            found[path] += (gradient.float() * change.float()).sum().item()
-        return found
+    chosen = _spread(data.validation, EFFECT_SAMPLES)
+    squares = squared_effects(reference, list(modules), change, run, chosen, EFFECT_VECTORS)
+    return {path: math.sqrt(square) for path, (square,) in squares.items()}
 
 
 @torch.no_grad()

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from qdiff.calibration.batches import mean_loss
 from qdiff.calibration.blockwise import UnitCall
 from qdiff.calibration.cache import CachedTensor
-from qdiff.calibration.compensation import expand_channels, gather_moments, round_compensated
+from qdiff.calibration.compensation import can_compensate, expand_channels, gather_moments, round_compensated
 from qdiff.calibration.data import CalibrationData
 from qdiff.calibration.reconstruct import UnitResult
 from qdiff.calibration.smoothing import choose_smoothing
-from qdiff.layers import QuantConv, QuantConvTranspose, QuantLayer, QuantLinear
+from qdiff.layers import QuantLayer
 from qdiff.scale_rules import FITTED_RULE
 from qdiff.utils import distributed
 from qdiff.utils.memory import halving
@@ -185,11 +185,6 @@ def compensate_unit(pair: UnitPair, layers: Sequence[tuple[str, QuantLayer]], sm
     for layer, _, _ in weights:
         distributed.from_first([q.integers for q in layer.weight_quantizers])
     return UnitResult(before, after)
-
-
-def can_compensate(layer: QuantLayer) -> bool:
-    """Whether a layer's output is a product of receptive fields with its weight."""
-    return isinstance(layer, QuantLinear | QuantConv | QuantConvTranspose)
 
 
 def _nearest_loss(pair: UnitPair, weights: Sequence[tuple[QuantLayer, Tensor, Tensor | None]]) -> float:

@@ -55,7 +55,7 @@ from qdiff.utils.files import write_text
 log = logging.getLogger(__name__)
 
 # Raise it with every change that gives a calibration other numbers: a folder of another version is not continued.
-RECIPE_VERSION = 3
+RECIPE_VERSION = 4
 POLICY_FILE = "policy.json"
 
 State = dict[str, Tensor]
@@ -131,7 +131,8 @@ class Calibration:
         if file is not None and file.is_file():
             return make_policy(json.loads(file.read_text(encoding="utf-8")))
         data = self._samples()
-        found = measure_sensitivity(self.model, self.architecture, self.quant, data, self.device)
+        smoothing = self.config.smoothing and self.config.rounding == "compensated"
+        found = measure_sensitivity(self.model, self.architecture, self.quant, data, self.device, smoothing)
         policy = choose_policy(found, self.quant, self.config.policy_budget)
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,35 +1,38 @@
 """The default policy: which layers get more bits, by how much they disturb the output of the network at hand.
 
-A layer that is quantized adds an error d to its own output, and J d to the network's output, with the Jacobian J. With
-random signs v the mean of (v^T J d)^2 is ||J d||^2 (Hutchinson 1990), and one backward pass gives v^T J at every layer.
-So a few passes measure all layers at once. Bits then go where an error disappears at the least cost.
+A layer that is quantized adds an error to its own output, and so to the network's output. A few passes measure it for
+all layers at once (`qdiff.calibration.effects`). Bits then go where an error disappears at the least cost.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qdiff.architecture import Architecture
+from qdiff.calibration.compensation import COMPENSATED
 from qdiff.calibration.data import CalibrationData
+from qdiff.calibration.effects import squared_effects
+from qdiff.calibration.ranges import set_ranges
+from qdiff.calibration.smoothing import smooth_layers
 from qdiff.config import QuantConfig
-from qdiff.layers import ActQuantizer, QuantLayer, QuantMatMul, positions
-from qdiff.model import quantize_model
+from qdiff.layers import QuantLayer, QuantMatMul, multiply_accumulates
+from qdiff.model import enable_activations, quantize_model
 from qdiff.policy import Policy
-from qdiff.quantizers import quantize_nearest
-from qdiff.scale_rules import search_range
+from qdiff.quantizers import fake_quantize
+from qdiff.scale_rules import FITTED_RULE, search_range
+from qdiff.utils.memory import largest_fitting
 
 log = logging.getLogger(__name__)
 
-SAMPLES, PROBES, BATCH = 16, 4, 8  # of the measurement
-COMPENSATED = 1 / 8  # what error-compensating rounding leaves of the squared error of nearest rounding, as measured
+SAMPLES, VECTORS = 16, 2  # of the measurement: samples, and random directions of the output for each of them
 WIDE_ACT, WIDE_WEIGHTS = 16, (5, 6, 8)  # the widths that sensitive layers get
 BISECTIONS = 60
-VALUES = 2**14  # of an activation that its range is searched on
 
 
 @dataclass
@@ -61,7 +64,12 @@ class _Choice:
 
 
 def measure_sensitivity(
-    model: nn.Module, architecture: Architecture, quant: QuantConfig, data: CalibrationData, device: torch.device
+    model: nn.Module,
+    architecture: Architecture,
+    quant: QuantConfig,
+    data: CalibrationData,
+    device: torch.device,
+    smoothing: bool = False,
 ) -> dict[str, Sensitivity]:
     """Measure every layer and attention matmul, by path.
 
@@ -71,132 +79,93 @@ def measure_sensitivity(
         quant: the number formats, whose nominal widths are measured.
         data: the samples.
         device: the device of the network.
+        smoothing: layers are smoothed where it pays.
     """
-    wrapped = quantize_model(model, architecture, replace(quant, time_bounds=())).requires_grad_(False)
-    generator = torch.Generator().manual_seed(0)
-    chosen = torch.randperm(len(data), generator=generator)[:SAMPLES]
-    probe = _Probe(wrapped, quant.quant_act)
-    with torch.enable_grad(), probe.watching():
-        for batch in chosen.split(BATCH):
-            output = data.run(wrapped, batch, device).float()
-            size = output.detach().flatten(1).norm(dim=1)
-            for number in range(PROBES):
-                signs = torch.randint(0, 2, output.shape, generator=generator).to(device) * 2.0 - 1
-                projected = ((output * signs).flatten(1).sum(1) / torch.where(size > 0, size, 1)).sum()
-                probe.backward(projected, keep=number + 1 < PROBES)
-            probe.next_batch()
-    total = PROBES * len(chosen)
-    for found in probe.found.values():
-        found.of_input, found.of_weight = found.of_input / total, found.of_weight / total
-        found.macs /= len(chosen)
-    return probe.found
+    wrapped = quantize_model(model, architecture, quant).requires_grad_(False)
+    modules = {path: module for path, module in wrapped.named_modules() if isinstance(module, QuantLayer | QuantMatMul)}
+    chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:SAMPLES]
+    enable_activations(wrapped, False)
+    if quant.quant_act:
+        if smoothing:
+            smooth_layers(wrapped, data, chosen, device)
+        largest_fitting(lambda part: set_ranges(wrapped, data, part, FITTED_RULE, device), chosen)
+    changes = _Changes(modules, quant.quant_act)
+    squares = squared_effects(
+        wrapped, list(modules), changes, lambda index: data.run(wrapped, index, device), chosen, VECTORS
+    )
+    found = {path: Sensitivity(macs=macs / len(chosen)) for path, macs in changes.macs.items()}
+    for path, (of_input, of_weight) in squares.items():
+        found[path].of_input, found[path].of_weight = of_input, of_weight
+    for path in found:
+        if isinstance(layer := modules[path], QuantLayer):
+            found[path].elements = layer.shape.numel()
+    return found
 
 
-class _Probe:
-    """Watches forward passes of a wrapped network and adds up (v^T J d)^2 for every layer."""
+class _Changes:
+    """What quantizing the inputs of a layer, and rounding its weight, do to its output; see `squared_effects`.
 
-    def __init__(self, wrapped: nn.Module, activations: bool) -> None:
-        self.activations = activations
-        self.modules = {
-            path: module for path, module in wrapped.named_modules() if isinstance(module, QuantLayer | QuantMatMul)
+    Args:
+        modules: the wrapped layers, in full precision, and attention matmuls, by path.
+        activations: whether inputs are quantized.
+
+    Attributes:
+        macs: the multiply-accumulates so far, by path.
+    """
+
+    def __init__(self, modules: Mapping[str, QuantLayer | QuantMatMul], activations: bool) -> None:
+        self.modules, self.activations = modules, activations
+        self.macs: dict[str, float] = defaultdict(float)
+        self.rounding = {
+            path: _rounding_errors(module) for path, module in modules.items() if isinstance(module, QuantLayer)
         }
-        self.found = {path: Sensitivity() for path in self.modules}
-        self.outputs: list[tuple[str, Tensor, list[Tensor]]] = []
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Watch inside the `with`."""
-        handles = [
-            module.register_forward_hook(self._hook(path), with_kwargs=True) for path, module in self.modules.items()
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def __call__(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> list[Tensor]:
+        module = self.modules[path]
+        self.macs[path] += multiply_accumulates(module, args[0], output)
+        if isinstance(module, QuantLayer):
+            return self._of_layer(module, self.rounding[path], args, kwargs)
+        no_change = torch.zeros_like(output)
+        if not self.activations:
+            return [no_change, no_change]
+        with _quantizing(module):
+            return [module.forward(*args) - output, no_change]
 
-    def _hook(self, path: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], Tensor]:
-        found = self.found[path]
-
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-            with torch.no_grad():
-                if isinstance(module, QuantLayer):
-                    x, *others = args
-                    found.elements = module.weight.numel()
-                    found.macs += positions(module, x, output) * found.elements
-                    errors = self._layer_errors(
-                        module, x.detach(), lambda x, w: module.apply_weight(x, w, *others, **kwargs)
-                    )
-                else:
-                    assert isinstance(module, QuantMatMul)  # the hook is registered on no others
-                    found.macs += output.numel() * args[0].shape[-1]
-                    errors = self._matmul_errors(module, *(arg.detach() for arg in args))
-            if not output.requires_grad:
-                output = output.detach().requires_grad_()
-            self.outputs.append((path, output, errors))
-            return output.clone()  # what follows may change it in place
-
-        return hook
-
-    def _layer_errors(
-        self, layer: QuantLayer, x: Tensor, apply_weight: Callable[[Tensor, Tensor], Tensor]
+    def _of_layer(
+        self, layer: QuantLayer, rounding: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> list[Tensor]:
-        """The errors of a layer's output by its input and by its weight; `apply_weight` as the network calls it."""
-        weight, bias = layer.weight, layer.bias
-        rounded = [
-            _quantized(part, q.n_bits, False, False, rows=True)
-            for part, q in zip(layer._parts(weight), layer.weight_quantizers, strict=True)
-        ]
-        layer.bias = None
+        x, *others = args
+        bias, layer.bias = layer.bias, None
         try:
-            of_weight = apply_weight(x, layer._join(rounded) - weight)
+            exact = layer.quantize_input(x)
+            of_weight = layer.apply_weight(exact, rounding, *others, **kwargs)
             if not self.activations:
                 return [torch.zeros_like(of_weight), of_weight]
-            parts = zip(layer._parts(x), layer.act_quantizers, strict=True)
-            coarse = layer._join([_quantized_input(part, quantizer) for part, quantizer in parts])
-            return [apply_weight(coarse - x, weight), of_weight]
+            with _quantizing(layer):
+                change = layer.quantize_input(x) - exact
+            return [layer.apply_weight(change, layer.effective_weight(), *others, **kwargs), of_weight]
         finally:
             layer.bias = bias
 
-    def _matmul_errors(self, matmul: QuantMatMul, a: Tensor, b: Tensor) -> list[Tensor]:
-        if not self.activations:
-            return []
-        first, second = matmul.act_quantizers
-        return [_quantized_input(a, first) @ _quantized_input(b, second) - a @ b]
 
-    def backward(self, projected: Tensor, keep: bool) -> None:
-        """Add up the products of the gradients of `projected` with the errors."""
-        outputs = [output for _, output, _ in self.outputs]
-        gradients = torch.autograd.grad(projected, outputs, retain_graph=keep, allow_unused=True)
-        for (path, _, errors), gradient in zip(self.outputs, gradients, strict=True):
-            if gradient is None:
-                continue
-            found = self.found[path]
-            products = [(gradient.float() * error.float()).flatten(1).sum(1) for error in errors]
-            squares = [float(product.square().sum()) for product in products]
-            found.of_input += squares[0] if squares else 0.0
-            found.of_weight += squares[1] if len(squares) > 1 else 0.0
-
-    def next_batch(self) -> None:
-        """Forget the outputs of the last forward pass."""
-        self.outputs = []
+@contextmanager
+def _quantizing(module: nn.Module) -> Iterator[None]:
+    """Inside the `with`, a module quantizes its inputs."""
+    enable_activations(module, True)
+    try:
+        yield
+    finally:
+        enable_activations(module, False)
 
 
-def _quantized_input(x: Tensor, quantizer: ActQuantizer) -> Tensor:
-    return _quantized(x, quantizer.n_bits, quantizer.symmetric, quantizer.always_zero, rows=False)
-
-
-def _quantized(x: Tensor, n_bits: int, symmetric: bool, always_zero: bool, rows: bool) -> Tensor:
-    """`x` by nearest rounding, with one grid for each index of the first dimension, or one for all."""
-    values = x.detach().float()
-    few = values.flatten(1) if rows else values.reshape(1, -1)
-    if not rows and few.shape[1] > VALUES:
-        ends = torch.stack([few.amin(), few.amax()])[None]
-        few = torch.cat([few[:, :: few.shape[1] // VALUES], ends], 1)
-    scale, zero = search_range(few, n_bits, symmetric, always_zero)
-    shape = (-1, *[1] * (x.dim() - 1)) if rows else ()
-    scale, zero = scale.reshape(shape), zero.reshape(shape)
-    return ((quantize_nearest(values, scale, zero, n_bits, symmetric) - zero) * scale).to(x.dtype)
+def _rounding_errors(layer: QuantLayer) -> Tensor:
+    """What nearest rounding adds to the weight of a layer in full precision, in the layer's precision."""
+    parts = []
+    for part, quantizer in zip(layer._parts(layer.weight.float()), layer.weight_quantizers, strict=True):
+        rows = part.flatten(1)
+        rounded = fake_quantize(rows, *search_range(rows, quantizer.n_bits, False, False), quantizer.n_bits, False)
+        parts.append((rounded - rows).view_as(part))
+    return layer._join(parts).to(layer.dtype)
 
 
 def choose_policy(sensitivities: Mapping[str, Sensitivity], quant: QuantConfig, budget: float) -> Policy:

@@ -8,20 +8,66 @@ give the least error of the output; layers that gain little stay as they are.
 """
 
 import math
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from qdiff.calibration.compensation import expand_channels, groups_of
+from qdiff.calibration.compensation import (
+    COMPENSATED,
+    can_compensate,
+    expand_channels,
+    groups_of,
+    output_size,
+    receptive_fields,
+)
+from qdiff.calibration.data import CalibrationData
 from qdiff.layers import ActQuantizer, QuantLayer
-from qdiff.quantizers import quantize_nearest
+from qdiff.model import quant_layers
+from qdiff.quantizers import fake_quantize
 from qdiff.scale_rules import search_range
+from qdiff.utils.memory import largest_fitting
 
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)  # the values of a
-COMPENSATED = 1 / 8  # what error-compensating rounding leaves of the squared error of nearest rounding, as measured
 LEAST_GAIN = 0.2  # share of the squared error that smoothing must take away
 ROWS, VALUES = 1024, 2**16  # of the inputs that errors and ranges are measured on
 FLOOR = 1e-4  # the smallest relative maximum of a channel
+
+
+@torch.no_grad()
+def smooth_layers(wrapped: nn.Module, data: CalibrationData, chosen: Tensor, device: torch.device) -> None:
+    """Smooth the layers of a wrapped network in full precision that gain by it.
+
+    Args:
+        wrapped: the network; changed in place.
+        data: the samples.
+        chosen: numbers of the samples that rows are taken from, [S].
+        device: where the network is.
+    """
+    layers = {path: layer for path, layer in quant_layers(wrapped).items() if can_compensate(layer)}
+    seen: dict[str, list[Tensor]] = {}
+    sampler = torch.Generator().manual_seed(0)
+
+    def hook(path: str, layer: QuantLayer, args: tuple[Any, ...], _: Tensor) -> None:
+        x, rows = args[0].detach(), seen.setdefault(path, [])
+        total = len(x) * math.prod(output_size(layer, x))
+        count = min(total, max(1, ROWS * len(x) // len(chosen)))
+        rows.append(receptive_fields(layer, x.float(), torch.randint(0, total, (count,), generator=sampler)))
+
+    def gather(fitting: Tensor) -> None:
+        seen.clear()
+        for part in data.uniform_parts(fitting):
+            data.run(wrapped, part, device)
+
+    handles = [layer.register_forward_hook(partial(hook, path)) for path, layer in layers.items()]
+    try:
+        largest_fitting(gather, chosen)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for path, rows in seen.items():
+        choose_smoothing(layers[path], torch.cat(rows))
 
 
 @torch.no_grad()
@@ -72,8 +118,9 @@ def _error(layer: QuantLayer, rows: Tensor, weight: Tensor, factors: Tensor) -> 
     for span, act, quantizer in zip(spans, layer.act_quantizers, layer.weight_quantizers, strict=True):
         x, w = rows[:, span] / factors[span], weight[:, span] * factors[span]
         of_inputs += (_quantized_input(x, act) - x) @ w.T
-        scale, zero = search_range(w, quantizer.n_bits, False, False)
-        of_weights += x @ ((quantize_nearest(w, scale, zero, quantizer.n_bits) - zero) * scale - w).T
+        of_weights += (
+            x @ (fake_quantize(w, *search_range(w, quantizer.n_bits, False, False), quantizer.n_bits, False) - w).T
+        )
     # relative to the output, because squares of large values leave the range of float32
     size = (rows @ weight.T).abs().amax().clamp(min=torch.finfo(rows.dtype).tiny)
     return float((of_inputs / size).square().sum() + COMPENSATED * (of_weights / size).square().sum())
@@ -85,5 +132,4 @@ def _quantized_input(x: Tensor, quantizer: ActQuantizer) -> Tensor:
     ends = torch.stack([values.amin(), values.amax()])
     few = torch.cat([values[::step], ends])[None]
     scale, zero = search_range(few, quantizer.n_bits, quantizer.symmetric, quantizer.always_zero)
-    q = quantize_nearest(x, scale, zero, quantizer.n_bits, quantizer.symmetric)
-    return (q - zero) * scale
+    return fake_quantize(x, scale, zero, quantizer.n_bits, quantizer.symmetric)

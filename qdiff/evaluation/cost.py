@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from qdiff.layers import ActQuantizer, QuantLayer, QuantMatMul, positions
+from qdiff.layers import ActQuantizer, QuantLayer, QuantMatMul, multiply_accumulates
 
 DEFINITION = (
     "MACs count convolutions, linear layers and attention matmuls, quantized or not, for one image and one evaluation "
@@ -49,15 +49,15 @@ def measure_cost(wrapped: nn.Module, inputs: tuple[Tensor, ...], weight_bits: in
 
     def layer_hook(layer: QuantLayer, args: tuple[Tensor, ...], output: Tensor) -> None:
         nonlocal macs, bops
-        times = positions(layer, args[0], output)
+        whole = multiply_accumulates(layer, args[0], output)
+        macs += whole
         for weight, act in zip(layer.weight_quantizers, layer.act_quantizers, strict=True):
-            part = times * weight.integers.numel()
-            macs += part
+            part = whole * weight.integers.numel() // layer.shape.numel()
             bops += part * (weight_bits or weight.n_bits) * bits(act)
 
     def matmul_hook(matmul: QuantMatMul, args: tuple, output: Tensor) -> None:
         nonlocal macs, bops
-        part = output.numel() * args[0].shape[-1]
+        part = multiply_accumulates(matmul, args[0], output)
         macs += part
         first, second = matmul.act_quantizers
         bops += part * bits(first) * bits(second)
