@@ -199,10 +199,11 @@ _FAST = CalibrationConfig(
     smoothing=True,
     unit_samples=256,
     policy_budget=0.05,
-    iters_tune=60,
+    iters_tune=200,
+    batch_tune=8,
 )
 PRESETS = {
     "published": CalibrationConfig(),
     "fast": _FAST,
-    "best": replace(_FAST, samples=128, unit_samples=1024, iters_tune=1200, iters_tune_a=600, batch_tune=32),
+    "best": replace(_FAST, samples=128, unit_samples=1024, iters_tune=1500, iters_tune_a=400),
 }

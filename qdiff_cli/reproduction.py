@@ -435,8 +435,8 @@ class TableCheck:
 
     def _nearest_error(self, quant: QuantConfig) -> float:
         """The trajectory error of nearest rounding."""
-        calibration = Calibration(self.model, self.run.task.architecture, quant, CHECK_RECIPE, self.data)
-        return self.table.trajectory_error(calibration.nearest(), CHECK_IMAGES, CHECK_STEPS)
+        calibration = Calibration(self.model, self.run.task.architecture, quant.linear(), CHECK_RECIPE, self.data)
+        return self.table.trajectory_error(calibration.run(), CHECK_IMAGES, CHECK_STEPS)
 
     def _sample(self, name: str, network: nn.Module) -> None:
         """Sample the images of a row for the picture."""

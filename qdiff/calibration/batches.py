@@ -1,10 +1,11 @@
-"""Work over batches of samples: halved if memory does not suffice, shared by the processes."""
+"""Work over batches of samples, halved if memory does not suffice, shared by the processes; and errors over them."""
 
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from qdiff.layers import to_float32
 from qdiff.utils import distributed
 from qdiff.utils.memory import halving
 
@@ -28,6 +29,12 @@ def mean_loss(loss: Callable[[slice], Tensor], indices: range, size: int) -> flo
 
     in_batches(add, indices, size)
     return distributed.agree(total / len(indices))
+
+
+def relative_errors(output: Tensor, target: Tensor) -> Tensor:
+    """||output - target|| / ||target|| of each sample, float32 [N]."""
+    output, target = to_float32(output).flatten(1), to_float32(target).flatten(1)
+    return (output - target).norm(dim=1) / target.norm(dim=1).clamp(min=torch.finfo(target.dtype).tiny)
 
 
 def add_gradients(loss: Callable[[Tensor], Tensor], batch: Tensor, parameters: Sequence[Tensor]) -> float:

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from qdiff import quantizers as Q
-from qdiff.calibration.batches import add_gradients, in_batches, mean_loss
+from qdiff.calibration.batches import add_gradients, in_batches, mean_loss, relative_errors
 from qdiff.calibration.data import CalibrationData
 from qdiff.calibration.reconstruct import UnitResult
 from qdiff.config import CalibrationConfig
-from qdiff.layers import ActQuantizer, QuantLayer, dequantize, to_float32
+from qdiff.layers import ActQuantizer, QuantLayer, dequantize
 from qdiff.model import act_quantizers, quant_layers
 from qdiff.prediction import Prediction
 from qdiff.refusals import NORMS
@@ -29,12 +29,6 @@ from qdiff.utils import distributed
 VALIDATIONS, VALIDATION_SAMPLES = 6, 64  # each costs a pass of both networks over so many samples
 AFFINE_SHARE = 0.1  # of the learning rate, for biases and norms
 SIZE_SAMPLES = 16  # that the sizes of outputs are measured on
-
-
-def relative_error(output: Tensor, target: Tensor) -> Tensor:
-    """||output - target|| / ||target|| of each sample, averaged."""
-    output, target = to_float32(output), to_float32(target)
-    return ((output - target).flatten(1).norm(dim=1) / target.flatten(1).norm(dim=1)).mean()
 
 
 @dataclass
@@ -171,7 +165,7 @@ class FineTuner:
     def loss(self, part: Tensor | slice) -> Tensor:
         """The mean relative error of eps over some samples."""
         target = self.targets[part].to(self.device)
-        return relative_error(self.eps(part, self.data.run(self.quantized, part, self.device)), target)
+        return relative_errors(self.eps(part, self.data.run(self.quantized, part, self.device)), target).mean()
 
     @torch.no_grad()
     def _find_targets(self) -> Tensor:

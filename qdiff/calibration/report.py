@@ -16,7 +16,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from qdiff.attention import with_called_matmuls
-from qdiff.calibration.batches import in_batches
+from qdiff.calibration.batches import in_batches, relative_errors
 from qdiff.calibration.data import CalibrationData
 from qdiff.calibration.directory import MANIFEST, read_records
 from qdiff.calibration.effects import squared_effects
@@ -107,14 +107,13 @@ def output_errors(
     sums: Errors = {name: dict.fromkeys(of_network, 0.0) for name, of_network in modes.items()}
 
     def add(part: slice) -> None:
-        target = data.run(model, chosen[part], device).float().flatten(1)
-        norms = target.norm(dim=1).clamp(min=torch.finfo(target.dtype).tiny)
+        target = data.run(model, chosen[part], device)
         found: list[tuple[str, str, float]] = []
         for name, network in networks.items():
             for mode in modes[name]:
                 with _mode(network, mode):
-                    difference = data.run(network, chosen[part], device).float().flatten(1) - target
-                found.append((name, mode, (difference.norm(dim=1) / norms).sum().item()))
+                    output = data.run(network, chosen[part], device)
+                found.append((name, mode, relative_errors(output, target).sum().item()))
         for name, mode, total in found:  # all or nothing, because a part that does not fit is repeated
             sums[name][mode] += total
         on_samples(len(target) * (1 + len(found)))

@@ -58,8 +58,6 @@ log = logging.getLogger(__name__)
 RECIPE_VERSION = 4
 POLICY_FILE = "policy.json"
 
-State = dict[str, Tensor]
-
 
 @dataclass(frozen=True)
 class Calibration:
@@ -140,8 +138,9 @@ class Calibration:
         return policy
 
     def nearest(self) -> nn.Module:
-        """The baseline: the same widths by nearest rounding and min-max ranges."""
-        return replace(self, quant=self.quant.linear(), weights_from=None, directory=CalibrationDir()).run()
+        """The baseline: the same widths and scale rules by nearest rounding, with nothing fitted."""
+        quant = replace(self.quant, quant_mode="linear")
+        return replace(self, quant=quant, weights_from=None, directory=CalibrationDir()).run()
 
     def report(self, folder: Path | None, quantized: nn.Module) -> None:
         """Log how good the finished calibration is, and write tables and pictures of it into `folder`, if any.
@@ -236,6 +235,8 @@ class _Run:
         self.calibration, self.config, self.quant = calibration, calibration.config, calibration.quant
         self.quantized, self.data, self.order = quantized, data, order
         self.device, self.groups = calibration.device, find_timestep_groups(quantized)
+        few = self.config.unit_samples if self.config.rounding == "compensated" else 0
+        self.unit_data = data.fewer(few) if few else data
         self.cache = self._make_cache()
         of_unit = self.config.iters if self.config.rounding == "adaround" else 1
         of_unit += self.config.iters_a if self.quant.quant_act else 0
@@ -250,7 +251,8 @@ class _Run:
             # a file for each unit, the whole network after the ranges and after fine-tuning, and both checkpoints
             parameters = sum(p.numel() for p in self.calibration.model.parameters())
             written = 5 * sum(tensor.nbytes for tensor in self.quantized.state_dict().values()) + 8 * parameters
-        cache.check_space(self.order.peak_elements * len(self.data) * torch.float32.itemsize, written)
+        count = len(self.data if self.config.iters_a and self.quant.quant_act else self.unit_data)
+        cache.check_space(self.order.peak_elements * count * torch.float32.itemsize, written)
         return cache
 
     def all_steps(self) -> None:
@@ -324,9 +326,8 @@ class _Run:
         return first, second
 
     def _compensate(self) -> None:
-        """Round the weights of all units in closed form, in order, on the recipe's share of the samples."""
-        calibration, paths = self.calibration, self.order.units
-        data = self.data.fewer(self.config.unit_samples) if self.config.unit_samples else self.data
+        """Round the weights of all units in closed form, in order, on `unit_data`."""
+        calibration, data, paths = self.calibration, self.unit_data, self.order.units
         if self.steps.has(len(paths)):
             for path in paths:
                 self.steps.do(f"weights {path}", 1, self.quantized.get_submodule(path), None)

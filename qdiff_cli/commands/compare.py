@@ -130,7 +130,7 @@ def load_networks(run: SamplingRun, model: nn.Module, options: CompareOptions) -
     networks: dict[str, nn.Module] = {}
     for name, (quant, network) in loaded.items():
         networks[name] = network
-        networks[f"{name} nearest"] = Calibration(model, run.task.architecture, quant, recipe, data).nearest()
+        networks[f"{name} nearest"] = Calibration(model, run.task.architecture, quant.linear(), recipe, data).run()
     return networks
 
 

@@ -95,7 +95,7 @@ class Demo:
         quant = PackedFile.open(self.files["W4A8"]).info.config.linear()
         task = self.run.task
         data = task.make_calibration_set(self.model, RECIPE).select(RECIPE.num_timesteps, RECIPE.samples)
-        network = Calibration(self.model, task.architecture, quant, RECIPE, data).nearest()
+        network = Calibration(self.model, task.architecture, quant, RECIPE, data).run()
         source = state_hash(self.model.state_dict())
         info = PackedInfo(task.architecture.name, task.unet_config, quant, RECIPE.to_dict(), source)
         save_packed(self.files[NEAREST], network, info)
