@@ -127,7 +127,7 @@ def quantize(
         timestep_groups: the number of groups of time steps with activation scales of their own (arXiv 2311.16503).
         policy: {pattern of paths: widths}, for layers with other widths than the nominal ones: `W8A16`, `W8`, `A16`, or
             `keep` for full precision (`qdiff.policy`).
-        preset: the recipe: `fast` or `published`.
+        preset: the recipe: `fast`, `best` or `published`.
         folder: keeps finished units, so that the same call continues after an interruption, and the files of a report.
         recipe: settings that replace those of the preset (`qdiff.config.CalibrationConfig`).
 

@@ -254,14 +254,19 @@ def report_quality(
             networks = {NEAREST: nearest(), CALIBRATED: quantized}
             progress.update(min(RANGE_SAMPLES, len(data)))
         quality = Quality(output_errors(model, networks, data, progress.update), effects, count)
-        log_quality(quality)
+        log_quality(quality, find_timestep_groups(quantized) is not None)
         if folder is not None:
             write_report(folder, model, networks, data, quality)
             progress.update(total - progress.n)
 
 
-def log_quality(quality: Quality) -> None:
-    """Log the errors and the worst layers, with warnings."""
+def log_quality(quality: Quality, grouped: bool) -> None:
+    """Log the errors and the worst layers, with warnings.
+
+    Args:
+        quality: what was measured.
+        grouped: whether the network has timestep groups.
+    """
     errors, effects = quality.errors, quality.effects
     described = "; ".join(
         f"{name} " + ", ".join(f"{error:.4g} {mode}" for mode, error in of_network.items())
@@ -278,7 +283,10 @@ def log_quality(quality: Quality) -> None:
             message = "worse than nearest rounding, %s: relative error of the output %.4g, by nearest rounding %.4g"
             log.warning(message, mode, error, errors[NEAREST][mode])
         if not error <= MAX_ERROR:  # also if it is not a number
-            log.warning("relative error of the output %.4g, %s: expected at most %s", error, mode, MAX_ERROR)
+            hint = (
+                "; timestep_groups gives ranges to groups of time steps" if mode == ACTIVATIONS and not grouped else ""
+            )
+            log.warning("relative error of the output %.4g, %s: expected at most %s%s", error, mode, MAX_ERROR, hint)
 
 
 def write_report(

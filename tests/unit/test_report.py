@@ -203,21 +203,28 @@ def test_a_network_without_gradients_has_no_effects():
 )
 def test_warnings(caplog, calibrated, warnings):
     errors = {NEAREST: {WEIGHTS: 0.2, ACTIVATIONS: 0.28}, CALIBRATED: calibrated}
-    log_quality(Quality(errors, {"a": 0.1}, 8))
+    log_quality(Quality(errors, {"a": 0.1}, 8), grouped=False)
     found = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(found) == len(warnings)
     assert all(expected in message for expected, message in zip(warnings, found, strict=True))
 
 
+@pytest.mark.parametrize("grouped", [False, True])
+def test_timestep_groups_are_named_where_they_could_help(caplog, grouped):
+    log_quality(Quality({NEAREST: {WEIGHTS: 0.4, ACTIVATIONS: 0.5}}, {}, 8), grouped)
+    weights, activations = (record.getMessage() for record in caplog.records if record.levelno == logging.WARNING)
+    assert "timestep_groups" not in weights and ("timestep_groups" in activations) != grouped
+
+
 def test_nearest_rounding_alone_is_judged_too(caplog):
-    log_quality(Quality({NEAREST: {WEIGHTS: 0.4}}, {}, 8))
+    log_quality(Quality({NEAREST: {WEIGHTS: 0.4}}, {}, 8), grouped=False)
     assert [record.levelno for record in caplog.records if record.levelno >= logging.WARNING] == [logging.WARNING]
 
 
 def test_the_five_worst_layers_are_named_in_order(caplog):
     caplog.set_level(logging.INFO)
     effects = {f"layer{number}": number / 100 for number in range(8)}
-    log_quality(Quality({NEAREST: {WEIGHTS: 0.1}}, effects, 8))
+    log_quality(Quality({NEAREST: {WEIGHTS: 0.1}}, effects, 8), grouped=False)
     assert "layer7 0.07, layer6 0.06, layer5 0.05, layer4 0.04, layer3 0.03" in caplog.text
     assert "layer2" not in caplog.text
 
