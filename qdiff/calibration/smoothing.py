@@ -21,6 +21,7 @@ from qdiff.calibration.compensation import (
     groups_of,
     output_size,
     receptive_fields,
+    row_weights,
 )
 from qdiff.calibration.data import CalibrationData
 from qdiff.layers import ActQuantizer, QuantLayer
@@ -53,7 +54,9 @@ def smooth_layers(wrapped: nn.Module, data: CalibrationData, chosen: Tensor, dev
         x, rows = args[0].detach(), seen.setdefault(path, [])
         total = len(x) * math.prod(output_size(layer, x))
         count = min(total, max(1, ROWS * len(x) // len(chosen)))
-        rows.append(receptive_fields(layer, x.float(), torch.randint(0, total, (count,), generator=sampler)))
+        positions = torch.randint(0, total, (count,), generator=sampler)
+        weights = row_weights(layer, x, positions)
+        rows.append(receptive_fields(layer, x.float(), positions) * weights[:, None].sqrt())
 
     def gather(fitting: Tensor) -> None:
         seen.clear()
@@ -76,7 +79,8 @@ def choose_smoothing(layer: QuantLayer, rows: Tensor) -> float:
 
     Args:
         layer: the layer, with its weight in full precision and without smoothing.
-        rows: receptive fields of its inputs, [R, K].
+        rows: receptive fields of its inputs, [R, K], divided by the root mean square of the output of their samples, so
+            that samples of all sizes count the same.
 
     Returns:
         The strength a that was taken; 0: none.
