@@ -193,7 +193,7 @@ def gather_moments(
         seed: seed of the choice of rows.
 
     Returns:
-        The moments, and some rows of the quantized network, relative to the outputs of their samples, [R, K].
+        The moments, and some rows of the quantized network, [R, K], for the choice of ranges.
     """
     full_layer, layer = layers
     columns = math.prod(layer.shape[1:]) * groups_of(layer)
@@ -208,14 +208,12 @@ def gather_moments(
                 share = sampler.share = min(1.0, min(MOST_ROWS, max(LEAST_ROWS, ROWS_PER_COLUMN * columns)) / total)
             positions = sampler.positions(x)
             rows_full, rows = (receptive_fields(layer, part.float(), positions) for part in (x_full, x))
-            weights = row_weights(full_layer, x_full, positions)
-            moments.add(rows_full, rows, weights)
-            few = max(1, 4096 // len(batches))
-            some.append(rows[:few] * weights[:few, None].sqrt())
+            moments.add(rows_full, rows, _row_weights(full_layer, x_full, positions))
+            some.append(rows[: max(1, 4096 // len(batches))])
     return moments, torch.cat(some)
 
 
-def row_weights(layer: QuantLayer, x: Tensor, positions: Tensor) -> Tensor:
+def _row_weights(layer: QuantLayer, x: Tensor, positions: Tensor) -> Tensor:
     """1 / (mean square of the output of the sample) for each of the rows."""
     output = layer.apply_weight(x, layer.weight).detach().float()
     square = output.reshape(len(x), -1).square().mean(1)

@@ -21,7 +21,6 @@ from qdiff.calibration.compensation import (
     groups_of,
     output_size,
     receptive_fields,
-    row_weights,
 )
 from qdiff.calibration.data import CalibrationData
 from qdiff.layers import ActQuantizer, QuantLayer
@@ -54,9 +53,7 @@ def smooth_layers(wrapped: nn.Module, data: CalibrationData, chosen: Tensor, dev
         x, rows = args[0].detach(), seen.setdefault(path, [])
         total = len(x) * math.prod(output_size(layer, x))
         count = min(total, max(1, ROWS * len(x) // len(chosen)))
-        positions = torch.randint(0, total, (count,), generator=sampler)
-        weights = row_weights(layer, x, positions)
-        rows.append(receptive_fields(layer, x.float(), positions) * weights[:, None].sqrt())
+        rows.append(receptive_fields(layer, x.float(), torch.randint(0, total, (count,), generator=sampler)))
 
     def gather(fitting: Tensor) -> None:
         seen.clear()
@@ -79,8 +76,7 @@ def choose_smoothing(layer: QuantLayer, rows: Tensor) -> float:
 
     Args:
         layer: the layer, with its weight in full precision and without smoothing.
-        rows: receptive fields of its inputs, [R, K], divided by the root mean square of the output of their samples, so
-            that samples of all sizes count the same.
+        rows: receptive fields of its inputs, [R, K].
 
     Returns:
         The strength a that was taken; 0: none.
