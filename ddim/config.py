@@ -101,6 +101,8 @@ class PixelConfig:
         batch_size: images that are sampled at a time by default.
         pretrained: the name of a public checkpoint, or a file of the repository; None: the file names no weights.
         training: the `training` section; see `training_config`.
+        clip_x0: the largest |x_0| that a sampler may predict, from `clip_sample` of a folder of diffusers; infinity:
+            there is no limit. None: each sampler does as the published one does.
     """
 
     path: Path
@@ -109,6 +111,7 @@ class PixelConfig:
     batch_size: int
     pretrained: str | None
     training: dict[str, Any]
+    clip_x0: float | None = None
 
 
 # Keys of the released YAML files that only the published training reads, and keys that must have one certain value.
