@@ -78,15 +78,11 @@ UNET_RULES: Rules = (
 PROJECTIONS = re.compile(r"\.(attn\.\d+|attn_1)\.(q|k|v|proj_out)\.weight$")  # 1x1 convolutions here, linear there
 
 
-def rename(state: Mapping[str, Tensor], rules: Rules) -> dict[str, Tensor]:
-    """Rename tensors: every rule is applied to every name, in order."""
-    compiled = [(re.compile(pattern), replacement) for pattern, replacement in rules]
-    renamed = {}
-    for name, tensor in state.items():
-        for pattern, replacement in compiled:
-            name = pattern.sub(replacement, name)
-        renamed[name] = tensor
-    return renamed
+def rename(name: str, rules: Rules) -> str:
+    """Apply every rule to a name, in order."""
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def released_block_names(state: Mapping[str, Tensor], rules: Rules, levels: int) -> dict[str, Tensor]:
@@ -102,8 +98,8 @@ def released_block_names(state: Mapping[str, Tensor], rules: Rules, levels: int)
         return f"up.{levels - 1 - int(match[1])}."
 
     released = {}
-    for name, tensor in rename(state, rules).items():
-        name = re.sub(r"\bup\.(\d+)\.", reverse, name)
+    for name, tensor in state.items():
+        name = re.sub(r"\bup\.(\d+)\.", reverse, rename(name, rules))
         released[name] = as_convolution(tensor, 2) if PROJECTIONS.search(name) else tensor
     return released
 
