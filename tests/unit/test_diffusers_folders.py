@@ -154,7 +154,9 @@ def test_a_whole_pipeline_in_half_precision(pipelines, tmp_path):
     pipelines["text"].to(torch.float32)
     config = latent_format.resolve_config(None, folder)
     checkpoint = LatentCheckpoint(folder, config)
-    assert all(p.dtype == torch.float32 for p in (*checkpoint.unet().parameters(), *checkpoint.model_parts().parameters()))
+    assert all(
+        p.dtype == torch.float32 for p in (*checkpoint.unet().parameters(), *checkpoint.model_parts().parameters())
+    )
 
 
 def test_attention_names_of_older_files(pipelines, folders, copy):
@@ -309,7 +311,9 @@ def test_settings_that_change_the_function_are_refused_by_name(copy, name, file,
     assert key == "_class_name" or key in str(error.value)
 
 
-@pytest.mark.parametrize("key", ["norm_eps", "downsample_padding", "freq_shift", "flip_sin_to_cos", "attention_head_dim"])
+@pytest.mark.parametrize(
+    "key", ["norm_eps", "downsample_padding", "freq_shift", "flip_sin_to_cos", "attention_head_dim"]
+)
 def test_a_missing_setting_means_the_default_of_diffusers(copy, key):
     folder = copy("pixel")
     change(folder / "unet/config.json", **{key: ...})
