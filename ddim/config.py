@@ -200,7 +200,7 @@ def _parse(path: Path, values: dict[str, Any]) -> PixelConfig:
     for name, expected in DATA_VALUES.items():
         if data.get(name, expected) is not expected:
             raise ConfigError(f"data.{name} {data[name]!r}: expected {str(expected).lower()}")
-    diffusion = _diffusion_config(sections["diffusion"])
+    diffusion = diffusion_config_from_dict(sections["diffusion"])
     if model.get("type", "simple") != "simple":
         raise ConfigError(f"model.type {model['type']!r}: expected simple")
     network = model_config_from_dict({"image_size": data.get("image_size"), **model}, MODEL)
@@ -221,8 +221,12 @@ def _parse(path: Path, values: dict[str, Any]) -> PixelConfig:
     )
 
 
-def _diffusion_config(values: dict[str, Any]) -> DiffusionConfig:
-    """Make and validate the forward process."""
+def diffusion_config_from_dict(values: dict[str, Any]) -> DiffusionConfig:
+    """Make and validate the forward process.
+
+    Raises:
+        ConfigError: a setting is unknown or cannot work.
+    """
     config = fill(DiffusionConfig, values, "diffusion")
     if config.beta_schedule != "linear":
         raise ConfigError(f"diffusion.beta_schedule {config.beta_schedule!r}: expected linear")

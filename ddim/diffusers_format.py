@@ -5,6 +5,7 @@ them.
 """
 
 import logging
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -13,8 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ddim.config import DiffusionConfig, ModelConfig, PixelConfig, load_config, model_config_from_dict
-from qdiff.checkpoint.diffusers_folder import DiffusersFolder, Settings, require_agreement
+from ddim.config import ModelConfig, PixelConfig, diffusion_config_from_dict, load_config, model_config_from_dict
+from qdiff.checkpoint.diffusers_folder import DiffusersFolder, Settings, errors_name, require_agreement
 from qdiff.checkpoint.diffusers_schedule import SCHEDULER_CLASSES, read_schedule
 from qdiff.errors import ConfigError
 
@@ -167,10 +168,8 @@ def _model_config(settings: Settings) -> ModelConfig:
         "norm_groups": settings.get("norm_num_groups", int, 32),
     }
     settings.finish(UNET2D_HARMLESS)
-    try:
+    with errors_name(settings.file):
         return model_config_from_dict(values)
-    except ConfigError as error:
-        raise ConfigError(f"{settings.file}: {error}") from None
 
 
 def read_config(folder: DiffusersFolder) -> PixelConfig:
@@ -184,12 +183,18 @@ def read_config(folder: DiffusersFolder) -> PixelConfig:
     if folder.is_latent:
         raise ConfigError(f"{folder.path}: a latent model: expected a pixel model (UNet2DModel without an autoencoder)")
     schedule = read_schedule(folder, "linear", clipping=(True, False))
+    diffusion = {
+        "beta_start": schedule.beta_start,
+        "beta_end": schedule.beta_end,
+        "num_diffusion_timesteps": schedule.num_timesteps,
+        "parameterization": schedule.parameterization,
+    }
+    with errors_name(folder.scheduler().file):
+        diffusion_config = diffusion_config_from_dict(diffusion)
     return PixelConfig(
         path=folder.path,
         model=_model_config(folder.part("unet").settings("UNet2DModel")),
-        diffusion=DiffusionConfig(
-            "linear", schedule.beta_start, schedule.beta_end, schedule.num_timesteps, schedule.parameterization
-        ),
+        diffusion=diffusion_config,
         batch_size=BATCH_SIZE,
         pretrained=None,
         training={},
@@ -227,7 +232,7 @@ def resolve_config(config: Path | None, checkpoint: Path | None) -> PixelConfig:
         return found
     given = load_config(config)
     require_agreement(_comparable(given), _comparable(found), given.path, folder.path)
-    if found.clip_x0 == 1:
+    if found.clip_x0 is not None and math.isfinite(found.clip_x0):
         log.warning(
             "%s: clip_sample true is left to the samplers, which are the published ones with a YAML file: ddpm_noisy "
             "clips x_0, generalized does not; without the file, both clip",

@@ -24,7 +24,7 @@ from ldm.autoencoder import AutoencoderKL, FirstStage, VQModel
 from ldm.config import LatentConfig, ModuleSpec, load_config, validate
 from ldm.encoders import Conditioner, FrozenCLIPEmbedder, TransformersEmbedder
 from ldm.unet import UNetConfig, unet_config
-from qdiff.checkpoint.diffusers_folder import DiffusersFolder, Settings, read_json, require_agreement
+from qdiff.checkpoint.diffusers_folder import DiffusersFolder, Settings, errors_name, read_json, require_agreement
 from qdiff.checkpoint.diffusers_schedule import SCHEDULER_CLASSES, read_schedule
 from qdiff.errors import CheckpointError, ConfigError
 
@@ -165,10 +165,8 @@ def read_config(folder: DiffusersFolder) -> LatentConfig:
         use_ema=False,
         parameterization=schedule.parameterization,
     )
-    try:
+    with errors_name(folder.path):
         validate(config)
-    except ConfigError as error:
-        raise ConfigError(f"{folder.path}: {error}") from None
     return config
 
 
@@ -203,10 +201,8 @@ def _read_unet_config(folder: DiffusersFolder) -> tuple[UNetConfig, int]:
             "context_dim": settings.get("cross_attention_dim", int, 1280),
         }
         settings.finish(CONDITION_HARMLESS)
-    try:
+    with errors_name(settings.file):
         return unet_config(values | heads | {"attention_resolutions": [2**level for level in levels]}), image_size
-    except ConfigError as error:
-        raise ConfigError(f"{settings.file}: {error}") from None
 
 
 def _same_for_all(settings: Settings, name: str, default: int) -> int:
@@ -281,8 +277,11 @@ def _read_conditioning(folder: DiffusersFolder, context_dim: int) -> ModuleSpec[
     tokenizer = folder.path / "tokenizer"
     if not ((tokenizer / "tokenizer.json").is_file() or (tokenizer / "vocab.json").is_file()):
         raise CheckpointError(f"{tokenizer}: no tokenizer: expected tokenizer.json, or vocab.json and merges.txt")
-    length = read_json(tokenizer / "tokenizer_config.json").get("model_max_length", 77)
-    max_length = int(min(length, values["max_position_embeddings"]))
+    length, positions = (
+        read_json(tokenizer / "tokenizer_config.json").get("model_max_length"),
+        "max_position_embeddings",
+    )
+    max_length = min(int(length), values[positions]) if isinstance(length, int | float) else values[positions]
     params = {"settings": values, "max_length": max_length, "tokenizer_folder": str(tokenizer)}
     return ModuleSpec(TransformersEmbedder, params, str(settings.file))
 
@@ -292,7 +291,11 @@ def _comparable(config: LatentConfig) -> dict[str, Any]:
     unet = asdict(config.unet)
     del unet["dropout"], unet["num_heads"], unet["num_head_channels"]
     unet["attention_resolutions"] = sorted(config.unet.attention_resolutions)
-    unet["heads of each resolution"] = [config.unet.heads(level) for level in range(len(config.unet.channel_mult))]
+    last = len(config.unet.channel_mult) - 1  # of the block in the middle, which always has attention
+    with_attention = [
+        level for level in range(last + 1) if 2**level in config.unet.attention_resolutions or level == last
+    ]
+    unet["heads of each resolution"] = [config.unet.heads(level) for level in with_attention]
     schedule = {
         name: getattr(config, name)
         for name in ("linear_start", "linear_end", "timesteps", "parameterization", "image_size", "channels")
@@ -306,7 +309,7 @@ def _comparable(config: LatentConfig) -> dict[str, Any]:
 
 def _autoencoder_values(params: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of an autoencoder that change its function."""
-    networks = {"norm_groups": 32, "attn_resolutions": []} | dict(params.get("ddconfig", {}))
+    networks = {"norm_groups": 32, "attn_resolutions": [], "double_z": True} | dict(params.get("ddconfig", {}))
     ignored = ("dropout", "resolution")
     values = {name: value for name, value in networks.items() if name not in ignored}
     values |= {name: params.get(name) for name in ("embed_dim", "n_embed")}

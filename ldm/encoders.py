@@ -227,19 +227,25 @@ class TransformersEmbedder(TextEmbedder):
         tower = getattr(model, "text_model", model)  # transformers 5 has no such level any more
         tower.embeddings.position_ids = None  # `_states` passes them: a buffer that no file holds stays on meta
         super().__init__(tower, max_length)
-        self.tokenizer_folder = tokenizer_folder
+        self.tokenizer_folder, self.vocab_size = tokenizer_folder, config.vocab_size
 
     def _make_tokenizer(self) -> "CLIPTokenizer":
         make_torchvision_importable()
         from transformers import CLIPTokenizer
 
         try:
-            return CLIPTokenizer.from_pretrained(self.tokenizer_folder, local_files_only=True)
+            tokenizer = CLIPTokenizer.from_pretrained(self.tokenizer_folder, local_files_only=True)
         except Exception as error:  # the tokenizer library raises plain exceptions
             message = str(error).strip().splitlines()
             raise ConfigError(
                 f"{self.tokenizer_folder}: a tokenizer that cannot be read ({message[0][:160] if message else error!r})"
             ) from None
+        if len(tokenizer) > self.vocab_size:
+            raise ConfigError(
+                f"{self.tokenizer_folder}: {len(tokenizer)} tokens: expected at most {self.vocab_size}, the vocab_size "
+                "of the text tower"
+            )
+        return tokenizer
 
     def _states(self, tower: Any, tokens: Tensor) -> Tensor:
         positions = torch.arange(self.max_length, device=tokens.device)[None]

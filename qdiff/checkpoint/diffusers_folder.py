@@ -7,7 +7,8 @@ repositories google/ddpm-* hold the files of the UNet and of the scheduler at th
 import json
 import logging
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -92,6 +93,15 @@ def needed_files(names: Iterable[str]) -> list[str]:
     return needed
 
 
+@contextmanager
+def errors_name(file: Path) -> Iterator[None]:
+    """Put the file that a ConfigError is about before its message, in a `with` statement."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from None
+
+
 class Settings:
     """The settings of a JSON file. Each must be read, expected or named as harmless; `finish` refuses the others.
 
@@ -116,10 +126,8 @@ class Settings:
             ConfigError: a value of another type.
         """
         self._known.add(name)
-        try:
+        with errors_name(self.file):
             return typed(self.values.get(name, default), kind, name)
-        except ConfigError as error:
-            raise ConfigError(f"{self.file}: {error}") from None
 
     def square_size(self, name: str) -> int:
         """Return the width and height of a square: a number, or a pair of equal numbers. ConfigError for others."""
@@ -247,14 +255,25 @@ class DiffusersFolder:
     @classmethod
     def find(cls, path: str | Path | None) -> "DiffusersFolder | None":
         """Return the folder of diffusers at `path`, or None if there is none."""
-        path = Path(path or "")
-        files = (path / INDEX, path / CONFIG, path / "unet" / CONFIG)
-        return cls(path) if any(file.is_file() for file in files) else None
+        if path is None:
+            return None
+        path = Path(path)
+        top = path / CONFIG  # other programs write such a file too
+        is_network = top.is_file() and "_class_name" in top.read_text(encoding="utf-8", errors="replace")
+        is_pipeline = (path / INDEX).is_file() or (path / "unet" / CONFIG).is_file()
+        return cls(path) if is_network or is_pipeline else None
 
     @cached_property
     def index(self) -> dict[str, Any]:
         """The content of `model_index.json`; empty if there is no such file."""
         return read_json(self.path / INDEX) if (self.path / INDEX).is_file() else {}
+
+    def files(self) -> list[Path]:
+        """The files that are read: settings, tokenizer, and one file of weights for each part."""
+        names = [
+            f"{name}/{file.name}" if name else file.name for name in PARTS for file in (self.path / name).glob("*")
+        ]
+        return [self.path / name for name in sorted(needed_files(names)) if (self.path / name).is_file()]
 
     def has(self, name: str) -> bool:
         """Whether the folder has a folder of this name with settings."""

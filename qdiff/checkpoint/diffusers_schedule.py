@@ -72,7 +72,8 @@ def read_schedule(folder: DiffusersFolder, beta_schedule: str, clipping: Collect
         CheckpointError: the file is missing or damaged.
         ConfigError: a setting has a value that is not supported. The message has its name and both values.
     """
-    settings = folder.scheduler().settings(*SCHEDULERS)
+    part = folder.scheduler()
+    settings = part.settings(*SCHEDULERS)
     settings.expect({"beta_schedule": ("linear", beta_schedule)} | EXPECTED)
     prediction = settings.get("prediction_type", str, "epsilon")
     if prediction not in PREDICTION_TYPES:
@@ -80,8 +81,7 @@ def read_schedule(folder: DiffusersFolder, beta_schedule: str, clipping: Collect
     variance = settings.values.get("variance_type") or VARIANCES[0]
     if variance not in VARIANCES:
         settings.refuse("variance_type", f": expected {', '.join(VARIANCES)}", variance)
-    clips_by_default = folder.scheduler().class_name.startswith(("DDIM", "DDPM"))
-    clips = settings.get("clip_sample", bool, clips_by_default)
+    clips = settings.get("clip_sample", bool, part.class_name.startswith(("DDIM", "DDPM")))
     if clips not in clipping:
         settings.refuse("clip_sample", f": expected {' or '.join(str(value).lower() for value in clipping)}", clips)
     return NoiseSchedule(
