@@ -121,5 +121,5 @@ def test_stable_diffusion(tmp_path):
         "agreeing": ["--ckpt", folder, "--config", SD_CONFIG],
     }
     for name, more in runs.items():
-        succeeded(script("txt2img.py", *words, *more, "--outdir", tmp_path / name))
+        succeeded(script("txt2img.py", *words, *more, "--outdir", tmp_path / name, timeout=1800))
     assert same_images(*(tmp_path / name for name in runs))
