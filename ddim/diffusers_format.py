@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from ddim.config import ModelConfig, PixelConfig, diffusion_config_from_dict, load_config, model_config_from_dict
-from qdiff.checkpoint.diffusers_folder import DiffusersFolder, Settings, errors_name, require_agreement
+from qdiff.checkpoint.diffusers_folder import DiffusersFolder, Settings, errors_name, require_agreement, require_config
 from qdiff.checkpoint.diffusers_schedule import SCHEDULER_CLASSES, read_schedule
 from qdiff.errors import ConfigError
 
@@ -122,13 +122,12 @@ def channel_multipliers(settings: Settings) -> tuple[int, tuple[int, ...]]:
     return widths[0], tuple(width // widths[0] for width in widths)
 
 
-def attention_levels(settings: Settings, kinds: Mapping[str, str], with_attention: str, levels: int) -> list[int]:
+def attention_levels(settings: Settings, kinds: Mapping[str, str], levels: int) -> list[int]:
     """Return the resolutions with attention, counted from the highest one.
 
     Args:
-        settings: the settings of a UNet.
+        settings: the settings of a UNet or of an autoencoder.
         kinds: from each supported block type of the downward path to its counterpart in the upward path.
-        with_attention: the type with attention.
         levels: the number of resolutions.
 
     Raises:
@@ -142,13 +141,12 @@ def attention_levels(settings: Settings, kinds: Mapping[str, str], with_attentio
     mirror = tuple(kinds[kind] for kind in reversed(down))
     if up != mirror:
         settings.refuse("up_block_types", f": expected {', '.join(mirror)}, the mirror of down_block_types", up)
-    return [level for level, kind in enumerate(down) if kind == with_attention]
+    return [level for level, kind in enumerate(down) if "Attn" in kind]
 
 
 def unet2d_attention_levels(settings: Settings, levels: int) -> list[int]:
     """Return the resolutions of a UNet2DModel with attention; see `attention_levels`."""
-    kinds = {"DownBlock2D": "UpBlock2D", "AttnDownBlock2D": "AttnUpBlock2D"}
-    return attention_levels(settings, kinds, "AttnDownBlock2D", levels)
+    return attention_levels(settings, {"DownBlock2D": "UpBlock2D", "AttnDownBlock2D": "AttnUpBlock2D"}, levels)
 
 
 def _model_config(settings: Settings) -> ModelConfig:
@@ -223,10 +221,7 @@ def resolve_config(config: Path | None, checkpoint: Path | None) -> PixelConfig:
     """
     folder = DiffusersFolder.find(checkpoint)
     if folder is None:
-        if config is None:
-            message = ": expected a YAML file; only a folder of diffusers does not need it"
-            raise ConfigError(message, field="config")
-        return load_config(config)
+        return load_config(require_config(config))
     found = read_config(folder)
     if config is None:
         return found

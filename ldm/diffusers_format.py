@@ -24,7 +24,14 @@ from ldm.autoencoder import AutoencoderKL, FirstStage, VQModel
 from ldm.config import LatentConfig, ModuleSpec, load_config, validate
 from ldm.encoders import Conditioner, FrozenCLIPEmbedder, TransformersEmbedder
 from ldm.unet import UNetConfig, unet_config
-from qdiff.checkpoint.diffusers_folder import DiffusersFolder, Settings, errors_name, read_json, require_agreement
+from qdiff.checkpoint.diffusers_folder import (
+    DiffusersFolder,
+    Settings,
+    errors_name,
+    read_json,
+    require_agreement,
+    require_config,
+)
 from qdiff.checkpoint.diffusers_schedule import SCHEDULER_CLASSES, read_schedule
 from qdiff.errors import CheckpointError, ConfigError
 
@@ -172,11 +179,12 @@ def read_config(folder: DiffusersFolder) -> LatentConfig:
 
 def _read_unet_config(folder: DiffusersFolder) -> tuple[UNetConfig, int]:
     """Read the configuration of the UNet. Returns it with the width and height of the latents."""
-    settings = folder.part("unet").settings("UNet2DConditionModel", "UNet2DModel")
+    part = folder.part("unet")
+    settings, is_conditional = part.settings("UNet2DConditionModel", "UNet2DModel"), part.class_name != "UNet2DModel"
     channels, multipliers = channel_multipliers(settings)
     values: dict[str, Any] = {
-        "in_channels": settings.get("in_channels", int, 4),
-        "out_channels": settings.get("out_channels", int, 4),
+        "in_channels": settings.get("in_channels", int, 4 if is_conditional else 3),
+        "out_channels": settings.get("out_channels", int, 4 if is_conditional else 3),
         "model_channels": channels,
         "channel_mult": multipliers,
         "num_res_blocks": _same_for_all(settings, "layers_per_block", 2),
@@ -184,7 +192,7 @@ def _read_unet_config(folder: DiffusersFolder) -> tuple[UNetConfig, int]:
     }
     image_size = settings.square_size("sample_size")
     widths = [channels * multiplier for multiplier in multipliers]
-    if settings.values.get("_class_name") == "UNet2DModel":
+    if not is_conditional:
         settings.expect(LATENT_2D_EXPECTED)
         levels = unet2d_attention_levels(settings, len(widths))
         head_channels = settings.get("attention_head_dim", int | None, 8)
@@ -193,7 +201,7 @@ def _read_unet_config(folder: DiffusersFolder) -> tuple[UNetConfig, int]:
     else:
         settings.expect(CONDITION_EXPECTED)
         kinds = {"DownBlock2D": "UpBlock2D", "CrossAttnDownBlock2D": "CrossAttnUpBlock2D"}
-        levels = attention_levels(settings, kinds, "CrossAttnDownBlock2D", len(widths))
+        levels = attention_levels(settings, kinds, len(widths))
         heads = _condition_heads(settings, widths)
         values |= {
             "use_spatial_transformer": True,
@@ -241,7 +249,7 @@ def _read_first_stage(folder: DiffusersFolder, image_size: int) -> tuple[ModuleS
     is_kl = part.class_name == "AutoencoderKL"
     settings.expect(AUTOENCODER_EXPECTED)
     ch, multipliers = channel_multipliers(settings)
-    attention_levels(settings, {"DownEncoderBlock2D": "UpDecoderBlock2D"}, "", len(multipliers))
+    attention_levels(settings, {"DownEncoderBlock2D": "UpDecoderBlock2D"}, len(multipliers))
     channels = settings.get("latent_channels", int, 4 if is_kl else 3)
     networks = {
         "double_z": is_kl,
@@ -334,7 +342,7 @@ def _text_values(conditioning: ModuleSpec[Conditioner] | None) -> dict[str, Any]
     }
 
 
-def resolve_config(config: Path | None, checkpoint: Path) -> LatentConfig:
+def resolve_config(config: Path | None, checkpoint: Path | None) -> LatentConfig:
     """Return the configuration of a latent model.
 
     Args:
@@ -347,10 +355,7 @@ def resolve_config(config: Path | None, checkpoint: Path) -> LatentConfig:
     """
     folder = DiffusersFolder.find(checkpoint)
     if folder is None:
-        if config is None:
-            message = ": expected a YAML file; only a folder of diffusers does not need it"
-            raise ConfigError(message, field="config")
-        return load_config(config)
+        return load_config(require_config(config))
     found = read_config(folder)
     if config is None:
         return found

@@ -346,6 +346,13 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
+def require_config(config: Path | None) -> Path:
+    """Return the YAML file of a checkpoint that is no folder of diffusers. ConfigError if there is none."""
+    if config is None:
+        raise ConfigError(": expected a YAML file; only a folder of diffusers does not need it", field="config")
+    return config
+
+
 def require_agreement(given: Mapping[str, Any], found: Mapping[str, Any], config: Path, folder: Path) -> None:
     """Compare a given YAML file with a folder of diffusers.
 

@@ -134,7 +134,7 @@ def parse(argv: Sequence[str] | None) -> CalibrationSetOptions:
     ckpt = None if args.ckpt is None else local_checkpoint(args.ckpt)
     config: PixelConfig | LatentConfig
     if is_latent(args.config, ckpt):
-        config = resolve_latent_config(args.config, ckpt or Path())
+        config = resolve_latent_config(args.config, ckpt)
         conditioning = config.conditioning
         args.validate(latent_rules(None if conditioning is None else conditioning.kind))
         if not args.ckpt:
