@@ -101,6 +101,8 @@ class PixelConfig:
         batch_size: images that are sampled at a time by default.
         pretrained: the name of a public checkpoint, or a file of the repository; None: the file names no weights.
         training: the `training` section; see `training_config`.
+        clip_x0: the largest |x_0| that a sampler may predict, from `clip_sample` of a folder of diffusers; infinity:
+            there is no limit. None: each sampler does as the published one does.
     """
 
     path: Path
@@ -109,6 +111,7 @@ class PixelConfig:
     batch_size: int
     pretrained: str | None
     training: dict[str, Any]
+    clip_x0: float | None = None
 
 
 # Keys of the released YAML files that only the published training reads, and keys that must have one certain value.
@@ -197,7 +200,7 @@ def _parse(path: Path, values: dict[str, Any]) -> PixelConfig:
     for name, expected in DATA_VALUES.items():
         if data.get(name, expected) is not expected:
             raise ConfigError(f"data.{name} {data[name]!r}: expected {str(expected).lower()}")
-    diffusion = _diffusion_config(sections["diffusion"])
+    diffusion = diffusion_config_from_dict(sections["diffusion"])
     if model.get("type", "simple") != "simple":
         raise ConfigError(f"model.type {model['type']!r}: expected simple")
     network = model_config_from_dict({"image_size": data.get("image_size"), **model}, MODEL)
@@ -218,8 +221,12 @@ def _parse(path: Path, values: dict[str, Any]) -> PixelConfig:
     )
 
 
-def _diffusion_config(values: dict[str, Any]) -> DiffusionConfig:
-    """Make and validate the forward process."""
+def diffusion_config_from_dict(values: dict[str, Any]) -> DiffusionConfig:
+    """Make and validate the forward process.
+
+    Raises:
+        ConfigError: a setting is unknown or cannot work.
+    """
     config = fill(DiffusionConfig, values, "diffusion")
     if config.beta_schedule != "linear":
         raise ConfigError(f"diffusion.beta_schedule {config.beta_schedule!r}: expected linear")

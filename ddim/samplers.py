@@ -3,6 +3,7 @@
 A new sampler is one function with one `register_sampler(PIXEL_SAMPLERS, ...)`.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -106,7 +107,9 @@ def _descending_pairs(timesteps: Tensor) -> list[tuple[int, int]]:
     return list(zip(reversed(steps), reversed([-1, *steps[:-1]]), strict=True))
 
 
-@register_sampler(PIXEL_SAMPLERS, "generalized", _spaced_timesteps, stochastic=True, uses_eta=True, uses_spacing=True)
+@register_sampler(
+    PIXEL_SAMPLERS, "generalized", _spaced_timesteps, stochastic=True, uses_eta=True, uses_spacing=True, clips=True
+)
 def sample_ddim(
     denoiser: Denoiser,
     x: Tensor,
@@ -115,15 +118,17 @@ def sample_ddim(
     noise: Noise,
     callback: Callback | None = None,
     eta: float = 0.0,
+    clip_x0: float = math.inf,
 ) -> Tensor:
     """Generalized DDIM (Song et al. 2021, arXiv 2010.02502, eq. 12 and 16).
 
-    It is deterministic at eta 0, and adds as much noise as DDPM at eta 1.
+    It is deterministic at eta 0, and adds as much noise as DDPM at eta 1. The published sampler does not clip x_0; if
+    it is clipped, eps stays as the network predicted it, as in diffusers' DDIMScheduler.
     """
     for t, t_next in _descending_pairs(timesteps):
         a, a_next = _alpha(alphas_cumprod, t), _alpha(alphas_cumprod, t_next)
         eps = evaluate(denoiser, x, t, callback)
-        x0 = (x - eps * (1 - a).sqrt()) / a.sqrt()
+        x0 = ((x - eps * (1 - a).sqrt()) / a.sqrt()).clamp(-clip_x0, clip_x0)
         sigma = eta * ((1 - a / a_next) * (1 - a_next) / (1 - a)).sqrt()
         x = a_next.sqrt() * x0 + (1 - a_next - sigma**2).sqrt() * eps
         if eta:
@@ -156,7 +161,7 @@ def sample_dpm_solver(
     return x
 
 
-@register_sampler(PIXEL_SAMPLERS, "ddpm_noisy", _spaced_timesteps, stochastic=True, uses_spacing=True)
+@register_sampler(PIXEL_SAMPLERS, "ddpm_noisy", _spaced_timesteps, stochastic=True, uses_spacing=True, clips=True)
 def sample_ddpm(
     denoiser: Denoiser,
     x: Tensor,
@@ -165,13 +170,14 @@ def sample_ddpm(
     noise: Noise,
     callback: Callback | None = None,
     eta: float = 0.0,
+    clip_x0: float = 1.0,
 ) -> Tensor:
     """Ancestral sampling with the larger variance and a clipped x_0 (Ho et al. 2020, arXiv 2006.11239, eq. 7)."""
     for t, t_next in _descending_pairs(timesteps):
         a, a_next = _alpha(alphas_cumprod, t), _alpha(alphas_cumprod, t_next)
         beta = 1 - a / a_next
         eps = evaluate(denoiser, x, t, callback)
-        x0 = (x / a.sqrt() - (1 / a - 1).sqrt() * eps).clamp(-1, 1)
+        x0 = (x / a.sqrt() - (1 / a - 1).sqrt() * eps).clamp(-clip_x0, clip_x0)
         mean = (a_next.sqrt() * beta * x0 + (1 - beta).sqrt() * (1 - a_next) * x) / (1 - a)
         x = mean + beta.sqrt() * noise() if t > 0 else mean
     return x

@@ -37,6 +37,7 @@ class PixelSampler:
         self.shape = (config.model.in_channels, config.model.image_size, config.model.image_size)
         self.sampler = PIXEL_SAMPLERS.get(settings.sample_type)
         self.timesteps = self.sampler.timesteps(settings, config.diffusion.num_diffusion_timesteps)
+        self.sample = self.sampler.clipped(config.clip_x0)
 
     @property
     def evaluations(self) -> int:
@@ -74,9 +75,7 @@ class PixelSampler:
         noise = NoiseSource(seed, indices, self.shape, self.device, stream)
         denoiser = self.denoiser(network, indices)
         alphas_cumprod, eta = self.prediction.alphas_cumprod, self.settings.eta
-        return denoiser.check(
-            self.sampler.sample(denoiser, noise(), alphas_cumprod, self.timesteps, noise, callback, eta)
-        )
+        return denoiser.check(self.sample(denoiser, noise(), alphas_cumprod, self.timesteps, noise, callback, eta))
 
 
 def make_calibration_set(

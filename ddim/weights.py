@@ -5,8 +5,10 @@ from pathlib import Path
 from torch import nn
 
 from ddim.config import PixelConfig
+from ddim.diffusers_format import read_unet
 from ddim.unet import UNet
 from qdiff.checkpoint import load_into, read_tensors
+from qdiff.checkpoint.diffusers_folder import DiffusersFolder
 from qdiff.errors import ConfigError
 from qdiff.utils.download import cache_root, fetch
 from qdiff.utils.resources import find, is_clone
@@ -42,14 +44,17 @@ def load_unet(config: PixelConfig, checkpoint: str | Path | None) -> nn.Module:
 
     Args:
         config: the configuration of the model.
-        checkpoint: a local file. None stands for the pretrained weights that the configuration names.
+        checkpoint: a local file or a folder of diffusers. None stands for the pretrained weights that the configuration
+            names.
 
     Raises:
         CheckpointError: the file does not hold this network.
         ConfigError: the configuration names no pretrained weights, or they do not exist.
     """
     path = Path(checkpoint) if checkpoint else pretrained_file(config)
-    return load_into(UNet(config.model), read_tensors(path), path).eval()
+    folder = DiffusersFolder.find(path)
+    state = read_tensors(path) if folder is None else read_unet(folder)
+    return load_into(UNet(config.model), state, path).eval()
 
 
 def pretrained_file(config: PixelConfig) -> Path:

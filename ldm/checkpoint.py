@@ -10,9 +10,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ldm.config import LatentConfig
-from ldm.encoders import BERT_NOT_SUPPORTED, BERTEmbedder, Conditioner, FrozenCLIPEmbedder
+from ldm.diffusers_format import read_networks
+from ldm.encoders import BERT_NOT_SUPPORTED, BERTEmbedder, Conditioner, TextEmbedder
 from ldm.unet import UNetModel
 from qdiff.checkpoint import PackedFile, load_into, read_tensors
+from qdiff.checkpoint.diffusers_folder import DiffusersFolder
 from qdiff.errors import CheckpointError, ConfigError, NonFiniteError
 from qdiff.utils.files import atomic_write
 
@@ -21,6 +23,7 @@ log = logging.getLogger(__name__)
 UNET_PREFIX, EMA_PREFIX = "model.diffusion_model.", "model_ema.diffusion_model"
 STAGE, CONDITIONING = "first_stage_model.", "cond_stage_model."
 TEXT = "cond_stage_model.transformer."
+PREFIX_OF_NETWORK = {"unet": UNET_PREFIX, "first_stage": STAGE, "text_encoder": TEXT}
 PART_NAMES = {STAGE: "autoencoder", CONDITIONING: "text tower or class embedder"}
 SCHEDULE = [  # buffers of the published class; our schedule comes from the configuration
     "betas",
@@ -105,7 +108,7 @@ def expected_shapes(config: LatentConfig) -> dict[str, torch.Size]:
     if config.use_ema:
         shapes |= {_ema_name(name): tensor.shape for name, tensor in unet.named_parameters()}
         shapes |= {"model_ema.decay": torch.Size([]), "model_ema.num_updates": torch.Size([])}
-    if isinstance(model_parts.cond_stage_model, FrozenCLIPEmbedder):
+    if isinstance(model_parts.cond_stage_model, TextEmbedder):
         shapes[f"{TEXT}text_model.embeddings.position_ids"] = torch.Size([1, model_parts.cond_stage_model.max_length])
     return shapes
 
@@ -143,7 +146,7 @@ def _files(path: Path) -> list[Path]:
 
 
 class LatentCheckpoint:
-    """The memory-mapped tensors of an official file, or of the files of a bundled model.
+    """The memory-mapped tensors of an official file, of the files of a bundled model, or of a folder of diffusers.
 
     Args:
         path: a file or folder; see `find_checkpoint`.
@@ -156,8 +159,12 @@ class LatentCheckpoint:
     def __init__(self, path: str | Path, config: LatentConfig) -> None:
         self.path, self.config = Path(path), config
         self.state: dict[str, Tensor] = {}
-        for file in find_checkpoint(path):
-            self.state |= read_tensors(file)
+        if folder := DiffusersFolder.find(path):
+            for name, tensors in read_networks(folder, config.unet).items():
+                self.state |= {f"{PREFIX_OF_NETWORK[name]}{key}": tensor for key, tensor in tensors.items()}
+        else:
+            for file in find_checkpoint(path):
+                self.state |= read_tensors(file)
         if not any(name.startswith((UNET_PREFIX, EMA_PREFIX, STAGE)) for name in self.state):
             found = _some(self.state)
             raise CheckpointError(
@@ -239,7 +246,7 @@ class LatentCheckpoint:
             for name, tensor in self.state.items()
             if name.startswith(prefixes) and not name.startswith(discriminator)
         }
-        if self.config.conditioning is not None and self.config.conditioning.kind is FrozenCLIPEmbedder:
+        if self.config.conditioning is not None and issubclass(self.config.conditioning.kind, TextEmbedder):
             return _released_text_names(state)
         return state
 
@@ -269,7 +276,8 @@ def open_checkpoint(path: str | Path, config: LatentConfig, calibrated: str | Pa
         ConfigError: the conditioner is not supported.
     """
     require_supported(config)
-    if calibrated and not _files(Path(path)) and (packed := PackedFile.find(calibrated)) is not None:
+    exists = _files(Path(path)) or DiffusersFolder.find(path)
+    if calibrated and not exists and (packed := PackedFile.find(calibrated)) is not None:
         return LatentCheckpoint(packed.model_parts_file(), config)
     return LatentCheckpoint(path, config)
 

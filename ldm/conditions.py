@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoint import LatentModelParts
-from ldm.encoders import ClassEmbedder, FrozenCLIPEmbedder
+from ldm.encoders import ClassEmbedder, TextEmbedder
 from qdiff.errors import ConfigError, NonFiniteError
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ def text_conditions(model_parts: Callable[[], LatentModelParts], prompt_of: Call
 
     def conditions(indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         text = model_parts().cond_stage_model
-        if not isinstance(text, FrozenCLIPEmbedder):
+        if not isinstance(text, TextEmbedder):
             raise ConfigError(f"prompts: expected a model with a text tower, found {type(text).__name__}")
         new = {prompt_of(i) for i in indices} - reported
         reported.update(new)
@@ -41,7 +41,7 @@ def text_conditions(model_parts: Callable[[], LatentModelParts], prompt_of: Call
     return conditions
 
 
-def cut_prompts(text: FrozenCLIPEmbedder, prompts: Iterable[str]) -> dict[str, str]:
+def cut_prompts(text: TextEmbedder, prompts: Iterable[str]) -> dict[str, str]:
     """Find the prompts that are too long for the text tower.
 
     Returns:
@@ -101,19 +101,19 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def calibration_prompt(config_path: Path) -> Callable[[int], str]:
+def calibration_prompt(file: Path) -> Callable[[int], str]:
     """Return a function from the index of a calibration sample to its prompt.
 
-    The prompts come from `prompts.txt` beside the YAML file, in turn. The file is read at the first call.
+    The prompts are taken in turn. The file is read at the first call.
 
     Args:
-        config_path: the YAML file.
+        file: the file of prompts, one a line.
     """
     prompts: list[str] = []
 
     def prompt_of(index: int) -> str:
         if not prompts:
-            prompts.extend(read_prompts(config_path.with_name("prompts.txt")))
+            prompts.extend(read_prompts(file))
         return prompts[index % len(prompts)]
 
     return prompt_of

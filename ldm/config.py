@@ -127,7 +127,7 @@ class LatentConfig:
     """A whole configuration file.
 
     Attributes:
-        path: the YAML file.
+        path: the YAML file, or a folder of diffusers.
         unet: the UNet.
         first_stage: the map between images and latents.
         conditioning: the map from prompts or classes to contexts. None for an unconditional model.
@@ -155,6 +155,17 @@ class LatentConfig:
     use_ema: bool = True
     parameterization: str = "eps"
     training: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the model."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+    @property
+    def prompts(self) -> Path:
+        """The file of the prompts of calibration samples; the project's own if a folder of diffusers has none."""
+        file = self.folder / "prompts.txt"
+        return file if file.is_file() or not self.path.is_dir() else find("configs/stable-diffusion/prompts.txt")
 
     @property
     def downsampling(self) -> int:
@@ -244,7 +255,7 @@ def _parse(path: Path, values: Any) -> LatentConfig:
         training={key: values[key] for key in OWN_TRAINING if key in values},
         **{name: typed(params[name], kind, f"model.params.{name}") for name, kind in SCALARS.items() if name in params},
     )
-    _validate(config)
+    validate(config)
     return config
 
 
@@ -262,7 +273,7 @@ def _scale_factor(params: Mapping[str, Any]) -> float | None:
     return factor
 
 
-def _validate(config: LatentConfig) -> None:
+def validate(config: LatentConfig) -> None:
     """Raise a ConfigError, by name, for values that cannot work."""
     start, end = config.linear_start, config.linear_end
     if not 0 < start <= end < 1:

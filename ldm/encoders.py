@@ -1,9 +1,10 @@
-"""Conditioners: CLIP's text tower with its tokenizer, made offline, and the class embedder."""
+"""Conditioners: text towers with their tokenizers, made offline, and the class embedder."""
 
 import gzip
 import importlib.util
 import itertools
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,13 +130,55 @@ class Conditioner(nn.Module):
 class _ReleasedTextModel(nn.Module):
     """The level `transformer` in the released names of the text tower's parameters."""
 
-    def __init__(self, text_model: TextTransformer) -> None:
+    def __init__(self, text_model: nn.Module) -> None:
         super().__init__()
         self.text_model = text_model
 
 
-class FrozenCLIPEmbedder(Conditioner):
-    """From prompts to contexts [N, max_length, width]. The defaults are CLIP ViT-L/14, as in Stable Diffusion v1.
+class TextEmbedder(Conditioner):
+    """From prompts to contexts [N, max_length, D], by a tokenizer and a text tower.
+
+    Args:
+        tower: the text tower, called with tokens [N, max_length].
+        max_length: number of tokens of a context; longer prompts are cut.
+    """
+
+    def __init__(self, tower: nn.Module, max_length: int) -> None:
+        super().__init__()
+        self.max_length = max_length
+        self.transformer = _ReleasedTextModel(tower)
+
+    @cached_property
+    def tokenizer(self) -> "CLIPTokenizer":
+        """The tokenizer, made on first use."""
+        return self._make_tokenizer()
+
+    def _make_tokenizer(self) -> "CLIPTokenizer":
+        raise NotImplementedError
+
+    def tokenize(self, prompts: Sequence[str]) -> Tensor:
+        """Return token numbers [N, max_length]: the start token, the prompt, the end token, and pad tokens."""
+        encoded = self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=self.max_length)
+        return torch.tensor(encoded["input_ids"])
+
+    def cut_off(self, prompt: str) -> str:
+        """Return the end of a prompt that `tokenize` cuts off, or an empty string if the prompt is short enough."""
+        tokens = self.tokenizer([prompt], verbose=False)["input_ids"][0]
+        return self.tokenizer.decode(tokens[self.max_length - 1 : -1]) if len(tokens) > self.max_length else ""
+
+    @torch.no_grad()
+    def encode(self, inputs: Sequence[str]) -> Tensor:
+        """Return the contexts of N prompts, [N, max_length, D]."""
+        tower: Any = self.transformer.text_model
+        return self._states(tower, self.tokenize(inputs).to(tower.final_layer_norm.weight.device))
+
+    def _states(self, tower: Any, tokens: Tensor) -> Tensor:
+        """Run the tower. Returns its states after the final normalization, [N, max_length, D]."""
+        return tower(tokens)
+
+
+class FrozenCLIPEmbedder(TextEmbedder):
+    """CLIP's text tower with its tokenizer. The defaults are CLIP ViT-L/14, as in Stable Diffusion v1.
 
     Args:
         width: width of the states.
@@ -155,34 +198,58 @@ class FrozenCLIPEmbedder(Conditioner):
         vocabulary: str | None = None,
         version: str = "openai/clip-vit-large-patch14",
     ) -> None:
-        super().__init__()
-        self.max_length, self.vocabulary = max_length, vocabulary
         merges = CLIP_MERGES if vocabulary is None else len(read_merges(vocabulary))
-        self.transformer = _ReleasedTextModel(TextTransformer(512 + merges + 2, width, layers, heads, max_length))
-        self._tokenizer: CLIPTokenizer | None = None
+        super().__init__(TextTransformer(512 + merges + 2, width, layers, heads, max_length), max_length)
+        self.vocabulary = vocabulary
 
-    @property
-    def tokenizer(self) -> "CLIPTokenizer":
-        """The tokenizer, made on first use."""
-        if self._tokenizer is None:
-            self._tokenizer = make_tokenizer(clip_merges() if self.vocabulary is None else read_merges(self.vocabulary))
-        return self._tokenizer
+    def _make_tokenizer(self) -> "CLIPTokenizer":
+        return make_tokenizer(clip_merges() if self.vocabulary is None else read_merges(self.vocabulary))
 
-    def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Return token numbers [N, max_length]: the start token, the prompt, and end tokens up to the full length."""
-        encoded = self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=self.max_length)
-        return torch.tensor(encoded["input_ids"])
 
-    def cut_off(self, prompt: str) -> str:
-        """Return the end of a prompt that `tokenize` cuts off, or an empty string if the prompt is short enough."""
-        tokens = self.tokenizer([prompt])["input_ids"][0]
-        return self.tokenizer.decode(tokens[self.max_length - 1 : -1]) if len(tokens) > self.max_length else ""
+class TransformersEmbedder(TextEmbedder):
+    """The CLIPTextModel of the library transformers with the tokenizer of a folder of diffusers.
 
-    @torch.no_grad()
-    def encode(self, inputs: Sequence[str]) -> Tensor:
-        """Return the contexts of N prompts, [N, max_length, width]."""
-        text = self.transformer.text_model
-        return text(self.tokenize(inputs).to(text.final_layer_norm.weight.device))
+    Stable Diffusion 2 needs it: its tower has another activation, and its tokenizer pads with another token.
+
+    Args:
+        settings: arguments of CLIPTextConfig.
+        max_length: number of tokens of a context; longer prompts are cut.
+        tokenizer_folder: the folder of the tokenizer.
+    """
+
+    def __init__(self, settings: dict[str, Any], max_length: int, tokenizer_folder: str) -> None:
+        make_torchvision_importable()
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        # the numbers of the special tokens only serve the pooled output, which is not used
+        config = CLIPTextConfig(**settings, bos_token_id=0, eos_token_id=0, pad_token_id=0, attn_implementation="sdpa")
+        model = CLIPTextModel(config)
+        tower = getattr(model, "text_model", model)  # transformers 5 has no such level any more
+        tower.embeddings.position_ids = None  # `_states` passes them: a buffer that no file holds stays on meta
+        super().__init__(tower, max_length)
+        self.tokenizer_folder, self.vocab_size = tokenizer_folder, config.vocab_size
+
+    def _make_tokenizer(self) -> "CLIPTokenizer":
+        make_torchvision_importable()
+        from transformers import CLIPTokenizer
+
+        try:
+            tokenizer = CLIPTokenizer.from_pretrained(self.tokenizer_folder, local_files_only=True)
+        except Exception as error:  # the tokenizer library raises plain exceptions
+            message = str(error).strip().splitlines()
+            raise ConfigError(
+                f"{self.tokenizer_folder}: a tokenizer that cannot be read ({message[0][:160] if message else error!r})"
+            ) from None
+        if len(tokenizer) > self.vocab_size:
+            raise ConfigError(
+                f"{self.tokenizer_folder}: {len(tokenizer)} tokens: expected at most {self.vocab_size}, the vocab_size "
+                "of the text tower"
+            )
+        return tokenizer
+
+    def _states(self, tower: Any, tokens: Tensor) -> Tensor:
+        positions = torch.arange(self.max_length, device=tokens.device)[None]
+        return tower(input_ids=tokens, position_ids=positions).last_hidden_state
 
 
 class ClassEmbedder(Conditioner):

@@ -25,7 +25,8 @@ class UNetConfig:
         num_res_blocks: residual blocks of each resolution; the upward path has one more.
         channel_mult: width of each resolution, as a multiple of `model_channels`.
         dropout: probability of dropout in training, 0 to 1.
-        num_heads: number of attention heads, or -1 if `num_head_channels` decides.
+        num_heads: number of attention heads, one for each resolution or the same for all; -1 if `num_head_channels`
+            decides.
         num_head_channels: channels of a head, or -1 if `num_heads` decides.
         use_scale_shift_norm: whether the time embedding scales and shifts the features instead of being added to them.
         resblock_updown: whether residual blocks change the resolution instead of convolutions.
@@ -42,7 +43,7 @@ class UNetConfig:
     num_res_blocks: int
     channel_mult: tuple[int, ...]
     dropout: float = 0.0
-    num_heads: int = -1
+    num_heads: int | tuple[int, ...] = -1
     num_head_channels: int = -1
     use_scale_shift_norm: bool = False
     resblock_updown: bool = False
@@ -51,9 +52,11 @@ class UNetConfig:
     context_dim: int | None = None
     norm_groups: int = 32
 
-    def heads(self, channels: int) -> int:
-        """Return the number of attention heads of a layer with this number of channels."""
-        return self.num_heads if self.num_head_channels == -1 else channels // self.num_head_channels
+    def heads(self, level: int) -> int:
+        """Return the number of attention heads of a layer at a resolution, counted from the highest one, 0."""
+        if self.num_head_channels != -1:
+            return self.model_channels * self.channel_mult[level] // self.num_head_channels
+        return self.num_heads[level] if isinstance(self.num_heads, tuple) else self.num_heads
 
 
 IGNORED = ("image_size", "use_checkpoint", "legacy")  # published settings that change nothing here
@@ -84,9 +87,8 @@ def unet_config(values: dict[str, Any]) -> UNetConfig:
             f"model_channels {config.model_channels}: "
             f"expected a multiple of the {config.norm_groups} groups of the norms"
         )
-    for mult in config.channel_mult:
-        channels = config.model_channels * mult
-        heads = config.heads(channels)
+    for level, mult in enumerate(config.channel_mult):
+        channels, heads = config.model_channels * mult, config.heads(level)
         if heads < 1 or channels % heads:
             raise ConfigError(f"unet_config.params: {channels} channels cannot be split into {heads} heads")
     return config
@@ -94,13 +96,19 @@ def unet_config(values: dict[str, Any]) -> UNetConfig:
 
 def _validate_heads(config: UNetConfig) -> None:
     """Check that one of the two settings decides the number of attention heads."""
-    settings = (config.num_heads, config.num_head_channels)
+    per_level = config.num_heads if isinstance(config.num_heads, tuple) else (config.num_heads,)
+    if isinstance(config.num_heads, tuple) and len(per_level) != len(config.channel_mult):
+        raise ConfigError(
+            f"unet_config.params.num_heads {list(per_level)}: expected one number for each of the "
+            f"{len(config.channel_mult)} resolutions"
+        )
+    settings = (*per_level, config.num_head_channels)
     if 0 in settings or min(settings) < -1:
         raise ConfigError(
             f"unet_config.params: num_heads {config.num_heads}, num_head_channels {config.num_head_channels}: "
             "expected 1 or more"
         )
-    if settings == (-1, -1):
+    if -1 in per_level and config.num_head_channels == -1:
         raise ConfigError("unet_config.params: expected num_heads or num_head_channels")
 
 
@@ -212,9 +220,7 @@ class UNetModel(nn.Module):
         skips, current = [ch], ch
         for level, width in enumerate(widths):
             for _ in range(config.num_res_blocks):
-                self.input_blocks.append(
-                    nn.ModuleList([ResBlock(config, current, width), *self._attention(width, 2**level)])
-                )
+                self.input_blocks.append(nn.ModuleList([ResBlock(config, current, width), *self._attention(level)]))
                 current = width
                 skips.append(current)
             if level + 1 < len(widths):
@@ -222,7 +228,7 @@ class UNetModel(nn.Module):
                 self.input_blocks.append(nn.ModuleList([down]))
                 skips.append(current)
 
-        middle = self._make_attention(current)
+        middle = self._make_attention(len(widths) - 1)
         self.middle_block = nn.ModuleList(
             [ResBlock(config, current, current), middle, ResBlock(config, current, current)]
         )
@@ -232,7 +238,7 @@ class UNetModel(nn.Module):
             for index in range(config.num_res_blocks + 1):
                 layers: list[nn.Module] = [
                     ResBlock(config, current + skips.pop(), width),
-                    *self._attention(width, 2**level),
+                    *self._attention(level),
                 ]
                 current = width
                 if level and index == config.num_res_blocks:
@@ -246,14 +252,15 @@ class UNetModel(nn.Module):
             nn.Conv2d(current, config.out_channels, 3, padding=1),
         )
 
-    def _attention(self, channels: int, factor: int) -> list[nn.Module]:
-        return [self._make_attention(channels)] if factor in self.config.attention_resolutions else []
+    def _attention(self, level: int) -> list[nn.Module]:
+        return [self._make_attention(level)] if 2**level in self.config.attention_resolutions else []
 
-    def _make_attention(self, channels: int) -> nn.Module:
+    def _make_attention(self, level: int) -> nn.Module:
         c = self.config
+        channels, heads = c.model_channels * c.channel_mult[level], c.heads(level)
         if c.use_spatial_transformer:
-            return SpatialTransformer(channels, c.heads(channels), c.transformer_depth, c.context_dim, c.norm_groups)
-        return AttentionBlock(channels, c.heads(channels), c.norm_groups)
+            return SpatialTransformer(channels, heads, c.transformer_depth, c.context_dim, c.norm_groups)
+        return AttentionBlock(channels, heads, c.norm_groups)
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
         """Predict the noise in a batch.

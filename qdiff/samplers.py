@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from functools import partial
+from typing import Generic, Protocol, TypeVar, cast
 
 from torch import Tensor
 
@@ -59,6 +60,7 @@ class Sampler(Generic[SamplerConfig]):
         num_evaluations: from the times to the number of network evaluations of one image.
         uses_eta: whether the sampler heeds `eta`.
         uses_spacing: whether `timesteps` heeds the spacing of the settings (uniform or quad).
+        clips: whether `sample` takes `clip_x0`, the largest |x_0| that it predicts (infinity: no limit).
     """
 
     name: str
@@ -68,6 +70,17 @@ class Sampler(Generic[SamplerConfig]):
     num_evaluations: Callable[[Tensor], int] = len
     uses_eta: bool = False
     uses_spacing: bool = False
+    clips: bool = False
+
+    def clipped(self, clip_x0: float | None) -> SampleFunction:
+        """Return the algorithm with another largest |x_0|.
+
+        Args:
+            clip_x0: the largest |x_0|. None, or an algorithm that does not clip, changes nothing.
+        """
+        if clip_x0 is None or not self.clips:
+            return self.sample
+        return partial(cast(Callable[..., Tensor], self.sample), clip_x0=clip_x0)
 
     def validate(self, num_timesteps: int, eta: float, total: int) -> None:
         """Check the settings that all samplers share.
@@ -100,11 +113,12 @@ def register_sampler(
     num_evaluations: Callable[[Tensor], int] = len,
     uses_eta: bool = False,
     uses_spacing: bool = False,
+    clips: bool = False,
 ) -> Callable[[Function], Function]:
     """Decorate a sampling function in order to add it to the registry of its family; see `Sampler`."""
 
     def decorate(sample: Function) -> Function:
-        sampler = Sampler(name, sample, timesteps, stochastic, num_evaluations, uses_eta, uses_spacing)
+        sampler = Sampler(name, sample, timesteps, stochastic, num_evaluations, uses_eta, uses_spacing, clips)
         registry.register(name, sampler)
         return sample
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from qdiff.checkpoint.diffusers_folder import DiffusersFolder
 from qdiff.engines.select import apply_engine
 from qdiff.errors import CheckpointError, ConfigError
 from qdiff.samplers import Callback, Denoiser
@@ -248,9 +249,11 @@ class SamplingCommand(ABC):
         return to_settings(self._options())
 
     def input_files(self) -> list[Path]:
-        """The existing files among the values of the options."""
-        values = [Path(value) for value in self._options().values() if isinstance(value, Path | str)]
-        return [path for path in values if path.is_file()]
+        """The existing files among the values of the options, and those that are read of a folder of diffusers."""
+        values = [value for value in self._options().values() if isinstance(value, Path | str)]
+        folders = [DiffusersFolder.find(value) for value in values if isinstance(value, Path)]
+        files = [Path(value) for value in values if Path(value).is_file()]
+        return files + [file for folder in folders if folder is not None for file in folder.files()]
 
     def on(self, device: str, threads: int) -> Self:
         """The same command on another device, with this number of threads."""

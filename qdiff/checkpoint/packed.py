@@ -395,8 +395,13 @@ def remembered_info(network: nn.Module) -> PackedInfo | None:
 
 
 def _comparable(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert lists to tuples, so that a configuration from JSON can be compared with one from code."""
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    """Convert lists to tuples, so that a configuration from JSON can be compared with one from code.
+
+    The probability of dropout is left out: it does nothing in eval mode, and the same network has different ones in
+    the published YAML files and in folders of diffusers.
+    """
+    items = values.items()
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in items if key != "dropout"}
 
 
 def load_packed(path: str | Path, activations: bool | None = None) -> tuple[nn.Module, PackedInfo]:

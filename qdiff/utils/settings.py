@@ -46,7 +46,9 @@ def typed(value: Any, kind: Any, name: str) -> Any:
     if get_origin(kind) is UnionType:
         if value is None and NoneType in get_args(kind):
             return None
-        kind = next(part for part in get_args(kind) if part is not NoneType)
+        parts = [part for part in get_args(kind) if part is not NoneType]
+        is_list = isinstance(value, list | tuple)
+        kind = next((part for part in parts if (get_origin(part) is tuple) == is_list), parts[0])
     if get_origin(kind) is tuple and isinstance(value, list | tuple):
         return tuple(typed(item, get_args(kind)[0], name) for item in value)
     if kind is float and isinstance(value, int | str) and not isinstance(value, bool):  # YAML reads 1e-4 as text

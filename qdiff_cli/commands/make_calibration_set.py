@@ -8,13 +8,15 @@ from pathlib import Path
 import torch
 
 from ddim import sampling as pixel
-from ddim.config import load_config as load_pixel_config
+from ddim.config import PixelConfig
+from ddim.diffusers_format import resolve_config as resolve_pixel_config
 from ddim.samplers import PIXEL_SAMPLERS, PixelSamplerConfig
 from ddim.weights import load_unet
 from ldm import sampling as latent
 from ldm.checkpoint import open_checkpoint
 from ldm.conditions import calibration_prompt, class_conditions, parse_classes, read_prompts, text_conditions
-from ldm.config import load_config as load_latent_config
+from ldm.config import LatentConfig
+from ldm.diffusers_format import resolve_config as resolve_latent_config
 from ldm.encoders import ClassEmbedder
 from ldm.samplers import LATENT_SAMPLERS, LatentSamplerConfig
 from qdiff.calibration.data import CalibrationSet, save_set, validate_num_timesteps
@@ -23,6 +25,7 @@ from qdiff.errors import CheckpointError, ConfigError
 from qdiff.utils.files import check_writable
 from qdiff_cli.commands.sample_ddim import SAMPLER_RULES
 from qdiff_cli.families import is_latent
+from qdiff_cli.model_files import local_checkpoint
 from qdiff_cli.options import (
     DeviceOptions,
     ParsedArgs,
@@ -54,7 +57,7 @@ PIXEL_RULES = (
 class CalibrationSetOptions:
     """The options of make_calibration_set.py. `make_parser` describes them."""
 
-    config: Path
+    config: PixelConfig | LatentConfig
     output: Path
     use_pretrained: bool
     ckpt: Path | None
@@ -74,11 +77,13 @@ class CalibrationSetOptions:
 def make_parser() -> Parser:
     """The parser of the command's options."""
     parser = Parser((__doc__ or "").splitlines()[0])
-    parser.add_argument("--config", type=project_file, required=True, help="YAML file of the model")
+    help_text = "YAML file of the model; a folder of diffusers (--ckpt) does not need it"
+    parser.add_argument("--config", type=project_file, help=help_text)
     parser.add_argument("-o", "--output", type=Path, required=True, help="file to write")
     help_text = "use the full-precision weights that the configuration names"
     parser.add_argument("--use_pretrained", action="store_true", help=help_text)
-    help_text = "local full-precision checkpoint (.ckpt, .pth, .safetensors), or the folder of a bundled model"
+    help_text = "full-precision checkpoint: a file (.ckpt, .pth, .safetensors), the folder of a bundled model or of "
+    help_text += "diffusers, or the id of a repository of the Hugging Face hub"
     parser.add_argument("--ckpt", type=project_file, help=help_text)
     parser.add_argument("--seed", type=seed, default=1234, help="seed of the noise")
     choices = PIXEL_SAMPLERS.names() + LATENT_SAMPLERS.names()
@@ -126,14 +131,17 @@ def latent_rules(kind: type | None) -> tuple[Rule, ...]:
 def parse(argv: Sequence[str] | None) -> CalibrationSetOptions:
     """Parse the arguments of the command, and check them against the configuration of the model."""
     args = make_parser().parse_args(argv)
-    if is_latent(args.config):
-        conditioning = load_latent_config(args.config).conditioning
+    ckpt = None if args.ckpt is None else local_checkpoint(args.ckpt)
+    config: PixelConfig | LatentConfig
+    if is_latent(args.config, ckpt):
+        config = resolve_latent_config(args.config, ckpt)
+        conditioning = config.conditioning
         args.validate(latent_rules(None if conditioning is None else conditioning.kind))
         if not args.ckpt:
             raise ConfigError("no weights: expected --ckpt FILE or FOLDER")
         known = LATENT_SAMPLERS.names()
     else:
-        load_pixel_config(args.config)
+        config = resolve_pixel_config(args.config, ckpt)
         args.validate(PIXEL_RULES)
         if not (args.ckpt or args.use_pretrained):
             raise ConfigError("no weights: expected --use_pretrained or --ckpt FILE")
@@ -142,7 +150,7 @@ def parse(argv: Sequence[str] | None) -> CalibrationSetOptions:
     recipe = CalibrationConfig(
         num_timesteps=args.cali_st, samples=args.cali_n, batch_size=args.cali_batch_size
     ).validate()
-    return args.make(CalibrationSetOptions, recipe=recipe, device=args.make(DeviceOptions))
+    return args.make(CalibrationSetOptions, config=config, ckpt=ckpt, recipe=recipe, device=args.make(DeviceOptions))
 
 
 def _fill_defaults(args: ParsedArgs, known: list[str]) -> None:
@@ -153,9 +161,8 @@ def _fill_defaults(args: ParsedArgs, known: list[str]) -> None:
         raise ConfigError(f"--sample_type {args.sample_type}: expected one of {', '.join(known)} for this model")
 
 
-def make_pixel_set(options: CalibrationSetOptions, device: torch.device) -> CalibrationSet:
+def make_pixel_set(options: CalibrationSetOptions, config: PixelConfig, device: torch.device) -> CalibrationSet:
     """Generate the calibration set of a pixel model."""
-    config = load_pixel_config(options.config)
     settings = PixelSamplerConfig(options.sample_type, options.skip_type, options.timesteps, options.eta)
     sampler = pixel.PixelSampler(config, settings.validate(config.diffusion), device)
     validate_num_timesteps(options.recipe.num_timesteps, sampler.evaluations)
@@ -163,9 +170,8 @@ def make_pixel_set(options: CalibrationSetOptions, device: torch.device) -> Cali
     return pixel.make_calibration_set(network, sampler, options.seed, options.recipe)
 
 
-def make_latent_set(options: CalibrationSetOptions, device: torch.device) -> CalibrationSet:
+def make_latent_set(options: CalibrationSetOptions, config: LatentConfig, device: torch.device) -> CalibrationSet:
     """Generate the calibration set of a latent model."""
-    config = load_latent_config(options.config)
     settings = LatentSamplerConfig(options.sample_type, options.timesteps, options.eta, options.scale)
     checkpoint = open_checkpoint(options.ckpt or "", config)
     model_parts = cache(lambda: checkpoint.model_parts().to(device))
@@ -176,7 +182,7 @@ def make_latent_set(options: CalibrationSetOptions, device: torch.device) -> Cal
         sampler.conditions = class_conditions(model_parts, classes)
     elif conditioning is not None:
         prompts = read_prompts(options.from_file) if options.from_file else None
-        prompt_of = (lambda i: prompts[i % len(prompts)]) if prompts else calibration_prompt(config.path)
+        prompt_of = (lambda i: prompts[i % len(prompts)]) if prompts else calibration_prompt(config.prompts)
         sampler.conditions = text_conditions(model_parts, prompt_of)
     validate_num_timesteps(options.recipe.num_timesteps, sampler.evaluations)
     return latent.make_calibration_set(checkpoint.unet().to(device), sampler, options.seed, options.recipe)
@@ -189,7 +195,10 @@ def main(argv: list[str] | None = None) -> None:
     check_writable(options.output)
     log_to(None, options.verbose)
     try:
-        data = (make_latent_set if is_latent(options.config) else make_pixel_set)(options, device)
+        if isinstance(options.config, LatentConfig):
+            data = make_latent_set(options, options.config, device)
+        else:
+            data = make_pixel_set(options, options.config, device)
     except (ConfigError, CheckpointError) as error:
         raise error.renamed({"timesteps": "--timesteps"}) from None
     save_set(options.output, data)

@@ -4,12 +4,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Self
 
-from ddim.config import load_config
+from ddim.diffusers_format import resolve_config
 from ddim.samplers import PIXEL_SAMPLERS, PixelSamplerConfig
 from ddim.sampling import PixelSampler, pixel_task
 from qdiff.errors import ConfigError
 from qdiff.samplers import Sampler
 from qdiff_cli.images import to_uint8
+from qdiff_cli.model_files import local_checkpoint
 from qdiff_cli.options import ParsedArgs, Parser, Rule, add_run_options, positive, project_file, seed
 from qdiff_cli.quantization_options import add_quantization_options
 from qdiff_cli.runs import RunOutput
@@ -44,7 +45,7 @@ class PixelCommand(SamplingCommand):
     sampler_rules: ClassVar[tuple[Rule, ...]] = SAMPLER_RULES
     option_of_field: ClassVar[dict[str, str]] = {"timesteps": "--timesteps"}
 
-    config: Path
+    config: Path | None = None
     logdir: str = "results"
     use_pretrained: bool = False
     seed: int = 1234
@@ -60,7 +61,8 @@ class PixelCommand(SamplingCommand):
     def make_parser(cls) -> Parser:
         """The parser of the command's options."""
         parser = Parser((__doc__ or "").splitlines()[0])
-        parser.add_argument("--config", type=project_file, required=True, help="YAML file of the model")
+        help_text = "YAML file of the model; a folder of diffusers (--ckpt) does not need it"
+        parser.add_argument("--config", type=project_file, help=help_text)
         parser.add_argument("-l", "--logdir", default="results", help="output folder")
         parser.add_argument(
             "--use_pretrained", action="store_true", help="use the weights that the configuration names"
@@ -74,7 +76,10 @@ class PixelCommand(SamplingCommand):
         parser.add_argument("--max_images", type=positive, default=50000, help="number of images")
         help_text = "images of one batch (default: the value of the configuration)"
         parser.add_argument("--batch_size", type=positive, help=help_text)
-        help_text = "local full-precision checkpoint (.ckpt, .pth, .safetensors)"
+        help_text = (
+            "full-precision checkpoint: a file (.ckpt, .pth, .safetensors), a folder of diffusers, or the id of "
+        )
+        help_text += "a repository of the Hugging Face hub"
         parser.add_argument("--ckpt", type=project_file, help=help_text)
         add_run_options(parser)
         add_quantization_options(parser)
@@ -82,12 +87,13 @@ class PixelCommand(SamplingCommand):
 
     def _make_run(self) -> SamplingRun:
         device = self.run.apply()
-        config = load_config(self.config)
+        ckpt = None if self.ckpt is None else local_checkpoint(self.ckpt)
+        config = resolve_config(self.config, ckpt)
         settings = PixelSamplerConfig(self.sample_type, self.skip_type, self.timesteps, self.eta)
         sampler = PixelSampler(config, settings.validate(config.diffusion), device)
         if not (self.ckpt or self.use_pretrained or self.quantization.cali_ckpt):
             raise ConfigError("no weights: expected --use_pretrained, --ckpt FILE or --cali_ckpt FILE")
-        task = pixel_task(config, self.ckpt, sampler, self.seed)
+        task = pixel_task(config, ckpt, sampler, self.seed)
         return SamplingRun(
             title=f"pixel DDPM ({config.path.stem}), {self.sample_type}, {self.timesteps} {self.skip_type} steps",
             settings=self.settings(),

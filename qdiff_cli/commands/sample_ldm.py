@@ -10,13 +10,16 @@ import yaml
 from ldm.checkpoint import open_checkpoint
 from ldm.conditions import class_conditions, parse_classes
 from ldm.config import LatentConfig, load_config
+from ldm.diffusers_format import resolve_config
 from ldm.encoders import ClassEmbedder
 from ldm.samplers import LatentSamplerConfig
 from ldm.sampling import LatentSampler, latent_task
+from qdiff.checkpoint.diffusers_folder import DiffusersFolder
 from qdiff.errors import ConfigError
 from qdiff.utils.files import write_text
 from qdiff.utils.resources import find
 from qdiff_cli.images import save_npz, to_uint8_truncated
+from qdiff_cli.model_files import local_checkpoint
 from qdiff_cli.options import Parser, Rule, add_run_options, positive, project_file, seed
 from qdiff_cli.quantization_options import add_quantization_options
 from qdiff_cli.runs import RunOutput
@@ -62,7 +65,10 @@ class LatentCommand(SamplingCommand):
     def make_parser(cls) -> Parser:
         """The parser of the command's options."""
         parser = Parser((__doc__ or "").splitlines()[0])
-        help_text = "checkpoint of the model, or its folder"
+        help_text = (
+            "checkpoint of the model, or its folder, which may be one of diffusers; or the id of a repository of "
+        )
+        help_text += "the Hugging Face hub"
         parser.add_argument("-r", "--resume_base", type=project_file, required=True, metavar="CKPT", help=help_text)
         parser.add_argument("-n", "--n_samples", type=positive, default=50000, help="number of images")
         parser.add_argument("-e", "--eta", type=float, default=1.0, help="noise of DDIM: 0 none, 1 as DDPM")
@@ -90,10 +96,10 @@ class LatentCommand(SamplingCommand):
 
     def _make_run(self) -> SamplingRun:
         device = self.run.apply()
-        folder = self._model_folder()
-        config = load_config(config_file(folder), list(self.overrides))
+        folder, path = self._model_folder(), local_checkpoint(self.resume_base)
+        config = self._load_config(folder, path)
         settings, classes = self._sampler_settings(config), self._class_numbers(config)
-        checkpoint = cache(lambda: open_checkpoint(self.resume_base, config, self.quantization.cali_ckpt))
+        checkpoint = cache(lambda: open_checkpoint(path, config, self.quantization.cali_ckpt))
         model_parts = cache(lambda: checkpoint().model_parts().to(device))
         sampler = LatentSampler(config, settings, device)
         task = latent_task(checkpoint, sampler, self.seed, lambda path: model_parts().save(path))
@@ -121,6 +127,15 @@ class LatentCommand(SamplingCommand):
                 finish=self._write_npz,
             ),
         )
+
+    def _load_config(self, folder: Path, path: Path) -> LatentConfig:
+        """The configuration of the model in `folder`; `path` is its checkpoint."""
+        if DiffusersFolder.find(path) is None:
+            return load_config(config_file(folder), list(self.overrides))
+        if self.overrides:
+            found = " ".join(self.overrides)
+            raise ConfigError(f"{found}: replaces settings of a YAML file, but {path} is a folder of diffusers")
+        return resolve_config(None, path)
 
     def _sampler_settings(self, config: LatentConfig) -> LatentSamplerConfig:
         sampler = "vanilla" if self.vanilla_sample else "dpm" if self.dpm else "ddim"

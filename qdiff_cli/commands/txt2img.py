@@ -12,13 +12,15 @@ from torch import nn
 
 from ldm.checkpoint import open_checkpoint
 from ldm.conditions import calibration_prompt, cut_prompts, read_prompts, text_conditions
-from ldm.config import LatentConfig, load_config
-from ldm.encoders import ClassEmbedder, FrozenCLIPEmbedder
+from ldm.config import LatentConfig
+from ldm.diffusers_format import resolve_config
+from ldm.encoders import ClassEmbedder, TextEmbedder
 from ldm.samplers import LatentSamplerConfig
 from ldm.sampling import LatentSampler, latent_task
 from qdiff.errors import ConfigError
 from qdiff.utils.files import write_text
 from qdiff_cli.images import load_png, make_grid, save_png, to_uint8_truncated
+from qdiff_cli.model_files import holds_config, local_checkpoint
 from qdiff_cli.options import Parser, Rule, RunOptions, add_run_options, positive, project_file, seed
 from qdiff_cli.quantization_options import add_quantization_options
 from qdiff_cli.runs import RunOutput
@@ -68,7 +70,7 @@ class TextCommand(SamplingCommand):
     n_samples: int = 3
     n_rows: int | None = None
     scale: float = 7.5
-    config: Path = Path(CONFIG)
+    config: Path | None = None
     ckpt: Path = Path(CHECKPOINT)
     seed: int = 42
     no_grad_ckpt: bool = False
@@ -100,8 +102,12 @@ class TextCommand(SamplingCommand):
         parser.add_argument("--n_samples", type=positive, default=3, help=help_text)
         parser.add_argument("--n_rows", type=positive, help="columns of the grid (default: n_samples)")
         parser.add_argument("--scale", type=float, default=7.5, help="guidance")
-        parser.add_argument("--config", type=project_file, default=CONFIG, help="YAML file of the model")
-        help_text = "checkpoint of the model, or its folder"
+        help_text = f"YAML file of the model (default: {CONFIG}, or the settings in a folder of diffusers)"
+        parser.add_argument("--config", type=project_file, help=help_text)
+        help_text = (
+            "checkpoint of the model, or its folder, which may be one of diffusers; or the id of a repository of "
+        )
+        help_text += "the Hugging Face hub"
         parser.add_argument("--ckpt", type=project_file, default=CHECKPOINT, help=help_text)
         parser.add_argument("--seed", type=seed, default=42, help="seed of the noise")
         help_text = "no effect; accepted because published commands have it"
@@ -111,13 +117,19 @@ class TextCommand(SamplingCommand):
         return parser
 
     def resolved(self) -> Self:
-        """The same command with the files of --laion400m. ConfigError if its samplers contradict each other."""
+        """The same command with the files that it takes by default, or those of --laion400m.
+
+        Raises:
+            ConfigError: its samplers contradict each other.
+        """
         if self.plms and self.dpm:
             raise ConfigError("--plms and --dpm: expected one of them")
-        if not self.laion400m:
-            return self
-        config, ckpt = map(project_file, LAION400M)
-        return replace(self, config=config, ckpt=ckpt)
+        if self.laion400m:
+            config, ckpt = map(project_file, LAION400M)
+            return replace(self, config=config, ckpt=ckpt)
+        if self.config is None and not holds_config(self.ckpt):
+            return replace(self, config=project_file(CONFIG))
+        return self
 
     @property
     def sampler_name(self) -> str:
@@ -130,10 +142,11 @@ class TextCommand(SamplingCommand):
 
     def _make_run(self) -> SamplingRun:
         device = self.run.apply()
-        config = self._load_config()
+        ckpt = local_checkpoint(self.ckpt)
+        config = self._load_config(ckpt)
         settings = LatentSamplerConfig(self.sampler_name, self.ddim_steps, self.ddim_eta, self.scale).validate(config)
         prompts = self.prompts()
-        checkpoint = cache(lambda: open_checkpoint(self.ckpt, config, self.quantization.cali_ckpt))
+        checkpoint = cache(lambda: open_checkpoint(ckpt, config, self.quantization.cali_ckpt))
         model_parts = cache(lambda: checkpoint().model_parts().to(device))
 
         def prompt_of(index: int) -> str:
@@ -142,7 +155,7 @@ class TextCommand(SamplingCommand):
         shape, repeat = self._latent_shape(config), self.n_samples if self.fixed_code else None
         conditions = text_conditions(model_parts, prompt_of)
         sampler = LatentSampler(config, settings, device, shape, conditions, repeat)
-        own_prompts = text_conditions(model_parts, calibration_prompt(config.path))
+        own_prompts = text_conditions(model_parts, calibration_prompt(config.prompts))
         calibration_sampler = LatentSampler(config, settings, device, shape, own_prompts)
         task = latent_task(
             checkpoint, calibration_sampler, self.seed, save_model_parts=lambda path: model_parts().save(path)
@@ -152,7 +165,7 @@ class TextCommand(SamplingCommand):
         total = self.n_iter * len(prompts) * self.n_samples
         guided = f"{self.sampler_name}, {self.ddim_steps} steps, guidance {self.scale:g}"
         return SamplingRun(
-            title=f"text to image ({config.path.parent.name}), {guided}",
+            title=f"text to image ({config.folder.name}), {guided}",
             settings=self.settings(),
             options=self.run,
             device=device,
@@ -174,10 +187,10 @@ class TextCommand(SamplingCommand):
             ),
         )
 
-    def _load_config(self) -> LatentConfig:
-        config = load_config(self.config)
+    def _load_config(self, ckpt: Path) -> LatentConfig:
+        config = resolve_config(self.config, ckpt)
         if config.conditioning is None or config.conditioning.kind is ClassEmbedder:
-            message = f" {self.config}: a model without text; sample it with scripts/sample_diffusion_ldm.py"
+            message = f" {config.path}: a model without text; sample it with scripts/sample_diffusion_ldm.py"
             raise ConfigError(message, field="config")
         return config
 
@@ -231,7 +244,7 @@ class TextCommand(SamplingCommand):
 
 def write_cut_prompts(folder: Path, text: nn.Module | None, prompts: Sequence[str]) -> None:
     """Write `cut_prompts.txt` into a folder: the prompts that are too long, with the part that the model ignores."""
-    if isinstance(text, FrozenCLIPEmbedder) and (cut := cut_prompts(text, dict.fromkeys(prompts))):
+    if isinstance(text, TextEmbedder) and (cut := cut_prompts(text, dict.fromkeys(prompts))):
         lines = [f"prompt: {prompt}\ncut off: {rest}\n" for prompt, rest in cut.items()]
         write_text(folder / "cut_prompts.txt", "\n".join(lines))
 

@@ -42,11 +42,13 @@ def run(name: str, *arguments: object, env: Mapping[str, str] | None = None) -> 
     return subprocess.CompletedProcess([name, *words], status, out.getvalue(), err.getvalue())
 
 
-def script(name: str, *arguments: object, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess:
-    """Run a script as a process of its own."""
+def script(
+    name: str, *arguments: object, env: Mapping[str, str] | None = None, timeout: float = 300
+) -> subprocess.CompletedProcess:
+    """Run a script as a process of its own, for at most `timeout` seconds."""
     command = [sys.executable, str(REPOSITORY / "scripts" / name), *map(str, arguments)]
     return subprocess.run(
-        command, capture_output=True, text=True, cwd=REPOSITORY, env={**os.environ, **(env or {})}, timeout=300
+        command, capture_output=True, text=True, cwd=REPOSITORY, env={**os.environ, **(env or {})}, timeout=timeout
     )
 
 
