@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qdiff.engines import cpu, cpu_kernels, select
+from qdiff.engines import cpu, cpu_kernels, operands, select
 from qdiff.engines.cpu import to_integer
 from qdiff.engines.cuda import Int8Linear, PackedLayer, to_packed
 from qdiff.engines.deferred import Epilogue, deferred
@@ -287,7 +287,7 @@ def test_16_bits_fill_both_bytes(operators):
     x = torch.arange(2.0**16).view(1, 2**15, 2) - 30_000
     quantizer = wide_layer().act_quantizer
     quantizer.set_qparams(torch.tensor(1.0), torch.tensor(30_000.0))
-    found = cpu.InputGrid(quantizer).quantize(cpu_kernels.ChannelsLastView(x, 1, 2**15, 2, 2), Epilogue())
+    found = operands.InputGrid(quantizer).quantize(cpu_kernels.ChannelsLastView(x, 1, 2**15, 2, 2), Epilogue())
     low, high = (byte.flatten().int() for byte in found.bytes)
     assert torch.equal(256 * high + low, torch.arange(2**16, dtype=torch.int32))
     assert [term.scale * (term.q.double() - term.zero).sum().item() for term in found.terms()] == [
