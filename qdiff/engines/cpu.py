@@ -9,20 +9,22 @@
 
 `qdiff.engines.operands` says how weights do without zero points, and inputs of 9 to 16 bits with one byte.
 
-Sums of integers are exact; the correction is subtracted in float32. Without VNNI the 8-bit operators saturate silently,
-and the simulation is used instead (`qdiff.engines.probe`). Under autocast in bfloat16, activations between the layers
-are bfloat16 and no longer exact; a result that still awaits its correction stays float32.
+Sums of integers are exact; the correction is subtracted in float32. Without VNNI the operators saturate silently if a
+weight is larger than 64; such layers and attention matmuls stay simulated (`qdiff.engines.probe`). Under autocast in
+bfloat16, activations between the layers are bfloat16 and no longer exact; a result that still awaits its correction
+stays float32.
 """
 
 import copy
 import logging
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qdiff.engines import probe
 from qdiff.engines.cpu_kernels import ChannelsLastView
 from qdiff.engines.deferred import DeferredTensor, Epilogue, deferred, group_norm, plain_output
 from qdiff.engines.operands import InputGrid, Int8Weight, QuantizedRows, Term
@@ -41,11 +43,12 @@ WIDE_WEIGHTS = "weights of more than 8 bits"
 # --- preparing a network ---------------------------------------------------------------------------
 
 
-def to_integer(model: nn.Module) -> nn.Module:
+def to_integer(model: nn.Module, min_depth: int = 0) -> nn.Module:
     """Copy a quantized network and let it multiply integers.
 
     Args:
         model: the quantized network, on the CPU. If an engine has prepared it, it is returned as it is.
+        min_depth: attention matmuls that sum fewer products for each element stay simulated.
 
     Returns:
         A copy that shares integers and scales with `model`, but not its parameters. Layers with hooks stay simulated.
@@ -63,6 +66,9 @@ def to_integer(model: nn.Module) -> nn.Module:
         return _PROXIES[type(module)](module) if type(module) in _PROXIES and not has_own_behavior(module) else None
 
     replace_modules(result, replacement)
+    for module in result.modules():
+        if isinstance(module, IntegerMatMul):
+            module.min_depth = min_depth
     result.register_forward_hook(plain_output)
     return result
 
@@ -122,22 +128,28 @@ def _to_supported_dtype(x: Tensor) -> Tensor:
 # --- products of bytes ------------------------------------------------------------------------------
 
 
-class PackedPart(NamedTuple):
+@dataclass
+class PackedPart:
     """What oneDNN's operators need of one weight.
 
     Attributes:
-        packed: the prepacked int8 weight.
+        packed: the prepacked int8 weight; None: it is prepacked on first use, because its best form depends on the
+            shape of the input.
         scales: float32 [N].
-        zeros: int32 [N], all 0.
         bias: float32 [N]; None: no bias.
         coef: see `Int8Weight`.
+        zeros: int32 [N], all 0.
+        integers: the weight, int8, until it is prepacked.
     """
 
-    packed: Tensor
+    packed: Tensor | None
     scales: Tensor
-    zeros: Tensor
     bias: Tensor | None
     coef: Tensor | None
+    integers: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.zeros = torch.zeros(len(self.scales), dtype=torch.int32)
 
 
 def _product(
@@ -263,13 +275,10 @@ class IntegerConv2d(CpuProxy):
     def _pack(self, weight: Int8Weight, bias: Tensor | None) -> PackedPart:
         if self.pointwise:
             packed = torch.ops.onednn.qlinear_prepack(weight.integers.flatten(1), None)
-        else:
-            if self.groups == 1 and len(weight.scales) % SLOW_MULTIPLE == 0:
-                weight.add_channel()
-            geometry = (self._stride, self._padding, self._dilation, self.groups)
-            packed = torch.ops.onednn.qconv_prepack(weight.integers, weight.scales, 1.0, 0, *geometry)
-        zeros = torch.zeros(len(weight.scales), dtype=torch.int32)
-        return PackedPart(packed, weight.scales, zeros, weight.pad_bias(bias), weight.coef)
+            return PackedPart(packed, weight.scales, weight.pad_bias(bias), weight.coef)
+        if self.groups == 1 and len(weight.scales) % SLOW_MULTIPLE == 0:
+            weight.add_channel()
+        return PackedPart(None, weight.scales, weight.pad_bias(bias), weight.coef, weight.integers)
 
     def forward(self, x: Tensor) -> Tensor:
         source = deferred(x)
@@ -316,7 +325,14 @@ class IntegerConv2d(CpuProxy):
 
     def _qconv(self, x: QuantizedRows, shape: tuple[int, int, int, int], part: PackedPart) -> Tensor:
         """The convolution of quantized activations of the shape [n, h, w, c], before any correction."""
+        n, h, w, c = shape
         geometry = (self._stride, self._padding, self._dilation, self.groups)
+        if part.packed is None:
+            # With the shape and whether there are zero points, the form is the one that the operator wants. Without
+            # them it reorders the weight in every call, which takes up to half of its time.
+            zero = int(any(term.zero for term in x.terms()))
+            part.packed = torch.ops.onednn.qconv_prepack(part.integers, part.scales, 1.0, zero, *geometry, [n, c, h, w])
+            part.integers = None
 
         def operator(term: Term, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
             q = term.q.view(shape).permute(0, 3, 1, 2)
@@ -350,8 +366,7 @@ class Int8Map:
         self.obstacle = self.input.obstacle(weight)
         self.channels = weight.integers.shape[1]
         packed = torch.ops.onednn.qlinear_prepack(weight.integers.flatten(1), None)
-        zeros = torch.zeros(len(weight.scales), dtype=torch.int32)
-        self.part = PackedPart(packed, weight.scales, zeros, weight.pad_bias(layer.bias), weight.coef)
+        self.part = PackedPart(packed, weight.scales, weight.pad_bias(layer.bias), weight.coef)
 
     def takes(self, x: Tensor, channels: int) -> bool:
         """Whether `x`, which has `channels` input channels, can be multiplied on integers."""
@@ -418,21 +433,33 @@ class IntegerConv1d(MapProxy):
 
 
 class IntegerMatMul(CpuProxy):
-    """An attention matmul on int8; wider than 8 bits (16-bit softmax) it stays simulated."""
+    """An attention matmul on int8; wider than 8 bits (16-bit softmax) it stays simulated.
 
-    def __init__(self, matmul: QuantMatMul) -> None:
+    Attributes:
+        min_depth: products that sum fewer terms stay simulated too.
+    """
+
+    def __init__(self, matmul: QuantMatMul, min_depth: int = 0) -> None:
         super().__init__(matmul)
+        self.min_depth = min_depth
         self.inputs = [InputGrid(quantizer, signed=True) for quantizer in matmul.act_quantizers]
         self.obstacle = None if all(grid.whole for grid in self.inputs) else "fractional zero points"
         if any(grid.wide for grid in self.inputs):
             self.obstacle = "operands of more than 8 bits"
+        elif not probe.attention_is_exact():
+            self.obstacle = f"products of 8-bit operands {probe.NO_VNNI}"
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.simulated, self.min_depth)
 
     def _takes(self, a: Tensor, b: Tensor) -> bool:
         """Whether [..., M, K] and [..., K, N] can be multiplied on integers."""
         shapes = a.dim() == b.dim() >= 3 and a.shape[:-2] == b.shape[:-2] and a.shape[-1] == b.shape[-2]
         # sum |p - zp| |q - zq| must stay below 2^31; the sum of the bytes themselves does up to K = 33,025.
         # With K = 1, `_int_mm` does not write its result.
-        sums_fit = a.shape[-1] > 1 and self.inputs[0].span * self.inputs[1].span * a.shape[-1] < 2**31
+        sums_fit = (
+            a.shape[-1] >= max(2, self.min_depth) and self.inputs[0].span * self.inputs[1].span * a.shape[-1] < 2**31
+        )
         supported = _is_supported(a) and _is_supported(b)
         ready = self.obstacle is None and all(grid.is_ready() for grid in self.inputs)
         return ready and shapes and sums_fit and supported

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qdiff import quantizers as Q
+from qdiff.engines import probe
 from qdiff.engines.cpu_kernels import ChannelsLastView, IntegerGrid
 from qdiff.engines.deferred import Epilogue
 from qdiff.layers import ActQuantizer, WeightQuantizer
@@ -119,6 +120,8 @@ class InputGrid:
         """Why products with `weight` are not exact; None: they are."""
         if not self.whole:
             return "fractional zero points"
+        if weight.integers.short().abs().max().item() > probe.largest_exact_weight():
+            return f"weights beyond {probe.LARGEST_IN_16_BITS} {probe.NO_VNNI}"
         top = 2**16 if self.wide else 2**8  # the unsigned integers are below it
         # |q - zero point| of the operands: of two bytes, the upper ones have at most span / 256 + 1, the lower ones 255
         byte_span = max(255, self.span / 256 + 1) if self.wide else self.span
