@@ -91,8 +91,7 @@ def on_gpu(model: nn.Module, int8_products: bool) -> nn.Module:
         log.info("engine: packed weights, dequantized on use%s", int8)
     elif int8_products:
         raise ConfigError(" integer: the network is not quantized", field="engine")
-    model = cuda.fuse_attention(model)
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks this overload
+    return cuda.keep_channels_last(cuda.fuse_attention(model))
 
 
 def _why_not_integer(model: nn.Module, device: str) -> str | None:
