@@ -53,13 +53,15 @@ def apply_engine(model: nn.Module, engine: str = "auto") -> nn.Module:
         reason = _why_useless(model, obstacles, faster=engine == "auto")
         if reason is None:
             count = sum(obstacle is None for obstacle in obstacles.values())
+            attends = any(isinstance(m, cpu.IntegerMatMul) and m.obstacle is None for m in network.modules())
+            flat = f"; attention matmuls of a depth below {depth}: simulated, which is faster"
             log.info(
                 "engine: integer (%d of %d layers and attention matmuls) for %s%s%s",
                 count,
                 len(obstacles),
                 speed.origin(),
                 _describe(obstacles),
-                f"; attention matmuls of a depth below {depth}: simulated, which is faster" if depth else "",
+                flat if depth and attends else "",
             )
             return network
     if engine == "integer":

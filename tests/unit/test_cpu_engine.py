@@ -1,6 +1,7 @@
 """The integer engine: exact products, the same network, and a fallback where it would be wrong."""
 
 import copy
+import logging
 import pickle
 import statistics
 import sys
@@ -70,6 +71,20 @@ def test_every_convolution_is_exact(operators):
         compared.append(check(quantized_layer(layer, QuantConv2d, bits, symmetric, method, x, split), x))
     assert sum(compared) >= len(compared) * 2 // 3  # 2 and 4 bits are exact on every processor
     skip_numbers(all(compared))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("positive", [False, True])
+def test_a_weight_prepacked_for_one_shape_is_right_for_others(positive):
+    """oneDNN's best form of a weight depends on the shape of the input, and on whether there is a zero point."""
+    torch.manual_seed(0)
+    x = torch.randn(8, 64, 16, 16)
+    x = x.abs() if positive else x  # a zero point of 0
+    layer = quantized_layer(nn.Conv2d(64, 96, 3, padding=1), QuantConv2d, 4, False, "max", x)
+    proxy, exact = cpu.integer_form(layer), copy.deepcopy(layer).double()
+    x = layer.act_quantizer(x)  # so that no value lies on the edge between two integers
+    for part in (x, x[:1], x[:2, :, :5, :3], x):
+        assert golden.relative_error((proxy(part) + 0).double(), exact(part.double())) < 1e-6
 
 
 @torch.no_grad()
@@ -300,6 +315,30 @@ def test_the_result_of_a_network_is_an_ordinary_tensor(operators):
     integer = to_integer(Calibration(network, PIXEL, LINEAR, CalibrationConfig(), rows).run())
     found = integer(*(part[:2] for part in rows.inputs))
     assert type(found) is torch.Tensor and found.clamp_(0, 0).abs().max() == 0
+
+
+@torch.no_grad()
+def test_auto_leaves_attentions_of_small_depth_simulated(monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(speed, "MIN_WEIGHTS", 0)
+    network = tiny.unet()
+    rows = tiny.rows(network)
+    inputs = tuple(part[:2] for part in rows.inputs)
+    simulated = Calibration(network, PIXEL, LINEAR, CalibrationConfig(), rows).run()
+    row = speed.row()._replace(min_depth=32)  # heads have 32 channels, and there are 16 pixels
+    monkeypatch.setattr(speed, "row", lambda: row)
+    calls = []
+    original = torch._int_mm
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b, **named: calls.append(a.shape[1]) or original(a, b, **named))
+    apply_engine(simulated, "auto")(*inputs)
+    assert calls and set(calls) == {32}
+    assert "attention matmuls of a depth below 32: simulated, which is faster" in caplog.text
+    calls.clear()
+    pickle.loads(pickle.dumps(apply_engine(simulated, "auto")))(*inputs)
+    assert set(calls) == {32}
+    calls.clear()
+    apply_engine(simulated, "integer")(*inputs)
+    assert set(calls) == {16, 32}
 
 
 @torch.no_grad()
