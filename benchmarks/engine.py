@@ -17,7 +17,6 @@ difference of its output from the simulation in float64.
 import argparse
 import copy
 import importlib.util
-import platform
 import statistics
 import tempfile
 import time
@@ -37,6 +36,7 @@ from ldm.unet import UNetModel
 from qdiff.calibration.data import CalibrationData
 from qdiff.calibration.run import Calibration
 from qdiff.config import CalibrationConfig, QuantConfig
+from qdiff.engines import probe, speed
 from qdiff.engines.cpu import to_integer
 from qdiff.engines.onnx import export_onnx
 from qdiff.model import quant_layers
@@ -128,16 +128,17 @@ def main() -> None:
         formats = replace(quant, **widths)  # type: ignore[arg-type]  # widths alone
         return Calibration(model, architecture, formats, CalibrationConfig(), CalibrationData(inputs)).run()
 
+    depth = speed.row().min_depth  # as the engine `auto` chooses
     for bits in (4, 8):
         simulated = quantized(weight_bit=bits)
-        integer = to_integer(simulated)
+        integer = to_integer(simulated, depth)
         runs[f"W{bits}A8 integer"] = lambda integer=integer: integer(*inputs)
         runs[f"W{bits}A8 integer, rest bfloat16"] = lambda integer=integer: in_bfloat16(integer, inputs)
         if bits == 4:
             runs["W4A8 simulated"] = lambda simulated=simulated: simulated(*inputs)
             variants = {"smoothed W4A8 integer": smoothed(simulated), "W4A16 integer": quantized(act_bit=16)}
             for name, network in variants.items():
-                integer = to_integer(network)
+                integer = to_integer(network, depth)
                 runs[name] = lambda integer=integer: integer(*inputs)
         if args.onnx:
             exact[bits] = copy.deepcopy(simulated).double()(*(part.double() for part in inputs))
@@ -159,7 +160,7 @@ def main() -> None:
         for name, run in runs.items():
             times[name].append(cpu_time(run))
     base = times["float32"]
-    machine = platform.processor() or platform.machine()
+    machine = f"{probe.processor()}, instructions of {probe.kind()}"
     print(f"{args.config}, batch {args.batch}, {machine}; float32 {statistics.median(base) * 1e3:.0f} ms")
     for name, values in times.items():
         ratio = statistics.median(value / first for value, first in zip(values, base, strict=True))

@@ -120,6 +120,18 @@ def frequencies(half: int) -> Tensor:
     return torch.exp((-math.log(10000) * torch.arange(half, dtype=torch.float32, device="cpu")) / half)
 
 
+_FREQUENCIES: dict[tuple[int, torch.device], Tensor] = {}
+
+
+def _frequencies_on(half: int, device: torch.device) -> Tensor:
+    """`frequencies` on a device; on GPUs they are copied once, because the CPU waits for each copy."""
+    if device.type != "cuda" or torch.compiler.is_compiling():  # tracing must not leave its tensors behind
+        return frequencies(half).to(device)
+    if (half, device) not in _FREQUENCIES:
+        _FREQUENCIES[half, device] = frequencies(half).to(device)
+    return _FREQUENCIES[half, device]
+
+
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     """Embed time steps as [cos, sin] of `dim // 2` frequencies (Vaswani et al. 2017, arXiv 1706.03762, section 3.5).
 
@@ -130,7 +142,7 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     Returns:
         The embedding, float32 [N, dim].
     """
-    angles = t.float()[:, None] * frequencies(dim // 2).to(t.device)[None]
+    angles = t.float()[:, None] * _frequencies_on(dim // 2, t.device)[None]
     embedding = torch.cat([torch.cos(angles), torch.sin(angles)], dim=1)
     return F.pad(embedding, (0, 1)) if dim % 2 else embedding
 

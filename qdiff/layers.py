@@ -43,8 +43,8 @@ class TimestepGroups:
     def set(self, t: Tensor) -> None:
         """Choose the groups of the samples that come next by their time steps `t` [N]."""
         index = torch.bucketize(t.detach().float().contiguous(), self.bounds.to(t.device), right=True)
-        same = bool((index == index[0]).all())
-        self.current = int(index[0]) if same else index
+        numbers = index.tolist()  # the one time that the CPU waits for the GPU
+        self.current = numbers[0] if len(set(numbers)) == 1 else index
 
     def of_rows(self, count: int, device: torch.device) -> Tensor:
         """The group of each of `count` rows, [count].
@@ -275,7 +275,7 @@ class QuantLayer(_Float32Buffers):
         self.bias = bias
         for suffix, part in zip(("", "_0"), self._parts(self.weight), strict=False):
             setattr(self, f"weight_quantizer{suffix}", WeightQuantizer(tuple(part.shape), weight_bit, part.device))
-            setattr(self, f"act_quantizer{suffix}", ActQuantizer(act_bit, a_sym, groups=groups))
+            setattr(self, f"act_quantizer{suffix}", ActQuantizer(act_bit, a_sym, groups=groups).to(part.device))
         for name in getattr(layer, "__constants__", ()):  # networks read them: in_channels, stride, ...
             if hasattr(layer, name):
                 setattr(self, name, getattr(layer, name))
@@ -598,7 +598,9 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     Returns:
         [B, T, d].
     """
-    return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], scale=scale)[:, 0]
+    # PyTorch's fast forms want the channels side by side in memory; otherwise it computes all T x S logits
+    q, k, v = (part.contiguous()[:, None] for part in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)[:, 0]
 
 
 class QuantMatMul(nn.Module):

@@ -28,7 +28,7 @@ from qdiff.evaluation.metrics import (
 )
 from qdiff.evaluation.similarity import image_similarity
 from qdiff.utils import distributed
-from qdiff.utils.devices import select_device
+from qdiff.utils.devices import float32_products, select_device
 from qdiff.utils.extras import require_extra
 from qdiff.utils.files import check_writable
 from qdiff_cli.images import load_metadata
@@ -231,6 +231,11 @@ def evaluate(config: EvaluationConfig, source: str | Path) -> dict[str, Any]:
     Returns:
         The figures by name, the same on every process, with a note on how to read them.
     """
+    with float32_products(select_device(config.device), tf32=False):
+        return _evaluate(config, source)
+
+
+def _evaluate(config: EvaluationConfig, source: str | Path) -> dict[str, Any]:
     images = Selected(open_images(source), config.count)
     full = open_full_precision_images(config, len(images))
     if full is not None:

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.checkpoint.diffusers_folder import DiffusersFolder
+from qdiff.engines.cuda import halve_weights
 from qdiff.engines.select import apply_engine
 from qdiff.errors import CheckpointError, ConfigError
 from qdiff.samplers import Callback, Denoiser
 from qdiff.task import QuantizationTask
 from qdiff.utils import distributed
+from qdiff.utils.devices import float32_products
 from qdiff.utils.memory import Fitting, halving
 from qdiff_cli.options import DeviceOptions, ParsedArgs, Parser, Rule, RunOptions, autocast_dtype, to_settings
 from qdiff_cli.quantization import NetworkSource
@@ -115,17 +117,20 @@ class SamplingRun:
         with discard_on_error(folder):
             source = NetworkSource(self.quantization, self.task, self.device, folder)
             network = apply_engine(source.network(options.continue_run), options.engine)
+            dtype = autocast_dtype(self.device, options.precision)
+            if self.device.type == "cuda" and dtype is not None:
+                halve_weights(network, dtype)
         images = output.images_of(folder)
         sample = partial(self.sample, network)
-        sample_missing(images, self.total, self.batch_size, sample, output.name, output.metadata)
+        with float32_products(self.device, tf32=False):
+            sample_missing(images, self.total, self.batch_size, sample, output.name, output.metadata)
         distributed.barrier()
         if missing := len(output.missing(folder, self.total)):
             raise ConfigError(
                 f"{images}: {missing} of {self.total} images are missing; expected a folder that all processes share"
             )
         if is_first:
-            dtype = autocast_dtype(self.device, options.precision) or torch.float32
-            log.info("precision: %s", str(dtype).removeprefix("torch."))
+            log.info("precision: %s", str(dtype or torch.float32).removeprefix("torch."))
             output.finish(folder)
             print(f"{self.total} images in {images}")
         return images

@@ -7,19 +7,21 @@ from torch import Tensor
 
 from qdiff.layers import to_float32
 from qdiff.utils import distributed
-from qdiff.utils.memory import halving
+from qdiff.utils.memory import Fitting, halving
 
 
-def in_batches(work: Callable[[slice], None], indices: range, size: int) -> None:
+def in_batches(work: Callable[[slice], None], indices: range, size: int, fitting: Fitting | None = None) -> None:
     """Call `work` on all `indices`, in slices of at most `size`.
 
-    On out-of-memory a slice is split in half and retried; `work` must have no side effects when it raises.
+    On out-of-memory a slice is split in half and retried; `work` must have no side effects when it raises. Batch sizes
+    that failed once are not tried again, in later calls with the same `fitting` neither.
     """
+    fitting = fitting or Fitting()
     for start in range(0, len(indices), size):
-        halving(lambda part: work(slice(part.start, part.stop)), indices[start : start + size])
+        halving(lambda part: work(slice(part.start, part.stop)), indices[start : start + size], fitting)
 
 
-def mean_loss(loss: Callable[[slice], Tensor], indices: range, size: int) -> float:
+def mean_loss(loss: Callable[[slice], Tensor], indices: range, size: int, fitting: Fitting | None = None) -> float:
     """The mean of `loss`, itself a mean over the samples it gets, over all `indices`; the same on every process."""
     total = 0.0
 
@@ -27,7 +29,7 @@ def mean_loss(loss: Callable[[slice], Tensor], indices: range, size: int) -> flo
         nonlocal total
         total += loss(part).item() * (part.stop - part.start)
 
-    in_batches(add, indices, size)
+    in_batches(add, indices, size, fitting)
     return distributed.agree(total / len(indices))
 
 
@@ -37,7 +39,12 @@ def relative_errors(output: Tensor, target: Tensor) -> Tensor:
     return (output - target).norm(dim=1) / target.norm(dim=1).clamp(min=torch.finfo(target.dtype).tiny)
 
 
-def add_gradients(loss: Callable[[Tensor], Tensor], batch: Tensor, parameters: Sequence[Tensor]) -> float:
+def add_gradients(
+    loss: Callable[[Tensor], Tensor],
+    batch: Tensor,
+    parameters: Sequence[Tensor],
+    fitting: Fitting | None = None,
+) -> Tensor:
     """Add the gradients of a loss over one batch to those of the parameters.
 
     Each process takes its share of the batch; a share that does not fit into memory is halved.
@@ -46,23 +53,25 @@ def add_gradients(loss: Callable[[Tensor], Tensor], batch: Tensor, parameters: S
         loss: from sample indices to the mean loss of these samples.
         batch: sample indices, [B].
         parameters: leaf tensors.
+        fitting: if it is passed to several calls, batch sizes that failed once are not tried again.
 
     Returns:
-        The loss over the whole batch.
+        The loss over the whole batch, where the parameters are: reading it waits for the device.
     """
     sums = [torch.zeros_like(parameter) for parameter in parameters]
-    value = torch.zeros(1, dtype=torch.float64)
+    device = parameters[0].device
+    value = torch.zeros(1, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
 
     def work(part: Tensor) -> None:
         weighted = loss(part) * (len(part) / len(batch))
         found = torch.autograd.grad(weighted, parameters, allow_unused=True, materialize_grads=True)
         for total, gradient in zip(sums, found, strict=True):
             total += gradient
-        value.add_(weighted.item())
+        value.add_(weighted.detach())
 
     if len(mine := distributed.share(batch)):
-        halving(work, mine)
+        halving(work, mine, fitting)
     distributed.sum_over_ranks([*sums, value])
     for parameter, gradient in zip(parameters, sums, strict=True):
         parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-    return value.item()
+    return value.squeeze(0)

@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -89,8 +90,22 @@ class CachedTensor:
         return len(self.tensor)
 
     def read(self, index: Tensor | slice, device: torch.device) -> Tensor:
-        """A copy of some samples, which may be changed in place."""
-        return self.tensor[index].to(device, copy=isinstance(index, slice))
+        """A copy of some samples, which may be changed in place.
+
+        On the way to a GPU the samples pass pinned memory and a stream of their own, so that neither the CPU nor the
+        work that the GPU is still busy with waits for the copy.
+        """
+        if device.type != "cuda":
+            return self.tensor[index].to(device, copy=isinstance(index, slice))
+        part = self.tensor[index]
+        staged = torch.empty(part.shape, dtype=part.dtype, pin_memory=True).copy_(part)
+        stream = _copy_stream(device)
+        with torch.cuda.stream(stream):
+            samples = staged.to(device, non_blocking=True)
+        current = torch.cuda.current_stream(device)
+        current.wait_stream(stream)
+        samples.record_stream(current)
+        return samples
 
     def write(self, index: Tensor | slice, samples: Tensor) -> None:
         """Store some samples."""
@@ -100,6 +115,12 @@ class CachedTensor:
         """Give the room back."""
         self.cache.used -= self.charged
         self.charged, self.tensor = 0, self.tensor[:0].clone()
+
+
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of the copies to a GPU."""
+    return torch.cuda.Stream(device)
 
 
 def remove_leftovers(folder: Path) -> None:

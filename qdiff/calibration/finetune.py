@@ -9,6 +9,7 @@ activations, trains the scales of the activations, and biases and norms once mor
 Everything is trained in steps relative to its size, so the result does not depend on the units of the activations.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,13 +19,17 @@ from torch import Tensor, nn
 from qdiff import quantizers as Q
 from qdiff.calibration.batches import add_gradients, in_batches, mean_loss, relative_errors
 from qdiff.calibration.data import CalibrationData
-from qdiff.calibration.reconstruct import UnitResult
+from qdiff.calibration.recompute import recomputed
+from qdiff.calibration.reconstruct import OnIteration, UnitResult
 from qdiff.config import CalibrationConfig
 from qdiff.layers import ActQuantizer, QuantLayer, dequantize
 from qdiff.model import act_quantizers, quant_layers
 from qdiff.prediction import Prediction
 from qdiff.refusals import NORMS
 from qdiff.utils import distributed
+from qdiff.utils.memory import Fitting, is_out_of_memory
+
+log = logging.getLogger(__name__)
 
 VALIDATIONS, VALIDATION_SAMPLES = 6, 64  # each costs a pass of both networks over so many samples
 AFFINE_SHARE = 0.1  # of the learning rate, for biases and norms
@@ -108,6 +113,7 @@ class FineTuner:
         config: the recipe.
         prediction: turns the output of both networks into eps; None: the outputs are compared as they are.
         weights: train the weights too.
+        blocks: on a GPU, the activations inside these modules are computed again in the backward pass.
     """
 
     def __init__(
@@ -118,19 +124,23 @@ class FineTuner:
         config: CalibrationConfig,
         prediction: Prediction | None = None,
         weights: bool = False,
+        blocks: Sequence[nn.Module] = (),
     ) -> None:
         self.model, self.quantized, self.data, self.config, self.prediction = model, quantized, data, config, prediction
         self.device = next(model.parameters()).device
         enabled = [q for q in act_quantizers(quantized).values() if q.enabled and q.n_bits < 16]
-        self.trains_weights = weights
+        self.trains_weights, self.fitting = weights, Fitting()
+        self.blocks = blocks if self.device.type == "cuda" else ()
         layers = quant_layers(quantized).values() if weights else ()
         self.groups: list[ActScales | LayerWeight] = [ActScales(quantizer, config.lr_tune) for quantizer in enabled]
         self.groups += [LayerWeight(layer, config.lr_tune) for layer in layers]
         self.trained = [one for group in self.groups for one in group.trained]
         self.trained += self._affine_parameters()
 
-    def run(self, on_iteration: Callable[[float], None]) -> UnitResult:
+    def run(self, on_iteration: OnIteration) -> UnitResult:
         """Train by Adam; the parameters with the least validation loss stay, the first ones included.
+
+        If one sample alone does not fit into memory, what was trained so far stays, and a line in the log says so.
 
         Args:
             on_iteration: called with the loss after every iteration.
@@ -147,7 +157,13 @@ class FineTuner:
         for iteration in range(iterations):
             batch = torch.randint(0, len(self.data.train), (config.batch_tune,), generator=generator)
             optimizer.zero_grad()
-            loss = add_gradients(self.training_loss, batch, tensors)
+            try:
+                loss = add_gradients(self.training_loss, batch, tensors, self.fitting)
+            except (RuntimeError, MemoryError) as failure:
+                if not is_out_of_memory(failure) or distributed.world() > 1:
+                    raise
+                log.warning("end-to-end fine-tuning ends after %d iterations: one sample is too large", iteration)
+                break
             for one in self.trained:
                 assert one.tensor.grad is not None  # set by add_gradients
                 one.tensor.grad *= one.size
@@ -181,7 +197,8 @@ class FineTuner:
     def training_loss(self, part: Tensor) -> Tensor:
         """The same with a graph of its own, so that a batch can be split."""
         self._apply(learning=True)
-        return self.loss(part)
+        with recomputed(self.blocks):
+            return self.loss(part)
 
     @torch.no_grad()
     def validation_loss(self) -> float:

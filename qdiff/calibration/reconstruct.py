@@ -5,18 +5,20 @@ network, targets from the full-precision network.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from qdiff import quantizers as Q
 from qdiff.calibration.batches import add_gradients, in_batches, mean_loss
+from qdiff.calibration.recompute import attentions, recomputed
 from qdiff.config import CalibrationConfig
 from qdiff.layers import ActQuantizer, QuantLayer, QuantLinear
 from qdiff.utils import distributed
+from qdiff.utils.memory import Fitting
 
-OnIteration = Callable[[float], None]  # called with the loss after every iteration
+OnIteration = Callable[[Tensor | float], None]  # called after every iteration with the loss, which it need not read
 VALIDATIONS = 20  # of the activation scales of a unit, spread evenly over the iterations
 
 
@@ -30,6 +32,7 @@ class UnitData:
         validation: the indices of the validation split, which are never trained on.
         batch_size: samples of one batch.
         call: runs the unit on inputs.
+        fitting, fitting_forward: the batches that fit into memory, with gradients and without.
     """
 
     read: Callable[[Tensor | slice], tuple[Sequence[Tensor], Tensor]]
@@ -37,19 +40,22 @@ class UnitData:
     validation: range
     batch_size: int
     call: Callable[[nn.Module, Sequence[Tensor]], Tensor] = lambda unit, inputs: unit(*inputs)
+    fitting: Fitting = field(default_factory=Fitting)
+    fitting_forward: Fitting = field(default_factory=Fitting)
 
     def random_batch(self, generator: torch.Generator) -> Tensor:
         """The indices of a random batch of the training split, [batch_size]."""
         return torch.randint(self.train.start, self.train.stop, (self.batch_size,), generator=generator)
 
-    def add_gradients(self, unit: nn.Module, batch: Tensor, p: float, parameters: Sequence[Tensor]) -> float:
+    def add_gradients(self, unit: nn.Module, batch: Tensor, p: float, parameters: Sequence[Tensor]) -> Tensor:
         """Add the gradients of the reconstruction loss over a batch to those of the parameters; return the loss."""
 
         def loss(part: Tensor) -> Tensor:
             inputs, target = self.read(part)
-            return reconstruction_loss(self.call(unit, inputs).float(), target, p)
+            with recomputed(attentions(unit) if target.is_cuda else ()):
+                return reconstruction_loss(self.call(unit, inputs).float(), target, p)
 
-        return add_gradients(loss, batch, parameters)
+        return add_gradients(loss, batch, parameters, self.fitting)
 
     @torch.no_grad()
     def validation_loss(self, unit: nn.Module, p: float) -> float:
@@ -59,7 +65,7 @@ class UnitData:
             inputs, target = self.read(part)
             return reconstruction_loss(self.call(unit, inputs), target, p)
 
-        return mean_loss(loss, self.validation, self.batch_size)
+        return mean_loss(loss, self.validation, self.batch_size, self.fitting_forward)
 
 
 def reconstruction_loss(output: Tensor, target: Tensor, p: float) -> Tensor:
@@ -170,7 +176,7 @@ def correct_bias(unit: nn.Module, layer: nn.Module, data: UnitData) -> UnitResul
         error = (target - data.call(unit, inputs)).movedim(channels, -1).flatten(0, -2)
         total, count = total + error.sum(0).cpu().double(), count + len(error)
 
-    in_batches(work, data.train, data.batch_size)
+    in_batches(work, data.train, data.batch_size, data.fitting_forward)
     if total.shape != bias.shape:  # several outputs, or calls of several shapes, are compared as one row of numbers
         return UnitResult(before, before)
     shifted = nn.Parameter(bias + (total / max(count, 1)).to(bias.device, bias.dtype), requires_grad=False)

@@ -50,6 +50,7 @@ from qdiff.model import (
 from qdiff.policy import Policy, make_policy
 from qdiff.prediction import Prediction
 from qdiff.utils import distributed
+from qdiff.utils.devices import float32_products
 from qdiff.utils.files import write_text
 
 log = logging.getLogger(__name__)
@@ -103,10 +104,11 @@ class Calibration:
         quantized = self.weights_from
         if quantized is None:
             quantized = quantize_model(self.model, self.architecture, self.quant).requires_grad_(False)
-        if self.quant.quant_mode == "linear":
-            self._round_to_nearest(quantized)
-        else:
-            self._reconstruct(quantized)
+        with float32_products(self.device, tf32=True):
+            if self.quant.quant_mode == "linear":
+                self._round_to_nearest(quantized)
+            else:
+                self._reconstruct(quantized)
         return quantized.eval()
 
     def with_policy(self) -> "Calibration":
@@ -410,7 +412,9 @@ class _Run:
 
     def _finetune(self, on_iteration: OnIteration, weights: bool) -> UnitResult:
         calibration = self.calibration
+        units = [self.quantized.get_submodule(path) for path in self.order.units]
+        blocks = [unit for unit in units if not isinstance(unit, QuantLayer)]
         tuner = FineTuner(
-            calibration.model, self.quantized, self.data, self.config, calibration.prediction, weights=weights
+            calibration.model, self.quantized, self.data, self.config, calibration.prediction, weights, blocks
         )
         return tuner.run(on_iteration)

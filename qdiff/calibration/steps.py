@@ -19,6 +19,7 @@ from qdiff.utils.memory import peak_memory
 log = logging.getLogger(__name__)
 
 CURVE_POINTS = 100  # of the loss curve that is recorded for each step
+READ_EVERY = 20  # iterations: the CPU waits for the GPU to read losses
 
 
 class Steps:
@@ -62,23 +63,23 @@ class Steps:
             self._restore(module, self.checkpoint.load(number))
         else:
             assert work is not None  # steps without work are in the log
-            losses: list[float] = []
+            losses = _Losses()
             started, began = time.perf_counter(), time.process_time()
             result = work(self._on_iteration(name, losses))
             seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - began
-            record: dict[str, Any] = {"seconds": seconds, "cpu_seconds": cpu_seconds, "losses": _thin(losses)}
+            record: dict[str, Any] = {"seconds": seconds, "cpu_seconds": cpu_seconds, "losses": _thin(losses.read())}
             if result is not None:
                 record |= asdict(result)
                 log.info("%s: validation loss %.4g -> %.4g, %.1f s", name, result.before, result.after, seconds)
             self.checkpoint.commit(name, module.state_dict(), record)
         self.progress.update(ends_at - self.progress.n)
 
-    def _on_iteration(self, name: str, losses: list[float]) -> OnIteration:
-        def on_iteration(loss: float) -> None:
-            losses.append(loss)
+    def _on_iteration(self, name: str, losses: "_Losses") -> OnIteration:
+        def on_iteration(loss: Tensor | float) -> None:
+            losses.unread.append(loss)
             self.progress.update()
-            if len(losses) % 20 == 1:
-                self.progress.set_postfix_str(f"{name} loss {loss:.3g}", refresh=False)
+            if len(losses.unread) == READ_EVERY or not losses.values:
+                self.progress.set_postfix_str(f"{name} loss {losses.read()[-1]:.3g}", refresh=False)
 
         return on_iteration
 
@@ -100,6 +101,21 @@ class Steps:
         wall, cpu = time.perf_counter() - self.began[0], time.process_time() - self.began[1]
         memory = peak_memory() / 1e9
         log.info("calibration: %.0f s, %.0f s of CPU time, peak memory of the process %.2f GB", wall, cpu, memory)
+
+
+class _Losses:
+    """The losses of a step. A GPU runs on while they are not read."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+        self.unread: list[Tensor | float] = []
+
+    def read(self) -> list[float]:
+        """All losses so far."""
+        if self.unread:
+            self.values += torch.stack([torch.as_tensor(loss) for loss in self.unread]).tolist()
+            self.unread = []
+        return self.values
 
 
 def _thin(losses: list[float]) -> list[float]:

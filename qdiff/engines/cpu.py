@@ -7,32 +7,29 @@
 2. multiplies the bytes with the prepacked int8 weight (`Int8Weight`), or with the bytes of the other operand;
 3. corrects for the zero points that the operator ignored; convolutions defer this correction to the next operator.
 
-oneDNN's quantized operators ignore weight zero points z, so weights are fed without them. The integers q - z are fed if
-they fit int8, as they always do at 4 bits with a zero point in range. Otherwise q - 128 is fed, and the missing term,
-(128 - z) times the sum of the inputs over the receptive field, is corrected: input quantization also gives these sums.
+`qdiff.engines.operands` says how weights do without zero points, and inputs of 9 to 16 bits with one byte.
 
-Inputs of 9 to 16 bits are two bytes, q = 256 high + low: the product is 256 times that of the upper bytes plus that of
-the lower ones, with the same prepacked weight.
-
-Sums of integers are exact; the correction is subtracted in float32. Without VNNI the 8-bit operators saturate silently,
-and the simulation is used instead (`qdiff.engines.probe`). Under autocast in bfloat16, activations between the layers
-are bfloat16 and no longer exact; a result that still awaits its correction stays float32.
+Sums of integers are exact; the correction is subtracted in float32. Without VNNI the operators saturate silently if a
+weight is larger than 64; such layers and attention matmuls stay simulated (`qdiff.engines.probe`). Under autocast in
+bfloat16, activations between the layers are bfloat16 and no longer exact; a result that still awaits its correction
+stays float32.
 """
 
 import copy
 import logging
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qdiff import quantizers as Q
-from qdiff.engines.cpu_kernels import ChannelsLastView, IntegerGrid
+from qdiff.engines import probe
+from qdiff.engines.cpu_kernels import ChannelsLastView
 from qdiff.engines.deferred import DeferredTensor, Epilogue, deferred, group_norm, plain_output
+from qdiff.engines.operands import InputGrid, Int8Weight, QuantizedRows, Term
 from qdiff.engines.proxy import ModuleProxy, has_engine
-from qdiff.layers import ActQuantizer, QuantConv1d, QuantConv2d, QuantLayer, QuantLinear, QuantMatMul, WeightQuantizer
+from qdiff.layers import QuantConv1d, QuantConv2d, QuantLayer, QuantLinear, QuantMatMul
 from qdiff.model import has_own_behavior, replace_modules
 
 log = logging.getLogger(__name__)
@@ -46,11 +43,12 @@ WIDE_WEIGHTS = "weights of more than 8 bits"
 # --- preparing a network ---------------------------------------------------------------------------
 
 
-def to_integer(model: nn.Module) -> nn.Module:
+def to_integer(model: nn.Module, min_depth: int = 0) -> nn.Module:
     """Copy a quantized network and let it multiply integers.
 
     Args:
         model: the quantized network, on the CPU. If an engine has prepared it, it is returned as it is.
+        min_depth: attention matmuls that sum fewer products for each element stay simulated.
 
     Returns:
         A copy that shares integers and scales with `model`, but not its parameters. Layers with hooks stay simulated.
@@ -68,6 +66,9 @@ def to_integer(model: nn.Module) -> nn.Module:
         return _PROXIES[type(module)](module) if type(module) in _PROXIES and not has_own_behavior(module) else None
 
     replace_modules(result, replacement)
+    for module in result.modules():
+        if isinstance(module, IntegerMatMul):
+            module.min_depth = min_depth
     result.register_forward_hook(plain_output)
     return result
 
@@ -124,183 +125,31 @@ def _to_supported_dtype(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.bfloat16) else x.float()
 
 
-# --- quantized operands ----------------------------------------------------------------------------
+# --- products of bytes ------------------------------------------------------------------------------
 
 
-class QuantizedRows(NamedTuple):
-    """Quantized activations: scale * (q - zero).
-
-    Attributes:
-        bytes: the bytes of q, uint8 or int8 [n, pixels, c] each, the lower ones first.
-        scale: the scale of all values.
-        zero: the zero point of q.
-        sums: the sums of q over the channels, int32 [n, pixels].
-    """
-
-    bytes: list[Tensor]
-    scale: float
-    zero: int
-    sums: Tensor
-
-    def centered(self) -> Tensor:
-        """The sums over the channels of q - zero, int32 [n, pixels]."""
-        return self.sums - self.bytes[0].shape[2] * self.zero
-
-    def terms(self) -> "list[Term]":
-        """The terms whose sum the values are: one for each byte of the integers."""
-        if len(self.bytes) == 1:
-            return [Term(self.bytes[0], self.scale, self.zero)]
-        low, high = self.bytes
-        return [Term(high, 256 * self.scale, self.zero >> 8), Term(low, self.scale, self.zero & 255)]
-
-
-class Term(NamedTuple):
-    """Bytes that an operator takes: scale * (q - zero).
-
-    Attributes:
-        q: uint8 or int8 [n, pixels, c].
-        scale: the scale of all values.
-        zero: the zero point of `q`.
-    """
-
-    q: Tensor
-    scale: float
-    zero: int
-
-
-class InputGrid:
-    """The integer grid of an activation quantizer in the form of oneDNN's operators: bytes, a scale and a zero point.
-
-    Args:
-        quantizer: the activation quantizer.
-        smoothing: what the input is divided by first, [C]; None: nothing.
-        signed: the bytes are int8, 128 less than the unsigned ones; integers of two bytes are always unsigned.
-
-    Attributes:
-        wide: whether the integers have two bytes.
-        whole: whether all zero points are whole numbers.
-        span: the largest |q - zero point|, and at least 128.
-        fixed: the grid; None with timestep groups, where it depends on the current group.
-    """
-
-    def __init__(self, quantizer: ActQuantizer, smoothing: Tensor | None = None, signed: bool = False) -> None:
-        self.quantizer, self.smoothing, self.signed = quantizer, smoothing, signed
-        self.wide = quantizer.n_bits > 8
-        zeros = torch.zeros(()) if quantizer.zero_is_fixed else quantizer.zero_point
-        self.whole = bool((zeros == zeros.round()).all())
-        bounds = Q.integer_range(quantizer.n_bits, quantizer.symmetric)
-        self.span = max(128, *((bound - zeros).abs().max().item() for bound in bounds))
-        self.fixed = None if quantizer.groups else self._grid(quantizer.scale, quantizer.zero_point)
-
-    def _grid(self, scale: Tensor, zero_point: Tensor) -> IntegerGrid:
-        """The grid of a scale and a zero point of the quantizer."""
-        quantizer = self.quantizer
-        low, high = Q.integer_range(quantizer.n_bits, quantizer.symmetric)
-        zero = 0 if quantizer.zero_is_fixed else int(zero_point.item())
-        # clamp(round(x / scale) + z, low, high) = clamp(round(x / scale), low - z, high - z) + z
-        bounds, dtype = (low - zero, high - zero), torch.int8 if self.signed else torch.uint8
-        if quantizer.symmetric:  # to unsigned integers
-            zero += 2**15 if self.wide else 2**7
-        if self.wide:
-            dtype = torch.uint16
-            if quantizer.n_bits < 16:  # there is room to make the lower byte of the zero point 128: so the bytes of
-                zero += (128 - zero) % 256  # values near 0 are near those of the zero point, and do not cancel out
-        elif self.signed:
-            zero -= 128
-        return IntegerGrid(scale.item(), *bounds, zero, self.smoothing, dtype)
-
-    def current(self) -> IntegerGrid:
-        """The grid of the samples that come next."""
-        if self.fixed is not None:
-            return self.fixed
-        groups = self.quantizer.groups
-        assert groups is not None  # without groups the grid is fixed
-        return self._grid(self.quantizer.scale[groups.current], self.quantizer.zero_point[groups.current])
-
-    def is_ready(self) -> bool:
-        """Whether the samples that come next are quantized, with a common scale: all of one timestep group."""
-        groups = self.quantizer.groups
-        return self.quantizer.enabled and (groups is None or isinstance(groups.current, int))
-
-    def obstacle(self, weight: "Int8Weight") -> str | None:
-        """Why products with `weight` are not exact; None: they are."""
-        if not self.whole:
-            return "fractional zero points"
-        top = 2**16 if self.wide else 2**8  # the unsigned integers are below it
-        # |q - zero point| of the operands: of two bytes, the upper ones have at most span / 256 + 1, the lower ones 255
-        byte_span = max(255, self.span / 256 + 1) if self.wide else self.span
-        sums = (
-            (byte_span + 255) * weight.integers.flatten(1).short().abs().sum(1).max().item(),  # of an operator
-            (self.span + top) * weight.integers.shape[1],  # over the channels
-            (self.span + top) * 128,  # float32 holds the integers less their zero points
-        )
-        return None if max(sums) < 2**31 else "sums beyond 32 bits"
-
-    def quantize(self, rows: ChannelsLastView, epilogue: Epilogue) -> QuantizedRows:
-        """Quantize activations.
-
-        Args:
-            rows: the stored values.
-            epilogue: the deferred work, which is done first.
-        """
-        grid = self.current()
-        q, sums = rows.quantize(epilogue.merged(), epilogue.silu, grid)
-        return QuantizedRows(q, grid.scale, grid.zero, sums)
-
-
-class Int8Weight:
-    """The integers of a weight as int8 without zero point.
-
-    Args:
-        quantizer: the weight quantizer.
-
-    Attributes:
-        integers: int8 [N, ...].
-        scales: float32 [N].
-        coef: float32 [N]; coef times the sum of the inputs is to be subtracted from the result; None: it is right.
-    """
-
-    coef: Tensor | None
-
-    def __init__(self, quantizer: WeightQuantizer) -> None:
-        z = quantizer.zero_point.double()
-        exact = quantizer.integers.double() - z
-        self.scales = quantizer.scale.flatten().float()
-        if bool((exact < -128).any() or (exact > 127).any() or (z != z.round()).any()):
-            self.integers = (quantizer.integers.int() - 128).to(torch.int8)
-            # y = scale * (sum (q - 128) x - (z - 128) sum x)
-            self.coef = (self.scales.double() * (z.flatten() - 128)).float()
-        else:
-            self.integers, self.coef = exact.to(torch.int8), None
-
-    def add_channel(self) -> None:
-        """Append an output channel of zeros."""
-        self.integers = torch.cat([self.integers, torch.zeros_like(self.integers[:1])])
-        self.scales = torch.cat([self.scales, torch.ones(1)])
-
-    def pad_bias(self, bias: Tensor | None) -> Tensor | None:
-        """A copy of a layer's bias in float32, with zeros for channels that were appended."""
-        if bias is None:
-            return None
-        return F.pad(bias.detach().float().clone(), (0, len(self.scales) - len(bias)))
-
-
-class PackedPart(NamedTuple):
+@dataclass
+class PackedPart:
     """What oneDNN's operators need of one weight.
 
     Attributes:
-        packed: the prepacked int8 weight.
+        packed: the prepacked int8 weight; None: it is prepacked on first use, because its best form depends on the
+            shape of the input.
         scales: float32 [N].
-        zeros: int32 [N], all 0.
         bias: float32 [N]; None: no bias.
         coef: see `Int8Weight`.
+        zeros: int32 [N], all 0.
+        integers: the weight, int8, until it is prepacked.
     """
 
-    packed: Tensor
+    packed: Tensor | None
     scales: Tensor
-    zeros: Tensor
     bias: Tensor | None
     coef: Tensor | None
+    integers: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.zeros = torch.zeros(len(self.scales), dtype=torch.int32)
 
 
 def _product(
@@ -426,13 +275,10 @@ class IntegerConv2d(CpuProxy):
     def _pack(self, weight: Int8Weight, bias: Tensor | None) -> PackedPart:
         if self.pointwise:
             packed = torch.ops.onednn.qlinear_prepack(weight.integers.flatten(1), None)
-        else:
-            if self.groups == 1 and len(weight.scales) % SLOW_MULTIPLE == 0:
-                weight.add_channel()
-            geometry = (self._stride, self._padding, self._dilation, self.groups)
-            packed = torch.ops.onednn.qconv_prepack(weight.integers, weight.scales, 1.0, 0, *geometry)
-        zeros = torch.zeros(len(weight.scales), dtype=torch.int32)
-        return PackedPart(packed, weight.scales, zeros, weight.pad_bias(bias), weight.coef)
+            return PackedPart(packed, weight.scales, weight.pad_bias(bias), weight.coef)
+        if self.groups == 1 and len(weight.scales) % SLOW_MULTIPLE == 0:
+            weight.add_channel()
+        return PackedPart(None, weight.scales, weight.pad_bias(bias), weight.coef, weight.integers)
 
     def forward(self, x: Tensor) -> Tensor:
         source = deferred(x)
@@ -479,7 +325,14 @@ class IntegerConv2d(CpuProxy):
 
     def _qconv(self, x: QuantizedRows, shape: tuple[int, int, int, int], part: PackedPart) -> Tensor:
         """The convolution of quantized activations of the shape [n, h, w, c], before any correction."""
+        n, h, w, c = shape
         geometry = (self._stride, self._padding, self._dilation, self.groups)
+        if part.packed is None:
+            # With the shape and whether there are zero points, the form is the one that the operator wants. Without
+            # them it reorders the weight in every call, which takes up to half of its time.
+            zero = int(any(term.zero for term in x.terms()))
+            part.packed = torch.ops.onednn.qconv_prepack(part.integers, part.scales, 1.0, zero, *geometry, [n, c, h, w])
+            part.integers = None
 
         def operator(term: Term, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
             q = term.q.view(shape).permute(0, 3, 1, 2)
@@ -513,8 +366,7 @@ class Int8Map:
         self.obstacle = self.input.obstacle(weight)
         self.channels = weight.integers.shape[1]
         packed = torch.ops.onednn.qlinear_prepack(weight.integers.flatten(1), None)
-        zeros = torch.zeros(len(weight.scales), dtype=torch.int32)
-        self.part = PackedPart(packed, weight.scales, zeros, weight.pad_bias(layer.bias), weight.coef)
+        self.part = PackedPart(packed, weight.scales, weight.pad_bias(layer.bias), weight.coef)
 
     def takes(self, x: Tensor, channels: int) -> bool:
         """Whether `x`, which has `channels` input channels, can be multiplied on integers."""
@@ -581,21 +433,33 @@ class IntegerConv1d(MapProxy):
 
 
 class IntegerMatMul(CpuProxy):
-    """An attention matmul on int8; wider than 8 bits (16-bit softmax) it stays simulated."""
+    """An attention matmul on int8; wider than 8 bits (16-bit softmax) it stays simulated.
 
-    def __init__(self, matmul: QuantMatMul) -> None:
+    Attributes:
+        min_depth: products that sum fewer terms stay simulated too.
+    """
+
+    def __init__(self, matmul: QuantMatMul, min_depth: int = 0) -> None:
         super().__init__(matmul)
+        self.min_depth = min_depth
         self.inputs = [InputGrid(quantizer, signed=True) for quantizer in matmul.act_quantizers]
         self.obstacle = None if all(grid.whole for grid in self.inputs) else "fractional zero points"
         if any(grid.wide for grid in self.inputs):
             self.obstacle = "operands of more than 8 bits"
+        elif not probe.attention_is_exact():
+            self.obstacle = f"products of 8-bit operands {probe.NO_VNNI}"
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.simulated, self.min_depth)
 
     def _takes(self, a: Tensor, b: Tensor) -> bool:
         """Whether [..., M, K] and [..., K, N] can be multiplied on integers."""
         shapes = a.dim() == b.dim() >= 3 and a.shape[:-2] == b.shape[:-2] and a.shape[-1] == b.shape[-2]
         # sum |p - zp| |q - zq| must stay below 2^31; the sum of the bytes themselves does up to K = 33,025.
         # With K = 1, `_int_mm` does not write its result.
-        sums_fit = a.shape[-1] > 1 and self.inputs[0].span * self.inputs[1].span * a.shape[-1] < 2**31
+        sums_fit = (
+            a.shape[-1] >= max(2, self.min_depth) and self.inputs[0].span * self.inputs[1].span * a.shape[-1] < 2**31
+        )
         supported = _is_supported(a) and _is_supported(b)
         ready = self.obstacle is None and all(grid.is_ready() for grid in self.inputs)
         return ready and shapes and sums_fit and supported

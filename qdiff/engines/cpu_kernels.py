@@ -27,7 +27,7 @@ from qdiff.utils.memory import retain_freed_memory
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
-FLAGS = ["-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math"]
 
 Affine = tuple[Tensor, Tensor]  # (a, b), float32 [n, channels] each: the map a * value + b
 
@@ -41,7 +41,8 @@ def library() -> ctypes.CDLL | None:
     if not compiler or not shutil.which(compiler[0]):
         log.warning("integer engine: no C++ compiler found: the pointwise work is not fused")
         return None
-    variants = [[*FLAGS, "-mprefer-vector-width=512", "-fopenmp"], [*FLAGS, "-fopenmp"], FLAGS]
+    flags = [*FLAGS, f"-march={_instructions()}"]
+    variants = [[*flags, "-mprefer-vector-width=512", "-fopenmp"], [*flags, "-fopenmp"], flags]
     key = hashlib.sha256(
         SOURCE.read_bytes() + repr((compiler, variants, platform.machine(), _processor())).encode()
     ).hexdigest()[:16]
@@ -54,6 +55,11 @@ def library() -> ctypes.CDLL | None:
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: the user has no home folder
         log.warning("integer engine: %s: the pointwise work is not fused", str(error).splitlines()[0])
         return None
+
+
+def _instructions() -> str:
+    """The instructions to compile for: AVX2 where PyTorch itself is limited to them, else all of the processor's."""
+    return "x86-64-v3" if torch.backends.cpu.get_cpu_capability() == "AVX2" else "native"
 
 
 def _processor() -> str:

@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from qdiff import quantizers as Q
 from qdiff.checkpoint import pack_integers, unpack_integers
 from qdiff.engines.proxy import ModuleProxy
-from qdiff.layers import ActQuantizer, MatMul, QuantLayer, QuantLinear, QuantMatMul, WeightQuantizer, dequantize
+from qdiff.layers import (
+    LAYER_TYPES,
+    ActQuantizer,
+    MatMul,
+    QuantLayer,
+    QuantLinear,
+    QuantMatMul,
+    WeightQuantizer,
+    dequantize,
+)
 from qdiff.model import has_own_behavior, replace_modules
 
 
@@ -65,6 +74,37 @@ def fuse_attention(model: nn.Module) -> nn.Module:
             )
             setattr(module, "fused", not quantized)  # noqa: B010  # mypy knows no attribute `fused` of nn.Module
     return model
+
+
+def halve_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Keep the weights of full-precision layers in the type that autocast would turn them into in every forward pass.
+
+    The numbers are the same. Normalizations stay float32, as autocast computes them.
+
+    Args:
+        model: the network; changed in place.
+        dtype: the type of autocast.
+    """
+    for module in model.modules():
+        if type(module) in LAYER_TYPES:
+            module.to(dtype)
+
+
+class ChannelsLastGroupNorm(nn.GroupNorm):
+    """A GroupNorm that keeps channels_last memory, which CUDA's loses. An existing one becomes it by its class."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        return y.contiguous(memory_format=torch.channels_last) if last else y
+
+
+def keep_channels_last(model: nn.Module) -> nn.Module:
+    """Let a network compute in channels_last memory from its first convolution on, in place; returns `model`."""
+    for module in model.modules():
+        if type(module) is nn.GroupNorm:
+            module.__class__ = ChannelsLastGroupNorm
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks this overload
 
 
 class PackedWeight(nn.Module):
@@ -129,8 +169,8 @@ class PackedLayer(ModuleProxy):
         x = layer.quantize_input(x)
         autocast = torch.is_autocast_enabled(x.device.type)
         weight = self.weight.to(torch.get_autocast_dtype(x.device.type) if autocast else layer.dtype)
-        if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-            weight = weight.contiguous(memory_format=torch.channels_last)
+        if x.dim() == 4:  # both, because the memory of a kernel of one pixel does not show its format
+            x, weight = (part.contiguous(memory_format=torch.channels_last) for part in (x, weight))
         return layer.apply_weight(x, weight, *args, **kwargs)
 
 

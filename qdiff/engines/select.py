@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from qdiff.engines import cpu, cuda, probe
+from qdiff.engines import cpu, cuda, probe, speed
 from qdiff.engines.proxy import has_engine
 from qdiff.errors import ConfigError
 from qdiff.layers import QuantLayer
@@ -16,9 +16,6 @@ from qdiff.model import half_precision, quant_layers
 log = logging.getLogger(__name__)
 
 ENGINES = ("auto", "integer", "simulated")
-# Mean number of weights per product of integers below which these are not faster, because most of the time is spent
-# between the layers.
-MIN_MEAN_WEIGHTS = 50_000
 MAX_NAMES = 8  # of layers in a log line, for each reason
 
 
@@ -50,13 +47,22 @@ def apply_engine(model: nn.Module, engine: str = "auto") -> nn.Module:
         return model
     reason = _why_not_integer(model, device)
     if reason is None:
-        network = cpu.to_integer(model)
+        depth = speed.row().min_depth if engine == "auto" else 0
+        network = cpu.to_integer(model, depth)
         obstacles = cpu.find_obstacles(network)
         reason = _why_useless(model, obstacles, faster=engine == "auto")
         if reason is None:
             count = sum(obstacle is None for obstacle in obstacles.values())
-            simulated = _describe(obstacles)
-            log.info("engine: integer (%d of %d layers and attention matmuls)%s", count, len(obstacles), simulated)
+            attends = any(isinstance(m, cpu.IntegerMatMul) and m.obstacle is None for m in network.modules())
+            flat = f"; attention matmuls of a depth below {depth}: simulated, which is faster"
+            log.info(
+                "engine: integer (%d of %d layers and attention matmuls) for %s%s%s",
+                count,
+                len(obstacles),
+                speed.origin(),
+                _describe(obstacles),
+                flat if depth and attends else "",
+            )
             return network
     if engine == "integer":
         raise ConfigError(f" integer: {reason}", field="engine")
@@ -87,8 +93,7 @@ def on_gpu(model: nn.Module, int8_products: bool) -> nn.Module:
         log.info("engine: packed weights, dequantized on use%s", int8)
     elif int8_products:
         raise ConfigError(" integer: the network is not quantized", field="engine")
-    model = cuda.fuse_attention(model)
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks this overload
+    return cuda.keep_channels_last(cuda.fuse_attention(model))
 
 
 def _why_not_integer(model: nn.Module, device: str) -> str | None:
@@ -121,9 +126,10 @@ def _why_useless(model: nn.Module, obstacles: Mapping[str, str | None], faster: 
     layers = quant_layers(model)
     sizes = [layer.shape.numel() // _products(layer) for layer in map(layers.get, paths) if layer is not None]
     mean = sum(sizes) // max(len(sizes), 1)
-    if not faster or mean >= MIN_MEAN_WEIGHTS:
+    if not faster or mean >= speed.MIN_WEIGHTS:
         return None
-    return f"{mean} weights a layer: integers are not faster below {MIN_MEAN_WEIGHTS}{_describe(obstacles)}"
+    below = f"integers are not faster below {speed.MIN_WEIGHTS}"
+    return f"{mean} weights a layer: {below}{_describe(obstacles)}"
 
 
 def _products(layer: QuantLayer) -> int:

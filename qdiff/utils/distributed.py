@@ -45,12 +45,17 @@ def _exchangeable(tensor: Tensor) -> Tensor:
 
 
 def sum_over_ranks(tensors: Sequence[Tensor]) -> None:
-    """Replace each tensor by its sum over the processes, in place."""
-    if world() > 1:
-        for tensor in tensors:
-            exchanged = _exchangeable(tensor)
-            dist.all_reduce(exchanged)
-            tensor.copy_(exchanged)
+    """Replace each tensor by its sum over the processes, in place; tensors of one type are exchanged as one."""
+    if world() == 1:
+        return
+    alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        alike.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    for group in alike.values():
+        exchanged = _exchangeable(torch.cat([tensor.flatten() for tensor in group]))
+        dist.all_reduce(exchanged)
+        for tensor, total in zip(group, exchanged.split([tensor.numel() for tensor in group]), strict=True):
+            tensor.copy_(total.view_as(tensor))
 
 
 def from_first(tensors: Sequence[Tensor]) -> None:

@@ -25,8 +25,11 @@ class Batch(Protocol):
 
 B = TypeVar("B", bound=Batch)
 
-# how the CPU's allocator says so on Linux and on Windows, and how MPS does
-_ALLOCATION_ERRORS = ("can't allocate memory", "not enough memory", "out of memory")
+# how the CPU's allocator says so on Linux and on Windows, how MPS does, and how the libraries of CUDA do
+_ALLOCATION_ERRORS = (
+    *("can't allocate memory", "not enough memory", "out of memory"),
+    *("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "DEVICE_ALLOCATION_FAILED"),
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

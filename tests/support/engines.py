@@ -16,6 +16,7 @@ from qdiff.calibration.data import CalibrationData
 from qdiff.calibration.ranges import init_activation_ranges, timestep_group_bounds
 from qdiff.config import CalibrationConfig, QuantConfig
 from qdiff.engines import cpu, probe
+from qdiff.engines.operands import Int8Weight
 from qdiff.layers import QuantLayer, QuantMatMul
 from qdiff.model import enable_activations, init_weights, quant_layers, quantize_model
 from qdiff.policy import Policy
@@ -23,7 +24,8 @@ from qdiff.scale_rules import choose_qparams
 from tests.support import golden, tiny, tiny_latent
 
 LINEAR = QuantConfig(weight_bit=4, quant_act=True, a_sym=True, split=True, quant_mode="linear")
-SATURATES = probe.why_unavailable()  # why 8-bit products are wrong on this processor; None if they are right
+EXACT = probe.largest_exact_weight()  # beyond it products are wrong on this processor
+SATURATES = probe.why_unavailable() or ("no VNNI" if EXACT < probe.LARGEST_BYTE else None)
 
 
 def _int_mm_saturates() -> str | None:
@@ -90,14 +92,20 @@ def check(layer: nn.Module, *inputs: torch.Tensor, tolerance: float = 1e-6) -> b
 def right(model: nn.Module) -> bool:
     """Whether integer products of these layers are right on this processor.
 
-    Without VNNI, sums of two products with 8-bit weights overflow 16 bits.
+    Without VNNI, sums of two products with weights beyond 64 overflow 16 bits.
     """
     layers = list(model.modules())
-    wide = any(q.n_bits > 4 for layer in layers if isinstance(layer, QuantLayer) for q in layer.weight_quantizers)
+    wide = any(
+        Int8Weight(quantizer).integers.short().abs().max() > EXACT
+        for layer in layers
+        if isinstance(layer, QuantLayer)
+        for quantizer in layer.weight_quantizers
+        if quantizer.n_bits <= 8
+    )
     attends = any(
         isinstance(layer, QuantMatMul) and all(q.n_bits <= 8 for q in layer.act_quantizers) for layer in layers
     )
-    return not (wide and SATURATES) and not (attends and INT_MM_SATURATES)
+    return not wide and not (attends and INT_MM_SATURATES)
 
 
 def skip_numbers(compared: bool) -> None:

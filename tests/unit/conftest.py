@@ -12,6 +12,8 @@ def integer_path(monkeypatch):
     Its logic is the same everywhere; only 8-bit numbers can be wrong.
     """
     monkeypatch.setattr(probe, "why_unavailable", lambda: None)
+    monkeypatch.setattr(probe, "largest_exact_weight", lambda: probe.LARGEST_BYTE)
+    monkeypatch.setattr(probe, "attention_is_exact", lambda: True)
 
 
 @pytest.fixture(params=["compiled", "plain"])

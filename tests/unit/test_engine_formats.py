@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qdiff.engines import cpu, cpu_kernels, select
+from qdiff.engines import cpu, cpu_kernels, operands, select, speed
 from qdiff.engines.cpu import to_integer
 from qdiff.engines.cuda import Int8Linear, PackedLayer, to_packed
 from qdiff.engines.deferred import Epilogue, deferred
@@ -231,7 +231,7 @@ def test_the_log_names_what_stays_simulated(caplog, monkeypatch):
     simulated, *_ = network_of_policy(POLICY, sm_abit=16)
     apply_engine(simulated, "integer")
     assert caplog.messages == [
-        "engine: integer (51 of 56 layers and attention matmuls); "
+        f"engine: integer (51 of 56 layers and attention matmuls) for {speed.origin()}; "
         "simulated: down.1.block.0.conv2 (weights of more than 8 bits); "
         "simulated: down.1.attn.0.av, mid.attn_1.av, up.1.attn.0.av, up.1.attn.1.av (operands of more than 8 bits)"
     ]
@@ -247,11 +247,11 @@ def test_auto_counts_the_products_of_layers_that_can_run_on_integers(monkeypatch
     simulated, *_ = network_of_policy(())
     sizes = [layer.shape.numel() for layer in quant_layers(simulated).values()]
     mean = sum(sizes) // len(sizes)
-    monkeypatch.setattr(select, "MIN_MEAN_WEIGHTS", mean)
+    monkeypatch.setattr(speed, "MIN_WEIGHTS", mean)
     assert apply_engine(simulated) is not simulated
     twice, *_ = network_of_policy((("*", "A16"),))  # each product is done twice
     assert apply_engine(twice) is twice
-    monkeypatch.setattr(select, "MIN_MEAN_WEIGHTS", mean // 2)
+    monkeypatch.setattr(speed, "MIN_WEIGHTS", mean // 2)
     assert apply_engine(twice) is not twice
     few, *_ = network_of_policy((("*", "W12"), ("conv_in", "W4")))  # the one layer on integers is small
     assert apply_engine(few) is few
@@ -287,7 +287,7 @@ def test_16_bits_fill_both_bytes(operators):
     x = torch.arange(2.0**16).view(1, 2**15, 2) - 30_000
     quantizer = wide_layer().act_quantizer
     quantizer.set_qparams(torch.tensor(1.0), torch.tensor(30_000.0))
-    found = cpu.InputGrid(quantizer).quantize(cpu_kernels.ChannelsLastView(x, 1, 2**15, 2, 2), Epilogue())
+    found = operands.InputGrid(quantizer).quantize(cpu_kernels.ChannelsLastView(x, 1, 2**15, 2, 2), Epilogue())
     low, high = (byte.flatten().int() for byte in found.bytes)
     assert torch.equal(256 * high + low, torch.arange(2**16, dtype=torch.int32))
     assert [term.scale * (term.q.double() - term.zero).sum().item() for term in found.terms()] == [

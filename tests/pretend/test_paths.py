@@ -1,0 +1,215 @@
+"""Every path on a pretended CUDA device: it runs, mixes no devices, and gives the numbers of the CPU.
+
+`tests/unit/test_pretended_cuda.py` runs these tests in a process of their own.
+"""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ddim.family import PIXEL
+from ddim.sampling import PixelSampler, PixelSamplerConfig
+from ldm.checkpoint import open_checkpoint
+from ldm.conditions import class_conditions, text_conditions
+from ldm.config import load_config
+from ldm.samplers import LatentSamplerConfig
+from ldm.sampling import LatentSampler
+from qdiff.calibration.data import CalibrationData
+from qdiff.calibration.ranges import timestep_group_bounds
+from qdiff.calibration.run import Calibration
+from qdiff.config import CalibrationConfig, QuantConfig
+from qdiff.engines.cuda import halve_weights
+from qdiff.engines.select import apply_engine
+from tests.support import golden, tiny, tiny_latent
+from tests.support.engines import network_of
+
+if "QDIFF_PRETENDED_CUDA" not in os.environ:
+    pytest.skip("needs a process of its own: tests/unit/test_pretended_cuda.py", allow_module_level=True)
+
+from tests.pretend.device import CUDA, pretended_cuda
+
+QUANT = QuantConfig(weight_bit=4, quant_act=True, split=True)
+LINEAR = QUANT.linear()
+SHORT = CalibrationConfig(
+    batch_size=4, rounding="adaround", iters=1, iters_a=1, iters_tune=1, iters_tune_a=1, batch_tune=4
+)
+
+
+@pytest.fixture
+def counts():
+    with pretended_cuda() as counts:
+        yield counts
+
+
+def moved(inputs) -> tuple[Tensor, ...]:
+    return tuple(part.to(CUDA) for part in inputs)
+
+
+def near(found: Tensor, expected: Tensor, tolerance: float) -> None:
+    assert found.is_cuda
+    assert golden.relative_error(found.cpu().float(), expected) <= tolerance
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["pixel", "none", "text"])
+def test_networks_and_engines_are_those_of_the_cpu(tmp_path, counts, kind):
+    network, architecture, rows = network_of(kind, tmp_path)
+    inputs = tuple(part[:4] for part in rows.inputs)
+    expected = network(*inputs)
+    simulated = Calibration(network, architecture, LINEAR, CalibrationConfig(), rows).run()
+    quantized = simulated(*inputs)
+    network, simulated = network.to(CUDA), simulated.to(CUDA)
+    near(network(*moved(inputs)), expected, 0.0)
+    near(apply_engine(network)(*moved(inputs)), expected, 1e-5)
+    near(simulated(*moved(inputs)), quantized, 0.0)
+    for engine in ("auto", "integer"):
+        near(apply_engine(simulated, engine)(*moved(inputs)), quantized, 0.05)
+        with torch.autocast("cuda", torch.float16):
+            near(apply_engine(simulated, engine)(*moved(inputs)), quantized, 0.3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["pixel", "none", "text"])
+def test_prepared_networks_stay_in_channels_last_memory(tmp_path, counts, kind):
+    network, architecture, rows = network_of(kind, tmp_path)
+    inputs = moved(part[:4] for part in rows.inputs)
+    simulated = Calibration(network, architecture, LINEAR, CalibrationConfig(), rows).run().to(CUDA)
+    for prepared in (apply_engine(simulated), apply_engine(network.to(CUDA))):
+        counts.reset()
+        with torch.autocast("cuda", torch.float16):
+            prepared(*inputs)
+        assert counts.formats["channels_last"] > 10 and not counts.formats["contiguous"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["pixel", "none", "text"])
+def test_fused_attention_gets_memory_that_its_fast_forms_take(tmp_path, counts, kind, monkeypatch):
+    network, *_, rows = network_of(kind, tmp_path)
+    strides = []
+    original = nn.functional.scaled_dot_product_attention
+
+    def attention(q, k, v, **settings):
+        strides.extend(part.stride(-1) for part in (q, k, v))
+        return original(q, k, v, **settings)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", attention)
+    apply_engine(network.to(CUDA))(*moved(part[:4] for part in rows.inputs))
+    assert strides and set(strides) == {1}
+
+
+@torch.no_grad()
+def test_half_weights_are_those_of_autocast(tmp_path, counts):
+    network, _, rows = network_of("text", tmp_path)
+    inputs = moved(part[:4] for part in rows.inputs)
+    network = apply_engine(network.to(CUDA))
+    with torch.autocast("cuda", torch.float16):
+        counts.reset()
+        expected = network(*inputs)
+        before = counts.launches.total()
+        halve_weights(network, torch.float16)
+        counts.reset()
+        found = network(*inputs)
+    assert torch.equal(found.cpu(), expected.cpu())
+    assert counts.launches.total() <= before - 30  # the weights are not turned into float16 in every forward pass
+
+
+def few(rows: CalibrationData) -> CalibrationData:
+    """An eighth of the samples."""
+    trajectories = None if rows.trajectories is None else rows.trajectories[::8]
+    return replace(rows, inputs=tuple(part[::8] for part in rows.inputs), trajectories=trajectories)
+
+
+def calibrated(kind: str, folder, quant: QuantConfig, on_cuda: bool) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    network, architecture, rows = network_of(kind, folder)
+    if quant.time_bounds:
+        quant = replace(quant, time_bounds=timestep_group_bounds(rows, 3))
+    network = network.to(CUDA) if on_cuda else network
+    quantized = Calibration(network, architecture, quant, SHORT, few(rows)).run()
+    return quantized, tuple(part[:4] for part in rows.inputs)
+
+
+@pytest.mark.parametrize(
+    ("kind", "quant"),
+    [("pixel", replace(QUANT, time_bounds=(1.0,))), ("none", QUANT), ("text", replace(QUANT, time_bounds=(1.0,)))],
+)
+def test_every_phase_of_a_reconstruction_is_that_of_the_cpu(tmp_path, counts, kind, quant):
+    found, inputs = calibrated(kind, tmp_path / "cuda", quant, on_cuda=True)
+    assert all(tensor.is_cuda for tensor in found.state_dict().values())
+    expected, _ = calibrated(kind, tmp_path / "cpu", quant, on_cuda=False)
+    with torch.no_grad():
+        for engine in ("simulated", "auto"):
+            near(apply_engine(found, engine)(*moved(inputs)), expected(*inputs), 0.05)
+    for name, tensor in expected.state_dict().items():
+        other = found.state_dict()[name].cpu()
+        if tensor.dtype == torch.uint8:  # a rounding on its edge may flip
+            assert (tensor != other).float().mean() < 0.01, name
+        else:
+            assert golden.relative_error(other, tensor) < 1e-3, name
+
+
+def test_an_iteration_of_a_reconstruction_waits_for_nothing(counts):
+    """Neither reading the samples nor the loss makes the CPU wait for the GPU, nor does a scale on the CPU."""
+    network = tiny.unet()
+    rows = tiny.rows(network)
+    waits = {}
+    for iterations in (1, 3):
+        counts.reset()
+        recipe = replace(SHORT, iters=iterations, iters_tune=0, iters_tune_a=0, iters_a=0)
+        Calibration(tiny.unet().to(CUDA), PIXEL, QUANT, recipe, few(rows)).run()
+        waits[iterations] = counts.waits.total()
+    assert waits[3] == waits[1]
+
+
+@pytest.mark.parametrize("kind", ["generalized", "ddpm_noisy", "dpm_solver"])
+def test_pixel_samplers_are_those_of_the_cpu(counts, kind):
+    cpu = tiny.sampler()
+    network = tiny.unet()
+    settings = PixelSamplerConfig(kind, "quad", 4, eta=1.0 if kind == "generalized" else 0.0)
+    expected = PixelSampler(cpu.config, settings, torch.device("cpu"))(network, range(2), 1)
+    network = network.to(CUDA)
+    near(PixelSampler(cpu.config, settings, CUDA)(network, range(2), 1), expected, 1e-6)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "plms", "dpm", "vanilla"])
+@pytest.mark.parametrize("kind", ["none", "class", "text"])
+def test_latent_samplers_are_those_of_the_cpu(tmp_path, counts, kind, sampler):
+    folder = tiny_latent.model_folder(tmp_path / kind, kind)
+    config = load_config(folder / "config.yaml")
+    config = replace(config, timesteps=6) if sampler == "vanilla" else config
+    checkpoint = open_checkpoint(folder, config)
+    settings = LatentSamplerConfig(sampler, 4, 0.0, 1.0 if kind == "none" else 3.0)
+    images = []
+    for device in (torch.device("cpu"), CUDA):
+        parts = checkpoint.model_parts().to(device)
+        conditions = None
+        if kind == "text":
+            conditions = text_conditions(lambda parts=parts: parts, lambda index: "red heart")
+        elif kind == "class":
+            conditions = class_conditions(lambda parts=parts: parts, [0, 1, 2])
+        sample = LatentSampler(config, settings, device, None, conditions)
+        images.append(parts.decode(sample(checkpoint.unet().to(device), range(2), 1)))
+    near(images[1], images[0], 1e-5)
+
+
+STEP_WAITS = {"full": 0, "quantized": 0, "groups": 1}  # a step with timestep groups reads which group comes
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["pixel", "text"])
+@pytest.mark.parametrize("form", list(STEP_WAITS))
+def test_a_sampling_step_makes_the_cpu_wait_no_more_than_before(tmp_path, counts, kind, form):
+    network, architecture, rows = network_of(kind, tmp_path)
+    inputs = moved(part[:2] for part in rows.inputs)
+    inputs = (inputs[0], inputs[1][:1].expand(2).contiguous(), *inputs[2:])
+    if form != "full":
+        bounds = timestep_group_bounds(rows, 3) if form == "groups" else ()
+        quant = replace(LINEAR, time_bounds=bounds)
+        network = Calibration(network, architecture, quant, CalibrationConfig(), rows).run()
+    network = apply_engine(network.to(CUDA))
+    network(*inputs)
+    counts.reset()
+    network(*inputs)
+    assert counts.waits.total() == STEP_WAITS[form], counts.waits
