@@ -379,3 +379,56 @@ def test_a_missing_or_damaged_file_is_named(copy, file, word):
     (folder / file).unlink()
     with pytest.raises(CheckpointError, match=word):
         latent_format.read_config(DiffusersFolder(folder))
+
+
+# --- the structures of published repositories, without weights
+
+
+def write(folder: Path, **files: dict) -> Path:
+    """Write settings; `unet__config` becomes unet/config.json."""
+    for name, content in files.items():
+        file = folder / f"{name.replace('__', '/')}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("config", "size", "widths", "with_attention"),
+    [
+        ("configs/cifar10.yml", 32, [128, 256, 256, 256], 1),
+        ("configs/church.yml", 256, [128, 128, 256, 256, 512, 512], 4),
+    ],
+)
+def test_published_pixel_structures_agree_with_the_yaml_files(tmp_path, config, size, widths, with_attention):
+    down = ["AttnDownBlock2D" if level == with_attention else "DownBlock2D" for level in range(len(widths))]
+    up = [kind.replace("Down", "Up") for kind in reversed(down)]
+    unet = made.UNET2D | made.PIXEL | {"sample_size": size, "block_out_channels": widths, "layers_per_block": 2}
+    unet |= {"down_block_types": down, "up_block_types": up, "norm_num_groups": 32, "_class_name": "UNet2DModel"}
+    scheduler = {"_class_name": "DDPMScheduler", "beta_end": 0.02, "beta_start": 1e-4, "beta_schedule": "linear"}
+    folder = write(tmp_path, config=unet, scheduler_config=scheduler | {"variance_type": "fixed_small"})
+    found = pixel_format.resolve_config(None, folder)
+    assert found.model.ch_mult == tuple(width // 128 for width in widths) and found.clip_x0 == 1
+    assert pixel_format.resolve_config(Path(config), folder).model.attn_resolutions == (16,)
+
+
+def test_the_published_latent_structure_agrees_with_the_yaml_file(tmp_path):
+    """CompVis/ldm-celebahq-256."""
+    down, up = ["DownBlock2D", *["AttnDownBlock2D"] * 3], [*["AttnUpBlock2D"] * 3, "UpBlock2D"]
+    unet = made.UNET2D | {"sample_size": 64, "block_out_channels": [224, 448, 672, 896], "layers_per_block": 2}
+    unet |= {"down_block_types": down, "up_block_types": up, "norm_num_groups": 32, "attention_head_dim": 32}
+    vqvae = {"_class_name": "VQModel", "block_out_channels": [128, 256, 512], "layers_per_block": 2}
+    vqvae |= {"latent_channels": 3, "num_vq_embeddings": 8192, "sample_size": 256, "norm_num_groups": 32}
+    vqvae |= {"down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3}
+    scheduler = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "clip_sample": False}
+    folder = write(
+        tmp_path,
+        unet__config=unet | {"_class_name": "UNet2DModel"},
+        vqvae__config=vqvae,
+        scheduler__scheduler_config=scheduler | {"beta_start": 0.0015, "beta_end": 0.0195, "timestep_values": None},
+    )
+    config = latent_format.resolve_config(Path("models/ldm/celeba256/config.yaml"), folder)
+    assert config.scale_factor == 1.0 and config.unet.num_head_channels == 32
+    change(folder / "unet/config.json", attention_head_dim=16)
+    with pytest.raises(ConfigError, match="heads of each resolution"):
+        latent_format.resolve_config(Path("models/ldm/celeba256/config.yaml"), folder)
