@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -17,14 +18,17 @@ from torch import nn
 
 import qdiff
 import qdiff.diffusers
+from qdiff.calls import map_leaves
 from qdiff.checkpoint.packed import PackedFile
 from qdiff.diffusers import quantize_pipeline
 from qdiff.engines import probe
+from qdiff.engines.onnx import export_onnx
 from qdiff.engines.select import apply_engine
 from qdiff.errors import CheckpointError, ConfigError, MissingExtra
 from qdiff.layers import LAYER_TYPES
-from qdiff.model import quant_layers
+from qdiff.model import enable_activations, quant_layers
 from qdiff.structure import describe
+from tests.cli.test_docs import blocks
 from tests.support.commands import REPOSITORY
 from tests.support.pipelines import CASES, LENGTH, PROMPTS, QUICK, quantized
 
@@ -350,7 +354,7 @@ def test_push_to_hub_is_the_same_code(tmp_path, monkeypatch):
 # --- what users do with a pipeline ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["sd", "flux"])
+@pytest.mark.parametrize("name", NAMES)
 def test_an_engine_runs_the_network(name, monkeypatch):
     monkeypatch.setattr(probe, "why_unavailable", lambda: None)
     case, pipe = CASES[name], copy.copy(shared(name))
@@ -418,3 +422,105 @@ def test_projections_are_not_fused_afterwards():
     pipe = copy.deepcopy(shared("sd"))
     with pytest.raises(ConfigError, match="expected fuse_qkv_projections before quantize_pipeline"):
         pipe.fuse_qkv_projections()
+
+
+def recorded_call(name: str) -> tuple[tuple, dict]:
+    """The inputs of the network of a pipeline at the second time step, in float64."""
+    calls, pipe = [], original(name)
+
+    def record(_, args, kwargs):
+        calls.append(map_leaves(in_float64, (args, kwargs)))
+
+    hook = network(name, pipe).register_forward_pre_hook(record, with_kwargs=True)
+    CASES[name].sample(pipe)
+    hook.remove()
+    args, kwargs = calls[1]
+    return args, kwargs | {"return_dict": False}
+
+
+def in_float64(leaf: object) -> object:
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    leaf = leaf.clone(memory_format=torch.contiguous_format)
+    return leaf.double() if leaf.is_floating_point() else leaf
+
+
+def in_float32(leaf: object) -> object:
+    return leaf.float() if isinstance(leaf, torch.Tensor) and leaf.dtype == torch.float64 else leaf
+
+
+@torch.no_grad()
+def compiled_error(model: nn.Module, call: tuple[tuple, dict], backend: str) -> float:
+    """The relative error of the compiled network; a graph break raises."""
+    torch._dynamo.reset()
+    args, kwargs = call
+    (expected,), (found,) = (
+        model(*args, **kwargs),
+        torch.compile(model, fullgraph=True, backend=backend)(*args, **kwargs),
+    )
+    return relative_error(found, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_no_graph_breaks(name):
+    model = nn.Module.double(copy.deepcopy(network(name, shared(name))))
+    assert compiled_error(model, recorded_call(name), "aot_eager") < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+@pytest.mark.parametrize("name", ["dit", "flux"])
+def test_compiled_networks_give_the_same(name):
+    model, call = copy.deepcopy(network(name, shared(name))), recorded_call(name)
+    enable_activations(model, False)
+    assert compiled_error(model, map_leaves(in_float32, call), "inductor") < 1e-5
+    enable_activations(model, True)
+    assert compiled_error(nn.Module.double(model), call, "inductor") < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddim", "sd"])
+def test_the_unet_becomes_onnx(name, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = network(name, shared(name))
+    inputs = [torch.randn(2, model.config.in_channels, 8, 8), torch.full((2,), 500.0), torch.randn(2, LENGTH, 16)]
+    axes = [{0: "batch"}, {0: "batch"}, {0: "batch", 1: "length"}]
+    count = 3 if name == "sd" else 2
+    export_onnx(tmp_path / "unet.onnx", model, inputs[:count], axes[:count])
+    session = onnxruntime.InferenceSession(tmp_path / "unet.onnx", providers=["CPUExecutionProvider"])
+    names = [entry.name for entry in session.get_inputs()]
+    assert names == ["x", "t", "context"][:count]
+    (found,) = session.run(None, {key: tensor.numpy() for key, tensor in zip(names, inputs, strict=False)})
+    with torch.no_grad():
+        expected = model(*inputs[:count]).sample
+    assert relative_error(torch.from_numpy(found), expected) < 1e-5
+
+
+# --- the page ---------------------------------------------------------------------------------------
+
+
+def test_the_examples_of_the_page_run(tmp_path, monkeypatch):
+    """On tiny pipelines in the places of the published ones, with few time steps and nearest rounding."""
+    monkeypatch.chdir(tmp_path)
+    original("ddim").save_pretrained("google/ddpm-cifar10-32")
+    original("sd").save_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")
+    whole = qdiff.diffusers.quantize_pipeline
+    calls = []
+
+    def short(pipe, call, **arguments):
+        calls.append(arguments)
+        few = {"n": 4} if "n" in arguments else {}
+        whole(pipe, **arguments | few | QUICK, call=call | {"num_inference_steps": 2})
+
+    monkeypatch.setattr(qdiff.diffusers, "quantize_pipeline", short)
+    page = REPOSITORY / "docs/diffusers.md"
+    namespace: dict[str, object] = {"__name__": "example"}
+    code = [(first, lines) for language, first, lines in blocks(page) if language == "python"]
+    for first, lines in code:
+        source = "\n" * (first - 1) + "\n".join(lines)  # so that a traceback has the lines of the page
+        source = re.sub("num_inference_steps=[0-9]+", "num_inference_steps=2", source)
+        exec(compile(source, str(page), "exec"), namespace)
+    assert len(code) == 4 and [arguments["weight_bit"] for arguments in calls] == [4, 4]
+    assert quant_layers(namespace["again"]) and (tmp_path / "star.png").is_file()
+    assert namespace["found"].kept_layers == ("conv_in", "conv_out")

@@ -255,8 +255,8 @@ def _text(make: Callable[[], diffusers.DiffusionPipeline], network: str, **call:
 
 
 CASES: dict[str, Case] = {
-    "ddpm": Case(ddpm, "unet", {"n": 4}, {"num_inference_steps": 4}),
-    "ddim": Case(ddim, "unet", {"n": 4}, {"num_inference_steps": 4}),
+    "ddpm": Case(ddpm, "unet", {"n": 4}, {"num_inference_steps": 4}, {"batch_size": 2}),
+    "ddim": Case(ddim, "unet", {"n": 4}, {"num_inference_steps": 4}, {"batch_size": 2}),
     "sd": _text(stable_diffusion, "unet"),
     "sdxl": _text(sdxl, "unet"),
     "dit": Case(dit, "transformer", {"n": 4}, {"num_inference_steps": 3}, {"class_labels": [7]}),
