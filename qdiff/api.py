@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,27 @@ def quantize(
     config = replace(PRESETS[preset], **recipe)  # type: ignore[arg-type]  # validated above
     directory = CalibrationDir(None if folder is None else Path(folder))
     return _calibrate(Calibration(network, architecture, quant, config, data, directory=directory), structure, plan)
+
+
+def validate_settings(model: nn.Module, **settings: Any) -> None:
+    """Check arguments of `quantize`, before work that gives its samples.
+
+    Args:
+        model: the network.
+        settings: further arguments of `quantize`.
+
+    Raises:
+        ConfigError: see `quantize`. What depends on the samples is checked there.
+    """
+    bound = signature(quantize).bind(model, (), **settings)
+    bound.apply_defaults()
+    given, recipe = bound.arguments, bound.arguments["recipe"]
+    _validate_model(model)
+    _validate_recipe(given["preset"], recipe, given["timestep_groups"])
+    _validate_splits(model, given["splits"] or {})
+    weight_bit, act_bit, symmetric = (given[name] for name in ("weight_bit", "act_bit", "symmetric"))
+    _formats(weight_bit, act_bit, symmetric, (), given["policy"] or {}, given["preset"])
+    replace(PRESETS[given["preset"]], **recipe).validate()
 
 
 def _architecture(

@@ -281,26 +281,25 @@ class AttentionForward:
 
     def __init__(self, owner: nn.Module, calls: Sequence[str], path: str) -> None:
         self.owner, self.calls, self.path = owner, tuple(calls), path or "the network"
-        self.own_forward = vars(owner).get("forward")  # an instance may have a forward pass of its own
+        # The forward pass as the network defines it: of the class, or the instance's own. It is no bound method,
+        # because torch.compile cannot trace the binding.
+        own: Callable[..., Any] | None = vars(owner).get("forward")
+        self.function: Callable[..., Any] = own or type(owner).forward
+        self.leading: tuple[nn.Module, ...] = () if own else (owner,)
         self.names = matmul_names(calls)
 
     @property
     def __code__(self) -> CodeType:
-        return self.original.__code__  # `torch.export` looks there for the source of the network
+        return self.function.__code__  # `torch.export` looks there for the source of the network
 
     @property
     def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.original)
-
-    @property
-    def original(self) -> Callable[..., Any]:
-        """The forward pass as the network defines it."""
-        return self.own_forward or type(self.owner).forward.__get__(self.owner)
+        return inspect.signature(self.function.__get__(self.owner) if self.leading else self.function)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         frame = _Frame(self) if self._is_active() else None
         with _running(frame):
-            output = self.original(*args, **kwargs)
+            output = self.function(*self.leading, *args, **kwargs)
         if frame is not None:
             frame.finish()
         return output
@@ -358,6 +357,8 @@ class _CallsMode(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is Tensor.unflatten:  # torch.compile cannot trace its Python code
+            return args[0].unflatten(*args[1:], **kwargs or {})
         if self.frame is None or func not in KINDS:
             return func(*args, **kwargs or {})
         return self.frame.call(func, args, kwargs or {})

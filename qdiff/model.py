@@ -154,14 +154,23 @@ def apply_plan(model: nn.Module, plan: QuantPlan, config: QuantConfig) -> nn.Mod
     Raises:
         AttributeError: the model has no module, or no attention matmul, at a path of the plan.
     """
-    config.validate_formats()
     shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-    wrapped = copy.deepcopy(model, shared).eval()
+    return wrap(copy.deepcopy(model, shared), plan, config)
+
+
+def wrap(model: nn.Module, plan: QuantPlan, config: QuantConfig) -> nn.Module:
+    """Replace the modules that `plan` lists by their quantized forms, in place; see `apply_plan`.
+
+    Returns:
+        `model`, in eval mode.
+    """
+    config.validate_formats()
+    model.eval()
     groups = TimestepGroups(config.time_bounds) if config.time_bounds else None
     if groups is not None:
-        wrapped.timestep_groups = groups  # type: ignore[assignment]  # an attribute, so that a copy gets its own
-        wrapped.register_forward_pre_hook(_set_timesteps, with_kwargs=True)
-    splits = {id(wrapped.get_submodule(path)): split for path, split in plan.layers.items()}
+        model.timestep_groups = groups  # type: ignore[assignment]  # an attribute, so that a copy gets its own
+        model.register_forward_pre_hook(_set_timesteps, with_kwargs=True)
+    splits = {id(model.get_submodule(path)): split for path, split in plan.layers.items()}
     device = next(model.parameters()).device
 
     def make_quantized(path: str, module: nn.Module) -> nn.Module | None:
@@ -170,16 +179,14 @@ def apply_plan(model: nn.Module, plan: QuantPlan, config: QuantConfig) -> nn.Mod
         layer_type, (weight_bit, act_bit) = LAYER_TYPES[type(module)], config.widths(path)
         return layer_type(module, weight_bit, act_bit, config.a_sym, splits[id(module)], groups)
 
-    replace_modules(wrapped, make_quantized)
-    _put_matmuls(
-        wrapped, plan, {path: spec.make(config, groups, path).to(device) for path, spec in plan.matmuls.items()}
-    )
-    for path, module in wrapped.named_modules():
+    replace_modules(model, make_quantized)
+    _put_matmuls(model, plan, {path: spec.make(config, groups, path).to(device) for path, spec in plan.matmuls.items()})
+    for path, module in model.named_modules():
         if isinstance(module, Quantizer):
             module.name = path
         elif isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # its fused form would take the weights and leave out the quantizers
-    return wrapped.eval()
+    return model.eval()
 
 
 def _put_matmuls(model: nn.Module, plan: QuantPlan, matmuls: Mapping[str, QuantMatMul]) -> None:

@@ -51,7 +51,7 @@ class CalibrationSet:
         if samples > len(self.xs[0]):
             message = f" {samples}: the calibration set holds {len(self.xs[0])} samples of each time step"
             raise CheckpointError(message, field="samples")
-        chosen = _spread(num_timesteps, len(self.ts))
+        chosen = spread(num_timesteps, len(self.ts))
         x = torch.cat([self.xs[i][:samples] for i in chosen])
         t = torch.cat([self.ts[i][:samples] for i in chosen])
         trajectories = torch.arange(len(self.xs[0][:samples])).repeat(num_timesteps)
@@ -62,7 +62,7 @@ class CalibrationSet:
         return CalibrationData(inputs, trajectories.repeat(2))
 
 
-def _spread(count: int, total: int) -> list[int]:
+def spread(count: int, total: int) -> list[int]:
     """`count` indices below `total`, spread evenly up to the end, also if `count` does not divide `total`."""
     return [total * i // count for i in range(count)]
 
@@ -289,7 +289,7 @@ class Recorder:
 
     def __init__(self, num_timesteps: int, total: int) -> None:
         validate_num_timesteps(num_timesteps, total)
-        self.recorded = set(_spread(num_timesteps, total))
+        self.recorded = set(spread(num_timesteps, total))
         self.seen = 0
         self.xs: list[Tensor] = []
         self.ts: list[Tensor] = []

