@@ -4,8 +4,9 @@
     python benchmarks/pipeline.py --images 64 -o pipeline
 
 emoji32 becomes a `UNet2DModel` in a `DDIMPipeline`. `quantize_pipeline` quantizes it at W4A8 with the settings of
-models/ddim/emoji32/w4a8.safetensors, unless the folder of the results has it already. The table has the trajectory error and the PSNR of both along the sampling of the
-full-precision pipeline, from noise that neither was calibrated on. The picture has a row of images for each network.
+models/ddim/emoji32/w4a8.safetensors, unless the folder of the results has it already. The table has the trajectory
+error and the PSNR of both along the sampling of the full-precision pipeline, from noise that neither was calibrated on.
+The picture has a row of images for each network.
 """
 
 import argparse
