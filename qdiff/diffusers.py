@@ -47,6 +47,7 @@ LORA = (
     "quantize_pipeline, which fuses it"
 )
 QKV = "the projections of a quantized network cannot be fused: expected fuse_qkv_projections before quantize_pipeline"
+PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}  # of networks, by their names in files
 # Methods of networks that would add layers in full precision to a quantized network.
 REFUSED = {
     "load_lora_adapter": LORA,
@@ -409,7 +410,7 @@ class QDiffQuantizer(DiffusersQuantizer):
         assert self.file is not None  # its header was read before
         tensors, self.tensors = self.tensors, {}
         self.file.restore(model, tensors)
-        dtype = self.dtype or getattr(torch, self.file.metadata.get("dtype", "float32"))
+        dtype = self.dtype or PRECISIONS.get(self.file.metadata.get("dtype", ""), torch.float32)
         nn.Module.to(model, self.device, dtype)  # that of diffusers warns
         _adopt(model, self)
 
@@ -433,7 +434,8 @@ def _adopt(network: nn.Module, quantizer: QDiffQuantizer) -> None:
     network.hf_quantizer = quantizer  # a plain attribute; a copy of the network has its own
     network.register_to_config(quantization_config=quantizer.quantization_config)  # type: ignore[operator]
     for name, reason in REFUSED.items():
-        setattr(network, name, partial(_refuse, reason))
+        if hasattr(network, name):
+            setattr(network, name, partial(_refuse, reason))
 
 
 def _refuse(reason: str, *_: Any, **__: Any) -> NoReturn:

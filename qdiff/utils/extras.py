@@ -9,7 +9,7 @@ def require_extra(extra: str, *packages: str) -> None:
     """Check that packages can be imported, before work that needs them.
 
     Args:
-        extra: the extra that installs them: `eval`, `export` or `dev`.
+        extra: the extra that installs them: `eval`, `export`, `diffusers` or `dev`.
         packages: names of modules.
 
     Raises:

@@ -1,6 +1,7 @@
 """Pipelines of diffusers: quantized by one call, saved, loaded, and used as their users use them."""
 
 import copy
+import importlib
 import json
 import logging
 import re
@@ -18,6 +19,8 @@ from torch import nn
 
 import qdiff
 import qdiff.diffusers
+from ddim.config import load_config
+from ddim.weights import load_unet
 from qdiff.calls import map_leaves
 from qdiff.checkpoint.packed import PackedFile
 from qdiff.diffusers import quantize_pipeline
@@ -495,6 +498,15 @@ def test_the_unet_becomes_onnx(name, tmp_path):
     with torch.no_grad():
         expected = model(*inputs[:count]).sample
     assert relative_error(torch.from_numpy(found), expected) < 1e-5
+
+
+@torch.no_grad()
+def test_a_bundled_model_is_one_of_diffusers(monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+    pipeline = importlib.import_module("pipeline")
+    unet = load_unet(load_config(REPOSITORY / "configs/emoji32.yml"), None)
+    model, x, t = pipeline.make_pipeline(unet).unet, torch.randn(2, 3, 32, 32), torch.tensor([20.0, 900.0])
+    assert relative_error(model(x, t).sample, unet(x, t)) < 1e-5
 
 
 # --- the page ---------------------------------------------------------------------------------------
