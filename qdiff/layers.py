@@ -28,7 +28,7 @@ class TimestepGroups:
         bounds: ascending time steps between the groups. The number of bounds <= t is the group of a sample at time t.
 
     Attributes:
-        bounds: float32 [G - 1].
+        bounds: float32 [G - 1], on the device of the last time steps.
         current: the group of the samples that come next: one number if all share it, else a tensor [N].
     """
 
@@ -42,7 +42,9 @@ class TimestepGroups:
 
     def set(self, t: Tensor) -> None:
         """Choose the groups of the samples that come next by their time steps `t` [N]."""
-        index = torch.bucketize(t.detach().float().contiguous(), self.bounds.to(t.device), right=True)
+        if self.bounds.device != t.device:
+            self.bounds = self.bounds.to(t.device)
+        index = torch.bucketize(t.detach().float().contiguous(), self.bounds, right=True)
         numbers = index.tolist()  # the one time that the CPU waits for the GPU
         self.current = numbers[0] if len(set(numbers)) == 1 else index
 
