@@ -124,10 +124,13 @@ def few(rows: CalibrationData) -> CalibrationData:
     return replace(rows, inputs=tuple(part[::8] for part in rows.inputs), trajectories=trajectories)
 
 
-def validation_losses(messages: list[str]) -> list[float]:
-    """The losses before and after each step of a calibration, from the log."""
-    found = [re.search(r"validation loss (\S+) -> (\S+),", message) for message in messages]
-    return [float(value) for match in found if match for value in match.groups()]
+def validation_losses(messages: list[str]) -> tuple[list[float], list[float]]:
+    """The losses before and after each step of a calibration, from the log: those of weights, and the others."""
+    pattern = r"(?P<step>.*): validation loss (?P<before>\S+) -> (?P<after>\S+),"
+    losses: tuple[list[float], list[float]] = ([], [])
+    for found in filter(None, (re.match(pattern, message) for message in messages)):
+        losses["weights" not in found["step"]].extend([float(found["before"]), float(found["after"])])
+    return losses
 
 
 def calibrated(kind: str, folder, quant: QuantConfig, on_cuda: bool) -> tuple[nn.Module, tuple[Tensor, ...]]:
@@ -147,11 +150,13 @@ def test_every_phase_of_a_reconstruction_is_that_of_the_cpu(tmp_path, counts, ca
     """The losses of every step, the integers and the scales; few roundings flip, and fine-tuning may be left out."""
     caplog.set_level(logging.INFO)
     found, inputs = calibrated(kind, tmp_path / "cuda", quant, on_cuda=True)
-    losses = {True: validation_losses(caplog.messages)}
+    weights, activations = validation_losses(caplog.messages)
     caplog.clear()
     expected, _ = calibrated(kind, tmp_path / "cpu", quant, on_cuda=False)
-    losses[False] = validation_losses(caplog.messages)
-    assert len(losses[True]) > 40 and losses[True] == pytest.approx(losses[False], rel=0.03)
+    expected_weights, expected_activations = validation_losses(caplog.messages)
+    assert len(weights) > 20 and weights == pytest.approx(expected_weights, rel=2e-3)
+    # activations on the edge between two integers flip, and each flip changes all inputs behind it
+    assert len(activations) > 20 and activations == pytest.approx(expected_activations, rel=0.1)
     state = found.state_dict()
     assert all(tensor.is_cuda for tensor in state.values())
     for name, tensor in expected.state_dict().items():
@@ -159,7 +164,7 @@ def test_every_phase_of_a_reconstruction_is_that_of_the_cpu(tmp_path, counts, ca
         if tensor.dtype == torch.uint8:
             assert (tensor != other).float().mean() < 0.01, name
         elif name.endswith("delta"):
-            assert golden.relative_error(other, tensor) < 0.03, name
+            assert golden.relative_error(other, tensor) < (0.1 if "act_quantizer" in name else 0.03), name
     with torch.no_grad():
         near(apply_engine(found)(*moved(inputs)), found(*moved(inputs)).cpu(), 0.05)
 
