@@ -134,7 +134,8 @@ def main() -> None:
     images = {"full precision": full} | {name: sample(pipe, network, noise) for name, network in networks.items()}
     rows = [[name, f"{errors[name].mean:.4f}", f"{psnr(images[name], full):.1f}"] for name in networks]
     print(markdown_table(["network", "trajectory error", "PSNR dB"], rows))
-    save_image_rows(args.output / "images.png", images, count=12)
+    pixels = {name: (batch * 255).round().byte() for name, batch in images.items()}
+    save_image_rows(args.output / "images.png", pixels, count=12)
 
 
 if __name__ == "__main__":
