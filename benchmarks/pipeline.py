@@ -124,20 +124,18 @@ def main() -> None:
         pipe.save_pretrained(folder)
     pipe = diffusers.DDIMPipeline.from_pretrained(folder)
     networks: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-        "full precision": lambda x, t: original(x, t).sample,
         "script, W4A8": load_packed(folder_of("emoji32") / "w4a8.safetensors")[0],
         "pipeline, W4A8": lambda x, t: pipe.unet(x, t).sample,
     }
     noise = torch.randn(args.images, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    trajectories, full = Trajectories(), networks["full precision"]
-    images = {"full precision": sample(pipe, full, noise, trajectories.watch(networks))}
-    rows = []
-    for name, error in trajectories.eps_errors().items():
-        if name != "full precision":
-            images[name] = sample(pipe, networks[name], noise)
-            rows.append([name, f"{error.mean:.4f}", f"{psnr(images[name], images['full precision']):.1f}"])
+    trajectories = Trajectories()
+    full = sample(pipe, lambda x, t: original(x, t).sample, noise, trajectories.watch(networks))
+    errors = trajectories.eps_errors()
+    images = {"full precision": full} | {name: sample(pipe, network, noise) for name, network in networks.items()}
+    rows = [[name, f"{errors[name].mean:.4f}", f"{psnr(images[name], full):.1f}"] for name in networks]
     print(markdown_table(["network", "trajectory error", "PSNR dB"], rows))
-    save_image_rows(args.output / "images.png", images, count=12)
+    pixels = {name: (batch * 255).round().byte() for name, batch in images.items()}
+    save_image_rows(args.output / "images.png", pixels, count=12)
 
 
 if __name__ == "__main__":
