@@ -169,7 +169,8 @@ class PackedLayer(ModuleProxy):
         x = layer.quantize_input(x)
         autocast = torch.is_autocast_enabled(x.device.type)
         weight = self.weight.to(torch.get_autocast_dtype(x.device.type) if autocast else layer.dtype)
-        if x.dim() == 4:  # both, because the memory of a kernel of one pixel does not show its format
+        # on a GPU always, because the memory of a kernel of one pixel does not show its format
+        if x.dim() == 4 and (x.is_cuda or x.is_contiguous(memory_format=torch.channels_last)):
             x, weight = (part.contiguous(memory_format=torch.channels_last) for part in (x, weight))
         return layer.apply_weight(x, weight, *args, **kwargs)
 

@@ -261,9 +261,15 @@ def shortened(name: str, options: Sequence[str]) -> list[str]:
     return own + inner
 
 
+def is_slow(command: Command) -> bool:
+    """Whether a command takes long even if shortened: calibrations and comparisons, but for those of the README."""
+    works_long = re.search(r"--ptq\b(?!.*--cali_ckpt)|compare\.py|reproduce\.py", command.text) is not None
+    return SLOW.search(command.text) is not None or (works_long and command.page != README)
+
+
 def run_parameters() -> list:
     return [
-        pytest.param(command, id=command.place, marks=[pytest.mark.slow] if SLOW.search(command.text) else [])
+        pytest.param(command, id=command.place, marks=[pytest.mark.slow] if is_slow(command) else [])
         for command in on_bundled_models()
     ]
 

@@ -417,7 +417,10 @@ def full_at(monkeypatch, place: str, number: int):
     return calls
 
 
-@pytest.mark.parametrize("place", ["create", "sync", "rename", "folder"])
+SLOW_PLACES = [pytest.param(place, marks=pytest.mark.slow) for place in ("sync", "rename", "folder")]
+
+
+@pytest.mark.parametrize("place", ["create", *SLOW_PLACES])
 def test_a_full_disk_at_any_point_is_one_line(models, tmp_path, monkeypatch, place):
     """A calibration with its resume log, reports, both formats and images; it continues once there is room."""
     short = [

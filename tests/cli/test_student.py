@@ -101,7 +101,7 @@ def samples() -> tuple[Tensor, Tensor]:
 QUICK = {"iters": 10, "iters_a": 6, "iters_tune": 6, "batch_size": 16}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_one_call_and_what_its_error_says(samples, tmp_path, dtype):
     unet = network(0).to(dtype)
     x, t = samples[0].to(dtype), samples[1]
