@@ -10,7 +10,7 @@ demo: $(VENV)/.installed
 	$(RUN) scripts/demo.py --output demo_output
 
 test: lint
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 test-unit: $(VENV)/.installed
 	$(RUN) -m pytest -n 2 --dist loadfile -m "unit and not slow and not multiprocess"
