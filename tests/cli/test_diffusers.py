@@ -452,6 +452,10 @@ def in_float32(leaf: object) -> object:
     return leaf.float() if isinstance(leaf, torch.Tensor) and leaf.dtype == torch.float64 else leaf
 
 
+def twice(leaf: object) -> object:
+    return torch.cat([leaf, leaf]) if isinstance(leaf, torch.Tensor) and leaf.dim() else leaf
+
+
 @torch.no_grad()
 def compiled_error(model: nn.Module, call: tuple[tuple, dict], backend: str) -> float:
     """The relative error of the compiled network; a graph break raises."""
@@ -467,8 +471,10 @@ def compiled_error(model: nn.Module, call: tuple[tuple, dict], backend: str) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_no_graph_breaks(name):
-    model = nn.Module.double(copy.deepcopy(network(name, shared(name))))
-    assert compiled_error(model, recorded_call(name), "aot_eager") < 1e-6
+    model, call = nn.Module.double(copy.deepcopy(network(name, shared(name)))), recorded_call(name)
+    if name in ("ddpm", "ddim"):  # with one sample the full-precision UNet2DModel cannot be traced either
+        call = map_leaves(twice, call)
+    assert compiled_error(model, call, "aot_eager") < 1e-6
 
 
 @pytest.mark.slow
