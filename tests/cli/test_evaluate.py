@@ -310,6 +310,7 @@ def test_a_table_is_filled_and_continued(tmp_path):
 CHECK = shlex.split("--table bundled --models emoji32 --rows q-diffusion-w4a8 --check --threads 1")
 
 
+@pytest.mark.slow
 def test_a_table_is_checked_before_the_long_run(tmp_path):
     words = [*CHECK, "--output", tmp_path]
     result = commands.run("reproduce.py", *words)
@@ -372,6 +373,7 @@ def pixel_table(work, tmp_path):
     return run, tmp_path
 
 
+@pytest.mark.slow
 def test_the_table_of_a_paper_is_filled(pixel_table):
     """On a tiny network: calibrations, their reuse, and what does not fit what was begun."""
     run, folder = pixel_table

@@ -186,6 +186,7 @@ def test_twenty_kills(tmp_path, reference):
     assert same(killed_and_continued(tmp_path, reference, 20, 1), reference[0])
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_two_processes_calibrate_as_one(tmp_path):
     """The first loss and gradients agree, so does the first unit's result; both runs end alike."""

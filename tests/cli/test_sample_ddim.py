@@ -276,6 +276,7 @@ def test_one_flipped_byte_of_the_bundled_checkpoint_is_named(tmp_path):
     fails(commands.run(SAMPLE, *words), "sha256")
 
 
+@pytest.mark.slow
 def test_a_killed_calibration_continues(files, tmp_path):
     """Killed half-way, continued by the same command: the same checkpoint, bit for bit; other settings are refused."""
     recipe = [
