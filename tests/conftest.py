@@ -1,6 +1,7 @@
 """Shared fixtures and settings. The folder of a test says its kind: `unit`, `cli`, `golden` or `gpu`."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,35 @@ def network():
 def rows(network):
     """Calibration samples of the tiny pixel UNet: 4 time steps, 16 of each."""
     return tiny.rows(network)
+
+
+@pytest.fixture(scope="session")
+def pipelines():
+    """Tiny pipelines of diffusers, by kind; tests must not change them."""
+    from tests.support import tiny_diffusers as made
+
+    return {
+        "pixel": made.pixel_pipeline(),
+        "latent": made.latent_pipeline(),
+        "text": made.text_pipeline(),
+        "text2": made.text_pipeline(second=True),
+    }
+
+
+@pytest.fixture(scope="session")
+def folders(pipelines, tmp_path_factory):
+    """The folders that they are saved in, by kind; tests must not change them."""
+    from tests.support import tiny_diffusers
+
+    root = tmp_path_factory.mktemp("folders")
+    return {name: tiny_diffusers.saved(pipeline, root / name) for name, pipeline in pipelines.items()}
+
+
+@pytest.fixture
+def copy(folders, tmp_path):
+    """Copies a folder, which a test may change."""
+
+    def of(name: str) -> Path:
+        return Path(shutil.copytree(folders[name], tmp_path / name))
+
+    return of

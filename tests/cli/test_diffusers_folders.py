@@ -30,30 +30,6 @@ PIXEL, LDM, TEXT = "sample_diffusion_ddim.py", "sample_diffusion_ldm.py", "txt2i
 PROMPTS = ["red heart", "flag"]
 
 
-@pytest.fixture(scope="module")
-def pipelines():
-    return {
-        "pixel": made.pixel_pipeline(),
-        "latent": made.latent_pipeline(),
-        "text": made.text_pipeline(),
-        "text2": made.text_pipeline(second=True),
-    }
-
-
-@pytest.fixture(scope="module")
-def folders(pipelines, tmp_path_factory):
-    root = tmp_path_factory.mktemp("folders")
-    return {name: made.saved(pipeline, root / name) for name, pipeline in pipelines.items()}
-
-
-@pytest.fixture
-def copy(folders, tmp_path):
-    def of(name: str) -> Path:
-        return Path(shutil.copytree(folders[name], tmp_path / name))
-
-    return of
-
-
 def pixel_yaml(folder: Path, **model) -> Path:
     content = {
         "data": {"dataset": "none", "image_size": 8},

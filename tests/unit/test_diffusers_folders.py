@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shutil
 from pathlib import Path
 
 import pytest
@@ -20,30 +19,6 @@ from tests.support import tiny_diffusers as made
 from tests.support.tiny_diffusers import change
 
 UNET_WEIGHTS = "diffusion_pytorch_model"
-
-
-@pytest.fixture(scope="module")
-def pipelines():
-    return {
-        "pixel": made.pixel_pipeline(),
-        "latent": made.latent_pipeline(),
-        "text": made.text_pipeline(),
-        "text2": made.text_pipeline(second=True),
-    }
-
-
-@pytest.fixture(scope="module")
-def folders(pipelines, tmp_path_factory):
-    root = tmp_path_factory.mktemp("folders")
-    return {name: made.saved(pipeline, root / name) for name, pipeline in pipelines.items()}
-
-
-@pytest.fixture
-def copy(folders, tmp_path):
-    def of(name: str) -> Path:
-        return Path(shutil.copytree(folders[name], tmp_path / name))
-
-    return of
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
