@@ -15,6 +15,8 @@ from ldm.checkpoint import LatentCheckpoint, expected_shapes
 from ldm.config import load_config
 from ldm.encoders import clip_merges, make_tokenizer
 from qdiff.checkpoint.diffusers_folder import DiffusersFolder
+from qdiff.diffusers import quantize_pipeline
+from qdiff.model import quant_layers
 from tests.support.commands import script, succeeded
 from tests.support.tiny_diffusers import LATENT_BETAS, change, diffusers, flat, saved, transformers
 
@@ -33,9 +35,9 @@ def same_images(*folders: Path) -> bool:
     return all(np.array_equal(a, b) for found in others for a, b in zip(first, found, strict=True))
 
 
-def test_cifar10(tmp_path):
-    """The settings are those of google/ddpm-cifar10-32, and all its files lie at the top."""
-    unet = diffusers.UNet2DModel(
+def cifar10_unet() -> torch.nn.Module:
+    """The structure of google/ddpm-cifar10-32."""
+    return diffusers.UNet2DModel(
         sample_size=32,
         block_out_channels=(128, 256, 256, 256),
         layers_per_block=2,
@@ -47,6 +49,23 @@ def test_cifar10(tmp_path):
         flip_sin_to_cos=False,
         freq_shift=1,
     ).eval()
+
+
+def test_saved_weights_are_as_small_as_the_arithmetic(tmp_path):
+    pipe = diffusers.DDPMPipeline(cifar10_unet(), diffusers.DDPMScheduler())
+    nearest = {"rounding": "nearest", "policy_budget": 0, "smoothing": False, "iters_tune": 0}
+    call = {"num_inference_steps": 2}
+    quantize_pipeline(pipe, n=4, call=call, timesteps=2, images_per_call=2, weight_bit=4, act_bit=8, **nearest)
+    pipe.save_pretrained(tmp_path)
+    size = (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
+    weights = sum(layer.shape.numel() for layer in quant_layers(pipe.unet).values())
+    others = sum(parameter.numel() for parameter in pipe.unet.parameters())  # biases and norms
+    assert weights > 35e6 and size == pytest.approx(weights * 4 / 8 + others * 4, rel=0.03)
+
+
+def test_cifar10(tmp_path):
+    """The settings are those of google/ddpm-cifar10-32, and all its files lie at the top."""
+    unet = cifar10_unet()
     pipeline = diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler(variance_type="fixed_large"))
     folder = flat(tmp_path / "ddpm-cifar10-32", pipeline)
     torch.save(read_unet(DiffusersFolder(folder)), tmp_path / "model-790000.ckpt")
