@@ -23,7 +23,6 @@ from ddim.unet import UNet
 from ldm.config import load_config as load_latent_config
 from qdiff.errors import MissingExtra
 
-
 NEED_EXTRAS = {"qdiff.diffusers": "diffusers"}  # modules that cannot be imported without an extra
 
 
