@@ -5,6 +5,11 @@ from pathlib import Path
 from qdiff.checkpoint.diffusers_folder import DiffusersFolder, needed_files
 from qdiff.utils.hub import fetch_repository, is_repository_id
 
+CHECKPOINT_HELP = (
+    "full-precision checkpoint: a file (.ckpt, .pth, .safetensors), the folder of a model, which may be one of "
+    "diffusers, or the id of a repository of the Hugging Face hub"
+)
+
 
 def local_checkpoint(path: Path) -> Path:
     """Return the path of a checkpoint; the id of a repository becomes the folder of its local copy.

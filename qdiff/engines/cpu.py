@@ -7,7 +7,7 @@
 2. multiplies the bytes with the prepacked int8 weight (`Int8Weight`), or with the bytes of the other operand;
 3. corrects for the zero points that the operator ignored; convolutions defer this correction to the next operator.
 
-`qdiff.engines.operands` says how weights do without zero points, and inputs of 9 to 16 bits with one byte.
+`qdiff.engines.operands` says how weights do without zero points, and how inputs of 9 to 16 bits become two bytes.
 
 Sums of integers are exact; the correction is subtracted in float32. Without VNNI the operators saturate silently if a
 weight is larger than 64; such layers and attention matmuls stay simulated (`qdiff.engines.probe`). Under autocast in

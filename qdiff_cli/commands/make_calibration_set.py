@@ -25,7 +25,7 @@ from qdiff.errors import CheckpointError, ConfigError
 from qdiff.utils.files import check_writable
 from qdiff_cli.commands.sample_ddim import SAMPLER_RULES
 from qdiff_cli.families import is_latent
-from qdiff_cli.model_files import local_checkpoint
+from qdiff_cli.model_files import CHECKPOINT_HELP, local_checkpoint
 from qdiff_cli.options import (
     DeviceOptions,
     ParsedArgs,
@@ -82,9 +82,7 @@ def make_parser() -> Parser:
     parser.add_argument("-o", "--output", type=Path, required=True, help="file to write")
     help_text = "use the full-precision weights that the configuration names"
     parser.add_argument("--use_pretrained", action="store_true", help=help_text)
-    help_text = "full-precision checkpoint: a file (.ckpt, .pth, .safetensors), the folder of a bundled model or of "
-    help_text += "diffusers, or the id of a repository of the Hugging Face hub"
-    parser.add_argument("--ckpt", type=project_file, help=help_text)
+    parser.add_argument("--ckpt", type=project_file, help=CHECKPOINT_HELP)
     parser.add_argument("--seed", type=seed, default=1234, help="seed of the noise")
     choices = PIXEL_SAMPLERS.names() + LATENT_SAMPLERS.names()
     parser.add_argument(

@@ -10,7 +10,7 @@ from ddim.sampling import PixelSampler, pixel_task
 from qdiff.errors import ConfigError
 from qdiff.samplers import Sampler
 from qdiff_cli.images import to_uint8
-from qdiff_cli.model_files import local_checkpoint
+from qdiff_cli.model_files import CHECKPOINT_HELP, local_checkpoint
 from qdiff_cli.options import ParsedArgs, Parser, Rule, add_run_options, positive, project_file, seed
 from qdiff_cli.quantization_options import add_quantization_options
 from qdiff_cli.runs import RunOutput
@@ -76,11 +76,7 @@ class PixelCommand(SamplingCommand):
         parser.add_argument("--max_images", type=positive, default=50000, help="number of images")
         help_text = "images of one batch (default: the value of the configuration)"
         parser.add_argument("--batch_size", type=positive, help=help_text)
-        help_text = (
-            "full-precision checkpoint: a file (.ckpt, .pth, .safetensors), a folder of diffusers, or the id of "
-        )
-        help_text += "a repository of the Hugging Face hub"
-        parser.add_argument("--ckpt", type=project_file, help=help_text)
+        parser.add_argument("--ckpt", type=project_file, help=CHECKPOINT_HELP)
         add_run_options(parser)
         add_quantization_options(parser)
         return parser

@@ -19,7 +19,7 @@ from qdiff.errors import ConfigError
 from qdiff.utils.files import write_text
 from qdiff.utils.resources import find
 from qdiff_cli.images import save_npz, to_uint8_truncated
-from qdiff_cli.model_files import local_checkpoint
+from qdiff_cli.model_files import CHECKPOINT_HELP, local_checkpoint
 from qdiff_cli.options import Parser, Rule, add_run_options, positive, project_file, seed
 from qdiff_cli.quantization_options import add_quantization_options
 from qdiff_cli.runs import RunOutput
@@ -65,11 +65,9 @@ class LatentCommand(SamplingCommand):
     def make_parser(cls) -> Parser:
         """The parser of the command's options."""
         parser = Parser((__doc__ or "").splitlines()[0])
-        help_text = (
-            "checkpoint of the model, or its folder, which may be one of diffusers; or the id of a repository of "
+        parser.add_argument(
+            "-r", "--resume_base", type=project_file, required=True, metavar="CKPT", help=CHECKPOINT_HELP
         )
-        help_text += "the Hugging Face hub"
-        parser.add_argument("-r", "--resume_base", type=project_file, required=True, metavar="CKPT", help=help_text)
         parser.add_argument("-n", "--n_samples", type=positive, default=50000, help="number of images")
         parser.add_argument("-e", "--eta", type=float, default=1.0, help="noise of DDIM: 0 none, 1 as DDPM")
         help_text = "use ancestral sampling over every time step"

@@ -20,7 +20,7 @@ from ldm.sampling import LatentSampler, latent_task
 from qdiff.errors import ConfigError
 from qdiff.utils.files import write_text
 from qdiff_cli.images import load_png, make_grid, save_png, to_uint8_truncated
-from qdiff_cli.model_files import holds_config, local_checkpoint
+from qdiff_cli.model_files import CHECKPOINT_HELP, holds_config, local_checkpoint
 from qdiff_cli.options import Parser, Rule, RunOptions, add_run_options, positive, project_file, seed
 from qdiff_cli.quantization_options import add_quantization_options
 from qdiff_cli.runs import RunOutput
@@ -104,11 +104,7 @@ class TextCommand(SamplingCommand):
         parser.add_argument("--scale", type=float, default=7.5, help="guidance")
         help_text = f"YAML file of the model (default: {CONFIG}, or the settings in a folder of diffusers)"
         parser.add_argument("--config", type=project_file, help=help_text)
-        help_text = (
-            "checkpoint of the model, or its folder, which may be one of diffusers; or the id of a repository of "
-        )
-        help_text += "the Hugging Face hub"
-        parser.add_argument("--ckpt", type=project_file, default=CHECKPOINT, help=help_text)
+        parser.add_argument("--ckpt", type=project_file, default=CHECKPOINT, help=CHECKPOINT_HELP)
         parser.add_argument("--seed", type=seed, default=42, help="seed of the noise")
         help_text = "no effect; accepted because published commands have it"
         parser.add_argument("--no_grad_ckpt", action="store_true", help=help_text)
