@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddim.config import ModelConfig
-from qdiff.layers import MatMul, fused_attention
+from qdiff.layers import AttentionCore, MatMul
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
@@ -122,7 +122,7 @@ class AttnBlock(nn.Module):
         groups: groups of the normalization.
     """
 
-    fused = False  # engines set it: whether PyTorch's fused operator computes the attention
+    core: AttentionCore | None = None  # engines set it: what computes the whole attention
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
@@ -139,10 +139,9 @@ class AttnBlock(nn.Module):
         scale, width = x.shape[1] ** -0.5, x.shape[3]
         h = self.norm(x)
         q, k, v = (rearrange(layer(h), "n c h w -> n c (h w)") for layer in (self.q, self.k, self.v))
-        if self.fused:
-            q, k, v = (rearrange(part, "n c t -> n t c") for part in (q, k, v))
-            h = fused_attention(q, k, v, scale)
-            return x + self.proj_out(rearrange(h, "n (h w) c -> n c h w", w=width))
+        if self.core is not None:
+            h = self.core(*(rearrange(part, "n c t -> n t 1 c") for part in (q, k, v)), scale)
+            return x + self.proj_out(rearrange(h, "n (h w) 1 c -> n c h w", w=width))
         logits = self.qk(rearrange(q, "n c t -> n t c"), k) * scale  # [N, HW (query), HW (key)]
         probabilities = torch.softmax(logits, dim=2)
         h = self.av(v, rearrange(probabilities, "n query key -> n key query"))

@@ -7,7 +7,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qdiff.layers import MatMul, fused_attention
+from qdiff.layers import AttentionCore, MatMul
 
 SLICE_BYTES = 2**28  # the largest matrix of attention probabilities that is in memory at a time
 
@@ -45,7 +45,7 @@ class QKVAttention(nn.Module):
         heads: number of heads.
     """
 
-    fused = False  # engines set it: whether PyTorch's fused operator computes the attention
+    core: AttentionCore | None = None  # engines set it: what computes the whole attention
 
     def __init__(self, heads: int) -> None:
         super().__init__()
@@ -57,12 +57,13 @@ class QKVAttention(nn.Module):
         """Map `qkv` [N, heads * 3 * d, T] to [N, heads * d, T]."""
         q, k, v = rearrange(qkv, "n (heads parts d) t -> parts (n heads) t d", heads=self.heads, parts=3)
         scale = q.shape[2] ** -0.25
+        if self.core is not None:
+            q, k, v = rearrange(qkv, "n (heads parts d) t -> parts n t heads d", heads=self.heads, parts=3)
+            return rearrange(self.core(q * scale, k * scale, v, 1.0), "n t heads d -> n (heads d) t")
         h = sliced(self._attend, (self.qkv_matmul, self.smv_matmul), q * scale, k * scale, v)
         return rearrange(h, "(n heads) t d -> n (heads d) t", heads=self.heads)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.fused:
-            return fused_attention(q, k, v, 1.0)
         probabilities = torch.softmax(self.qkv_matmul(q, rearrange(k, "b t d -> b d t")), dim=-1)
         return self.smv_matmul(probabilities, v)
 
@@ -98,7 +99,7 @@ class CrossAttention(nn.Module):
         context_dim: width D of the context. None means self-attention.
     """
 
-    fused = False  # engines set it: whether PyTorch's fused operator computes the attention
+    core: AttentionCore | None = None  # engines set it: what computes the whole attention
 
     def __init__(self, channels: int, heads: int, context_dim: int | None = None) -> None:
         super().__init__()
@@ -114,13 +115,14 @@ class CrossAttention(nn.Module):
         """Map `x` [N, T, C] and `context` [N, L, D] (None: `x` itself) to [N, T, C]."""
         context = x if context is None else context
         parts = (self.to_q(x), self.to_k(context), self.to_v(context))
+        if self.core is not None:
+            q, k, v = (rearrange(part, "n t (heads d) -> n t heads d", heads=self.heads) for part in parts)
+            return self.to_out(rearrange(self.core(q, k, v, q.shape[3] ** -0.5), "n t heads d -> n t (heads d)"))
         q, k, v = (rearrange(part, "n t (heads d) -> (n heads) t d", heads=self.heads) for part in parts)
         h = sliced(self._attend, (self.qk, self.av), q, k, v)
         return self.to_out(rearrange(h, "(n heads) t d -> n t (heads d)", heads=self.heads))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.fused:
-            return fused_attention(q, k, v, q.shape[2] ** -0.5)
         logits = self.qk(q, rearrange(k, "b t d -> b d t")) * q.shape[2] ** -0.5
         return self.av(torch.softmax(logits, dim=-1), v)
 

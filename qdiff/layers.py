@@ -573,6 +573,10 @@ class QuantConvTranspose2d(QuantConvTranspose):
         return F.conv_transpose2d(x, weight, self.bias, **self.arguments(x, output_size))
 
 
+# what computes a whole attention: (q, k, v, scale) -> softmax(q k^T scale) v, see `fused_attention`
+AttentionCore = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+
+
 class MatMul(nn.Module):
     """`torch.matmul` as a module: wrapping replaces it by a `QuantMatMul` to quantize an attention matmul.
 
@@ -589,20 +593,21 @@ class MatMul(nn.Module):
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """softmax(q k^T scale) v by PyTorch's fused operator, for attentions whose matmuls are not quantized.
 
-    An attention module that can use it has a class attribute `fused`, which engines set.
+    An attention module that can leave its whole computation to an engine has a class attribute `core`, which engines
+    set to this function or to one of the same signature.
 
     Args:
-        q: [B, T, d].
-        k: [B, S, d].
-        v: [B, S, d].
+        q: [N, T, heads, d].
+        k: [N, S, heads, d].
+        v: [N, S, heads, d].
         scale: the factor of the logits, usually d^-0.5.
 
     Returns:
-        [B, T, d].
+        [N, T, heads, d].
     """
     # PyTorch's fast forms want the channels side by side in memory; otherwise it computes all T x S logits
-    q, k, v = (part.contiguous()[:, None] for part in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, scale=scale)[:, 0]
+    q, k, v = (part.transpose(1, 2).contiguous() for part in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
 
 
 class QuantMatMul(nn.Module):

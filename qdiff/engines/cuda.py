@@ -7,6 +7,7 @@ images would depend on the number of processes. Integers, scales, smoothing and 
 """
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from qdiff.layers import (
     QuantMatMul,
     WeightQuantizer,
     dequantize,
+    fused_attention,
 )
 from qdiff.model import has_own_behavior, replace_modules
 
@@ -63,17 +65,26 @@ def find_obstacles(network: nn.Module) -> dict[str, str | None]:
 
 def fuse_attention(model: nn.Module) -> nn.Module:
     """Let attentions whose matmuls are not quantized run on PyTorch's fused operator, in place; returns `model`."""
-    for module in model.modules():
-        if hasattr(type(module), "fused"):
-            matmuls = [child for child in module.children() if isinstance(child, MatMul | QuantMatMul)]
-            quantized = any(
-                quantizer.enabled
-                for matmul in matmuls
-                if isinstance(matmul, QuantMatMul)
-                for quantizer in matmul.act_quantizers
-            )
-            setattr(module, "fused", not quantized)  # noqa: B010  # mypy knows no attribute `fused` of nn.Module
+    for module, matmuls in attentions(model):
+        quantized = any(
+            quantizer.enabled
+            for matmul in matmuls
+            if isinstance(matmul, QuantMatMul)
+            for quantizer in matmul.act_quantizers
+        )
+        if not quantized:
+            module.core = fused_attention
     return model
+
+
+def attentions(model: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
+    """The attention modules that can leave their computation to an engine, and the two matmuls of each.
+
+    Those are modules with an attribute `core`; the matmul of queries and keys comes first.
+    """
+    for module in model.modules():
+        if hasattr(type(module), "core"):
+            yield module, [child for child in module.children() if isinstance(child, MatMul | QuantMatMul)]
 
 
 def halve_weights(model: nn.Module, dtype: torch.dtype) -> None:

@@ -8,7 +8,7 @@ not through a view of it. The network's result is an ordinary tensor in contiguo
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -59,17 +59,40 @@ class DeferredTensor(Tensor):
     rows: ChannelsLastView
     epilogue: Epilogue
 
-    @staticmethod
-    def of(view: Tensor, rows: ChannelsLastView, epilogue: Epilogue) -> "DeferredTensor":
+    @classmethod
+    def of(cls, view: Tensor, rows: Any, epilogue: Epilogue) -> Self:
         """Make a deferred tensor with the shape of `view` [N, C, H, W] and the values of `rows` after `epilogue`."""
-        result = torch.Tensor._make_subclass(DeferredTensor, view)
+        result = torch.Tensor._make_subclass(cls, view)
         result.rows, result.epilogue = rows, epilogue
         return result
 
-    def then(self, epilogue: Epilogue) -> "DeferredTensor":
+    @classmethod
+    def wrap(cls, x: Tensor) -> Self | None:
+        """An ordinary tensor as a deferred one; None if shape, type or device do not allow it."""
+        x = x.float() if x.dtype == torch.float16 else x  # from a part of the network under autocast
+        if x.dim() != 4 or x.dtype not in (torch.float32, torch.bfloat16) or x.device.type != "cpu" or x.numel() == 0:
+            return None
+        x = x.contiguous(memory_format=torch.channels_last)
+        n, c, h, w = x.shape
+        return cls.of(x, ChannelsLastView(x, n, h * w, c, c), Epilogue())
+
+    @property
+    def awaits_product(self) -> bool:
+        """Whether the stored values do not exist yet, and what is added to them costs nothing."""
+        return False
+
+    def then(self, epilogue: Epilogue) -> Self:
         """The same stored values with another epilogue."""
         with _no_override():
-            return DeferredTensor.of(self.as_subclass(Tensor), self.rows, epilogue)
+            return self.of(self.as_subclass(Tensor), self.rows, epilogue)
+
+    def normalization(self, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Affine:
+        """The affine map that a GroupNorm of the values, which have no deferred work but a shift, amounts to."""
+        shift = self.epilogue.shift
+        mean, rstd = self.rows.stats(None if shift is None else shift.contiguous(), groups, eps)
+        width = weight.numel() // groups
+        a = rstd.repeat_interleave(width, dim=1) * weight.float()
+        return a, bias.float() - mean.repeat_interleave(width, dim=1) * a
 
     def shape4(self) -> torch.Size:
         """The shape [N, C, H, W]."""
@@ -138,7 +161,7 @@ def _write(func: Callable, args: tuple, kwargs: dict) -> Any:
     values = target.values()
     args = tuple(values if item is target else item for item in args)
     result = _on_values(func, args, {name: values if item is target else item for name, item in kwargs.items()})
-    stored = deferred(values)
+    stored = deferred(values, type(target))
     if stored is None or values.shape != target.shape4():
         raise RuntimeError(
             f"{func.__name__}: shape and type of an activation between integer products cannot be changed in place"
@@ -169,37 +192,44 @@ def _rebuilt(old: list | tuple, items: list) -> list | tuple:
     return type(old)(*items) if hasattr(old, "_fields") else type(old)(items)
 
 
-def _plain(value: Any, values: Callable[[DeferredTensor], Tensor] = DeferredTensor.values) -> Any:
+def _plain(value: Any, copy: bool = True) -> Any:
     """Replace a deferred tensor, or deferred tensors in a list or tuple, by their values."""
     if isinstance(value, DeferredTensor):
-        return values(value)
+        return value.values() if copy else value.read()
     if isinstance(value, list | tuple) and any(isinstance(item, DeferredTensor) for item in value):
-        return _rebuilt(value, [_plain(item, values) for item in value])
+        return _rebuilt(value, [_plain(item, copy) for item in value])
     return value
 
 
 def _read(value: Any) -> Any:
     """`_plain` without a copy where none is needed; the operation must not return memory of its arguments."""
-    return _plain(value, DeferredTensor.read)
+    return _plain(value, copy=False)
 
 
-def deferred(x: Tensor) -> DeferredTensor | None:
+def deferred(x: Tensor, kind: type[DeferredTensor] = DeferredTensor) -> DeferredTensor | None:
     """Make `x` a deferred tensor with an empty epilogue; None if shape, type or device do not allow it."""
-    if isinstance(x, DeferredTensor):
-        return x
-    x = x.float() if x.dtype == torch.float16 else x  # from a part of the network under autocast
-    if x.dim() != 4 or x.dtype not in (torch.float32, torch.bfloat16) or x.device.type != "cpu" or x.numel() == 0:
-        return None
-    x = x.contiguous(memory_format=torch.channels_last)
-    n, c, h, w = x.shape
-    return DeferredTensor.of(x, ChannelsLastView(x, n, h * w, c, c), Epilogue())
+    return x if isinstance(x, DeferredTensor) else kind.wrap(x)
 
 
 def group_norm(
-    x: Tensor, groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    kind: type[DeferredTensor] = DeferredTensor,
 ) -> Tensor:
-    """`F.group_norm` that computes the statistics now and defers the normalization."""
-    source = deferred(x)
+    """`F.group_norm` that computes the statistics now and defers the normalization.
+
+    Args:
+        x: [N, C, H, W].
+        groups: the number of groups.
+        weight: [C].
+        bias: [C].
+        eps: added to the variance.
+        kind: what an ordinary tensor becomes.
+    """
+    source = deferred(x, kind)
     if (
         source is None
         or weight is None
@@ -213,16 +243,11 @@ def group_norm(
         # a change of other parts of the storage would count as a change of this one
         part = x.untyped_storage().nbytes() != x.numel() * x.element_size()
         if part or x.is_inference():
-            source = deferred(x.clone())
+            source = deferred(x.clone(), kind)
             assert source is not None  # the clone has the same shape, type and device
         else:
             source.rows.version = x._version
-    shift = source.epilogue.shift
-    mean, rstd = source.rows.stats(None if shift is None else shift.contiguous(), groups, eps)
-    width = weight.numel() // groups
-    a = rstd.repeat_interleave(width, dim=1) * weight.float()
-    b = bias.float() - mean.repeat_interleave(width, dim=1) * a
-    return source.then(replace(source.epilogue, affine=(a, b)))
+    return source.then(replace(source.epilogue, affine=source.normalization(groups, weight, bias, eps)))
 
 
 def _contiguous(func: Callable) -> Callable:
@@ -238,7 +263,8 @@ def _contiguous(func: Callable) -> Callable:
 def _conv2d(*args: Any, **named: Any) -> Tensor:
     """A convolution in full precision. Its result can be viewed like that of a quantized one, see `_contiguous`."""
     y: Tensor = _on_values(F.conv2d, args, named)
-    result = deferred(y)
+    x = args[0] if args else named["input"]
+    result = deferred(y, type(x)) if isinstance(x, DeferredTensor) else None
     return y if result is None else result
 
 
@@ -263,6 +289,8 @@ def _add(input: Any, other: Any, *, alpha: float = 1, out: None = None) -> Tenso
     x, other = (input, other) if isinstance(input, DeferredTensor) else (other, input)
     if not isinstance(other, Tensor):
         return None
+    if isinstance(other, DeferredTensor) and other.awaits_product:
+        x, other = other, x  # the addition becomes part of the product
     epilogue: Epilogue = x.epilogue
     if (shift := _per_channel(other, x.shape4())) is not None and not epilogue.silu:
         if epilogue.affine is not None:
@@ -270,9 +298,9 @@ def _add(input: Any, other: Any, *, alpha: float = 1, out: None = None) -> Tenso
             return x.then(replace(epilogue, affine=(a, b + shift)))
         return x.then(replace(epilogue, shift=shift.clone() if epilogue.shift is None else epilogue.shift + shift))
     other = _read(other)
-    if other.shape != x.shape4() or other.dtype not in (torch.float32, torch.bfloat16):
+    if other.shape != x.shape4() or other.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return None
-    return x.values(other.to(x.rows.data.dtype))
+    return x.values(other.to(x.dtype))
 
 
 def _mul(input: Any, other: Any, *, out: None = None) -> Tensor | None:

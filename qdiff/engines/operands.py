@@ -153,9 +153,11 @@ class Int8Weight:
     Attributes:
         integers: int8 [N, ...].
         scales: float32 [N].
-        coef: float32 [N]; coef times the sum of the inputs is to be subtracted from the result; None: it is right.
+        zeros: int32 [N], what is still to be subtracted from `integers`; None: nothing.
+        coef: float32 [N], the same in units of the result: coef times the sum of the inputs is to be subtracted from it.
     """
 
+    zeros: Tensor | None
     coef: Tensor | None
 
     def __init__(self, quantizer: WeightQuantizer) -> None:
@@ -164,10 +166,11 @@ class Int8Weight:
         self.scales = quantizer.scale.flatten().float()
         if bool((exact < -128).any() or (exact > 127).any() or (z != z.round()).any()):
             self.integers = (quantizer.integers.int() - 128).to(torch.int8)
+            self.zeros = (z.flatten() - 128).to(torch.int32)
             # y = scale * (sum (q - 128) x - (z - 128) sum x)
             self.coef = (self.scales.double() * (z.flatten() - 128)).float()
         else:
-            self.integers, self.coef = exact.to(torch.int8), None
+            self.integers, self.zeros, self.coef = exact.to(torch.int8), None, None
 
     def add_channel(self) -> None:
         """Append an output channel of zeros."""

@@ -1,0 +1,311 @@
+"""Activations of the CUDA engine whose pointwise work, and whose product itself, is deferred.
+
+A product is launched when its result is needed. Until then a time embedding or a residual that the network adds becomes
+part of the launch. `DeviceTensor` is the CPU engine's deferred tensor for images; `DeviceTokens` does the same for the
+tokens of transformers, [..., C], with LayerNorm and GEGLU.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qdiff.engines.deferred import DeferredTensor, Epilogue, group_norm
+from qdiff.engines.gpu import launches
+from qdiff.engines.cpu_kernels import Affine
+
+_no_override = torch._C.DisableTorchFunctionSubclass
+
+# launches a product; takes shift [N, OC] or None and residual [N, OH, OW, OC] or None, returns [N, OH, OW, OC]
+Launch = Callable[[Tensor | None, Tensor | None], Tensor]
+
+
+@cache
+def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(1, dtype=dtype, device=device)
+
+
+def placeholder(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor that shows shape, type and device of a result that does not exist yet, and takes no memory."""
+    return _nothing(dtype, device).expand(shape)
+
+
+class DeviceRows:
+    """Values that exist, or that a product will give.
+
+    Args:
+        data: the values [N, C, H, W], or [N, C, T], in any memory format; None: they do not exist yet.
+        launch: gives them; None: they exist.
+
+    Attributes:
+        version: the version counter of `data` when it was taken, if the network could change it in place; else None.
+    """
+
+    version: int | None = None
+
+    def __init__(self, data: Tensor | None, launch: Launch | None = None) -> None:
+        self.data, self.launch = data, launch
+
+    def plain(self) -> Tensor:
+        """The values; they are kept."""
+        if self.data is None:
+            assert self.launch is not None
+            self.data, self.launch = self.launch(None, None).permute(0, 3, 1, 2), None
+        _check_version(self.data, self.version)
+        return self.data
+
+
+def _check_version(data: Tensor, version: int | None) -> None:
+    """Refuse values that the network has changed since a normalization took them; None: they are not the network's."""
+    if version is not None and data._version != version:
+        raise RuntimeError(
+            "an activation was changed in place between its normalization and the product after it: "
+            "the integer engine cannot follow that, expected the engine `simulated`"
+        )
+
+
+class DeviceTensor(DeferredTensor):
+    """A tensor [N, C, H, W] or [N, C, T] on the card, with deferred work."""
+
+    rows: DeviceRows  # type: ignore[assignment]  # the operations on them are overridden
+
+    @classmethod
+    def wrap(cls, x: Tensor) -> Self | None:
+        if x.dim() not in (3, 4) or x.dtype not in launches.DTYPES or x.numel() == 0:
+            return None
+        return cls.of(x, DeviceRows(x), Epilogue())
+
+    @property
+    def awaits_product(self) -> bool:
+        return self.rows.data is None and self.epilogue.affine is None and not self.epilogue.silu
+
+    def with_data(self) -> Self:
+        """The same values, where the product has been launched; a shift is part of the launch."""
+        if self.rows.data is not None:
+            return self
+        if self.epilogue.shift is None:
+            self.rows.plain()
+            return self
+        with _no_override():
+            data = self._launch(self.epilogue.shift, None)
+            return self.of(data, DeviceRows(data), replace(self.epilogue, shift=None))
+
+    def _launch(self, shift: Tensor | None, other: Tensor | None) -> Tensor:
+        """The result of the product, which is not kept."""
+        assert self.rows.launch is not None
+        residual = None if other is None else _as_rows(other).contiguous()
+        y = self.rows.launch(None if shift is None else shift.contiguous(), residual).permute(0, 3, 1, 2)
+        return y.reshape(self.shape4())
+
+    def normalization(self, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Affine:
+        source = self.with_data()
+        rows = _as_rows(source.rows.plain())
+        a, b = launches.group_norm_map(rows, weight.float(), bias.float(), groups, eps)
+        if (shift := source.epilogue.shift) is not None:
+            raise AssertionError(f"a shift {tuple(shift.shape)} that no launch takes")
+        return a, b
+
+    def values(self, other: Tensor | None = None) -> Tensor:
+        with _no_override():
+            epilogue = self.epilogue
+            if self.awaits_product:
+                return self._launch(epilogue.shift, other)
+            x = self.rows.plain().view(self.shape4())
+            shape = (*x.shape[:2], *[1] * (x.dim() - 2))
+            y = x
+            if (affine := epilogue.merged()) is not None:
+                y = (y.float() * affine[0].view(shape) + affine[1].view(shape)).to(x.dtype)
+            if epilogue.silu:
+                y = F.silu(y)
+            if other is not None:
+                y = y + other
+            return y.clone() if y is x else y
+
+    def read(self) -> Tensor:
+        if not self.epilogue.is_empty:
+            return self.values()
+        with _no_override():
+            return self.rows.plain().view(self.shape4())
+
+    def operand(self) -> tuple[Tensor, Affine | None, bool]:
+        """What a quantization takes: values [N, 1, H, W, C], their affine map, and whether SiLU follows."""
+        source = self.with_data()
+        with _no_override():
+            return _as_rows(source.rows.plain())[:, None], source.epilogue.merged(), source.epilogue.silu
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    """[N, C, H, W] or [N, C, T] as [N, H, W, C], without a copy."""
+    return x.permute(0, 2, 3, 1) if x.dim() == 4 else x.transpose(1, 2)[:, None]
+
+
+class DeviceGroupNorm(nn.GroupNorm):
+    """A GroupNorm that defers its normalization. An existing GroupNorm becomes one by its class, with its hooks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, DeviceTensor) and x.epilogue.shift is not None:
+            x = x.with_data()
+        return group_norm(x, self.num_groups, self.weight, self.bias, self.eps, DeviceTensor)
+
+
+# --- tokens ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TokenWork:
+    """Deferred work on tokens: a LayerNorm, or one of the steps of GEGLU.
+
+    Attributes:
+        norm: weight, bias and eps of a LayerNorm over the channels; None: no normalization.
+        half: `value` or `gate`, the halves of a projection; `gelu`, the GELU of the gates; `geglu`, the values times
+            that; empty: all channels.
+    """
+
+    norm: tuple[Tensor, Tensor, float] | None = None
+    half: str = ""
+
+
+class TokenRows:
+    """Tokens [..., C] that exist, or that a product will give; see `DeviceRows`."""
+
+    def __init__(self, data: Tensor | None, shape: torch.Size, launch: Launch | None = None) -> None:
+        self.data, self.shape, self.launch = data, shape, launch
+        self.version = None if data is None or data.is_inference() else data._version
+
+    def plain(self) -> Tensor:
+        """The values; they are kept."""
+        if self.data is None:
+            assert self.launch is not None
+            self.data, self.launch = self.launch(None, None).view(self.shape), None
+        _check_version(self.data, self.version)
+        return self.data
+
+
+class DeviceTokens(Tensor):
+    """A tensor [..., C] on the card, with deferred work.
+
+    Attributes:
+        rows: the stored values.
+        work: the work that turns them into the tensor's values.
+    """
+
+    rows: TokenRows
+    work: TokenWork
+
+    @staticmethod
+    def of(rows: TokenRows, work: TokenWork, like: Tensor) -> "DeviceTokens":
+        """Tokens with the values of `rows` after `work`; `like` shows their type and device."""
+        shape = (*rows.shape[:-1], rows.shape[-1] // 2) if work.half else tuple(rows.shape)
+        result = torch.Tensor._make_subclass(DeviceTokens, placeholder(shape, like.dtype, like.device))
+        result.rows, result.work = rows, work
+        return result
+
+    def values(self) -> Tensor:
+        """Do the deferred work; the result may be the stored values themselves."""
+        with _no_override():
+            x = self.rows.plain()
+            if self.work.norm is not None:
+                weight, bias, eps = self.work.norm
+                return F.layer_norm(x.float(), weight.shape, weight.float(), bias.float(), eps).to(x.dtype)
+            if not self.work.half:
+                return x
+            value, gate = x.chunk(2, dim=-1)
+            if self.work.half == "geglu":
+                return value * F.gelu(gate)
+            return value if self.work.half == "value" else gate if self.work.half == "gate" else F.gelu(gate)
+
+    @classmethod
+    def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _SHAPE:
+            with _no_override():
+                return func(*args, **kwargs)
+        if (rule := _TOKEN_RULES.get(func)) is not None and (result := rule(*args, **kwargs)) is not None:
+            return result
+        with _no_override():
+            return func(*map(plain_tokens, args), **{name: plain_tokens(value) for name, value in kwargs.items()})
+
+
+def plain_tokens(value: Any) -> Any:
+    """Replace deferred tokens, or those in a list or tuple, by their values."""
+    if isinstance(value, DeviceTokens):
+        return value.values()
+    if isinstance(value, list | tuple) and any(isinstance(item, DeviceTokens) for item in value):
+        return type(value)(map(plain_tokens, value))
+    return value
+
+
+def _chunk(x: DeviceTokens, chunks: int, dim: int = 0) -> tuple[DeviceTokens, DeviceTokens] | None:
+    if chunks != 2 or dim not in (-1, x.dim() - 1) or x.work != TokenWork() or x.shape[-1] % 2:
+        return None
+    first, second = (DeviceTokens.of(x.rows, TokenWork(half=half), x) for half in ("value", "gate"))
+    return first, second
+
+
+def _gelu(x: DeviceTokens, approximate: str = "none") -> DeviceTokens | None:
+    if x.work.half != "gate" or approximate != "none":
+        return None
+    return DeviceTokens.of(x.rows, TokenWork(half="gelu"), x)
+
+
+def _mul(input: Any, other: Any, *, out: None = None) -> DeviceTokens | None:
+    if not (isinstance(input, DeviceTokens) and isinstance(other, DeviceTokens) and input.rows is other.rows):
+        return None
+    if {input.work.half, other.work.half} != {"value", "gelu"}:
+        return None
+    return DeviceTokens.of(input.rows, TokenWork(half="geglu"), input)
+
+
+def _add(input: Any, other: Any, *, alpha: float = 1, out: None = None) -> Tensor | None:
+    x, other = (input, other) if isinstance(input, DeviceTokens) and input.rows.data is None else (other, input)
+    if not isinstance(x, DeviceTokens) or x.rows.data is not None or x.work != TokenWork() or alpha != 1:
+        return None
+    other = plain_tokens(other)
+    if not isinstance(other, Tensor) or other.shape != x.shape or other.dtype not in launches.DTYPES:
+        return None
+    with _no_override():
+        assert x.rows.launch is not None
+        return x.rows.launch(None, other.contiguous().view(1, 1, -1, other.shape[-1])).view(x.shape)
+
+
+def _dropout(x: DeviceTokens, p: float = 0.5, training: bool = True, inplace: bool = False) -> DeviceTokens | None:
+    return None if training else x
+
+
+_TOKEN_RULES: dict[Callable, Callable] = {
+    Tensor.chunk: _chunk,
+    torch.chunk: _chunk,
+    F.gelu: _gelu,
+    F.dropout: _dropout,
+    Tensor.__add__: _add,
+    Tensor.__radd__: _add,
+    Tensor.add: _add,
+    torch.add: _add,
+    Tensor.__mul__: _mul,
+    Tensor.__rmul__: _mul,
+    Tensor.mul: _mul,
+    torch.mul: _mul,
+}
+_SHAPE = {
+    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda")),
+    Tensor.dim,
+    Tensor.size,
+    Tensor.numel,
+    Tensor.__len__,
+    Tensor.is_floating_point,
+}
+
+
+class DeviceLayerNorm(nn.LayerNorm):
+    """A LayerNorm over the channels that is deferred. An existing one becomes it by its class, with its hooks."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = plain_tokens(input)
+        if len(self.normalized_shape) != 1 or self.weight is None or self.bias is None or x.dtype not in launches.DTYPES:
+            return super().forward(x)
+        rows = TokenRows(x, x.shape)
+        return DeviceTokens.of(rows, TokenWork(norm=(self.weight, self.bias, self.eps)), x)

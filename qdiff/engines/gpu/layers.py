@@ -1,0 +1,481 @@
+"""The integer engine on CUDA: a quantized network whose layers and attentions run on the Triton kernels.
+
+`to_integer` copies a network and replaces its quantized layers by the proxies below, its normalizations by deferred
+ones, and the cores of its attentions. Weights are expanded to one int8 for each integer: q - z where that fits, as it
+always does at 4 bits, so no zero point of the weight is left; otherwise q - 128, and the product is corrected by the
+sums of its inputs. What has no integer form stays a packed layer, which dequantizes its weight on use.
+"""
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qdiff.engines.cuda import PackedLayer, attentions
+from qdiff.engines.deferred import DeferredTensor, Epilogue, plain_output
+from qdiff.engines.gpu import launches
+from qdiff.engines.gpu.activations import (
+    DeviceGroupNorm,
+    DeviceLayerNorm,
+    DeviceRows,
+    DeviceTensor,
+    DeviceTokens,
+    Launch,
+    TokenRows,
+    TokenWork,
+    placeholder,
+    plain_tokens,
+)
+from qdiff.engines.operands import Int8Weight
+from qdiff.engines.proxy import ModuleProxy
+from qdiff.layers import ActQuantizer, QuantConv1d, QuantConv2d, QuantLayer, QuantLinear, QuantMatMul, TimestepGroups
+from qdiff.model import has_own_behavior, replace_modules
+
+NO_PADDING = (0, 0, 0, 0)
+
+
+class GroupIndex:
+    """The timestep group of the samples that come next, on the card, where the kernels read it.
+
+    Args:
+        groups: the timestep groups of the network; None: it has one scale for all time steps.
+        device: the card.
+    """
+
+    def __init__(self, groups: TimestepGroups | None, device: torch.device) -> None:
+        self.groups = groups
+        self.index = torch.zeros(1, dtype=torch.int32, device=device)
+
+    def update(self, *_: Any) -> None:
+        """Write the current group to the card; a forward pre-hook of the network."""
+        if self.groups is not None and isinstance(self.groups.current, int):
+            self.index.fill_(self.groups.current)
+
+
+def to_integer(model: nn.Module) -> nn.Module:
+    """Copy a quantized network and let it multiply integers on its card.
+
+    Args:
+        model: the quantized network.
+
+    Returns:
+        A copy that shares integers, scales, biases and norms with `model`. Layers with hooks stay simulated.
+    """
+    shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    result = copy.deepcopy(model, shared).eval()
+    quantizers = [module for module in result.modules() if isinstance(module, ActQuantizer)]
+    groups = next((quantizer.groups for quantizer in quantizers if quantizer.groups is not None), None)
+    device = quantizers[0].scale.device if quantizers else torch.device("cpu")
+    index = GroupIndex(groups, device)
+
+    def replacement(_: str, layer: nn.Module) -> nn.Module | None:
+        if type(layer) is nn.GroupNorm:
+            layer.__class__ = DeviceGroupNorm
+        if type(layer) is nn.LayerNorm:
+            layer.__class__ = DeviceLayerNorm
+        if not isinstance(layer, QuantLayer) or has_own_behavior(layer):
+            return None
+        if find_obstacle(layer) is not None:
+            return PackedLayer(layer)
+        return _PROXIES[type(layer)](layer, index)
+
+    replace_modules(result, replacement)
+    for module, matmuls in attentions(result):
+        if len(matmuls) == 2 and all(isinstance(matmul, QuantMatMul) for matmul in matmuls):
+            core = IntegerAttention(matmuls[0], matmuls[1], index)
+            if core.obstacle is None:
+                module.core = core
+    result.register_forward_pre_hook(index.update)
+    result.register_forward_hook(_plain_output)
+    return result
+
+
+def _plain_output(module: nn.Module, inputs: tuple, output: Any) -> Any:
+    """Forward hook of a whole network that makes its results ordinary tensors."""
+    return plain_output(module, inputs, plain_tokens(output))
+
+
+def find_obstacles(network: nn.Module) -> dict[str, str | None]:
+    """Why layers and attentions do not multiply integers, by path; None: they do.
+
+    Args:
+        network: a network that `to_integer` has prepared.
+    """
+    obstacles: dict[str, str | None] = {}
+    for path, module in network.named_modules():
+        if isinstance(module, IntegerProduct):
+            obstacles[path] = None
+        elif isinstance(module, PackedLayer):
+            obstacles[path] = find_obstacle(module.layer)
+    for path, module in network.named_modules():
+        if hasattr(type(module), "core"):
+            matmuls = [child for child in module.children() if isinstance(child, QuantMatMul)]
+            if isinstance(module.core, IntegerAttention):
+                obstacles[path] = None
+            elif len(matmuls) == 2:
+                obstacles[path] = IntegerAttention.find_obstacle(*matmuls)
+    return obstacles
+
+
+# --- what integers can do --------------------------------------------------------------------------
+
+
+def _zeros(quantizer: ActQuantizer) -> Tensor:
+    """The zero points of a quantizer, float32 [G]."""
+    zeros = torch.zeros_like(quantizer.scale) if quantizer.zero_is_fixed else quantizer.zero_point
+    return zeros.reshape(-1)
+
+
+def _span(quantizer: ActQuantizer) -> float:
+    """The largest |q - zero point| of a quantizer."""
+    bounds = launches.ByteFormat(quantizer.n_bits, quantizer.symmetric).bounds
+    return max((bound - _zeros(quantizer)).abs().max().item() for bound in bounds)
+
+
+def _padding(layer: QuantConv2d) -> list[int] | None:
+    """The padding at the top, bottom, left and right; None: not with zeros."""
+    if layer.padding_mode != "zeros":
+        return None
+    padding = layer.geometry["padding"]
+    if padding == "valid":
+        return [0, 0, 0, 0]
+    if padding == "same":
+        sides = zip(layer.geometry["dilation"], layer.shape[2:], strict=True)
+        totals = [dilation * (size - 1) for dilation, size in sides]
+        return [side for total in totals for side in (total // 2, total - total // 2)]
+    return [side for size in padding for side in (size, size)]
+
+
+def find_obstacle(layer: QuantLayer) -> str | None:
+    """Why a layer has no integer form, or why its products would not be exact; None: it has one."""
+    if type(layer) not in _PROXIES:
+        return f"no integer form of {type(layer).__name__}"
+    if not all(quantizer.enabled for quantizer in layer.act_quantizers):
+        return "activations that are not quantized"
+    if any(quantizer.n_bits > 8 for quantizer in layer.weight_quantizers):
+        return "weights of more than 8 bits"
+    if isinstance(layer, QuantConv1d | QuantConv2d) and layer.geometry["groups"] > 1:
+        return "groups of channels"
+    if isinstance(layer, QuantConv1d):
+        g = layer.geometry
+        if layer.shape[2] != 1 or g["stride"] != (1,) or g["padding"] not in ((0,), "valid"):
+            return "a 1-D convolution of several values"
+    padded = False
+    if isinstance(layer, QuantConv2d):
+        if (padding := _padding(layer)) is None:
+            return "padding that is not with zeros"
+        padded = any(padding)
+    pairs = zip(layer.act_quantizers, layer.weight_quantizers, strict=True)
+    return next(filter(None, (_inexact(act, Int8Weight(weight), padded) for act, weight in pairs)), None)
+
+
+def _inexact(act: ActQuantizer, weight: Int8Weight, padded: bool) -> str | None:
+    """Why products of an input and a weight are not exact; None: they are."""
+    zeros = _zeros(act)
+    if bool((zeros != zeros.round()).any()):
+        return "fractional zero points"
+    form = launches.ByteFormat(act.n_bits, act.symmetric)
+    stored = [zero for value in zeros.tolist() for zero in form.stored_zeros(int(value))]
+    if padded and not all(-128 <= zero <= 127 for zero in stored):
+        return "zero points beyond a byte, with padding"
+    integers = weight.integers.flatten(1).int()
+    if weight.zeros is not None:
+        integers = integers - weight.zeros[:, None]
+    span = max(255, _span(act) / 256 + 1) if form.wide else _span(act)
+    if integers.shape[1] > launches.SUM_LIMIT or span * integers.abs().sum(1).max().item() >= 2**31:
+        return "sums beyond 32 bits"
+    return None
+
+
+class ExpandedWeight(nn.Module):
+    """The integers of a weight as the kernels read them.
+
+    Args:
+        quantizer: the weight quantizer; its integers are [OC, C], [OC, C, K] or [OC, C, KH, KW].
+    """
+
+    integers: Tensor
+    sums: Tensor
+    scale: Tensor
+    missing: Tensor | None
+
+    def __init__(self, quantizer: Any) -> None:
+        super().__init__()
+        weight = Int8Weight(quantizer)
+        self.shape = tuple(weight.integers.shape)
+        taps = weight.integers.reshape(*self.shape[:2], *([1, 1, *self.shape[2:]][-2:]))
+        channels = launches.stored_channels(self.shape[1])
+        integers = taps.new_zeros(len(taps), *taps.shape[2:], channels)
+        integers[..., : self.shape[1]] = taps.permute(0, 2, 3, 1)
+        self.register_buffer("integers", integers)  # int8 [OC, KH, KW, C to 32]
+        self.register_buffer("sums", integers.flatten(1).sum(1, dtype=torch.int32))
+        self.register_buffer("scale", weight.scales)
+        self.register_buffer("missing", None if weight.zeros is None else -weight.zeros)
+
+    def dequantize(self) -> Tensor:
+        """The weight in float32."""
+        integers = self.integers[..., : self.shape[1]].permute(0, 3, 1, 2).float()
+        if self.missing is not None:
+            integers = integers + self.missing.view(-1, 1, 1, 1)
+        return (integers * self.scale.view(-1, 1, 1, 1)).reshape(self.shape)
+
+
+# --- layers ----------------------------------------------------------------------------------------
+
+
+def _result_dtype(x: Tensor) -> torch.dtype:
+    """The type of a product of `x`: that of autocast, or its own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+class IntegerProduct(ModuleProxy):
+    """The common base of the layers that multiply integers.
+
+    Args:
+        layer: the layer, without an obstacle; its own integers are freed.
+        index: the current timestep group.
+    """
+
+    layer: QuantLayer
+    proxied = "layer"
+
+    def __init__(self, layer: QuantLayer, index: GroupIndex) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList([ExpandedWeight(quantizer) for quantizer in layer.weight_quantizers])
+        self.layer, self.index = layer, index
+        self.zeros = [_zeros(quantizer) for quantizer in layer.act_quantizers]
+        self.padding, self.stride, self.dilation = NO_PADDING, (1, 1), (1, 1)
+        layer.drop_weight()
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight."""
+        return self.layer._join([part.dequantize() for part in self.parts if isinstance(part, ExpandedWeight)])
+
+    def is_ready(self, x: Tensor) -> bool:
+        """Whether the samples that come next share their scales, and the kernels take their type."""
+        groups = self.index.groups
+        return (groups is None or isinstance(groups.current, int)) and x.dtype in launches.DTYPES and x.numel() > 0
+
+    def simulate(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer in floating point."""
+        x = self.layer.quantize_input(x)
+        return self.layer.apply_weight(x, self.weight.to(_result_dtype(x)), *args, **kwargs)
+
+    def _halves(self, tensor: Tensor | None, dim: int = -1) -> list[Any]:
+        """A tensor in the halves of a split layer; None gives None for each."""
+        if tensor is None:
+            return [None] * len(self.parts)
+        split = self.layer.split
+        return list(tensor.tensor_split([split], dim=dim)) if split else [tensor]
+
+    def _launch(self, x: Tensor, dtype: torch.dtype, work: dict[str, Any]) -> Launch:
+        """Quantize an input; returns what launches the product.
+
+        Args:
+            x: [N, 1, H, W, C] with any strides.
+            dtype: the type of the result.
+            work: the pointwise work before the quantization, arguments of `launches.quantize`.
+        """
+        layer, index = self.layer, self.index
+        works = [work | {"divisor": half} for half in self._halves(layer.smoothing)]
+        for name in ("a", "b"):
+            for part, half in zip(works, self._halves(work.get(name)), strict=True):
+                part[name] = None if half is None else half.contiguous()
+        terms: list[tuple[tuple, dict[str, Tensor | None]]] = []
+        halves = zip(self._halves(x), works, layer.act_quantizers, self.zeros, self.parts, strict=True)
+        for values, pointwise, act, zero, weight in halves:
+            assert isinstance(weight, ExpandedWeight)
+            form, corrects = launches.ByteFormat(act.n_bits, act.symmetric), weight.missing is not None
+            scale = act.scale.reshape(-1)
+            common = (scale, zero, index.index, act.n_bits, act.symmetric)
+            stored = weight.integers.shape[3]
+            out = launches.quantize(values, *common, self.padding, stored, corrects, **pointwise)
+            low_first = [out[0]] if not form.wide else [out[1], out[0]]  # in the order of `terms`
+            sums = ([out[-1]] if not form.wide else [out[-1], out[-2]]) if corrects else [None] * len(low_first)
+            for term, q, total in zip(form.terms, low_first, sums, strict=True):
+                arguments = (q, weight.integers, weight.sums, weight.scale, *common, term, self.stride, self.dilation)
+                terms.append((arguments, {"sums": total, "weight_zero": weight.missing}))
+        return _Chain(terms, layer.bias, dtype)
+
+
+class _Chain:
+    """The products of the terms of one layer, each added to the one before.
+
+    Args:
+        terms: the arguments of `launches.product` for each term.
+        bias: the bias, added to the last one.
+        dtype: the type of the result; those of all terms but the last are float32.
+    """
+
+    def __init__(self, terms: list[tuple[tuple, dict[str, Tensor | None]]], bias: Tensor | None, dtype: torch.dtype):
+        self.terms, self.dtype = terms, dtype
+        self.bias = None if bias is None else bias.detach().float()
+
+    def __call__(self, shift: Tensor | None, residual: Tensor | None) -> Tensor:
+        for arguments, named in self.terms[:-1]:
+            residual = launches.product(*arguments, torch.float32, **named, residual=residual)
+        arguments, named = self.terms[-1]
+        return launches.product(*arguments, self.dtype, **named, bias=self.bias, shift=shift, residual=residual)
+
+
+class IntegerConv(IntegerProduct):
+    """The common base of convolutions; they take and return deferred tensors."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = plain_tokens(x)
+        source = x if isinstance(x, DeviceTensor) else DeviceTensor.wrap(x)
+        if source is None or not self.is_ready(source):
+            return self.simulate(x.values() if isinstance(x, DeferredTensor) else x)
+        values, affine, silu = source.operand()
+        a, b = affine or (None, None)
+        dtype = _result_dtype(values)
+        launch = self._launch(values, dtype, {"a": a, "b": b, "silu": silu})
+        shape = self._shape(source.shape4())
+        return DeviceTensor.of(placeholder(shape, dtype, values.device), DeviceRows(None, launch), Epilogue())
+
+    def _shape(self, shape: torch.Size) -> tuple[int, ...]:
+        """The shape of the result."""
+        raise NotImplementedError
+
+
+class IntegerConv2d(IntegerConv):
+    """A 2-D convolution."""
+
+    def __init__(self, layer: QuantConv2d, index: GroupIndex) -> None:
+        super().__init__(layer, index)
+        self.padding = tuple(_padding(layer) or NO_PADDING)
+        self.stride, self.dilation = (tuple(layer.geometry[name]) for name in ("stride", "dilation"))
+
+    def _shape(self, shape: torch.Size) -> tuple[int, ...]:
+        pads = (self.padding[0] + self.padding[1], self.padding[2] + self.padding[3])
+        sides = zip(shape[2:], pads, self.layer.shape[2:], self.stride, self.dilation, strict=True)
+        return (shape[0], self.layer.shape[0], *((n + p - d * (k - 1) - 1) // s + 1 for n, p, k, s, d in sides))
+
+
+class IntegerConv1d(IntegerConv):
+    """A 1-D convolution of kernel size 1."""
+
+    def _shape(self, shape: torch.Size) -> tuple[int, ...]:
+        return (shape[0], self.layer.shape[0], shape[2])
+
+
+class IntegerLinear(IntegerProduct):
+    """A linear layer; it takes and returns deferred tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, DeferredTensor):
+            x = x.values()
+        if not self.is_ready(x):
+            return self.simulate(plain_tokens(x))
+        work: dict[str, Any] = {}
+        data = x
+        if isinstance(x, DeviceTokens):
+            if x.work.norm is not None and not self.layer.split:
+                weight, bias, eps = x.work.norm
+                work = {"a": weight.detach().float(), "b": bias.detach().float(), "layer_norm": eps}
+                data = x.rows.plain()
+            elif x.work.half == "geglu" and not self.layer.split:
+                work, data = {"geglu": True}, x.rows.plain()
+            else:
+                data = x.values()
+        dtype = _result_dtype(data)
+        launch = self._launch(data.reshape(1, 1, 1, -1, data.shape[-1]), dtype, work)
+        shape = torch.Size((*x.shape[:-1], self.layer.shape[0]))
+        return DeviceTokens.of(TokenRows(None, shape, launch), TokenWork(), placeholder(shape, dtype, data.device))
+
+
+_PROXIES: dict[type[nn.Module], type[IntegerProduct]] = {
+    QuantConv2d: IntegerConv2d,
+    QuantConv1d: IntegerConv1d,
+    QuantLinear: IntegerLinear,
+}
+
+
+# --- attention -------------------------------------------------------------------------------------
+
+
+class IntegerAttention:
+    """The core of an attention on integers, see `qdiff.layers.fused_attention`.
+
+    Args:
+        qk: the quantized matmul of queries and keys.
+        av: that of probabilities and values, in either order.
+        index: the current timestep group.
+
+    Attributes:
+        obstacle: why it cannot run on integers; None: it can.
+    """
+
+    def __init__(self, qk: QuantMatMul, av: QuantMatMul, index: GroupIndex) -> None:
+        self.obstacle = self.find_obstacle(qk, av)
+        self.index = index
+        p, v = sorted(av.act_quantizers, key=lambda quantizer: not quantizer.is_softmax)
+        self.quantizers = [*qk.act_quantizers, v, p]
+        self.zeros = [_zeros(quantizer) for quantizer in self.quantizers]
+
+    @staticmethod
+    def find_obstacle(qk: QuantMatMul, av: QuantMatMul) -> str | None:
+        """Why an attention of these matmuls cannot run on integers; None: it can."""
+        softmax = [quantizer for quantizer in av.act_quantizers if quantizer.is_softmax]
+        others = [*qk.act_quantizers, *(quantizer for quantizer in av.act_quantizers if not quantizer.is_softmax)]
+        if has_own_behavior(qk) or has_own_behavior(av):
+            return "a hook"
+        if len(softmax) != 1 or not all(quantizer.enabled for quantizer in [*others, *softmax]):
+            return "operands that are not quantized"
+        if any(quantizer.n_bits > 8 for quantizer in others):
+            return "operands of more than 8 bits"
+        if not all(bool((_zeros(q) == _zeros(q).round()).all()) for q in [*others, *softmax]):
+            return "fractional zero points"
+        if any(
+            not -128 <= zero <= 127
+            for quantizer in others
+            for value in _zeros(quantizer).tolist()
+            for zero in launches.ByteFormat(quantizer.n_bits, quantizer.symmetric).stored_zeros(int(value))
+        ):
+            return "zero points beyond a byte"
+        return None
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        q, k, v = (plain_tokens(part) for part in (q, k, v))
+        if not self._takes(q, k):
+            return self._simulate(q, k, v, scale)
+        stored = launches.stored_head(q.shape[3])
+        parts = []
+        for x, quantizer, zero in zip((q, k, v), self.quantizers, self.zeros, strict=False):
+            common = (quantizer.scale.reshape(-1), zero, self.index.index, quantizer.n_bits, quantizer.symmetric)
+            rows = x.transpose(1, 2)[:, :, None]  # [N, heads, 1, T, d]
+            parts.append(launches.quantize(rows, *common, NO_PADDING, stored, False)[0][:, 0])
+        scales = [quantizer.scale.reshape(-1) for quantizer in self.quantizers]
+        bits = [quantizer.n_bits for quantizer in self.quantizers]
+        signs = [quantizer.symmetric for quantizer in self.quantizers]
+        return launches.attention(
+            *parts, scales, self.zeros, self.index.index, bits, signs, q.shape[2], q.shape[3], scale, _result_dtype(q)
+        )
+
+    def _takes(self, q: Tensor, k: Tensor) -> bool:
+        groups = self.index.groups
+        one_group = groups is None or isinstance(groups.current, int)
+        spans = [_span_limit(quantizer) for quantizer in self.quantizers]
+        sums = max(spans[0] * spans[1] * launches.stored_head(q.shape[3]), spans[2] * spans[3] * k.shape[1])
+        fits = q.shape[3] <= launches.MAX_HEAD and sums < 2**31
+        return one_group and fits and q.dtype in launches.DTYPES and q.numel() > 0
+
+    def _simulate(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        first, second, third, last = self.quantizers
+        q, k, v = first(q.transpose(1, 2)), second(k.transpose(1, 2)), third(v.transpose(1, 2))
+        probabilities = last(torch.softmax(q @ k.transpose(2, 3) * scale, dim=-1))
+        return (probabilities @ v).transpose(1, 2)
+
+
+def _span_limit(quantizer: ActQuantizer) -> int:
+    """A bound of |q - zero point| of one byte whose zero point lies in the byte."""
+    return 256 if quantizer.n_bits <= 8 or quantizer.is_softmax else 2**16
+
+
+def cores(network: nn.Module) -> Iterable[IntegerAttention]:
+    """The attentions of a network that run on integers."""
+    return (module.core for module in network.modules() if isinstance(getattr(module, "core", None), IntegerAttention))
