@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qdiff.engines.cpu_kernels import Affine, ChannelsLastView
+from qdiff.engines.proxy import Deferred
 
 _no_override = torch._C.DisableTorchFunctionSubclass
 
@@ -48,7 +49,7 @@ class Epilogue:
         return a, b + a * self.shift
 
 
-class DeferredTensor(Tensor):
+class DeferredTensor(Deferred, Tensor):
     """A tensor [N, C, H, W] in channels_last memory, float32 or bfloat16, with deferred work.
 
     Attributes:

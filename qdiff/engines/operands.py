@@ -154,7 +154,7 @@ class Int8Weight:
         integers: int8 [N, ...].
         scales: float32 [N].
         zeros: int32 [N], what is still to be subtracted from `integers`; None: nothing.
-        coef: float32 [N], the same in units of the result: coef times the sum of the inputs is to be subtracted from it.
+        coef: float32 [N]; coef times the sum of the inputs is to be subtracted from the result; None: it is right.
     """
 
     zeros: Tensor | None

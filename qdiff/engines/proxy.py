@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class ModuleProxy(nn.Module):
@@ -29,6 +29,19 @@ class ModuleProxy(nn.Module):
             if name == self.proxied:  # it is not assigned yet
                 raise
         return getattr(super().__getattr__(self.proxied), name)
+
+
+class Deferred:
+    """The base of tensors whose work is deferred until their values are needed."""
+
+    def values(self) -> Tensor:
+        """Do the deferred work."""
+        raise NotImplementedError
+
+
+def plain(x: Tensor) -> Tensor:
+    """A tensor, or the values of a deferred one."""
+    return x.values() if isinstance(x, Deferred) else x
 
 
 def has_engine(model: nn.Module) -> bool:

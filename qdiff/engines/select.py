@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from qdiff.engines import cpu, cuda, probe, speed
+from qdiff.engines.gpu import card
 from qdiff.engines.proxy import has_engine
 from qdiff.errors import ConfigError
 from qdiff.layers import QuantLayer
@@ -24,8 +25,8 @@ def apply_engine(model: nn.Module, engine: str = "auto") -> nn.Module:
 
     Args:
         model: the network, quantized or not, on its device. A network that an engine has prepared is returned as it
-            is. On CUDA, every engine but `simulated` packs the weights (`on_gpu`), and a network that is not quantized
-            is changed in place.
+            is. On CUDA, every engine but `simulated` prepares it for the card (`on_gpu`), and a network that is not
+            quantized is changed in place.
         engine: `simulated` leaves the network as it is. `integer` multiplies integers. `auto` uses integers where they
             are exact and fast, and logs its choice. An input of an integer product that is NaN becomes a number,
             because 8-bit integers have no NaN.
@@ -41,8 +42,9 @@ def apply_engine(model: nn.Module, engine: str = "auto") -> nn.Module:
     if engine == "simulated" or has_engine(model):
         return model
     tensors = itertools.chain(model.parameters(), model.buffers(), [torch.zeros(0)])
-    if (device := next(tensors).device.type) == "cuda":
-        return on_gpu(model, int8_products=engine == "integer")
+    if (place := next(tensors).device).type == "cuda":
+        return on_gpu(model, engine, place)
+    device = place.type
     if engine == "auto" and not any(isinstance(module, QuantLayer) for module in model.modules()):
         return model
     reason = _why_not_integer(model, device)
@@ -70,30 +72,70 @@ def apply_engine(model: nn.Module, engine: str = "auto") -> nn.Module:
     return model
 
 
-def on_gpu(model: nn.Module, int8_products: bool) -> nn.Module:
-    """Prepare a network for CUDA: packed weights, channels_last memory, and fused attentions where none is quantized.
+def on_gpu(model: nn.Module, engine: str, device: torch.device) -> nn.Module:
+    """Prepare a network for CUDA: it multiplies integers, or its weights are packed.
+
+    Attentions that are not quantized run on PyTorch's fused operator, and memory is channels_last.
 
     Args:
         model: the network, quantized or not; attentions of a full-precision network are fused too, in place.
-        int8_products: linear layers multiply int8 where their widths and shapes allow it.
+        engine: `integer`, or `auto`, which takes integers where they are expected to be faster and a check on the card
+            has passed.
+        device: the card.
 
     Raises:
-        ConfigError: `int8_products`, but no linear layer can.
+        ConfigError: `integer`, but the card cannot, or no layer of the network can.
     """
-    if any(isinstance(module, QuantLayer) for module in model.modules()):
-        model = cuda.to_packed(model, int8_products)
-        count = sum(isinstance(module, cuda.Int8Linear) for module in model.modules())
-        if int8_products and not count:
-            raise ConfigError(
-                " integer: no linear layer with one 8-bit input scale and widths that are multiples of 8",
-                field="engine",
-            )
-        others = _describe(cuda.find_obstacles(model), "linear layers in floating point") if count else ""
-        int8 = f"; {count} linear layers multiply int8{others}" if count else ""
-        log.info("engine: packed weights, dequantized on use%s", int8)
-    elif int8_products:
-        raise ConfigError(" integer: the network is not quantized", field="engine")
-    return cuda.keep_channels_last(cuda.fuse_attention(model))
+    if not any(isinstance(module, QuantLayer) for module in model.modules()):
+        if engine == "integer":
+            raise ConfigError(" integer: the network is not quantized", field="engine")
+        return cuda.keep_channels_last(cuda.fuse_attention(model))
+    reason = _why_not_int8(model, device, faster=engine == "auto")
+    if reason is None:
+        return cuda.keep_channels_last(cuda.fuse_attention(_int8(model, device)))
+    if engine == "integer":
+        raise ConfigError(f" integer: {reason}", field="engine")
+    log.info("engine: packed weights, dequantized on use (%s)", reason)
+    return cuda.keep_channels_last(cuda.fuse_attention(cuda.to_packed(model)))
+
+
+def _why_not_int8(model: nn.Module, device: torch.device, faster: bool) -> str | None:
+    """Why a quantized network does not multiply integers on a card; None: it does.
+
+    Args:
+        model: the network.
+        device: the card.
+        faster: whether integers must be expected to be faster.
+    """
+    if (reason := card.why_unavailable(device)) is not None:
+        return reason
+    if faster and not card.expected_faster(device):
+        return f"int8 is not expected to be faster on {torch.cuda.get_device_name(device)}"
+    if not card.is_exact(device):
+        return f"int8 products are wrong on {torch.cuda.get_device_name(device)}"
+    from qdiff.engines.gpu.layers import find_obstacle  # needs triton
+
+    obstacles = {path: find_obstacle(layer) for path, layer in quant_layers(model).items()}
+    if all(obstacles.values()):
+        return f"no layer has a form that the integer products take{_describe(obstacles)}"
+    return None
+
+
+def _int8(model: nn.Module, device: torch.device) -> nn.Module:
+    """A copy of a quantized network that multiplies integers on a card; the log says which layers do not."""
+    from qdiff.engines.gpu import graphs, layers  # needs triton
+
+    network = layers.to_integer(model)
+    obstacles = layers.find_obstacles(network)
+    count = sum(obstacle is None for obstacle in obstacles.values())
+    log.info(
+        "engine: integer (%d of %d layers and attentions) for %s%s",
+        count,
+        len(obstacles),
+        card.origin(device),
+        _describe(obstacles, "packed weights"),
+    )
+    return graphs.GraphedNetwork(network)
 
 
 def _why_not_integer(model: nn.Module, device: str) -> str | None:

@@ -12,15 +12,14 @@ from torch.nn import functional as F
 
 from qdiff.engines import cpu, cpu_kernels, operands, select, speed
 from qdiff.engines.cpu import to_integer
-from qdiff.engines.cuda import Int8Linear, PackedLayer, to_packed
+from qdiff.engines.cuda import PackedLayer, to_packed
 from qdiff.engines.deferred import Epilogue, deferred
-from qdiff.engines.select import apply_engine, on_gpu
+from qdiff.engines.select import apply_engine
 from qdiff.errors import ConfigError
 from qdiff.layers import QuantConv1d, QuantConv2d, QuantLayer, QuantLinear
 from qdiff.model import enable_activations, quant_layers, set_mode_parameters
 from tests.support import golden
 from tests.support.engines import (
-    INT_MM_SATURATES,
     attention_matmul,
     check,
     factors,
@@ -216,7 +215,7 @@ def test_modes_can_change_on_an_engine():
     inputs = tuple(part[:2] for part in rows.inputs)
     others = {"conv_in.bias": torch.ones(16), "mid.block_1.norm1.weight": torch.full((32,), 2.0)}
     set_mode_parameters(simulated, others)
-    for prepared in (to_integer(simulated), copy.deepcopy(to_integer(simulated)), to_packed(simulated, True)):
+    for prepared in (to_integer(simulated), copy.deepcopy(to_integer(simulated)), to_packed(simulated)):
         before = prepared(*inputs)
         reference = copy.deepcopy(simulated)
         for model in (prepared, reference):
@@ -259,27 +258,19 @@ def test_auto_counts_the_products_of_layers_that_can_run_on_integers(monkeypatch
 
 @torch.no_grad()
 @pytest.mark.parametrize("bits", [4, 8])
-def test_packed_and_int8_layers_on_cuda_are_smoothed(bits):
+def test_packed_layers_are_smoothed(bits):
     torch.manual_seed(0)
     x = torch.randn(40, 16) * 3
     layer = quantized_layer(nn.Linear(16, 24), QuantLinear, bits, False, "max", x, smoothing=factors(16))
     x = on_grid(layer, x)
     assert torch.equal(PackedLayer(copy.deepcopy(layer))(x), layer(x))
-    found = Int8Linear(PackedLayer(copy.deepcopy(layer)))(x)
-    expected = copy.deepcopy(layer).double()(x.double())
-    skip_numbers(INT_MM_SATURATES is None)
-    assert golden.relative_error(found, expected) < 1e-6
 
 
 @torch.no_grad()
-def test_cuda_honors_policies_and_names_linear_layers_in_floating_point(caplog):
-    caplog.set_level(logging.INFO)
+def test_packed_networks_honor_policies():
     simulated, rows, _ = network_of_policy((("*.temb_proj", "A16"), ("conv_in", "W8A16"), ("conv_out", "keep")))
     inputs = tuple(part[:4] for part in rows.inputs)
-    assert torch.equal(to_packed(simulated, int8_products=False)(*inputs), simulated(*inputs))
-    on_gpu(simulated, int8_products=True)
-    assert "2 linear layers multiply int8; linear layers in floating point: down.0.block.0.temb_proj" in caplog.text
-    assert caplog.text.count("(more than 8 bits)") == 1
+    assert torch.equal(to_packed(simulated)(*inputs), simulated(*inputs))
 
 
 @torch.no_grad()

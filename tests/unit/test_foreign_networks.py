@@ -128,7 +128,7 @@ def test_a_layer_at_two_paths_is_replaced_at_both():
     network = nn.Sequential(convolution(), nn.Identity())
     network[1] = network[0]
     expected = network(X)
-    for changed, kind in ((to_integer(network), cpu.IntegerConv2d), (to_packed(network, False), PackedLayer)):
+    for changed, kind in ((to_integer(network), cpu.IntegerConv2d), (to_packed(network), PackedLayer)):
         assert isinstance(changed[0], kind) and changed[1] is changed[0]
         assert golden.relative_error(changed(X), expected) < 0.02
     exported = exportable(network)
@@ -158,7 +158,7 @@ def test_what_networks_read_of_their_layers_stays():
 
     network = Network(body)
     found = to_integer(network)(X)
-    assert near(found, network) and near(to_packed(network, False)(X), network)
+    assert near(found, network) and near(to_packed(network)(X), network)
     with pytest.raises(AttributeError, match="nothing_of_that_name"):
         _ = to_integer(network).conv.nothing_of_that_name
 
@@ -168,7 +168,7 @@ def test_hooks_stay():
     network = Network(lambda network, x: network.conv(network.norm(x)))
     network.norm.register_forward_hook(lambda _, inputs, output: output + 1)
     network.conv.register_forward_pre_hook(lambda _, inputs: (inputs[0] * 2,))
-    assert near(to_integer(network)(X), network) and near(to_packed(network, False)(X), network)
+    assert near(to_integer(network)(X), network) and near(to_packed(network)(X), network)
 
 
 @torch.no_grad()

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qdiff.engines.cpu_kernels import Affine
 from qdiff.engines.deferred import DeferredTensor, Epilogue, group_norm
 from qdiff.engines.gpu import launches
-from qdiff.engines.cpu_kernels import Affine
+from qdiff.engines.proxy import Deferred
 
 _no_override = torch._C.DisableTorchFunctionSubclass
 
@@ -185,7 +186,7 @@ class TokenRows:
         return self.data
 
 
-class DeviceTokens(Tensor):
+class DeviceTokens(Deferred, Tensor):
     """A tensor [..., C] on the card, with deferred work.
 
     Attributes:
@@ -305,7 +306,12 @@ class DeviceLayerNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         x = plain_tokens(input)
-        if len(self.normalized_shape) != 1 or self.weight is None or self.bias is None or x.dtype not in launches.DTYPES:
+        if (
+            len(self.normalized_shape) != 1
+            or self.weight is None
+            or self.bias is None
+            or x.dtype not in launches.DTYPES
+        ):
             return super().forward(x)
         rows = TokenRows(x, x.shape)
         return DeviceTokens.of(rows, TokenWork(norm=(self.weight, self.bias, self.eps)), x)

@@ -250,9 +250,7 @@ def norm_kernel(
 
 
 @triton.jit
-def _logits(
-    tq, sum_q, k, b, start, qk_scale, zq, zk, L, D, DP: tl.constexpr, BL: tl.constexpr
-):
+def _logits(tq, sum_q, k, b, start, qk_scale, zq, zk, L, D, DP: tl.constexpr, BL: tl.constexpr):
     """The logits of a tile of queries and the keys from `start` on, float32 [BM, BL]; -inf beyond the last key."""
     rl, rd = start + tl.arange(0, BL), tl.arange(0, DP)
     tk = tl.load(k + (b * L + rl)[None, :] * DP + rd[:, None], mask=(rl < L)[None, :], other=0)
@@ -272,8 +270,8 @@ def attention_kernel(
     """softmax(factor q k^T) v of one head, where probabilities are quantized too.
 
     q: [B, T, DP], k, v: [B, L, DP] bytes whose channels from D on hold the zero point; y: [N, T, heads, D]. The first
-    pass finds the maximum and the sum of each row of the softmax, the second one the probabilities. Those of more than 8
-    bits (WIDE) are two bytes, which are multiplied with v one after the other.
+    pass finds the maximum and the sum of each row of the softmax, the second one the probabilities. Those of more than
+    8 bits (WIDE) are two bytes, which are multiplied with v one after the other.
     """
     at = tl.load(group)
     zq = stored_zero(tl.load(q_zero + at), Q_OFFSET, False, 0)

@@ -228,7 +228,7 @@ def quantize(
     q = out[0]
     high = out[1] if form.wide else q
     totals = out[-(2 if form.wide else 1)] if sums else q
-    n, heads, h, w, c = x.shape
+    _, heads, h, w, c = x.shape
     c //= 2 if geglu else 1
     images, height, width, _ = q.shape
     pixels, channels = _quantize_blocks(height * width, stored, layer_norm is not None)
@@ -402,14 +402,22 @@ def launch_product(
     height, width = _output_shape(q, weight, stride, dilation)
     y = torch.empty(n, height, width, oc, dtype=dtype, device=q.device)
     rows = n * height * width
-    tensors = (_or(sums, group), weight_sums, _or(weight_zero, group), scale, _or(bias, scale), _or(shift, scale))
+    tensors: tuple[Tensor, ...] = (
+        _or(sums, group),
+        weight_sums,
+        _or(weight_zero, group),
+        scale,
+        _or(bias, scale),
+        _or(shift, scale),
+    )
     tensors += (_or(residual, scale), x_scale, x_zero, group, y)
     sizes = (n, hp, wp, height, width, oc)
-    common = dict(
-        KH=kh, KW=kw, SH=stride[0], SW=stride[1], DH=dilation[0], DW=dilation[1], OFFSET=form.offset, ROOM=form.room,
-        TERM=term, CORRECT=weight_zero is not None, BIAS=bias is not None, SHIFT=shift is not None,
-        RESIDUAL=residual is not None, SPLITS=tile.splits, enable_fp_fusion=False,
-    )  # fmt: skip
+    common = {
+        "KH": kh, "KW": kw, "SH": stride[0], "SW": stride[1], "DH": dilation[0], "DW": dilation[1],
+        "OFFSET": form.offset, "ROOM": form.room, "TERM": term, "CORRECT": weight_zero is not None,
+        "BIAS": bias is not None, "SHIFT": shift is not None, "RESIDUAL": residual is not None,
+        "SPLITS": tile.splits, "enable_fp_fusion": False,
+    }  # fmt: skip
     scratch = torch.empty(tile.splits, rows, oc, dtype=torch.int32, device=q.device) if tile.splits > 1 else y
     grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(oc, tile.columns), tile.splits)
     with _on(q):
@@ -447,9 +455,7 @@ def _(
     shift: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    return torch.empty(
-        len(q), *_output_shape(q, weight, stride, dilation), len(weight), dtype=dtype, device=q.device
-    )
+    return torch.empty(len(q), *_output_shape(q, weight, stride, dilation), len(weight), dtype=dtype, device=q.device)
 
 
 def product_traffic(
@@ -478,7 +484,9 @@ def product_traffic(
     oc, kh, kw, c = weight.shape
     rows = len(q) * height * width
     result = rows * oc * DTYPES[dtype]
-    added = sum(part.numel() * part.element_size() for part in (sums, bias, shift, residual, weight_zero) if part is not None)
+    added = sum(
+        part.numel() * part.element_size() for part in (sums, bias, shift, residual, weight_zero) if part is not None
+    )
     distinct = q.numel() + weight.numel() + 8 * oc + added + 12 + result
     blocks_m, blocks_n = triton.cdiv(rows, tile.rows), triton.cdiv(oc, tile.columns)
     share = triton.cdiv(kh * kw * c // tile.depth, tile.splits) * tile.splits

@@ -7,13 +7,12 @@ sums of its inputs. What has no integer form stays a packed layer, which dequant
 """
 
 import copy
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qdiff.engines.cuda import PackedLayer, attentions
+from qdiff.engines.cuda import PackedLayer, attentions, set_core
 from qdiff.engines.deferred import DeferredTensor, Epilogue, plain_output
 from qdiff.engines.gpu import launches
 from qdiff.engines.gpu.activations import (
@@ -30,7 +29,16 @@ from qdiff.engines.gpu.activations import (
 )
 from qdiff.engines.operands import Int8Weight
 from qdiff.engines.proxy import ModuleProxy
-from qdiff.layers import ActQuantizer, QuantConv1d, QuantConv2d, QuantLayer, QuantLinear, QuantMatMul, TimestepGroups
+from qdiff.layers import (
+    ActQuantizer,
+    QuantConv1d,
+    QuantConv2d,
+    QuantLayer,
+    QuantLinear,
+    QuantMatMul,
+    TimestepGroups,
+    WeightQuantizer,
+)
 from qdiff.model import has_own_behavior, replace_modules
 
 NO_PADDING = (0, 0, 0, 0)
@@ -83,13 +91,17 @@ def to_integer(model: nn.Module) -> nn.Module:
 
     replace_modules(result, replacement)
     for module, matmuls in attentions(result):
-        if len(matmuls) == 2 and all(isinstance(matmul, QuantMatMul) for matmul in matmuls):
-            core = IntegerAttention(matmuls[0], matmuls[1], index)
-            if core.obstacle is None:
-                module.core = core
+        match matmuls:
+            case [QuantMatMul() as qk, QuantMatMul() as av] if IntegerAttention.find_obstacle(qk, av) is None:
+                set_core(module, IntegerAttention(qk, av, index))
     result.register_forward_pre_hook(index.update)
     result.register_forward_hook(_plain_output)
     return result
+
+
+def index_of(network: nn.Module) -> GroupIndex:
+    """The timestep group that the kernels of a network read, which `to_integer` has prepared."""
+    return next(module.index for module in network.modules() if isinstance(module, IntegerProduct))
 
 
 def _plain_output(module: nn.Module, inputs: tuple, output: Any) -> Any:
@@ -196,23 +208,29 @@ class ExpandedWeight(nn.Module):
         quantizer: the weight quantizer; its integers are [OC, C], [OC, C, K] or [OC, C, KH, KW].
     """
 
-    integers: Tensor
+    flat: Tensor
     sums: Tensor
     scale: Tensor
     missing: Tensor | None
 
-    def __init__(self, quantizer: Any) -> None:
+    def __init__(self, quantizer: WeightQuantizer) -> None:
         super().__init__()
         weight = Int8Weight(quantizer)
         self.shape = tuple(weight.integers.shape)
         taps = weight.integers.reshape(*self.shape[:2], *([1, 1, *self.shape[2:]][-2:]))
-        channels = launches.stored_channels(self.shape[1])
-        integers = taps.new_zeros(len(taps), *taps.shape[2:], channels)
+        self.taps = (*taps.shape[2:], launches.stored_channels(self.shape[1]))
+        integers = taps.new_zeros(len(taps), *self.taps)
         integers[..., : self.shape[1]] = taps.permute(0, 2, 3, 1)
-        self.register_buffer("integers", integers)  # int8 [OC, KH, KW, C to 32]
-        self.register_buffer("sums", integers.flatten(1).sum(1, dtype=torch.int32))
+        # flat, because a conversion of the network to channels_last memory reorders what has four dimensions
+        self.register_buffer("flat", integers.flatten(1))
+        self.register_buffer("sums", self.flat.sum(1, dtype=torch.int32))
         self.register_buffer("scale", weight.scales)
         self.register_buffer("missing", None if weight.zeros is None else -weight.zeros)
+
+    @property
+    def integers(self) -> Tensor:
+        """int8 [OC, KH, KW, C to 32]."""
+        return self.flat.view(-1, *self.taps)
 
     def dequantize(self) -> Tensor:
         """The weight in float32."""
@@ -247,7 +265,8 @@ class IntegerProduct(ModuleProxy):
         self.parts = nn.ModuleList([ExpandedWeight(quantizer) for quantizer in layer.weight_quantizers])
         self.layer, self.index = layer, index
         self.zeros = [_zeros(quantizer) for quantizer in layer.act_quantizers]
-        self.padding, self.stride, self.dilation = NO_PADDING, (1, 1), (1, 1)
+        self.padding: tuple[int, ...] = NO_PADDING
+        self.stride, self.dilation = (1, 1), (1, 1)
         layer.drop_weight()
 
     @property
@@ -402,16 +421,12 @@ class IntegerAttention:
     """The core of an attention on integers, see `qdiff.layers.fused_attention`.
 
     Args:
-        qk: the quantized matmul of queries and keys.
+        qk: the quantized matmul of queries and keys; `find_obstacle` must find none.
         av: that of probabilities and values, in either order.
         index: the current timestep group.
-
-    Attributes:
-        obstacle: why it cannot run on integers; None: it can.
     """
 
     def __init__(self, qk: QuantMatMul, av: QuantMatMul, index: GroupIndex) -> None:
-        self.obstacle = self.find_obstacle(qk, av)
         self.index = index
         p, v = sorted(av.act_quantizers, key=lambda quantizer: not quantizer.is_softmax)
         self.quantizers = [*qk.act_quantizers, v, p]
@@ -474,8 +489,3 @@ class IntegerAttention:
 def _span_limit(quantizer: ActQuantizer) -> int:
     """A bound of |q - zero point| of one byte whose zero point lies in the byte."""
     return 256 if quantizer.n_bits <= 8 or quantizer.is_softmax else 2**16
-
-
-def cores(network: nn.Module) -> Iterable[IntegerAttention]:
-    """The attentions of a network that run on integers."""
-    return (module.core for module in network.modules() if isinstance(getattr(module, "core", None), IntegerAttention))

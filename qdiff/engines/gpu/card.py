@@ -1,0 +1,129 @@
+"""What is known of a card: whether the kernels can run there, whether they are exact, and whether they are faster."""
+
+import hashlib
+import importlib.util
+import json
+import logging
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from qdiff.errors import WriteError
+from qdiff.utils.download import cache_root
+from qdiff.utils.files import write_text
+
+log = logging.getLogger(__name__)
+
+MIN_CAPABILITY = 80  # Triton has no int8 products for older cards
+# where int8 is expected to be faster than float16, from the traffic and the arithmetic of whole networks
+EXPECTED_FASTER = (80, 86, 89)
+MEASURED: tuple[str, ...] = ()  # the names of cards that have a row in docs/engines.md
+
+# rows and columns of the result, channels, kernel, stride, padding, weights of 8 bits
+SHAPES = (
+    *((2, 16, 16, 32, 32, 3, 1, 1, wide) for wide in (False, True)),
+    *((1, 8, 8, 320, 320, 3, 1, 1, wide) for wide in (False, True)),
+    *((1, 9, 7, 96, 40, 3, 2, 1, wide) for wide in (False, True)),
+    *((2, 8, 8, 2560, 64, 1, 1, 0, wide) for wide in (False, True)),
+    *((1, 1, 77, 768, 320, 1, 1, 0, wide) for wide in (False, True)),
+    *((8, 32, 32, 128, 256, 3, 1, 1, wide) for wide in (False, True)),
+)
+
+
+def why_unavailable(device: torch.device) -> str | None:
+    """Why the kernels cannot run on a card; None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    major, minor = torch.cuda.get_device_capability(device)
+    if 10 * major + minor < MIN_CAPABILITY:
+        return f"int8 kernels need compute capability 8.0, this card has {major}.{minor}"
+    return None
+
+
+def expected_faster(device: torch.device) -> bool:
+    """Whether int8 is expected to be faster than float16 on a card."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor in EXPECTED_FASTER
+
+
+def origin(device: torch.device) -> str:
+    """The card's name, for the log, with a note if it was not measured."""
+    name = torch.cuda.get_device_name(device)
+    return name if name in MEASURED else f"{name}, not measured on this card"
+
+
+def is_exact(device: torch.device) -> bool:
+    """Whether the products of the kernels are right on a card, which is tried once and remembered on disk."""
+    return _check(torch.device("cuda", torch.cuda.current_device()) if device.index is None else device)
+
+
+@cache
+def _check(device: torch.device) -> bool:
+    path = _record(device)
+    try:
+        return bool(json.loads(path.read_text(encoding="utf-8"))["exact"])
+    except (OSError, ValueError, KeyError):
+        pass
+    log.info("engine: checking int8 products on %s", torch.cuda.get_device_name(device))
+    exact = products_are_exact(device)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps({"exact": exact}))
+    except (OSError, WriteError) as error:
+        log.warning("engine: the check is not remembered (%s)", str(error).splitlines()[0])
+    return exact
+
+
+def _record(device: torch.device) -> Path:
+    """The file that remembers a check: it is of this card, these releases and these kernels."""
+    import triton
+
+    sources = [Path(__file__).with_name(name).read_bytes() for name in ("kernels.py", "launches.py")]
+    facts = [torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)]
+    releases = [torch.__version__, torch.version.cuda, triton.__version__]
+    key = hashlib.sha256(repr((facts, releases)).encode() + b"".join(sources)).hexdigest()[:16]
+    return cache_root() / "qdiff" / f"int8-{key}.json"
+
+
+def products_are_exact(device: torch.device) -> bool:
+    """Compare a dozen products on a device with integers that are computed on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    return all(_product_is_exact(device, generator, *shape) for shape in SHAPES)
+
+
+def _product_is_exact(
+    device: torch.device,
+    generator: torch.Generator,
+    n: int,
+    height: int,
+    width: int,
+    channels: int,
+    outputs: int,
+    kernel: int,
+    stride: int,
+    pad: int,
+    wide: bool,
+) -> bool:
+    from qdiff.engines.gpu import kernels, launches  # needs triton
+
+    span = 128 if wide else 16
+    q = torch.randint(-128, 128, (n, height + 2 * pad, width + 2 * pad, channels), generator=generator)
+    w = torch.randint(-span, span, (outputs, kernel, kernel, channels), generator=generator)
+    missing = torch.randint(-100, 100, (outputs,), generator=generator)
+    zero = -37  # of the stored bytes
+    exact = F.conv2d(
+        (q - zero).permute(0, 3, 1, 2).double(),
+        (w + (missing.view(-1, 1, 1, 1) if wide else 0)).permute(0, 3, 1, 2).double(),
+        stride=stride,
+    )
+    sums = (q - zero).sum(3, dtype=torch.int32).to(device) if wide else None
+    one, bytes_q, bytes_w = torch.ones(1, device=device), q.to(device, torch.int8), w.to(device, torch.int8)
+    found = launches.product(
+        bytes_q, bytes_w, w.flatten(1).sum(1, dtype=torch.int32).to(device), torch.ones(outputs, device=device),
+        one, torch.full((1,), zero + 128.0, device=device), torch.zeros(1, dtype=torch.int32, device=device), 8, False,
+        kernels.ONE_BYTE, (stride, stride), (1, 1), torch.float32,
+        sums=sums, weight_zero=missing.to(device, torch.int32) if wide else None,
+    )  # fmt: skip
+    return torch.equal(found.cpu(), exact.permute(0, 2, 3, 1).float())

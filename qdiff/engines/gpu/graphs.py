@@ -1,0 +1,125 @@
+"""CUDA graphs: the launches of a forward pass, recorded once for each shape and replayed.
+
+A quantized network has hundreds of small launches, and the CPU needs longer to start them than a fast card to run them.
+The sampler's own arithmetic stays outside. The timestep group is read on the card, so one graph serves all groups.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from qdiff.engines.gpu.layers import GroupIndex, index_of
+from qdiff.engines.proxy import ModuleProxy
+
+log = logging.getLogger(__name__)
+
+WARM_UP = 2  # passes before a recording: kernels are compiled and memory is found
+MAX_GRAPHS = 8  # shapes of inputs that are recorded; others run eagerly
+
+
+class Recording:
+    """One recorded forward pass.
+
+    Args:
+        run: the forward pass; takes the tensors of the inputs, returns the tensors of the output.
+        inputs: the tensors of the first inputs.
+    """
+
+    def __init__(self, run: Callable[[list[Tensor]], list[Tensor]], inputs: list[Tensor]) -> None:
+        self.inputs = [x.clone() for x in inputs]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                run(self.inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.outputs = run(self.inputs)
+
+    def __call__(self, inputs: list[Tensor]) -> list[Tensor]:
+        """Replay the pass on other inputs of the same shapes; the results are copies."""
+        for mine, x in zip(self.inputs, inputs, strict=True):
+            mine.copy_(x)
+        self.graph.replay()
+        return [y.clone() for y in self.outputs]
+
+
+class GraphedNetwork(ModuleProxy):
+    """A network whose forward passes are recorded and replayed.
+
+    A pass that cannot be recorded runs eagerly from then on, after one line in the log.
+
+    Args:
+        network: the network that `to_integer` has prepared.
+    """
+
+    network: nn.Module
+    proxied = "network"
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.index: GroupIndex = index_of(network)
+        self.recordings: dict[Any, Any] = {}
+        self.fails = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        leaves, structure = pytree.tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        key = self._key(leaves, structure)
+        if self.fails or key is None:
+            return self.network(*args, **kwargs)
+        if key not in self.recordings:
+            if len(self.recordings) >= MAX_GRAPHS:
+                return self.network(*args, **kwargs)
+            self.index.update()
+            try:
+                self.recordings[key] = self._record(leaves, structure, tensors)
+            except RuntimeError as error:
+                log.warning("engine: no CUDA graphs (%s)", str(error).splitlines()[0])
+                self.fails, self.recordings = True, {}
+                return self.network(*args, **kwargs)
+        recording, output = self.recordings[key]
+        self.index.update()
+        return pytree.tree_unflatten(recording(tensors), output)
+
+    def _key(self, leaves: list[Any], structure: Any) -> Any:
+        """What decides which recording serves these inputs; None: none can."""
+        groups = self.index.groups
+        if torch.is_grad_enabled() or (groups is not None and not isinstance(groups.current, int)):
+            return None
+        parts: list[Any] = []
+        for leaf in leaves:
+            if isinstance(leaf, Tensor):
+                if leaf.device != self.index.index.device:
+                    return None
+                parts.append((tuple(leaf.shape), leaf.dtype))
+            elif leaf is None or isinstance(leaf, bool | int | float | str):
+                parts.append(leaf)
+            else:
+                return None
+        kind = self.index.index.device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        return (*parts, str(structure), autocast)
+
+    def _record(self, leaves: list[Any], structure: Any, tensors: list[Tensor]) -> tuple[Any, Any]:
+        """A recording, and the structure of its output."""
+        found: list[Any] = []
+
+        def run(inputs: list[Tensor]) -> list[Tensor]:
+            fresh = iter(inputs)
+            filled = [next(fresh) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            args, kwargs = pytree.tree_unflatten(filled, structure)
+            output, shape = pytree.tree_flatten(self.network(*args, **kwargs))
+            if not all(isinstance(part, Tensor) for part in output):
+                raise RuntimeError("the network returns more than tensors")
+            found[:] = [shape]
+            return output
+
+        recording = Recording(run, tensors)
+        return recording, found[0]
