@@ -169,7 +169,7 @@ def wrap(model: nn.Module, plan: QuantPlan, config: QuantConfig) -> nn.Module:
     groups = TimestepGroups(config.time_bounds) if config.time_bounds else None
     if groups is not None:
         model.timestep_groups = groups  # type: ignore[assignment]  # an attribute, so that a copy gets its own
-        model.register_forward_pre_hook(_set_timesteps, with_kwargs=True)
+        model.register_forward_pre_hook(set_timesteps, with_kwargs=True)
     splits = {id(model.get_submodule(path)): split for path, split in plan.layers.items()}
     device = next(model.parameters()).device
 
@@ -238,7 +238,7 @@ def copy_weights(source: nn.Module, target: nn.Module) -> None:
         layer.freeze()
 
 
-def _set_timesteps(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def set_timesteps(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward hook that sets the timestep groups from the time step among the inputs: of each sample [N], or one."""
     groups = find_timestep_groups(model)
     assert groups is not None  # the hook is registered only for networks with timestep groups

@@ -48,7 +48,7 @@ def to_packed(model: nn.Module) -> nn.Module:
 
 def fuse_attention(model: nn.Module) -> nn.Module:
     """Let attentions whose matmuls are not quantized run on PyTorch's fused operator, in place; returns `model`."""
-    for module, matmuls in attentions(model):
+    for _, module, matmuls in attentions(model):
         quantized = any(
             quantizer.enabled
             for matmul in matmuls
@@ -65,14 +65,14 @@ def set_core(module: nn.Module, core: AttentionCore) -> None:
     setattr(module, "core", core)  # noqa: B010  # mypy knows no attribute `core` of nn.Module
 
 
-def attentions(model: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
-    """The attention modules that can leave their computation to an engine, and the two matmuls of each.
+def attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[nn.Module]]]:
+    """The attention modules that can leave their computation to an engine: path, module and its two matmuls.
 
     Those are modules with an attribute `core`; the matmul of queries and keys comes first.
     """
-    for module in model.modules():
+    for path, module in model.named_modules():
         if hasattr(type(module), "core"):
-            yield module, [child for child in module.children() if isinstance(child, MatMul | QuantMatMul)]
+            yield path, module, [child for child in module.children() if isinstance(child, MatMul | QuantMatMul)]
 
 
 def halve_weights(model: nn.Module, dtype: torch.dtype) -> None:

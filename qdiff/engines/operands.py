@@ -162,15 +162,16 @@ class Int8Weight:
 
     def __init__(self, quantizer: WeightQuantizer) -> None:
         z = quantizer.zero_point.double()
-        exact = quantizer.integers.double() - z
+        ends = (end.double() - z.flatten() for end in torch.aminmax(quantizer.integers.flatten(1), dim=1))
         self.scales = quantizer.scale.flatten().float()
-        if bool((exact < -128).any() or (exact > 127).any() or (z != z.round()).any()):
+        if any(bool(((end < -128) | (end > 127)).any()) for end in ends) or bool((z != z.round()).any()):
             self.integers = (quantizer.integers.int() - 128).to(torch.int8)
             self.zeros = (z.flatten() - 128).to(torch.int32)
             # y = scale * (sum (q - 128) x - (z - 128) sum x)
             self.coef = (self.scales.double() * (z.flatten() - 128)).float()
         else:
-            self.integers, self.zeros, self.coef = exact.to(torch.int8), None, None
+            self.integers = (quantizer.integers.int() - z.to(torch.int32)).to(torch.int8)
+            self.zeros, self.coef = None, None
 
     def add_channel(self) -> None:
         """Append an output channel of zeros."""

@@ -90,20 +90,24 @@ def on_gpu(model: nn.Module, engine: str, device: torch.device) -> nn.Module:
         if engine == "integer":
             raise ConfigError(" integer: the network is not quantized", field="engine")
         return cuda.keep_channels_last(cuda.fuse_attention(model))
-    reason = _why_not_int8(model, device, faster=engine == "auto")
+    reason = _why_not_int8(device, faster=engine == "auto")
     if reason is None:
-        return cuda.keep_channels_last(cuda.fuse_attention(_int8(model, device)))
+        from qdiff.engines.gpu import layers  # needs triton
+
+        obstacles = layers.find_obstacles(model)
+        if not all(obstacles.values()):
+            return cuda.keep_channels_last(cuda.fuse_attention(_int8(model, device, obstacles)))
+        reason = f"no layer has a form that the integer products take{_describe(obstacles)}"
     if engine == "integer":
         raise ConfigError(f" integer: {reason}", field="engine")
     log.info("engine: packed weights, dequantized on use (%s)", reason)
     return cuda.keep_channels_last(cuda.fuse_attention(cuda.to_packed(model)))
 
 
-def _why_not_int8(model: nn.Module, device: torch.device, faster: bool) -> str | None:
-    """Why a quantized network does not multiply integers on a card; None: it does.
+def _why_not_int8(device: torch.device, faster: bool) -> str | None:
+    """Why integers are not multiplied on a card; None: they are.
 
     Args:
-        model: the network.
         device: the card.
         faster: whether integers must be expected to be faster.
     """
@@ -113,20 +117,14 @@ def _why_not_int8(model: nn.Module, device: torch.device, faster: bool) -> str |
         return f"int8 is not expected to be faster on {torch.cuda.get_device_name(device)}"
     if not card.is_exact(device):
         return f"int8 products are wrong on {torch.cuda.get_device_name(device)}"
-    from qdiff.engines.gpu.layers import find_obstacle  # needs triton
-
-    obstacles = {path: find_obstacle(layer) for path, layer in quant_layers(model).items()}
-    if all(obstacles.values()):
-        return f"no layer has a form that the integer products take{_describe(obstacles)}"
     return None
 
 
-def _int8(model: nn.Module, device: torch.device) -> nn.Module:
+def _int8(model: nn.Module, device: torch.device, obstacles: Mapping[str, str | None]) -> nn.Module:
     """A copy of a quantized network that multiplies integers on a card; the log says which layers do not."""
     from qdiff.engines.gpu import graphs, layers  # needs triton
 
-    network = layers.to_integer(model)
-    obstacles = layers.find_obstacles(network)
+    network = layers.to_integer(model, obstacles)
     count = sum(obstacle is None for obstacle in obstacles.values())
     log.info(
         "engine: integer (%d of %d layers and attentions) for %s%s",

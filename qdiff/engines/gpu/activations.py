@@ -7,7 +7,6 @@ tokens of transformers, [..., C], with LayerNorm and GEGLU.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any, Self
 
 import torch
@@ -25,14 +24,9 @@ _no_override = torch._C.DisableTorchFunctionSubclass
 Launch = Callable[[Tensor | None, Tensor | None], Tensor]
 
 
-@cache
-def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.empty(1, dtype=dtype, device=device)
-
-
-def placeholder(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor that shows shape, type and device of a result that does not exist yet, and takes no memory."""
-    return _nothing(dtype, device).expand(shape)
+def placeholder(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
+    """A tensor that shows shape and type of a result that does not exist yet; the device stands in its rows."""
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 class DeviceRows:
@@ -40,6 +34,7 @@ class DeviceRows:
 
     Args:
         data: the values [N, C, H, W], or [N, C, T], in any memory format; None: they do not exist yet.
+        device: the card.
         launch: gives them; None: they exist.
 
     Attributes:
@@ -48,8 +43,8 @@ class DeviceRows:
 
     version: int | None = None
 
-    def __init__(self, data: Tensor | None, launch: Launch | None = None) -> None:
-        self.data, self.launch = data, launch
+    def __init__(self, data: Tensor | None, device: torch.device, launch: Launch | None = None) -> None:
+        self.data, self.device, self.launch = data, device, launch
 
     def plain(self) -> Tensor:
         """The values; they are kept."""
@@ -78,11 +73,30 @@ class DeviceTensor(DeferredTensor):
     def wrap(cls, x: Tensor) -> Self | None:
         if x.dim() not in (3, 4) or x.dtype not in launches.DTYPES or x.numel() == 0:
             return None
-        return cls.of(x, DeviceRows(x), Epilogue())
+        return cls.of(placeholder(x.shape, x.dtype), DeviceRows(x, x.device), Epilogue())
+
+    @classmethod
+    def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func in _PLACE:
+            return _PLACE[func](args[0].rows.device)
+        if func in _ADDITIONS and len(args) == 2 and not kwargs:
+            x, other = args if isinstance(args[0], DeviceTensor) else args[::-1]
+            if (result := x.shifted(other)) is not None:
+                return result
+        return super().__torch_function__(func, types, args, kwargs)
 
     @property
     def awaits_product(self) -> bool:
         return self.rows.data is None and self.epilogue.affine is None and not self.epilogue.silu
+
+    def shifted(self, value: Any) -> Tensor | None:
+        """The sum of a product that is awaited and one number for each image and channel; None: it is no such sum."""
+        shape = self.shape4()
+        fits = isinstance(value, Tensor) and not isinstance(value, DeferredTensor)
+        if not (fits and self.awaits_product and self.epilogue.is_empty and value.shape == (*shape[:2], 1, 1)):
+            return None
+        with _no_override():
+            return self.wrap(self._launch(value.flatten(1), None))
 
     def with_data(self) -> Self:
         """The same values, where the product has been launched; a shift is part of the launch."""
@@ -93,7 +107,8 @@ class DeviceTensor(DeferredTensor):
             return self
         with _no_override():
             data = self._launch(self.epilogue.shift, None)
-            return self.of(data, DeviceRows(data), replace(self.epilogue, shift=None))
+            shown = placeholder(data.shape, data.dtype)
+            return self.of(shown, DeviceRows(data, data.device), replace(self.epilogue, shift=None))
 
     def _launch(self, shift: Tensor | None, other: Tensor | None) -> Tensor:
         """The result of the product, which is not kept."""
@@ -139,6 +154,13 @@ class DeviceTensor(DeferredTensor):
             return _as_rows(source.rows.plain())[:, None], source.epilogue.merged(), source.epilogue.silu
 
 
+_ADDITIONS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}
+_PLACE: dict[Callable, Callable[[torch.device], Any]] = {
+    Tensor.device.__get__: lambda device: device,
+    Tensor.is_cuda.__get__: lambda device: device.type == "cuda",
+}
+
+
 def _as_rows(x: Tensor) -> Tensor:
     """[N, C, H, W] or [N, C, T] as [N, H, W, C], without a copy."""
     return x.permute(0, 2, 3, 1) if x.dim() == 4 else x.transpose(1, 2)[:, None]
@@ -164,17 +186,21 @@ class TokenWork:
         norm: weight, bias and eps of a LayerNorm over the channels; None: no normalization.
         half: `value` or `gate`, the halves of a projection; `gelu`, the GELU of the gates; `geglu`, the values times
             that; empty: all channels.
+        silu: whether SiLU is applied, without any other work.
     """
 
     norm: tuple[Tensor, Tensor, float] | None = None
     half: str = ""
+    silu: bool = False
 
 
 class TokenRows:
     """Tokens [..., C] that exist, or that a product will give; see `DeviceRows`."""
 
-    def __init__(self, data: Tensor | None, shape: torch.Size, launch: Launch | None = None) -> None:
-        self.data, self.shape, self.launch = data, shape, launch
+    def __init__(
+        self, data: Tensor | None, shape: torch.Size, device: torch.device, launch: Launch | None = None
+    ) -> None:
+        self.data, self.shape, self.device, self.launch = data, shape, device, launch
         self.version = None if data is None or data.is_inference() else data._version
 
     def plain(self) -> Tensor:
@@ -198,10 +224,10 @@ class DeviceTokens(Deferred, Tensor):
     work: TokenWork
 
     @staticmethod
-    def of(rows: TokenRows, work: TokenWork, like: Tensor) -> "DeviceTokens":
-        """Tokens with the values of `rows` after `work`; `like` shows their type and device."""
+    def of(rows: TokenRows, work: TokenWork, dtype: torch.dtype) -> "DeviceTokens":
+        """Tokens with the values of `rows`, of this type, after `work`."""
         shape = (*rows.shape[:-1], rows.shape[-1] // 2) if work.half else tuple(rows.shape)
-        result = torch.Tensor._make_subclass(DeviceTokens, placeholder(shape, like.dtype, like.device))
+        result = torch.Tensor._make_subclass(DeviceTokens, placeholder(shape, dtype))
         result.rows, result.work = rows, work
         return result
 
@@ -213,7 +239,7 @@ class DeviceTokens(Deferred, Tensor):
                 weight, bias, eps = self.work.norm
                 return F.layer_norm(x.float(), weight.shape, weight.float(), bias.float(), eps).to(x.dtype)
             if not self.work.half:
-                return x
+                return F.silu(x) if self.work.silu else x
             value, gate = x.chunk(2, dim=-1)
             if self.work.half == "geglu":
                 return value * F.gelu(gate)
@@ -222,6 +248,8 @@ class DeviceTokens(Deferred, Tensor):
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        if func in _PLACE:
+            return _PLACE[func](args[0].rows.device)
         if func in _SHAPE:
             with _no_override():
                 return func(*args, **kwargs)
@@ -243,14 +271,18 @@ def plain_tokens(value: Any) -> Any:
 def _chunk(x: DeviceTokens, chunks: int, dim: int = 0) -> tuple[DeviceTokens, DeviceTokens] | None:
     if chunks != 2 or dim not in (-1, x.dim() - 1) or x.work != TokenWork() or x.shape[-1] % 2:
         return None
-    first, second = (DeviceTokens.of(x.rows, TokenWork(half=half), x) for half in ("value", "gate"))
+    first, second = (DeviceTokens.of(x.rows, TokenWork(half=half), x.dtype) for half in ("value", "gate"))
     return first, second
 
 
 def _gelu(x: DeviceTokens, approximate: str = "none") -> DeviceTokens | None:
     if x.work.half != "gate" or approximate != "none":
         return None
-    return DeviceTokens.of(x.rows, TokenWork(half="gelu"), x)
+    return DeviceTokens.of(x.rows, TokenWork(half="gelu"), x.dtype)
+
+
+def _silu(x: DeviceTokens, inplace: bool = False) -> DeviceTokens | None:
+    return None if x.work != TokenWork() or inplace else DeviceTokens.of(x.rows, TokenWork(silu=True), x.dtype)
 
 
 def _mul(input: Any, other: Any, *, out: None = None) -> DeviceTokens | None:
@@ -258,7 +290,7 @@ def _mul(input: Any, other: Any, *, out: None = None) -> DeviceTokens | None:
         return None
     if {input.work.half, other.work.half} != {"value", "gelu"}:
         return None
-    return DeviceTokens.of(input.rows, TokenWork(half="geglu"), input)
+    return DeviceTokens.of(input.rows, TokenWork(half="geglu"), input.dtype)
 
 
 def _add(input: Any, other: Any, *, alpha: float = 1, out: None = None) -> Tensor | None:
@@ -281,6 +313,7 @@ _TOKEN_RULES: dict[Callable, Callable] = {
     Tensor.chunk: _chunk,
     torch.chunk: _chunk,
     F.gelu: _gelu,
+    F.silu: _silu,
     F.dropout: _dropout,
     Tensor.__add__: _add,
     Tensor.__radd__: _add,
@@ -292,7 +325,7 @@ _TOKEN_RULES: dict[Callable, Callable] = {
     torch.mul: _mul,
 }
 _SHAPE = {
-    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda")),
+    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "ndim", "requires_grad")),
     Tensor.dim,
     Tensor.size,
     Tensor.numel,
@@ -313,5 +346,5 @@ class DeviceLayerNorm(nn.LayerNorm):
             or x.dtype not in launches.DTYPES
         ):
             return super().forward(x)
-        rows = TokenRows(x, x.shape)
-        return DeviceTokens.of(rows, TokenWork(norm=(self.weight, self.bias, self.eps)), x)
+        rows = TokenRows(x, x.shape, x.device)
+        return DeviceTokens.of(rows, TokenWork(norm=(self.weight, self.bias, self.eps)), x.dtype)

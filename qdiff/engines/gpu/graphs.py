@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from qdiff.engines.gpu.layers import GroupIndex, index_of
+from qdiff.engines.gpu.layers import GroupIndex, index_of, plain_result
 from qdiff.engines.proxy import ModuleProxy
+from qdiff.model import act_quantizers, set_timesteps
 
 log = logging.getLogger(__name__)
 
@@ -65,10 +66,15 @@ class GraphedNetwork(ModuleProxy):
         super().__init__()
         self.network = network
         self.index: GroupIndex = index_of(network)
+        self.quantizers = list(act_quantizers(network).values())
         self.recordings: dict[Any, Any] = {}
-        self.fails = False
+        # a recording runs none of Python: neither hooks of the network nor those of the layers, which stay simulated
+        self.fails = len(network._forward_pre_hooks) > 1 + (self.index.groups is not None)
+        self.fails = self.fails or len(network._forward_hooks) > 1
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.index.groups is not None:
+            set_timesteps(self.network, args, kwargs)
         leaves, structure = pytree.tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         key = self._key(leaves, structure)
@@ -90,10 +96,9 @@ class GraphedNetwork(ModuleProxy):
 
     def _key(self, leaves: list[Any], structure: Any) -> Any:
         """What decides which recording serves these inputs; None: none can."""
-        groups = self.index.groups
-        if torch.is_grad_enabled() or (groups is not None and not isinstance(groups.current, int)):
+        if torch.is_grad_enabled() or not self.index.is_one_group():
             return None
-        parts: list[Any] = []
+        parts: list[Any] = [quantizer.enabled for quantizer in self.quantizers]
         for leaf in leaves:
             if isinstance(leaf, Tensor):
                 if leaf.device != self.index.index.device:
@@ -115,7 +120,7 @@ class GraphedNetwork(ModuleProxy):
             fresh = iter(inputs)
             filled = [next(fresh) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             args, kwargs = pytree.tree_unflatten(filled, structure)
-            output, shape = pytree.tree_flatten(self.network(*args, **kwargs))
+            output, shape = pytree.tree_flatten(plain_result(self.network.forward(*args, **kwargs)))
             if not all(isinstance(part, Tensor) for part in output):
                 raise RuntimeError("the network returns more than tensors")
             found[:] = [shape]

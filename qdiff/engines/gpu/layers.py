@@ -7,6 +7,7 @@ sums of its inputs. What has no integer form stays a packed layer, which dequant
 """
 
 import copy
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ from qdiff.layers import (
     TimestepGroups,
     WeightQuantizer,
 )
-from qdiff.model import has_own_behavior, replace_modules
+from qdiff.model import find_timestep_groups, has_own_behavior, quant_layers, replace_modules
 
 NO_PADDING = (0, 0, 0, 0)
 
@@ -56,46 +57,48 @@ class GroupIndex:
         self.groups = groups
         self.index = torch.zeros(1, dtype=torch.int32, device=device)
 
+    def is_one_group(self) -> bool:
+        """Whether the samples that come next share a group, and so their scales."""
+        return self.groups is None or isinstance(self.groups.current, int)
+
     def update(self, *_: Any) -> None:
         """Write the current group to the card; a forward pre-hook of the network."""
         if self.groups is not None and isinstance(self.groups.current, int):
             self.index.fill_(self.groups.current)
 
 
-def to_integer(model: nn.Module) -> nn.Module:
+def to_integer(model: nn.Module, obstacles: Mapping[str, str | None] | None = None) -> nn.Module:
     """Copy a quantized network and let it multiply integers on its card.
 
     Args:
         model: the quantized network.
+        obstacles: what `find_obstacles` said of it; None: it is asked now.
 
     Returns:
         A copy that shares integers, scales, biases and norms with `model`. Layers with hooks stay simulated.
     """
     shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     result = copy.deepcopy(model, shared).eval()
-    quantizers = [module for module in result.modules() if isinstance(module, ActQuantizer)]
-    groups = next((quantizer.groups for quantizer in quantizers if quantizer.groups is not None), None)
-    device = quantizers[0].scale.device if quantizers else torch.device("cpu")
-    index = GroupIndex(groups, device)
+    obstacles = find_obstacles(model) if obstacles is None else obstacles
+    device = next(iter(quant_layers(result).values())).weight_quantizer.scale.device
+    index = GroupIndex(find_timestep_groups(result), device)
 
-    def replacement(_: str, layer: nn.Module) -> nn.Module | None:
+    def replacement(path: str, layer: nn.Module) -> nn.Module | None:
         if type(layer) is nn.GroupNorm:
             layer.__class__ = DeviceGroupNorm
         if type(layer) is nn.LayerNorm:
             layer.__class__ = DeviceLayerNorm
         if not isinstance(layer, QuantLayer) or has_own_behavior(layer):
             return None
-        if find_obstacle(layer) is not None:
-            return PackedLayer(layer)
-        return _PROXIES[type(layer)](layer, index)
+        return PackedLayer(layer) if obstacles[path] else _PROXIES[type(layer)](layer, index)
 
+    cores = list(_quantized_attentions(result))
     replace_modules(result, replacement)
-    for module, matmuls in attentions(result):
-        match matmuls:
-            case [QuantMatMul() as qk, QuantMatMul() as av] if IntegerAttention.find_obstacle(qk, av) is None:
-                set_core(module, IntegerAttention(qk, av, index))
+    for path, module, qk, av in cores:
+        if obstacles[path] is None:
+            set_core(module, IntegerAttention(qk, av, index))
     result.register_forward_pre_hook(index.update)
-    result.register_forward_hook(_plain_output)
+    result.register_forward_hook(lambda _, __, output: plain_result(output))
     return result
 
 
@@ -104,31 +107,28 @@ def index_of(network: nn.Module) -> GroupIndex:
     return next(module.index for module in network.modules() if isinstance(module, IntegerProduct))
 
 
-def _plain_output(module: nn.Module, inputs: tuple, output: Any) -> Any:
-    """Forward hook of a whole network that makes its results ordinary tensors."""
-    return plain_output(module, inputs, plain_tokens(output))
+def _quantized_attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module, QuantMatMul, QuantMatMul]]:
+    """The attentions of a network whose matmuls are quantized: path, module and the two matmuls."""
+    for path, module, matmuls in attentions(model):
+        match matmuls:
+            case [QuantMatMul() as qk, QuantMatMul() as av]:
+                yield path, module, qk, av
 
 
-def find_obstacles(network: nn.Module) -> dict[str, str | None]:
-    """Why layers and attentions do not multiply integers, by path; None: they do.
+def plain_result(output: Any) -> Any:
+    """The results of a whole network as ordinary tensors."""
+    return plain_output(nn.Identity(), (), plain_tokens(output))
+
+
+def find_obstacles(model: nn.Module) -> dict[str, str | None]:
+    """Why layers and attentions of a quantized network cannot multiply integers, by path; None: they can.
 
     Args:
-        network: a network that `to_integer` has prepared.
+        model: the network, before `to_integer`.
     """
-    obstacles: dict[str, str | None] = {}
-    for path, module in network.named_modules():
-        if isinstance(module, IntegerProduct):
-            obstacles[path] = None
-        elif isinstance(module, PackedLayer):
-            obstacles[path] = find_obstacle(module.layer)
-    for path, module in network.named_modules():
-        if hasattr(type(module), "core"):
-            matmuls = [child for child in module.children() if isinstance(child, QuantMatMul)]
-            if isinstance(module.core, IntegerAttention):
-                obstacles[path] = None
-            elif len(matmuls) == 2:
-                obstacles[path] = IntegerAttention.find_obstacle(*matmuls)
-    return obstacles
+    obstacles = {path: find_obstacle(layer) for path, layer in quant_layers(model).items()}
+    attending = {path: IntegerAttention.find_obstacle(qk, av) for path, _, qk, av in _quantized_attentions(model)}
+    return obstacles | attending
 
 
 # --- what integers can do --------------------------------------------------------------------------
@@ -162,6 +162,8 @@ def _padding(layer: QuantConv2d) -> list[int] | None:
 
 def find_obstacle(layer: QuantLayer) -> str | None:
     """Why a layer has no integer form, or why its products would not be exact; None: it has one."""
+    if has_own_behavior(layer):
+        return "a hook"
     if type(layer) not in _PROXIES:
         return f"no integer form of {type(layer).__name__}"
     if not all(quantizer.enabled for quantizer in layer.act_quantizers):
@@ -245,8 +247,9 @@ class ExpandedWeight(nn.Module):
 
 def _result_dtype(x: Tensor) -> torch.dtype:
     """The type of a product of `x`: that of autocast, or its own."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    kind = x.device.type  # the meta device has no autocast
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if autocast else x.dtype
 
 
 class IntegerProduct(ModuleProxy):
@@ -276,8 +279,8 @@ class IntegerProduct(ModuleProxy):
 
     def is_ready(self, x: Tensor) -> bool:
         """Whether the samples that come next share their scales, and the kernels take their type."""
-        groups = self.index.groups
-        return (groups is None or isinstance(groups.current, int)) and x.dtype in launches.DTYPES and x.numel() > 0
+        quantized = all(quantizer.enabled for quantizer in self.layer.act_quantizers)
+        return quantized and self.index.is_one_group() and x.dtype in launches.DTYPES and x.numel() > 0
 
     def simulate(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer in floating point."""
@@ -354,7 +357,7 @@ class IntegerConv(IntegerProduct):
         dtype = _result_dtype(values)
         launch = self._launch(values, dtype, {"a": a, "b": b, "silu": silu})
         shape = self._shape(source.shape4())
-        return DeviceTensor.of(placeholder(shape, dtype, values.device), DeviceRows(None, launch), Epilogue())
+        return DeviceTensor.of(placeholder(shape, dtype), DeviceRows(None, values.device, launch), Epilogue())
 
     def _shape(self, shape: torch.Size) -> tuple[int, ...]:
         """The shape of the result."""
@@ -399,12 +402,14 @@ class IntegerLinear(IntegerProduct):
                 data = x.rows.plain()
             elif x.work.half == "geglu" and not self.layer.split:
                 work, data = {"geglu": True}, x.rows.plain()
+            elif x.work.silu:
+                work, data = {"silu": True}, x.rows.plain()
             else:
                 data = x.values()
         dtype = _result_dtype(data)
         launch = self._launch(data.reshape(1, 1, 1, -1, data.shape[-1]), dtype, work)
         shape = torch.Size((*x.shape[:-1], self.layer.shape[0]))
-        return DeviceTokens.of(TokenRows(None, shape, launch), TokenWork(), placeholder(shape, dtype, data.device))
+        return DeviceTokens.of(TokenRows(None, shape, data.device, launch), TokenWork(), dtype)
 
 
 _PROXIES: dict[type[nn.Module], type[IntegerProduct]] = {
@@ -472,12 +477,11 @@ class IntegerAttention:
         )
 
     def _takes(self, q: Tensor, k: Tensor) -> bool:
-        groups = self.index.groups
-        one_group = groups is None or isinstance(groups.current, int)
+        quantized = all(quantizer.enabled for quantizer in self.quantizers)
         spans = [_span_limit(quantizer) for quantizer in self.quantizers]
         sums = max(spans[0] * spans[1] * launches.stored_head(q.shape[3]), spans[2] * spans[3] * k.shape[1])
         fits = q.shape[3] <= launches.MAX_HEAD and sums < 2**31
-        return one_group and fits and q.dtype in launches.DTYPES and q.numel() > 0
+        return quantized and self.index.is_one_group() and fits and q.dtype in launches.DTYPES and q.numel() > 0
 
     def _simulate(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         first, second, third, last = self.quantizers
