@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 CODE := qdiff qdiff_cli ddim ldm scripts benchmarks tests
 
-.PHONY: demo test test-unit test-slow lint format clean
+.PHONY: demo test test-unit test-slow test-gpu bench-gpu lint format clean
 
 demo: $(VENV)/.installed
 	$(RUN) scripts/demo.py --output demo_output
@@ -17,6 +17,13 @@ test-unit: $(VENV)/.installed
 
 test-slow: $(VENV)/.installed
 	$(RUN) -m pytest -m slow
+
+# for owners of a card, in an environment whose PyTorch has CUDA
+test-gpu: $(VENV)/.installed
+	$(RUN) -m pytest -m gpu
+
+bench-gpu: $(VENV)/.installed
+	$(RUN) benchmarks/gpu.py
 
 lint: $(VENV)/.installed
 	$(RUN) -m ruff check .

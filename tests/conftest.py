@@ -8,8 +8,6 @@ import pytest
 
 # before NumPy is imported: its sums depend on the number of threads, as PyTorch's do
 os.environ["OMP_NUM_THREADS"] = "1"
-# before Triton is imported: its kernels run in its interpreter, on the CPU; `TRITON_INTERPRET=0` for tests on a GPU
-os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import torch
 
@@ -21,6 +19,11 @@ KINDS = ("unit", "cli", "golden", "gpu")
 torch.set_num_threads(1)  # the networks are tiny: more threads only wait for one another
 # for the processes that tests start, so that an installation is not needed
 os.environ["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let Triton's kernels run in its interpreter, on the CPU, except in the tests of a GPU."""
+    os.environ.setdefault("TRITON_INTERPRET", "0" if config.option.markexpr == "gpu" else "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -156,8 +156,8 @@ class DeviceTensor(DeferredTensor):
 
 _ADDITIONS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}
 _PLACE: dict[Callable, Callable[[torch.device], Any]] = {
-    Tensor.device.__get__: lambda device: device,
-    Tensor.is_cuda.__get__: lambda device: device.type == "cuda",
+    getattr(Tensor, "device").__get__: lambda device: device,  # noqa: B009  # mypy takes it for a device
+    getattr(Tensor, "is_cuda").__get__: lambda device: device.type == "cuda",  # noqa: B009
 }
 
 
