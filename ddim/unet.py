@@ -141,7 +141,7 @@ class AttnBlock(nn.Module):
         q, k, v = (rearrange(layer(h), "n c h w -> n c (h w)") for layer in (self.q, self.k, self.v))
         if self.core is not None:
             q, k, v = (rearrange(part, "n c t -> n t 1 c") for part in (q, k, v))
-            h = self.core(q, k, v, scale)
+            h = self.core(q, k, v, scale, 1.0)
             return x + self.proj_out(rearrange(h, "n (h w) 1 c -> n c h w", w=width))
         logits = self.qk(rearrange(q, "n c t -> n t c"), k) * scale  # [N, HW (query), HW (key)]
         probabilities = torch.softmax(logits, dim=2)

@@ -55,11 +55,11 @@ class QKVAttention(nn.Module):
 
     def forward(self, qkv: Tensor) -> Tensor:
         """Map `qkv` [N, heads * 3 * d, T] to [N, heads * d, T]."""
-        q, k, v = rearrange(qkv, "n (heads parts d) t -> parts (n heads) t d", heads=self.heads, parts=3)
-        scale = q.shape[2] ** -0.25
+        scale = (qkv.shape[1] // (3 * self.heads)) ** -0.25
         if self.core is not None:
             q, k, v = rearrange(qkv, "n (heads parts d) t -> parts n t heads d", heads=self.heads, parts=3)
-            return rearrange(self.core(q * scale, k * scale, v, 1.0), "n t heads d -> n (heads d) t")
+            return rearrange(self.core(q, k, v, 1.0, scale), "n t heads d -> n (heads d) t")
+        q, k, v = rearrange(qkv, "n (heads parts d) t -> parts (n heads) t d", heads=self.heads, parts=3)
         h = sliced(self._attend, (self.qkv_matmul, self.smv_matmul), q * scale, k * scale, v)
         return rearrange(h, "(n heads) t d -> n (heads d) t", heads=self.heads)
 
@@ -117,7 +117,7 @@ class CrossAttention(nn.Module):
         parts = (self.to_q(x), self.to_k(context), self.to_v(context))
         if self.core is not None:
             q, k, v = (rearrange(part, "n t (heads d) -> n t heads d", heads=self.heads) for part in parts)
-            return self.to_out(rearrange(self.core(q, k, v, q.shape[3] ** -0.5), "n t heads d -> n t (heads d)"))
+            return self.to_out(rearrange(self.core(q, k, v, q.shape[3] ** -0.5, 1.0), "n t heads d -> n t (heads d)"))
         q, k, v = (rearrange(part, "n t (heads d) -> (n heads) t d", heads=self.heads) for part in parts)
         h = sliced(self._attend, (self.qk, self.av), q, k, v)
         return self.to_out(rearrange(h, "(n heads) t d -> n t (heads d)", heads=self.heads))

@@ -573,8 +573,8 @@ class QuantConvTranspose2d(QuantConvTranspose):
         return F.conv_transpose2d(x, weight, self.bias, **self.arguments(x, output_size))
 
 
-# what computes a whole attention: (q, k, v, scale) -> softmax(q k^T scale) v, see `fused_attention`
-AttentionCore = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+# what computes a whole attention, see `fused_attention`
+AttentionCore = Callable[[Tensor, Tensor, Tensor, float, float], Tensor]
 
 
 class MatMul(nn.Module):
@@ -590,7 +590,7 @@ class MatMul(nn.Module):
         return torch.matmul(a, b)
 
 
-def fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, operand_scale: float) -> Tensor:
     """softmax(q k^T scale) v by PyTorch's fused operator, for attentions whose matmuls are not quantized.
 
     An attention module that can leave its whole computation to an engine has a class attribute `core`, which engines
@@ -601,13 +601,14 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         k: [N, S, heads, d].
         v: [N, S, heads, d].
         scale: the factor of the logits, usually d^-0.5.
+        operand_scale: a factor of q and of k, which are quantized after it.
 
     Returns:
         [N, T, heads, d].
     """
     # PyTorch's fast forms want the channels side by side in memory; otherwise it computes all T x S logits
     q, k, v = (part.transpose(1, 2).contiguous() for part in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, scale=scale * operand_scale**2).transpose(1, 2)
 
 
 class QuantMatMul(nn.Module):

@@ -22,12 +22,11 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton", reason="the package triton is not installed")
 
 from qdiff.engines.gpu import card, graphs, layers
+from tests.support.int8_cases import attention_cases, exact_cases, rounded_cases
 
 CUDA = torch.device("cuda")
 if (reason := card.why_unavailable(CUDA)) is not None:
     pytest.skip(reason, allow_module_level=True)
-
-from tests.support.int8_cases import attention_cases, exact_cases, rounded_cases
 
 
 @pytest.fixture(scope="module")

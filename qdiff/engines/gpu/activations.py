@@ -7,6 +7,7 @@ tokens of transformers, [..., C], with LayerNorm and GEGLU.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any, Self
 
 import torch
@@ -79,6 +80,8 @@ class DeviceTensor(DeferredTensor):
     def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func in _PLACE:
             return _PLACE[func](args[0].rows.device)
+        if func in _RESHAPES and (reshaped := args[0].reshaped(args[1:])) is not None and not kwargs:
+            return reshaped
         if func in _ADDITIONS and len(args) == 2 and not kwargs:
             x, other = args if isinstance(args[0], DeviceTensor) else args[::-1]
             if (result := x.shifted(other)) is not None:
@@ -98,6 +101,17 @@ class DeviceTensor(DeferredTensor):
         with _no_override():
             return self.wrap(self._launch(value.flatten(1), None))
 
+    def reshaped(self, sizes: tuple) -> Self | None:
+        """The same values where only the pixels have another shape; None: more changes."""
+        shape = self.shape4()
+        new = tuple(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], tuple | list) else sizes
+        if tuple(new[:2]) != tuple(shape[:2]) or len(new) not in (3, 4) or not all(isinstance(n, int) for n in new):
+            return None
+        if -1 in new or prod(new) != prod(shape):
+            return None
+        with _no_override():
+            return self.of(placeholder(new, self.dtype), self.rows, self.epilogue)
+
     def with_data(self) -> Self:
         """The same values, where the product has been launched; a shift is part of the launch."""
         if self.rows.data is not None:
@@ -115,7 +129,12 @@ class DeviceTensor(DeferredTensor):
         assert self.rows.launch is not None
         residual = None if other is None else _as_rows(other).contiguous()
         y = self.rows.launch(None if shift is None else shift.contiguous(), residual).permute(0, 3, 1, 2)
-        return y.reshape(self.shape4())
+        return self._reshape(y)
+
+    def _reshape(self, x: Tensor) -> Tensor:
+        """Values of another shape of the pixels in the shape of this tensor; channels stay the fastest in memory."""
+        shape = self.shape4()
+        return x if x.shape == shape else x.flatten(2).unflatten(2, shape[2:])
 
     def normalization(self, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Affine:
         source = self.with_data()
@@ -130,7 +149,7 @@ class DeviceTensor(DeferredTensor):
             epilogue = self.epilogue
             if self.awaits_product:
                 return self._launch(epilogue.shift, other)
-            x = self.rows.plain().view(self.shape4())
+            x = self._reshape(self.rows.plain())
             shape = (*x.shape[:2], *[1] * (x.dim() - 2))
             y = x
             if (affine := epilogue.merged()) is not None:
@@ -145,7 +164,7 @@ class DeviceTensor(DeferredTensor):
         if not self.epilogue.is_empty:
             return self.values()
         with _no_override():
-            return self.rows.plain().view(self.shape4())
+            return self._reshape(self.rows.plain())
 
     def operand(self) -> tuple[Tensor, Affine | None, bool]:
         """What a quantization takes: values [N, 1, H, W, C], their affine map, and whether SiLU follows."""
@@ -154,6 +173,7 @@ class DeviceTensor(DeferredTensor):
             return _as_rows(source.rows.plain())[:, None], source.epilogue.merged(), source.epilogue.silu
 
 
+_RESHAPES = {torch.reshape, Tensor.reshape, Tensor.view}
 _ADDITIONS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}
 _PLACE: dict[Callable, Callable[[torch.device], Any]] = {
     getattr(Tensor, "device").__get__: lambda device: device,  # noqa: B009  # mypy takes it for a device

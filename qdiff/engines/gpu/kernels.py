@@ -41,7 +41,7 @@ def stored_zero(zero, OFFSET: tl.constexpr, ROOM: tl.constexpr, TERM: tl.constex
 @triton.jit
 def quantize_kernel(
     x, a, b, divisor, scale, zero, group, q, high, sums, high_sums,
-    stride_n, stride_head, stride_h, stride_w, stride_c, heads, H, W, HP, WP, TOP, LEFT, eps,
+    stride_n, stride_head, stride_h, stride_w, stride_c, heads, H, W, HP, WP, TOP, LEFT, eps, multiple,
     C: tl.constexpr, CP: tl.constexpr, LOWEST: tl.constexpr, HIGHEST: tl.constexpr, OFFSET: tl.constexpr,
     ROOM: tl.constexpr, WIDE: tl.constexpr, AFFINE: tl.constexpr, LAYER: tl.constexpr, SILU: tl.constexpr,
     GEGLU: tl.constexpr, DIVIDE: tl.constexpr, SUMS: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
@@ -84,6 +84,7 @@ def quantize_kernel(
         if GEGLU:
             gate = tl.load(x + source[:, None] + ((c + C) * stride_c)[None, :], mask=mask, other=0.0).to(tl.float32)
             v = v * (gate * 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476)))
+        v = v * multiple
         if DIVIDE:
             v = tl.div_rn(v, tl.load(divisor + c, mask=c < C, other=1.0)[None, :] + tl.zeros((BP, BC), tl.float32))
         v = tl.div_rn(v, delta + tl.zeros((BP, BC), tl.float32))

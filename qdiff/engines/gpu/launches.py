@@ -199,8 +199,9 @@ def quantize(
     silu: bool = False,
     geglu: bool = False,
     divisor: Tensor | None = None,
+    factor: float = 1.0,
 ) -> list[Tensor]:
-    """Quantize silu(a x + b) / divisor to stored bytes.
+    """Quantize factor silu(a x + b) / divisor to stored bytes.
 
     Args:
         x: [N, heads, H, W, C] with any strides; float32, float16 or bfloat16. With `geglu` [N, heads, H, W, 2 C].
@@ -218,6 +219,7 @@ def quantize(
         silu: whether SiLU follows.
         geglu: whether the values are multiplied by the GELU of the gates.
         divisor: float32 [C]; None: 1.
+        factor: of all values.
 
     Returns:
         The (lower) bytes, int8 [N heads, H + ., W + ., stored]; with more than 8 bits the upper bytes; and with `sums`
@@ -237,7 +239,7 @@ def quantize(
         kernels.quantize_kernel[grid](
             x, _or(a, scale), _or(b, scale), _or(divisor, scale), scale, zero, group,
             q, high, totals, out[-1] if sums else q,
-            *x.stride(), heads, h, w, height, width, padding[0], padding[2], layer_norm or 0.0,
+            *x.stride(), heads, h, w, height, width, padding[0], padding[2], layer_norm or 0.0, factor,
             C=c, CP=stored, LOWEST=form.bounds[0], HIGHEST=form.bounds[1], OFFSET=form.offset,
             ROOM=form.room, WIDE=form.wide, AFFINE=a is not None and layer_norm is None,
             LAYER=layer_norm is not None, SILU=silu, GEGLU=geglu, DIVIDE=divisor is not None, SUMS=sums,
@@ -263,6 +265,7 @@ def _(
     silu: bool = False,
     geglu: bool = False,
     divisor: Tensor | None = None,
+    factor: float = 1.0,
 ) -> list[Tensor]:
     return _quantized_like(x, ByteFormat(n_bits, symmetric), padding, stored, sums)
 
@@ -291,6 +294,7 @@ def quantize_traffic(
     silu: bool = False,
     geglu: bool = False,
     divisor: Tensor | None = None,
+    factor: float = 1.0,
 ) -> Traffic:
     """The traffic of `quantize`; see there for the arguments."""
     n, heads, h, w, c = x.shape

@@ -459,16 +459,17 @@ class IntegerAttention:
             return "zero points beyond a byte"
         return None
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, operand_scale: float) -> Tensor:
         q, k, v = (plain_tokens(part) for part in (q, k, v))
         if not self._takes(q, k):
-            return self._simulate(q, k, v, scale)
+            return self._simulate(q * operand_scale, k * operand_scale, v, scale)
         stored = launches.stored_head(q.shape[3])
         parts = []
-        for x, quantizer, zero in zip((q, k, v), self.quantizers, self.zeros, strict=False):
+        factors = (operand_scale, operand_scale, 1.0)
+        for x, factor, quantizer, zero in zip((q, k, v), factors, self.quantizers, self.zeros, strict=False):
             common = (quantizer.scale.reshape(-1), zero, self.index.index, quantizer.n_bits, quantizer.symmetric)
             rows = x.transpose(1, 2)[:, :, None]  # [N, heads, 1, T, d]
-            parts.append(launches.quantize(rows, *common, NO_PADDING, stored, False)[0][:, 0])
+            parts.append(launches.quantize(rows, *common, NO_PADDING, stored, False, factor=factor)[0][:, 0])
         scales = [quantizer.scale.reshape(-1) for quantizer in self.quantizers]
         bits = [quantizer.n_bits for quantizer in self.quantizers]
         signs = [quantizer.symmetric for quantizer in self.quantizers]
