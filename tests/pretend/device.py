@@ -264,7 +264,7 @@ def pretended_cuda() -> Iterator[Counts]:
         (torch.cuda, "device_count", lambda: 1),
         (torch.cuda, "is_bf16_supported", true),
         (torch.cuda, "is_current_stream_capturing", lambda: False),
-        (torch.cuda, "get_device_capability", lambda *_: (8, 6)),
+        (torch.cuda, "get_device_capability", lambda *_: (7, 5)),
         (torch.cuda, "get_device_name", lambda *_: "pretended card"),
         *((torch.cuda, name, nothing) for name in ("empty_cache", "reset_peak_memory_stats", "memory_allocated")),
         *(
