@@ -4,8 +4,9 @@ A quantized network has hundreds of small launches, and the CPU needs longer to 
 The sampler's own arithmetic stays outside. The timestep group is read on the card, so one graph serves all groups.
 """
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,6 +23,17 @@ WARM_UP = 2  # passes before a recording: kernels are compiled and memory is fou
 MAX_GRAPHS = 8  # shapes of inputs that are recorded; others run eagerly
 
 
+@contextlib.contextmanager
+def _no_autocast_cache() -> Iterator[None]:
+    """Weights that autocast converts during a recording lie in its memory, and must not be kept for later passes."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
 class Recording:
     """One recorded forward pass.
 
@@ -32,15 +44,16 @@ class Recording:
 
     def __init__(self, run: Callable[[list[Tensor]], list[Tensor]], inputs: list[Tensor]) -> None:
         self.inputs = [x.clone() for x in inputs]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                run(self.inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.outputs = run(self.inputs)
+        with torch.cuda.device(self.inputs[0].device), _no_autocast_cache():
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP):
+                    run(self.inputs)
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.outputs = run(self.inputs)
 
     def __call__(self, inputs: list[Tensor]) -> list[Tensor]:
         """Replay the pass on other inputs of the same shapes; the results are copies."""
@@ -114,6 +127,7 @@ class GraphedNetwork(ModuleProxy):
 
     def _record(self, leaves: list[Any], structure: Any, tensors: list[Tensor]) -> tuple[Any, Any]:
         """A recording, and the structure of its output."""
+        log.info("engine: recording a pass; kernels are compiled when they run for the first time, which takes minutes")
         found: list[Any] = []
 
         def run(inputs: list[Tensor]) -> list[Tensor]:
