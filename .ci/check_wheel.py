@@ -25,7 +25,8 @@ from ldm.config import load_config as load_latent_config
 from qdiff.errors import MissingExtra
 
 NEED_EXTRAS = {"qdiff.diffusers": "diffusers"}  # modules that cannot be imported without an extra
-NEED_TRITON = "qdiff.engines.gpu."  # the prefix of modules that need Triton, which comes with PyTorch for CUDA
+# modules that need Triton, which comes with PyTorch for CUDA
+NEED_TRITON = {f"qdiff.engines.gpu.{name}" for name in ("activations", "graphs", "kernels", "launches", "layers")}
 
 
 class Denoiser(nn.Module):
@@ -44,7 +45,7 @@ def import_everything() -> int:
         for m in pkgutil.walk_packages(package.__path__, package.__name__ + ".")
     ]
     if importlib.util.find_spec("triton") is None:
-        names = [name for name in names if not name.startswith(NEED_TRITON)]
+        names = [name for name in names if name not in NEED_TRITON]
     for name in names:
         if name in NEED_EXTRAS:
             expect_missing(partial(importlib.import_module, name), NEED_EXTRAS[name])

@@ -26,7 +26,7 @@ IMPORTED_AS = {  # distributions whose module has another name
 }
 NEVER_IMPORTED = {"onnxruntime"}  # runs what is exported
 COMES_WITH_PYTORCH = {"triton"}  # with its builds for CUDA; elsewhere only tests need it
-NEED_TRITON = "qdiff.engines.gpu."  # the modules that need it, on import or later
+NEED_TRITON = {f"qdiff.engines.gpu.{name}" for name in ("activations", "graphs", "kernels", "launches", "layers")}
 USERS_EXTRAS = ("eval", "export", "diffusers")
 MADE_FOR = {  # modules that import an extra when they are imported
     "qdiff.diffusers": {"diffusers", "peft"},
@@ -112,9 +112,7 @@ def test_a_missing_extra_is_named():
 
 @pytest.mark.multiprocess
 def test_all_modules_can_be_imported_without_what_only_posix_has_and_only_gpu_modules_need_triton():
-    names = sorted(modules(), key=lambda name: name.startswith(NEED_TRITON))
-    if importlib.util.find_spec("triton") is None:
-        names = [name for name in names if not name.startswith(NEED_TRITON)]
+    need_triton = sorted(NEED_TRITON) if importlib.util.find_spec("triton") else []
     code = f"""
 import importlib, sys
 import torch, numpy, psutil, filelock, tqdm.contrib.logging, PIL.Image, omegaconf  # of others: not looked at
@@ -124,9 +122,10 @@ import accelerate, peft, diffusers.pipelines.pipeline_utils
 for name in {POSIX_ONLY!r}:
     sys.modules[name] = None
 sys.modules["triton"] = None
-for name in {names!r}:
-    if name.startswith({NEED_TRITON!r}) and sys.modules["triton"] is None:
-        del sys.modules["triton"]
+for name in {sorted(modules().keys() - NEED_TRITON)!r}:
+    importlib.import_module(name)
+del sys.modules["triton"]
+for name in {need_triton!r}:
     importlib.import_module(name)
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

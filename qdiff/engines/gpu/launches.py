@@ -565,8 +565,8 @@ KEYS = 64  # keys of a block. The sums of a softmax depend on it: it must not be
 
 
 def _queries(stored: int, wide: bool) -> int:
-    """Queries of a block; with two sums for each of 256 channels, 64 need more registers than there are."""
-    return 32 if wide and stored >= 256 else 64
+    """Queries of a block; two sums for each of 64 channels or more leave too few registers for 64 queries."""
+    return 32 if wide and stored >= 64 else 64
 
 
 @torch.library.custom_op("qdiff::int8_attention", mutates_args=())
