@@ -49,12 +49,6 @@ CARDS = {
     "H100": (3350, 989, 1979),
 }
 BANDWIDTH, PEAK, LAUNCH = 0.85, 0.5, 3e-6
-TRAFFIC: dict[str, Callable[..., launches.Traffic]] = {
-    "int8_quantize": launches.quantize_traffic,
-    "int8_product": launches.product_traffic,
-    "group_norm_map": launches.group_norm_map_traffic,
-    "int8_attention": launches.attention_traffic,
-}
 NO_LAUNCH = {"detach", "alias", "_unsafe_view", "empty", "empty_strided", "empty_like", "_reshape_alias"}
 
 
@@ -86,8 +80,8 @@ class Counter(TorchDispatchMode):
         out = func(*args, **named)
         tensors = [leaf for leaf in tree_leaves((args, named)) if isinstance(leaf, Tensor)]
         results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        if name in TRAFFIC:
-            self.counted.append(Counted(name, TRAFFIC[name](*args, **named), _products(name, args, out), 8))
+        if name in launches.TRAFFIC:
+            self.counted.append(Counted(name, launches.TRAFFIC[name](*args, **named), _products(name, args, out), 8))
         elif not func.is_view and name not in NO_LAUNCH:
             size = sum(tensor.numel() * tensor.element_size() for tensor in [*tensors, *results])
             read = sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -201,7 +201,13 @@ def _account(func, name: str, args: tuple, kwargs: dict, here: list[Tensor], out
     """Count a launch; outputs that alias an argument that was written are that argument."""
     if name == "convolution" and out.dim() == 4:
         out = _in_format(out, args[0].inner, args[1].inner)
-    if not func.is_view and name not in NO_LAUNCH:
+    if func.namespace == "qdiff":
+        from qdiff.engines.gpu import launches
+
+        traffic = launches.TRAFFIC[name](*tree_map(_unwrap, args), **tree_map(_unwrap, kwargs))
+        COUNTS.launches[name] += traffic.launches
+        COUNTS.bytes += traffic.distinct
+    elif not func.is_view and name not in NO_LAUNCH:
         COUNTS.launches[name] += 1
         COUNTS.bytes += _size([*here, *(leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor))])
     written = {

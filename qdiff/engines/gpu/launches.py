@@ -7,7 +7,7 @@ and stores of Triton's interpreter, and the estimates in the documentation are s
 Tiles come from `product_tile`, a function of shape and card alone. They do not change a bit of a result.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -657,3 +657,12 @@ def attention_traffic(
     keys = k.shape[1] * k.shape[2]
     distinct = q.numel() + k.numel() + v.numel() + 36 + result
     return Traffic(1, q.numel() + programs * (3 * keys + 36), result, distinct)
+
+
+# what each operator moves, by its name; the functions take the arguments of the operator
+TRAFFIC: dict[str, Callable[..., Traffic]] = {
+    "int8_quantize": quantize_traffic,
+    "int8_product": product_traffic,
+    "group_norm_map": group_norm_map_traffic,
+    "int8_attention": attention_traffic,
+}
