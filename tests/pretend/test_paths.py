@@ -19,6 +19,7 @@ from ldm.conditions import class_conditions, text_conditions
 from ldm.config import load_config
 from ldm.samplers import LatentSamplerConfig
 from ldm.sampling import LatentSampler
+from ldm.unet import timestep_embedding
 from qdiff.calibration.data import CalibrationData
 from qdiff.calibration.ranges import timestep_group_bounds
 from qdiff.calibration.run import Calibration
@@ -98,6 +99,7 @@ def test_integers_are_multiplied_without_waiting(tmp_path, counts, monkeypatch):
     prepared = apply_engine(simulated.to(CUDA))
     assert isinstance(prepared, graphs.GraphedNetwork)
     inputs = moved(inputs)
+    timestep_embedding(inputs[1], network.config.model_channels)  # copies the frequencies once
     counts.reset()
     found = prepared(*inputs)
     assert not counts.waits and not counts.formats  # no convolution but ours
