@@ -3,8 +3,8 @@
     python benchmarks/gpu_traffic.py                     # the three published networks
     python benchmarks/gpu_traffic.py --config configs/cifar10.yml --batch 64
 
-Each network runs on the meta device in float16, as it is and on the integer engine (W4A8), and its operators are
-counted. Operators of PyTorch move each of their tensors once; those of the integer engine state what they move
+Each network runs on the meta device in float16, with PyTorch's fused attention, and on the integer engine (W4A8), and
+its operators are counted. Operators of PyTorch move each of their tensors once; those of the integer engine state what they move
 (`qdiff.engines.gpu.launches`). "GB" counts each byte that a launch touches once, as if the cache held what the launch
 reads again; "GB with re-reads" counts every load. The times are a roofline, not a measurement: the sum over all
 launches of the longer of two times, that for the bytes at 85 % of a card's bandwidth and that for the products at half
@@ -30,7 +30,7 @@ from ldm.config import load_config as load_latent
 from ldm.family import LATENT
 from ldm.unet import UNetModel
 from qdiff.config import QuantConfig
-from qdiff.engines.cuda import fuse_attention, keep_channels_last
+from qdiff.engines.cuda import attentions, fuse_attention, keep_channels_last, set_core
 from qdiff.engines.gpu import launches
 from qdiff.engines.gpu.layers import to_integer
 from qdiff.model import enable_activations, quantize_model
@@ -50,6 +50,23 @@ CARDS = {
 }
 BANDWIDTH, PEAK, LAUNCH = 0.85, 0.5, 3e-6
 NO_LAUNCH = {"detach", "alias", "_unsafe_view", "empty", "empty_strided", "empty_like", "_reshape_alias"}
+
+
+@torch.library.custom_op("counted::attention", mutates_args=())
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """PyTorch's fused attention of [N, heads, T, d], as one launch; it only has a shape."""
+    raise NotImplementedError
+
+
+@attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.empty_like(q)
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor, scale: float, operand_scale: float) -> Tensor:
+    """What `qdiff.layers.fused_attention` launches."""
+    q, k, v = (part.transpose(1, 2).contiguous() for part in (q, k, v))
+    return attention(q, k, v).transpose(1, 2)
 
 
 @dataclass
@@ -118,6 +135,8 @@ def _products(name: str, args: tuple, out: Any) -> int:
     if name == "int8_attention":
         q, k = args[0], args[1]
         return 3 * q.shape[0] * q.shape[1] * k.shape[1] * q.shape[2]  # the logits are computed twice
+    if name == "attention":
+        return 2 * args[0].numel() * args[1].shape[2]
     if name in ("bmm", "mm"):
         return out.numel() * args[0].shape[-1]
     if name == "addmm":
@@ -143,10 +162,12 @@ def _inputs(shape: tuple[int, ...], context: tuple[int, ...] | None = None) -> t
 
 
 def full_precision(path: Path, batch: int) -> Counter:
-    """Count a pass of the network in float16, in channels_last memory, its attention as it is written."""
+    """Count a pass of the network in float16, in channels_last memory, with fused attention."""
     make, _, inputs = build(path, batch)
     with torch.device("meta"):
         network = keep_channels_last(make().half().eval())
+    for _, module, _ in attentions(network):
+        set_core(module, fused)
     return count(network, inputs)
 
 
