@@ -7,7 +7,7 @@ The sampler's own arithmetic stays outside. The timestep group is read on the ca
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +84,10 @@ class GraphedNetwork(ModuleProxy):
         # a recording runs none of Python: neither hooks of the network nor those of the layers, which stay simulated
         self.fails = len(network._forward_pre_hooks) > 1 + (self.index.groups is not None)
         self.fails = self.fails or len(network._forward_hooks) > 1
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Self:
+        self.recordings = {}  # they read the memory that the network had
+        return super()._apply(fn, recurse)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.index.groups is not None:
