@@ -4,11 +4,11 @@
     python benchmarks/gpu_traffic.py --config configs/cifar10.yml --batch 64
 
 Each network runs on the meta device in float16, with PyTorch's fused attention, and on the integer engine (W4A8), and
-its operators are counted. Operators of PyTorch move each of their tensors once; those of the integer engine state what
-they move (`qdiff.engines.gpu.launches`). "GB" counts each byte that a launch touches once, as if the cache held what
-the launch reads again; "GB with re-reads" counts every load. The times are a roofline, not a measurement: the sum over all
-launches of the longer of two times, that for the bytes at 85 % of a card's bandwidth and that for the products at half
-of its peak, and 3 microseconds a launch in eager mode, which CUDA graphs save.
+its operators are counted. Operators of PyTorch move each of their tensors once; those of the integer engine state
+what they move (`qdiff.engines.gpu.launches`). "GB" counts each byte that a launch touches once, as if the cache held
+what the launch reads again; "GB with re-reads" counts every load. The times are a roofline, not a measurement: the
+sum over all launches of the longer of two times, that for the bytes at 85 % of a card's bandwidth and that for the
+products at half of its peak, and 3 microseconds a launch in eager mode, which CUDA graphs save.
 """
 
 import argparse
