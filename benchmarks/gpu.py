@@ -7,6 +7,7 @@ three in channels_last memory under autocast in float16, and in one run.
 """
 
 import argparse
+import copy
 import statistics
 import sys
 from collections.abc import Callable
@@ -53,7 +54,7 @@ def prepared(path: Path, batch: int, device: torch.device) -> tuple[dict[str, nn
     few = CalibrationData(tuple(part[:1] for part in inputs))
     quantized = Calibration(model.eval().requires_grad_(False), architecture, quant, CalibrationConfig(), few).run()
     integer = apply_engine(quantized.to(device), "integer")
-    full = keep_channels_last(fuse_attention(model.to(device)))
+    full = keep_channels_last(fuse_attention(copy.deepcopy(model).to(device)))
     halve_weights(full, torch.float16)
     return (
         {"float16 eager": full, "float16 compiled": torch.compile(full), "W4A8 integer": integer},

@@ -30,12 +30,14 @@ class TimestepGroups:
     Attributes:
         bounds: float32 [G - 1], on the device of the last time steps.
         current: the group of the samples that come next: one number if all share it, else a tensor [N].
+        picked: how often a value of the current group was chosen on the CPU.
     """
 
     def __init__(self, bounds: Sequence[float]) -> None:
         # the device is named because networks are also built on the meta device
         self.bounds = torch.tensor(bounds, dtype=torch.float32, device="cpu")
         self.current: int | Tensor = 0
+        self.picked = 0
 
     def __len__(self) -> int:
         return len(self.bounds) + 1
@@ -59,6 +61,7 @@ class TimestepGroups:
 
     def pick(self, values: Tensor, x: Tensor) -> Tensor:
         """Select from `values` [G] the value of each row of `x`: a scalar, or [rows, 1, ...] if the groups differ."""
+        self.picked += 1
         if isinstance(self.current, int):
             return values[self.current]
         return values[self.of_rows(len(x), x.device)].reshape(-1, *[1] * (x.dim() - 1))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qdiff.engines.cpu_kernels import Affine, ChannelsLastView
-from qdiff.engines.proxy import Deferred
+from qdiff.engines.proxy import Deferred, plain, rebuilt
 
 _no_override = torch._C.DisableTorchFunctionSubclass
 
@@ -59,6 +59,7 @@ class DeferredTensor(Deferred, Tensor):
 
     rows: ChannelsLastView
     epilogue: Epilogue
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)  # of what can be added to it
 
     @classmethod
     def of(cls, view: Tensor, rows: Any, epilogue: Epilogue) -> Self:
@@ -129,7 +130,7 @@ class DeferredTensor(Deferred, Tensor):
         if func in _METADATA:
             with _no_override():
                 return func(*args, **kwargs)
-        if _writes(func, kwargs):
+        if writes(func, kwargs):
             return _write(func, args, kwargs)
         if (rule := _RULES.get(func)) is not None and (result := rule(*args, **kwargs)) is not None:
             return result
@@ -138,12 +139,12 @@ class DeferredTensor(Deferred, Tensor):
 
 def _on_values(func: Callable, args: tuple, kwargs: dict) -> Any:
     """Run an operation on the values of its deferred arguments."""
-    plain = _read if func in _FRESH else _plain
+    copy = func not in _FRESH
     with _no_override():
-        return func(*map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
+        return func(*(plain(item, copy) for item in args), **{name: plain(item, copy) for name, item in kwargs.items()})
 
 
-def _writes(func: Callable, kwargs: dict) -> bool:
+def writes(func: Callable, kwargs: dict) -> bool:
     """Whether an operation writes into its first argument, or into `out`."""
     name = func.__name__.partition(".")[0]
     in_place = name.endswith("_") and not name.endswith("__")
@@ -184,27 +185,13 @@ def plain_output(_module: nn.Module, _inputs: tuple, output: Any) -> Any:
             output[key] = plain_output(_module, _inputs, value)
     elif isinstance(output, list | tuple):
         items = [plain_output(_module, _inputs, item) for item in output]
-        return output if all(new is old for new, old in zip(items, output, strict=True)) else _rebuilt(output, items)
+        return output if all(new is old for new, old in zip(items, output, strict=True)) else rebuilt(output, items)
     return output
 
 
-def _rebuilt(old: list | tuple, items: list) -> list | tuple:
-    """A list, tuple or named tuple like `old` with other items."""
-    return type(old)(*items) if hasattr(old, "_fields") else type(old)(items)
-
-
-def _plain(value: Any, copy: bool = True) -> Any:
-    """Replace a deferred tensor, or deferred tensors in a list or tuple, by their values."""
-    if isinstance(value, DeferredTensor):
-        return value.values() if copy else value.read()
-    if isinstance(value, list | tuple) and any(isinstance(item, DeferredTensor) for item in value):
-        return _rebuilt(value, [_plain(item, copy) for item in value])
-    return value
-
-
-def _read(value: Any) -> Any:
-    """`_plain` without a copy where none is needed; the operation must not return memory of its arguments."""
-    return _plain(value, copy=False)
+def _plain(value: Any) -> Any:
+    """New tensors in the place of deferred ones."""
+    return plain(value, copy=True)
 
 
 def deferred(x: Tensor, kind: type[DeferredTensor] = DeferredTensor) -> DeferredTensor | None:
@@ -298,8 +285,8 @@ def _add(input: Any, other: Any, *, alpha: float = 1, out: None = None) -> Tenso
             a, b = epilogue.affine
             return x.then(replace(epilogue, affine=(a, b + shift)))
         return x.then(replace(epilogue, shift=shift.clone() if epilogue.shift is None else epilogue.shift + shift))
-    other = _read(other)
-    if other.shape != x.shape4() or other.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    other = plain(other)
+    if other.shape != x.shape4() or other.dtype not in x.dtypes:
         return None
     return x.values(other.to(x.dtype))
 

@@ -153,6 +153,7 @@ class Int8Weight:
     Attributes:
         integers: int8 [N, ...].
         scales: float32 [N].
+        whole: whether all zero points are whole numbers; otherwise only `coef` is right.
         zeros: int32 [N], what is still to be subtracted from `integers`; None: nothing.
         coef: float32 [N]; coef times the sum of the inputs is to be subtracted from the result; None: it is right.
     """
@@ -164,7 +165,8 @@ class Int8Weight:
         z = quantizer.zero_point.double()
         ends = (end.double() - z.flatten() for end in torch.aminmax(quantizer.integers.flatten(1), dim=1))
         self.scales = quantizer.scale.flatten().float()
-        if any(bool(((end < -128) | (end > 127)).any()) for end in ends) or bool((z != z.round()).any()):
+        self.whole = bool((z == z.round()).all())
+        if not self.whole or any(bool(((end < -128) | (end > 127)).any()) for end in ends):
             self.integers = (quantizer.integers.int() - 128).to(torch.int8)
             self.zeros = (z.flatten() - 128).to(torch.int32)
             # y = scale * (sum (q - 128) x - (z - 128) sum x)

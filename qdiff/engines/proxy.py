@@ -35,13 +35,26 @@ class Deferred:
     """The base of tensors whose work is deferred until their values are needed."""
 
     def values(self) -> Tensor:
-        """Do the deferred work."""
+        """Do the deferred work; the result is a new tensor."""
+        raise NotImplementedError
+
+    def read(self) -> Tensor:
+        """The values, which the caller must not change: they are not copied if there is no work to do."""
         raise NotImplementedError
 
 
-def plain(x: Tensor) -> Tensor:
-    """A tensor, or the values of a deferred one."""
-    return x.values() if isinstance(x, Deferred) else x
+def plain(value: Any, copy: bool = False) -> Any:
+    """Replace a deferred tensor, or deferred tensors in nested lists and tuples, by their values."""
+    if isinstance(value, Deferred):
+        return value.values() if copy else value.read()
+    if isinstance(value, list | tuple) and any(isinstance(item, Deferred | list | tuple) for item in value):
+        return rebuilt(value, [plain(item, copy) for item in value])
+    return value
+
+
+def rebuilt(old: list | tuple, items: list) -> list | tuple:
+    """A list, tuple or named tuple like `old` with other items."""
+    return type(old)(*items) if hasattr(old, "_fields") else type(old)(items)
 
 
 def has_engine(model: nn.Module) -> bool:

@@ -17,6 +17,7 @@ from qdiff.model import half_precision, quant_layers
 log = logging.getLogger(__name__)
 
 ENGINES = ("auto", "integer", "simulated")
+MIN_SHARE = 0.5  # of the weights that `auto` wants in layers that multiply int8 on CUDA
 MAX_NAMES = 8  # of layers in a log line, for each reason
 
 
@@ -90,33 +91,39 @@ def on_gpu(model: nn.Module, engine: str, device: torch.device) -> nn.Module:
         if engine == "integer":
             raise ConfigError(" integer: the network is not quantized", field="engine")
         return cuda.keep_channels_last(cuda.fuse_attention(model))
-    reason = _why_not_int8(device, faster=engine == "auto")
+    faster = engine == "auto"
+    reason = card.why_unavailable(device)
+    if reason is None and faster and not card.expected_faster(device):
+        reason = f"int8 is not expected to be faster on {torch.cuda.get_device_name(device)}"
     if reason is None:
         from qdiff.engines.gpu import layers  # needs triton
 
         obstacles = layers.find_obstacles(model)
-        if not all(obstacles.values()):
+        reason = _why_useless_on_gpu(model, obstacles, faster) or card.why_wrong(device)
+        if reason is None:
             return cuda.keep_channels_last(cuda.fuse_attention(_int8(model, device, obstacles)))
-        reason = f"no layer has a form that the integer products take{_describe(obstacles)}"
     if engine == "integer":
         raise ConfigError(f" integer: {reason}", field="engine")
     log.info("engine: packed weights, dequantized on use (%s)", reason)
     return cuda.keep_channels_last(cuda.fuse_attention(cuda.to_packed(model)))
 
 
-def _why_not_int8(device: torch.device, faster: bool) -> str | None:
-    """Why integers are not multiplied on a card; None: they are.
+def _why_useless_on_gpu(model: nn.Module, obstacles: Mapping[str, str | None], faster: bool) -> str | None:
+    """Why integers are of no use for a network on a card; None: they are of use.
 
     Args:
-        device: the card.
+        model: the simulated network.
+        obstacles: of its layers and attentions.
         faster: whether integers must be expected to be faster.
     """
-    if (reason := card.why_unavailable(device)) is not None:
-        return reason
-    if faster and not card.expected_faster(device):
-        return f"int8 is not expected to be faster on {torch.cuda.get_device_name(device)}"
-    if not card.is_exact(device):
-        return f"int8 products are wrong on {torch.cuda.get_device_name(device)}"
+    if all(obstacles.values()):
+        return f"no layer has a form that the integer products take{_describe(obstacles)}"
+    layers = quant_layers(model)
+    # those whose inputs have two bytes take two products and count half
+    integer = sum(layer.shape.numel() // _products(layer) for path, layer in layers.items() if not obstacles[path])
+    share = integer / sum(layer.shape.numel() for layer in layers.values())
+    if faster and share < MIN_SHARE:
+        return f"only {share:.0%} of the weights are in layers that int8 makes faster{_describe(obstacles)}"
     return None
 
 
@@ -131,7 +138,7 @@ def _int8(model: nn.Module, device: torch.device, obstacles: Mapping[str, str | 
         count,
         len(obstacles),
         card.origin(device),
-        _describe(obstacles, "packed weights"),
+        _describe(obstacles, "in floating point"),
     )
     return graphs.GraphedNetwork(network)
 

@@ -21,10 +21,14 @@ if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 pytest.importorskip("triton", reason="the package triton is not installed")
 
+import triton
+
 from qdiff.engines.gpu import card, graphs, layers
 from tests.support.int8_cases import attention_cases, exact_cases, rounded_cases
 
 CUDA = torch.device("cuda")
+if triton.knobs.runtime.interpret:
+    pytest.skip("the kernels run in the interpreter: run `pytest -m gpu`", allow_module_level=True)
 if (reason := card.why_unavailable(CUDA)) is not None:
     pytest.skip(reason, allow_module_level=True)
 

@@ -77,7 +77,7 @@ def test_networks_and_engines_are_those_of_the_cpu(tmp_path, counts, kind):
 class Eager:
     """A recording without a CUDA graph: the pass runs when it is recorded, and is not run again."""
 
-    def __init__(self, run, inputs):
+    def __init__(self, run, inputs, pool):
         self.outputs = run(inputs)
 
     def __call__(self, inputs):
@@ -94,7 +94,7 @@ def test_integers_are_multiplied_without_waiting(tmp_path, counts, monkeypatch):
     simulated = Calibration(network, architecture, LINEAR, CalibrationConfig(), rows).run()
     quantized = simulated(*inputs)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 6))  # where int8 is expected to be faster
-    monkeypatch.setattr(card, "is_exact", lambda _: True)
+    monkeypatch.setattr(card, "why_wrong", lambda _: None)
     monkeypatch.setattr(graphs, "Recording", Eager)
     prepared = apply_engine(simulated.to(CUDA))
     assert isinstance(prepared, graphs.GraphedNetwork)

@@ -12,6 +12,7 @@ from qdiff.engines.gpu import card
 from qdiff.engines.select import apply_engine, on_gpu
 from qdiff.errors import ConfigError
 from qdiff.layers import QuantConv2d, QuantLinear, TimestepGroups
+from qdiff.model import set_timesteps
 from tests.support.engines import quantized_layer
 
 pytest.importorskip("triton", reason="the package triton is not installed")
@@ -38,10 +39,10 @@ class Network(nn.Module):
 @pytest.fixture
 def pretended(monkeypatch):
     """What is asked of a card; tests change the answers."""
-    answers = SimpleNamespace(unavailable=None, faster=True, exact=True)
+    answers = SimpleNamespace(unavailable=None, faster=True, wrong=None)
     monkeypatch.setattr(card, "why_unavailable", lambda _: answers.unavailable)
     monkeypatch.setattr(card, "expected_faster", lambda _: answers.faster)
-    monkeypatch.setattr(card, "is_exact", lambda _: answers.exact)
+    monkeypatch.setattr(card, "why_wrong", lambda _: answers.wrong)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a card")
     return answers
 
@@ -51,7 +52,7 @@ class Recorded:
 
     made = 0
 
-    def __init__(self, run, inputs):
+    def __init__(self, run, inputs, pool):
         Recorded.made += 1
         self.run = run
         run(inputs)
@@ -77,7 +78,7 @@ def test_integers_are_chosen_by_the_card_and_the_log_says_so(pretended, caplog):
     [
         ({"unavailable": "int8 kernels need compute capability 8.0, this card has 7.5"}, "this card has 7.5"),
         ({"faster": False}, "int8 is not expected to be faster on a card"),
-        ({"exact": False}, "int8 products are wrong on a card"),
+        ({"wrong": "the int8 kernels give wrong numbers on a card"}, "wrong numbers on a card"),
     ],
 )
 def test_what_speaks_against_integers(pretended, caplog, answer, message):
@@ -141,7 +142,7 @@ def test_modes_are_recorded_apart(recorded):
 
 @torch.no_grad()
 def test_what_cannot_be_recorded_runs_eagerly(monkeypatch, caplog):
-    def fails(run, inputs):
+    def fails(run, inputs, pool):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
     monkeypatch.setattr(graphs, "Recording", fails)
@@ -153,16 +154,22 @@ def test_what_cannot_be_recorded_runs_eagerly(monkeypatch, caplog):
 
 
 @torch.no_grad()
-def test_hooks_of_the_network_are_not_lost(recorded):
-    integer = layers.to_integer(Network())
+@pytest.mark.parametrize("place", ["", "linear"])
+def test_hooks_are_not_lost(recorded, place):
+    network = Network()
     calls = []
-    integer.register_forward_hook(lambda *_: calls.append(1))
-    graphs.GraphedNetwork(integer)(X, torch.ones(2))
-    assert calls == [1] and Recorded.made == 0
+    if place:
+        network.linear.register_forward_hook(lambda *_: calls.append(1))
+    found = graphs.GraphedNetwork(layers.to_integer(network))
+    if not place:
+        found.network.register_forward_hook(lambda *_: calls.append(1))
+    for _ in range(2):
+        found(X, torch.ones(2))
+    assert calls == [1, 1] and Recorded.made == 0
 
 
-@torch.no_grad()
-def test_timestep_groups_change_without_a_new_recording(recorded):
+def grouped() -> Network:
+    """A network of two timestep groups."""
     network = Network()
     groups = TimestepGroups([500.0])
     network.timestep_groups = groups
@@ -170,47 +177,69 @@ def test_timestep_groups_change_without_a_new_recording(recorded):
         act = layer.act_quantizer
         act.groups = groups
         act.scale, act.zero_point = act.scale * torch.tensor([1.0, 1.5]), act.zero_point.expand(2).clone()
-    from qdiff.model import set_timesteps
-
     network.register_forward_pre_hook(set_timesteps, with_kwargs=True)
+    return network
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("simulated", [False, True])
+def test_timestep_groups_change_without_a_new_recording(recorded, simulated):
+    """A layer that stays simulated chooses its scales on the CPU, so each group is recorded."""
+    network = grouped()
+    if simulated:
+        network.linear.weight_quantizer.zero_point += 0.5
+        network.linear.freeze()
     found = graphs.GraphedNetwork(layers.to_integer(network))
     results = []
     for t in (0.0, 900.0):
         times = torch.full((2,), t)
         results.append(found(X, times))
         assert torch.allclose(results[-1], network(X, times), rtol=1e-5, atol=1e-4)
-    assert Recorded.made == 1 and not torch.equal(*results)
+    assert torch.equal(found(X, torch.zeros(2)), results[0])
+    made = 2 if simulated else 1
+    assert Recorded.made == made and not torch.equal(*results)
     mixed = torch.tensor([0.0, 900.0])  # each sample has its own scale: simulated, and not recorded
-    assert torch.allclose(found(X, mixed), network(X, mixed), rtol=1e-5, atol=1e-4) and Recorded.made == 1
+    assert torch.allclose(found(X, mixed), network(X, mixed), rtol=1e-5, atol=1e-4) and Recorded.made == made
 
 
-def test_the_check_of_a_card_finds_wrong_products(monkeypatch):
+def test_the_check_of_a_card_finds_wrong_numbers(monkeypatch):
     monkeypatch.setattr(card, "SHAPES", [shape for shape in card.SHAPES if shape[3] == 96])
-    assert card.products_are_exact(CPU)
-    right = launches.product
-    monkeypatch.setattr(launches, "product", lambda *args, **named: right(*args, **named) + 1)
-    assert not card.products_are_exact(CPU)
+    assert card.products_are_exact(CPU) and card.functions_are_near(CPU)
+    for name, check in (("product", card.products_are_exact), ("attention", card.functions_are_near)):
+        right = getattr(launches, name)
+        monkeypatch.setattr(launches, name, lambda *args, right=right, **named: right(*args, **named) + 1)
+        assert not check(CPU)
+    monkeypatch.undo()
+    right = launches.quantize
+    monkeypatch.setattr(launches, "quantize", lambda *args, **named: [q + 2 for q in right(*args, **named)])
+    assert not card.functions_are_near(CPU)
 
 
 def test_the_check_of_a_card_is_remembered(monkeypatch, tmp_path, caplog):
-    asked = []
+    asked, device = [], torch.device("cuda", 0)
 
-    def check(device):
-        asked.append(device)
-        return True
+    def check(found):
+        asked.append(found)
+        if len(asked) == 1:
+            raise RuntimeError("Failed to find C compiler\nmore")
+        return len(asked) == 2
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(card, "products_are_exact", check)
+    monkeypatch.setattr(card, "functions_are_near", lambda _: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a card")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 6))
-    for _ in range(2):
+
+    def ask():
         card._check.cache_clear()
-        assert card.is_exact(torch.device("cuda", 0))
+        return card.why_wrong(device)
+
+    assert ask() == "the int8 kernels do not run on a card (Failed to find C compiler)"  # which may be installed
+    assert ask() is None and ask() is None and len(asked) == 2
     (record,) = (tmp_path / "qdiff").glob("int8-*.json")
-    assert len(asked) == 1 and json.loads(record.read_text()) == {"exact": True}
+    assert json.loads(record.read_text()) == {"exact": True}
     record.write_text("damaged")
-    card._check.cache_clear()
-    assert card.is_exact(torch.device("cuda", 0)) and len(asked) == 2
+    assert ask() == ask() == "the int8 kernels give wrong numbers on a card" and len(asked) == 3
     card._check.cache_clear()
 
 

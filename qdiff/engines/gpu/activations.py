@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qdiff.engines.cpu_kernels import Affine
-from qdiff.engines.deferred import DeferredTensor, Epilogue, group_norm
+from qdiff.engines.deferred import DeferredTensor, Epilogue, group_norm, writes
 from qdiff.engines.gpu import launches
-from qdiff.engines.proxy import Deferred
+from qdiff.engines.proxy import Deferred, plain
 
 _no_override = torch._C.DisableTorchFunctionSubclass
 
@@ -69,6 +69,7 @@ class DeviceTensor(DeferredTensor):
     """A tensor [N, C, H, W] or [N, C, T] on the card, with deferred work."""
 
     rows: DeviceRows  # type: ignore[assignment]  # the operations on them are overridden
+    dtypes = tuple(launches.DTYPES)
 
     @classmethod
     def wrap(cls, x: Tensor) -> Self | None:
@@ -80,11 +81,11 @@ class DeviceTensor(DeferredTensor):
     def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func in _PLACE:
             return _PLACE[func](args[0].rows.device)
-        if func in _RESHAPES and (reshaped := args[0].reshaped(args[1:])) is not None and not kwargs:
+        if func in _RESHAPES and not kwargs and (reshaped := args[0].reshaped(args[1:])) is not None:
             return reshaped
         if func in _ADDITIONS and len(args) == 2 and not kwargs:
             x, other = args if isinstance(args[0], DeviceTensor) else args[::-1]
-            if (result := x.shifted(other)) is not None:
+            if (result := x.shifted(plain(other) if isinstance(other, DeviceTokens) else other)) is not None:
                 return result
         return super().__torch_function__(func, types, args, kwargs)
 
@@ -113,14 +114,17 @@ class DeviceTensor(DeferredTensor):
             return self.of(placeholder(new, self.dtype), self.rows, self.epilogue)
 
     def with_data(self) -> Self:
-        """The same values, where the product has been launched; a shift is part of the launch."""
-        if self.rows.data is not None:
-            return self
-        if self.epilogue.shift is None:
+        """The same values, where the product has been launched and a shift been added."""
+        shift = self.epilogue.shift
+        if shift is None:
             self.rows.plain()
             return self
         with _no_override():
-            data = self._launch(self.epilogue.shift, None)
+            if self.rows.data is None:
+                data = self._launch(shift, None)
+            else:
+                data = self._reshape(self.rows.plain())
+                data = data + shift.to(data.dtype).view(*shift.shape, *[1] * (data.dim() - 2))
             shown = placeholder(data.shape, data.dtype)
             return self.of(shown, DeviceRows(data, data.device), replace(self.epilogue, shift=None))
 
@@ -137,12 +141,8 @@ class DeviceTensor(DeferredTensor):
         return x if x.shape == shape else x.flatten(2).unflatten(2, shape[2:])
 
     def normalization(self, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Affine:
-        source = self.with_data()
-        rows = _as_rows(source.rows.plain())
-        a, b = launches.group_norm_map(rows, weight.float(), bias.float(), groups, eps)
-        if (shift := source.epilogue.shift) is not None:
-            raise AssertionError(f"a shift {tuple(shift.shape)} that no launch takes")
-        return a, b
+        assert self.epilogue.shift is None  # `DeviceGroupNorm` has added it
+        return launches.group_norm_map(_as_rows(self.rows.plain()), weight.float(), bias.float(), groups, eps)
 
     def values(self, other: Tensor | None = None) -> Tensor:
         with _no_override():
@@ -170,7 +170,11 @@ class DeviceTensor(DeferredTensor):
         """What a quantization takes: values [N, 1, H, W, C], their affine map, and whether SiLU follows."""
         source = self.with_data()
         with _no_override():
-            return _as_rows(source.rows.plain())[:, None], source.epilogue.merged(), source.epilogue.silu
+            return (
+                _as_rows(source._reshape(source.rows.plain()))[:, None],
+                source.epilogue.merged(),
+                source.epilogue.silu,
+            )
 
 
 _RESHAPES = {torch.reshape, Tensor.reshape, Tensor.view}
@@ -190,8 +194,7 @@ class DeviceGroupNorm(nn.GroupNorm):
     """A GroupNorm that defers its normalization. An existing GroupNorm becomes one by its class, with its hooks."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(x, DeviceTensor) and x.epilogue.shift is not None:
-            x = x.with_data()
+        x = x.with_data() if isinstance(x, DeviceTensor) else plain(x)
         return group_norm(x, self.num_groups, self.weight, self.bias, self.eps, DeviceTensor)
 
 
@@ -252,7 +255,10 @@ class DeviceTokens(Deferred, Tensor):
         return result
 
     def values(self) -> Tensor:
-        """Do the deferred work; the result may be the stored values themselves."""
+        x = self.read()
+        return x.clone() if x is self.rows.data else x
+
+    def read(self) -> Tensor:
         with _no_override():
             x = self.rows.plain()
             if self.work.norm is not None:
@@ -273,35 +279,47 @@ class DeviceTokens(Deferred, Tensor):
         if func in _SHAPE:
             with _no_override():
                 return func(*args, **kwargs)
+        if writes(func, kwargs):
+            return _write(func, args, kwargs)
         if (rule := _TOKEN_RULES.get(func)) is not None and (result := rule(*args, **kwargs)) is not None:
             return result
         with _no_override():
-            return func(*map(plain_tokens, args), **{name: plain_tokens(value) for name, value in kwargs.items()})
+            return func(*map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
 
 
-def plain_tokens(value: Any) -> Any:
-    """Replace deferred tokens, or those in a list or tuple, by their values."""
-    if isinstance(value, DeviceTokens):
-        return value.values()
-    if isinstance(value, list | tuple) and any(isinstance(item, DeviceTokens) for item in value):
-        return type(value)(map(plain_tokens, value))
-    return value
+def _write(func: Callable, args: tuple, kwargs: dict) -> Any:
+    """Run an operation that writes into tokens; they then store the new values."""
+    target = kwargs["out"] if kwargs.get("out") is not None else args[0] if args else kwargs["input"]
+    if isinstance(target, DeviceTokens):
+        values = target.values()
+        target.rows, target.work = TokenRows(values, values.shape, values.device), TokenWork()
+    with _no_override():
+        result = func(*map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
+    if isinstance(target, DeviceTokens):
+        target.rows.version = None  # the change is this one
+        if target.rows.data is not None and target.rows.data.shape != target.shape:
+            raise RuntimeError(f"{func.__name__}: the shape of an activation cannot be changed in place")
+        return target if result is target.rows.data else result
+    return result
 
 
-def _chunk(x: DeviceTokens, chunks: int, dim: int = 0) -> tuple[DeviceTokens, DeviceTokens] | None:
+def _chunk(input: DeviceTokens, chunks: int, dim: int = 0) -> tuple[DeviceTokens, DeviceTokens] | None:
+    x = input
     if chunks != 2 or dim not in (-1, x.dim() - 1) or x.work != TokenWork() or x.shape[-1] % 2:
         return None
     first, second = (DeviceTokens.of(x.rows, TokenWork(half=half), x.dtype) for half in ("value", "gate"))
     return first, second
 
 
-def _gelu(x: DeviceTokens, approximate: str = "none") -> DeviceTokens | None:
+def _gelu(input: DeviceTokens, approximate: str = "none") -> DeviceTokens | None:
+    x = input
     if x.work.half != "gate" or approximate != "none":
         return None
     return DeviceTokens.of(x.rows, TokenWork(half="gelu"), x.dtype)
 
 
-def _silu(x: DeviceTokens, inplace: bool = False) -> DeviceTokens | None:
+def _silu(input: DeviceTokens, inplace: bool = False) -> DeviceTokens | None:
+    x = input
     return None if x.work != TokenWork() or inplace else DeviceTokens.of(x.rows, TokenWork(silu=True), x.dtype)
 
 
@@ -317,7 +335,7 @@ def _add(input: Any, other: Any, *, alpha: float = 1, out: None = None) -> Tenso
     x, other = (input, other) if isinstance(input, DeviceTokens) and input.rows.data is None else (other, input)
     if not isinstance(x, DeviceTokens) or x.rows.data is not None or x.work != TokenWork() or alpha != 1:
         return None
-    other = plain_tokens(other)
+    other = plain(other)
     if not isinstance(other, Tensor) or other.shape != x.shape or other.dtype not in launches.DTYPES:
         return None
     with _no_override():
@@ -325,8 +343,8 @@ def _add(input: Any, other: Any, *, alpha: float = 1, out: None = None) -> Tenso
         return x.rows.launch(None, other.contiguous().view(1, 1, -1, other.shape[-1])).view(x.shape)
 
 
-def _dropout(x: DeviceTokens, p: float = 0.5, training: bool = True, inplace: bool = False) -> DeviceTokens | None:
-    return None if training else x
+def _dropout(input: DeviceTokens, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+    return None if training else input
 
 
 _TOKEN_RULES: dict[Callable, Callable] = {
@@ -358,7 +376,7 @@ class DeviceLayerNorm(nn.LayerNorm):
     """A LayerNorm over the channels that is deferred. An existing one becomes it by its class, with its hooks."""
 
     def forward(self, input: Tensor) -> Tensor:
-        x = plain_tokens(input)
+        x = plain(input)
         if (
             len(self.normalized_shape) != 1
             or self.weight is None

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from qdiff.errors import WriteError
@@ -21,7 +22,7 @@ MIN_CAPABILITY = 80  # Triton has no int8 products for older cards
 EXPECTED_FASTER = (80, 86, 89)
 MEASURED: tuple[str, ...] = ()  # the names of cards that have a row in docs/engines.md
 
-# rows and columns of the result, channels, kernel, stride, padding, weights of 8 bits
+# images, height, width and channels of the input, output channels, kernel, stride, padding, weights of 8 bits
 SHAPES = (
     *((2, 16, 16, 32, 32, 3, 1, 1, wide) for wide in (False, True)),
     *((1, 8, 8, 320, 320, 3, 1, 1, wide) for wide in (False, True)),
@@ -54,29 +55,39 @@ def origin(device: torch.device) -> str:
     return name if name in MEASURED else f"{name}, not measured on this card"
 
 
-def is_exact(device: torch.device) -> bool:
-    """Whether the products of the kernels are right on a card, which is tried once and remembered on disk."""
+def why_wrong(device: torch.device) -> str | None:
+    """Why the kernels give wrong numbers on a card; None: they are right. It is tried once and remembered on disk."""
     return _check(torch.device("cuda", torch.cuda.current_device()) if device.index is None else device)
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error, or its type."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 @cache
-def _check(device: torch.device) -> bool:
-    path = _record(device)
+def _check(device: torch.device) -> str | None:
+    name = torch.cuda.get_device_name(device)
+    wrong = f"the int8 kernels give wrong numbers on {name}"
+    path = _record_path(device)
     try:
-        return bool(json.loads(path.read_text(encoding="utf-8"))["exact"])
-    except (OSError, ValueError, KeyError):
+        return None if json.loads(path.read_text(encoding="utf-8"))["exact"] else wrong
+    except (OSError, ValueError, KeyError, TypeError):
         pass
-    log.info("engine: checking int8 products on %s", torch.cuda.get_device_name(device))
-    exact = products_are_exact(device)
+    log.info("engine: checking the int8 kernels on %s, which compiles them", name)
+    try:
+        exact = products_are_exact(device) and functions_are_near(device)
+    except Exception as error:  # Triton has no common base of its errors
+        return f"the int8 kernels do not run on {name} ({first_line(error)})"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps({"exact": exact}))
     except (OSError, WriteError) as error:
         log.warning("engine: the check is not remembered (%s)", str(error).splitlines()[0])
-    return exact
+    return None if exact else wrong
 
 
-def _record(device: torch.device) -> Path:
+def _record_path(device: torch.device) -> Path:
     """The file that remembers a check: it is of this card, these releases and these kernels."""
     import triton
 
@@ -127,3 +138,51 @@ def _product_is_exact(
         sums=sums, weight_zero=missing.to(device, torch.int32) if wide else None,
     )  # fmt: skip
     return torch.equal(found.cpu(), exact.permute(0, 2, 3, 1).float())
+
+
+def functions_are_near(device: torch.device) -> bool:
+    """Compare quantization after norms and an attention on a device with float64 on the CPU."""
+    from qdiff.engines.gpu import launches  # needs triton
+
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    def on_card(*tensors: Tensor) -> list[Tensor]:
+        return [tensor.to(device) for tensor in tensors]
+
+    step, zero = torch.tensor([0.03]), torch.tensor([120.0])
+    qparams = [*on_card(step, zero), torch.zeros(1, dtype=torch.int32, device=device)]
+    x, weight, bias = normal(2, 9, 7, 64), normal(64), normal(64)
+    a, b = launches.group_norm_map(*on_card(x, weight, bias), 8, 1e-5)
+    image = launches.quantize(x.to(device)[:, None], *qparams, 8, False, (0,) * 4, 64, False, a=a, b=b, silu=True)[0]
+    normed = F.group_norm(x.permute(0, 3, 1, 2).double(), 8, weight.double(), bias.double()).permute(0, 2, 3, 1)
+    a, b = on_card(weight, bias)
+    tokens = launches.quantize(
+        x.to(device)[:, None], *qparams, 8, False, (0,) * 4, 64, False, a=a, b=b, layer_norm=1e-5
+    )[0]
+    layer = F.layer_norm(x.double(), (64,), weight.double(), bias.double())
+    for found, expected in ((image, F.silu(normed)), (tokens, layer)):
+        right = (expected / 0.03).round().clamp(-120, 135) - 8
+        if (found.cpu().double() - right).abs().max() > 1:
+            return False
+    return _attention_is_near(device, generator)
+
+
+def _attention_is_near(device: torch.device, generator: torch.Generator) -> bool:
+    """Compare an attention with 16-bit probabilities."""
+    from qdiff.engines.gpu import launches  # needs triton
+
+    q, k, v = (torch.randint(-128, 128, (2, 70, 256), generator=generator, dtype=torch.int8) for _ in range(3))
+    scales = [torch.tensor([scale]) for scale in (0.02, 0.02, 0.03, 1 / 65535)]
+    zeros = [torch.tensor([zero]) for zero in (128.0, 120.0, 131.0, 0.0)]  # of the integers, which are 128 more
+    index = torch.zeros(1, dtype=torch.int32, device=device)
+    found = launches.attention(
+        q.to(device), k.to(device), v.to(device), [scale.to(device) for scale in scales],
+        [zero.to(device) for zero in zeros], index, [8, 8, 8, 16], [False] * 4, 1, 200, 0.05, torch.float32,
+    )  # fmt: skip
+    values = [(x.double() + 128 - zero) * scale for x, zero, scale in zip((q, k, v), zeros, scales, strict=False)]
+    expected = torch.softmax(values[0] @ values[1].transpose(1, 2) * 0.05, dim=2) @ values[2]
+    difference = found.cpu().double()[:, :, 0] - expected[..., :200]
+    return bool(difference.norm() / expected[..., :200].norm() < 1e-3)

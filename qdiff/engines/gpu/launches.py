@@ -22,7 +22,8 @@ from qdiff.engines.gpu import kernels
 CHANNEL_MULTIPLE = 32  # of stored bytes: the shortest sum of the matrix instructions for int8
 MAX_HEAD = 256  # channels of an attention head, at most: more of them do not fit into the registers of a block
 SUM_LIMIT = 2**31 // 128**2  # products of signed bytes in a sum that cannot leave int32 before it is corrected
-MULTIPROCESSORS = 108  # of the card that the rules for tiles are made for
+MULTIPROCESSORS = 108  # of an A100, which the rules for tiles are made for
+LARGEST = 2**31  # what a kernel reads or writes has fewer elements, because its offsets are 32 bits wide
 DTYPES = {torch.float16: 2, torch.bfloat16: 2, torch.float32: 4}
 
 

@@ -8,13 +8,14 @@ sums of its inputs. What has no integer form stays a packed layer, which dequant
 
 import copy
 from collections.abc import Iterator, Mapping
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qdiff.engines.cuda import PackedLayer, attentions, set_core
-from qdiff.engines.deferred import DeferredTensor, Epilogue, plain_output
+from qdiff.engines.deferred import Epilogue, plain_output
 from qdiff.engines.gpu import launches
 from qdiff.engines.gpu.activations import (
     DeviceGroupNorm,
@@ -26,11 +27,11 @@ from qdiff.engines.gpu.activations import (
     TokenRows,
     TokenWork,
     placeholder,
-    plain_tokens,
 )
 from qdiff.engines.operands import Int8Weight
-from qdiff.engines.proxy import ModuleProxy
+from qdiff.engines.proxy import ModuleProxy, plain
 from qdiff.layers import (
+    HALF,
     ActQuantizer,
     QuantConv1d,
     QuantConv2d,
@@ -40,12 +41,12 @@ from qdiff.layers import (
     TimestepGroups,
     WeightQuantizer,
 )
-from qdiff.model import find_timestep_groups, has_own_behavior, quant_layers, replace_modules
+from qdiff.model import act_quantizers, find_timestep_groups, has_own_behavior, quant_layers, replace_modules
 
 NO_PADDING = (0, 0, 0, 0)
 
 
-class GroupIndex:
+class GroupIndex(nn.Module):
     """The timestep group of the samples that come next, on the card, where the kernels read it.
 
     Args:
@@ -53,9 +54,13 @@ class GroupIndex:
         device: the card.
     """
 
+    index: Tensor
+
     def __init__(self, groups: TimestepGroups | None, device: torch.device) -> None:
+        super().__init__()
         self.groups = groups
-        self.index = torch.zeros(1, dtype=torch.int32, device=device)
+        with torch.inference_mode(False):  # it is written in every mode
+            self.register_buffer("index", torch.zeros(1, dtype=torch.int32, device=device), persistent=False)
 
     def is_one_group(self) -> bool:
         """Whether the samples that come next share a group, and so their scales."""
@@ -75,13 +80,17 @@ def to_integer(model: nn.Module, obstacles: Mapping[str, str | None] | None = No
         obstacles: what `find_obstacles` said of it; None: it is asked now.
 
     Returns:
-        A copy that shares integers, scales, biases and norms with `model`. Layers with hooks stay simulated.
+        A copy that shares scales, biases and norms with `model`. Its attribute `group_index` is the timestep group that
+        the kernels read. Layers with hooks stay simulated.
     """
     shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     result = copy.deepcopy(model, shared).eval()
     obstacles = find_obstacles(model) if obstacles is None else obstacles
     device = next(iter(quant_layers(result).values())).weight_quantizer.scale.device
-    index = GroupIndex(find_timestep_groups(result), device)
+    index = result.group_index = GroupIndex(find_timestep_groups(result), device)
+    for quantizer in act_quantizers(result).values():
+        if quantizer.zero_is_fixed:  # kernels always read a zero point
+            quantizer.zero_point = torch.zeros_like(quantizer.scale)
 
     def replacement(path: str, layer: nn.Module) -> nn.Module | None:
         if type(layer) is nn.GroupNorm:
@@ -102,11 +111,6 @@ def to_integer(model: nn.Module, obstacles: Mapping[str, str | None] | None = No
     return result
 
 
-def index_of(network: nn.Module) -> GroupIndex:
-    """The timestep group that the kernels of a network read, which `to_integer` has prepared."""
-    return next(module.index for module in network.modules() if isinstance(module, IntegerProduct))
-
-
 def _quantized_attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module, QuantMatMul, QuantMatMul]]:
     """The attentions of a network whose matmuls are quantized: path, module and the two matmuls."""
     for path, module, matmuls in attentions(model):
@@ -117,7 +121,7 @@ def _quantized_attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module, Qu
 
 def plain_result(output: Any) -> Any:
     """The results of a whole network as ordinary tensors."""
-    return plain_output(nn.Identity(), (), plain_tokens(output))
+    return plain_output(nn.Identity(), (), plain(output))
 
 
 def find_obstacles(model: nn.Module) -> dict[str, str | None]:
@@ -174,8 +178,8 @@ def find_obstacle(layer: QuantLayer) -> str | None:
         return "groups of channels"
     if isinstance(layer, QuantConv1d):
         g = layer.geometry
-        if layer.shape[2] != 1 or g["stride"] != (1,) or g["padding"] not in ((0,), "valid"):
-            return "a 1-D convolution of several values"
+        if layer.shape[2] != 1 or g["stride"] != (1,) or g["padding"] not in ((0,), "valid", "same"):
+            return "a 1-D convolution that is no linear map"
     padded = False
     if isinstance(layer, QuantConv2d):
         if (padding := _padding(layer)) is None:
@@ -190,6 +194,8 @@ def _inexact(act: ActQuantizer, weight: Int8Weight, padded: bool) -> str | None:
     zeros = _zeros(act)
     if bool((zeros != zeros.round()).any()):
         return "fractional zero points"
+    if not weight.whole:
+        return "fractional zero points of the weight"
     form = launches.ByteFormat(act.n_bits, act.symmetric)
     stored = [zero for value in zeros.tolist() for zero in form.stored_zeros(int(value))]
     if padded and not all(-128 <= zero <= 127 for zero in stored):
@@ -245,11 +251,12 @@ class ExpandedWeight(nn.Module):
 # --- layers ----------------------------------------------------------------------------------------
 
 
-def _result_dtype(x: Tensor) -> torch.dtype:
-    """The type of a product of `x`: that of autocast, or its own."""
+def _result_dtype(x: Tensor, layer: QuantLayer | None = None) -> torch.dtype:
+    """The type of a product of `x`: that of autocast, that of a layer in half precision, or its own."""
     kind = x.device.type  # the meta device has no autocast
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if autocast else x.dtype
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return layer.dtype if layer is not None and layer.dtype in HALF else x.dtype
 
 
 class IntegerProduct(ModuleProxy):
@@ -267,7 +274,6 @@ class IntegerProduct(ModuleProxy):
         super().__init__()
         self.parts = nn.ModuleList([ExpandedWeight(quantizer) for quantizer in layer.weight_quantizers])
         self.layer, self.index = layer, index
-        self.zeros = [_zeros(quantizer) for quantizer in layer.act_quantizers]
         self.padding: tuple[int, ...] = NO_PADDING
         self.stride, self.dilation = (1, 1), (1, 1)
         layer.drop_weight()
@@ -277,15 +283,23 @@ class IntegerProduct(ModuleProxy):
         """The dequantized weight."""
         return self.layer._join([part.dequantize() for part in self.parts if isinstance(part, ExpandedWeight)])
 
-    def is_ready(self, x: Tensor) -> bool:
-        """Whether the samples that come next share their scales, and the kernels take their type."""
+    def is_ready(self, x: Tensor, channels: int, pixels: int) -> bool:
+        """Whether the samples that come next share their scales, and the kernels take them.
+
+        Args:
+            x: the input.
+            channels: its channels.
+            pixels: all pixels of the input with its padding, or of the output, whichever are more.
+        """
         quantized = all(quantizer.enabled for quantizer in self.layer.act_quantizers)
-        return quantized and self.index.is_one_group() and x.dtype in launches.DTYPES and x.numel() > 0
+        fits = x.dtype in launches.DTYPES and channels == self.layer.shape[1] and x.numel() > 0
+        largest = pixels * max(launches.stored_channels(channels), self.layer.shape[0], 2 * channels)
+        return quantized and self.index.is_one_group() and fits and largest < launches.LARGEST
 
     def simulate(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer in floating point."""
         x = self.layer.quantize_input(x)
-        return self.layer.apply_weight(x, self.weight.to(_result_dtype(x)), *args, **kwargs)
+        return self.layer.apply_weight(x, self.weight.to(_result_dtype(x, self.layer)), *args, **kwargs)
 
     def _halves(self, tensor: Tensor | None, dim: int = -1) -> list[Any]:
         """A tensor in the halves of a split layer; None gives None for each."""
@@ -308,12 +322,11 @@ class IntegerProduct(ModuleProxy):
             for part, half in zip(works, self._halves(work.get(name)), strict=True):
                 part[name] = None if half is None else half.contiguous()
         terms: list[tuple[tuple, dict[str, Tensor | None]]] = []
-        halves = zip(self._halves(x), works, layer.act_quantizers, self.zeros, self.parts, strict=True)
-        for values, pointwise, act, zero, weight in halves:
+        halves = zip(self._halves(x), works, layer.act_quantizers, self.parts, strict=True)
+        for values, pointwise, act, weight in halves:
             assert isinstance(weight, ExpandedWeight)
             form, corrects = launches.ByteFormat(act.n_bits, act.symmetric), weight.missing is not None
-            scale = act.scale.reshape(-1)
-            common = (scale, zero, index.index, act.n_bits, act.symmetric)
+            common = (act.scale.reshape(-1), act.zero_point.reshape(-1), index.index, act.n_bits, act.symmetric)
             stored = weight.integers.shape[3]
             out = launches.quantize(values, *common, self.padding, stored, corrects, **pointwise)
             low_first = [out[0]] if not form.wide else [out[1], out[0]]  # in the order of `terms`
@@ -348,16 +361,25 @@ class IntegerConv(IntegerProduct):
     """The common base of convolutions; they take and return deferred tensors."""
 
     def forward(self, x: Tensor) -> Tensor:
-        x = plain_tokens(x)
+        x = x if isinstance(x, DeviceTensor) else plain(x)
         source = x if isinstance(x, DeviceTensor) else DeviceTensor.wrap(x)
-        if source is None or not self.is_ready(source):
-            return self.simulate(x.values() if isinstance(x, DeferredTensor) else x)
+        if source is None or not self._takes(source):
+            return self.simulate(plain(x))
         values, affine, silu = source.operand()
         a, b = affine or (None, None)
-        dtype = _result_dtype(values)
+        dtype = _result_dtype(values, self.layer)
         launch = self._launch(values, dtype, {"a": a, "b": b, "silu": silu})
         shape = self._shape(source.shape4())
         return DeviceTensor.of(placeholder(shape, dtype), DeviceRows(None, values.device, launch), Epilogue())
+
+    def _takes(self, x: DeviceTensor) -> bool:
+        """Whether the kernels take an input."""
+        shape = x.shape4()
+        if len(shape) != len(self.layer.shape):
+            return False
+        height, width = shape[-2:] if len(shape) == 4 else (1, shape[2])
+        padded = (height + sum(self.padding[:2])) * (width + sum(self.padding[2:]))
+        return self.is_ready(x, shape[1], shape[0] * padded)
 
     def _shape(self, shape: torch.Size) -> tuple[int, ...]:
         """The shape of the result."""
@@ -389,10 +411,9 @@ class IntegerLinear(IntegerProduct):
     """A linear layer; it takes and returns deferred tokens."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(x, DeferredTensor):
-            x = x.values()
-        if not self.is_ready(x):
-            return self.simulate(plain_tokens(x))
+        x = x if isinstance(x, DeviceTokens) else plain(x)
+        if not self.is_ready(x, x.shape[-1], prod(x.shape[:-1])):
+            return self.simulate(plain(x))
         work: dict[str, Any] = {}
         data = x
         if isinstance(x, DeviceTokens):
@@ -405,8 +426,8 @@ class IntegerLinear(IntegerProduct):
             elif x.work.silu:
                 work, data = {"silu": True}, x.rows.plain()
             else:
-                data = x.values()
-        dtype = _result_dtype(data)
+                data = x.read()
+        dtype = _result_dtype(data, self.layer)
         launch = self._launch(data.reshape(1, 1, 1, -1, data.shape[-1]), dtype, work)
         shape = torch.Size((*x.shape[:-1], self.layer.shape[0]))
         return DeviceTokens.of(TokenRows(None, shape, data.device, launch), TokenWork(), dtype)
@@ -435,7 +456,6 @@ class IntegerAttention:
         self.index = index
         p, v = sorted(av.act_quantizers, key=lambda quantizer: not quantizer.is_softmax)
         self.quantizers = [*qk.act_quantizers, v, p]
-        self.zeros = [_zeros(quantizer) for quantizer in self.quantizers]
 
     @staticmethod
     def find_obstacle(qk: QuantMatMul, av: QuantMatMul) -> str | None:
@@ -460,28 +480,30 @@ class IntegerAttention:
         return None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, operand_scale: float) -> Tensor:
-        q, k, v = (plain_tokens(part) for part in (q, k, v))
+        q, k, v = (plain(part) for part in (q, k, v))
         if not self._takes(q, k):
             return self._simulate(q * operand_scale, k * operand_scale, v, scale)
         stored = launches.stored_head(q.shape[3])
         parts = []
-        factors = (operand_scale, operand_scale, 1.0)
-        for x, factor, quantizer, zero in zip((q, k, v), factors, self.quantizers, self.zeros, strict=False):
-            common = (quantizer.scale.reshape(-1), zero, self.index.index, quantizer.n_bits, quantizer.symmetric)
+        scales = [quantizer.scale.reshape(-1) for quantizer in self.quantizers]
+        zeros = [quantizer.zero_point.reshape(-1) for quantizer in self.quantizers]
+        operands = zip((q, k, v), (operand_scale, operand_scale, 1.0), self.quantizers, scales, zeros, strict=False)
+        for x, factor, quantizer, delta, zero in operands:
+            common = (delta, zero, self.index.index, quantizer.n_bits, quantizer.symmetric)
             rows = x.transpose(1, 2)[:, :, None]  # [N, heads, 1, T, d]
             parts.append(launches.quantize(rows, *common, NO_PADDING, stored, False, factor=factor)[0][:, 0])
-        scales = [quantizer.scale.reshape(-1) for quantizer in self.quantizers]
         bits = [quantizer.n_bits for quantizer in self.quantizers]
         signs = [quantizer.symmetric for quantizer in self.quantizers]
         return launches.attention(
-            *parts, scales, self.zeros, self.index.index, bits, signs, q.shape[2], q.shape[3], scale, _result_dtype(q)
+            *parts, scales, zeros, self.index.index, bits, signs, q.shape[2], q.shape[3], scale, _result_dtype(q)
         )
 
     def _takes(self, q: Tensor, k: Tensor) -> bool:
         quantized = all(quantizer.enabled for quantizer in self.quantizers)
         spans = [_span_limit(quantizer) for quantizer in self.quantizers]
         sums = max(spans[0] * spans[1] * launches.stored_head(q.shape[3]), spans[2] * spans[3] * k.shape[1])
-        fits = q.shape[3] <= launches.MAX_HEAD and sums < 2**31
+        bytes_stored = max(q[..., 0].numel(), k[..., 0].numel()) * launches.stored_head(q.shape[3])
+        fits = q.shape[3] <= launches.MAX_HEAD and sums < 2**31 and bytes_stored < launches.LARGEST
         return quantized and self.index.is_one_group() and fits and q.dtype in launches.DTYPES and q.numel() > 0
 
     def _simulate(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
