@@ -615,7 +615,7 @@ def attention(
             L=k.shape[1], D=width, DP=stored, Q_OFFSET=forms[0].offset, K_OFFSET=forms[1].offset,
             V_OFFSET=forms[2].offset, P_OFFSET=forms[3].offset, P_LOWEST=forms[3].bounds[0],
             P_HIGHEST=forms[3].bounds[1], WIDE=forms[3].wide, ROOM=forms[3].room, BM=rows, BL=KEYS,
-            num_warps=4 if stored <= 128 else 8, enable_fp_fusion=False,
+            num_warps=4 if stored <= 32 else 8, enable_fp_fusion=False,
         )  # fmt: skip
     return y
 
