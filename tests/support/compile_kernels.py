@@ -166,7 +166,7 @@ def normalize(c: int) -> None:
     launches.group_norm_map(torch.empty(2, 64, 64, c, dtype=torch.float16), torch.empty(c), torch.empty(c), 32, 1e-5)
 
 
-def attend(width: int, bits: int, keys: int = 4096) -> None:
+def attend(width: int, bits: int, keys: int) -> None:
     """An attention of 8 heads with probabilities of `bits` bits."""
     stored = launches.stored_head(width)
     q, k, v = (_bytes(16, length, stored) for length in (4096, keys, keys))
@@ -199,10 +199,12 @@ CASES: dict[str, Callable[[], None]] = {
     "quantize, wide layer norm": partial(quantize, c=1280, bits=12, layer_norm=1e-5),
     "quantize, GEGLU": partial(quantize, geglu=True),
     **{f"norm, {c} channels": partial(normalize, c) for c in (128, 320, 2560)},
-    **{f"attention, {d}, {p} bits": partial(attend, d, p) for d, p in product((32, 40, 80, 160, 256), (8, 16))},
-    "attention, 77 keys": partial(attend, 40, 8, 77),
+    **{
+        f"attention, {d}, {p} bits, {keys} keys": partial(attend, d, p, keys)
+        for d, p, keys in product((32, 40, 80, 160, 256), (8, 16), (4096, 77))
+    },
 }  # fmt: skip
-FEW = [(80, "product, large, full"), (90, "product, split, full"), (80, "attention, 40, 8 bits")]
+FEW = [(80, "product, large, full"), (90, "product, split, full"), (80, "attention, 40, 8 bits, 77 keys")]
 
 
 def main(which: str, pattern: str = "") -> None:
