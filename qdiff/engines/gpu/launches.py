@@ -570,6 +570,11 @@ def _queries(stored: int, wide: bool) -> int:
     return 32 if wide and stored >= 64 else 64
 
 
+def _key_stages(stored: int, keys: int) -> int:
+    """How many blocks of keys are on their way at a time; loading few small ones ahead spills registers."""
+    return 1 if keys <= 2 * KEYS and stored <= 64 else 3
+
+
 @torch.library.custom_op("qdiff::int8_attention", mutates_args=())
 def attention(
     q: Tensor,
@@ -615,7 +620,7 @@ def attention(
             L=k.shape[1], D=width, DP=stored, Q_OFFSET=forms[0].offset, K_OFFSET=forms[1].offset,
             V_OFFSET=forms[2].offset, P_OFFSET=forms[3].offset, P_LOWEST=forms[3].bounds[0],
             P_HIGHEST=forms[3].bounds[1], WIDE=forms[3].wide, ROOM=forms[3].room, BM=rows, BL=KEYS,
-            num_warps=4 if stored <= 32 else 8, enable_fp_fusion=False,
+            num_warps=4 if stored <= 128 else 8, num_stages=_key_stages(stored, k.shape[1]), enable_fp_fusion=False,
         )  # fmt: skip
     return y
 
