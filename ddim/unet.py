@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddim.config import ModelConfig
-from qdiff.layers import MatMul, fused_attention
+from qdiff.layers import MatMul, attend_sparingly, fused_attention
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
@@ -136,17 +136,19 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` [N, C, H, W] to the same shape."""
-        scale, width = x.shape[1] ** -0.5, x.shape[3]
-        h = self.norm(x)
+        h, width = self.norm(x), x.shape[3]
         q, k, v = (rearrange(layer(h), "n c h w -> n c (h w)") for layer in (self.q, self.k, self.v))
         if self.fused:
             q, k, v = (rearrange(part, "n c t -> n t c") for part in (q, k, v))
-            h = fused_attention(q, k, v, scale)
+            h = fused_attention(q, k, v, q.shape[2] ** -0.5)
             return x + self.proj_out(rearrange(h, "n (h w) c -> n c h w", w=width))
-        logits = self.qk(rearrange(q, "n c t -> n t c"), k) * scale  # [N, HW (query), HW (key)]
-        probabilities = torch.softmax(logits, dim=2)
-        h = self.av(v, rearrange(probabilities, "n query key -> n key query"))
+        h = attend_sparingly(self._attend, q, k, v)
         return x + self.proj_out(rearrange(h, "n c (h w) -> n c h w", w=width))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        logits = self.qk(rearrange(q, "n c t -> n t c"), k) * q.shape[1] ** -0.5  # [N, HW (query), HW (key)]
+        probabilities = torch.softmax(logits, dim=2)
+        return self.av(v, rearrange(probabilities, "n query key -> n key query"))
 
 
 class TimeEmbedding(nn.Module):
