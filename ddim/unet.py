@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddim.config import ModelConfig
-from qdiff.layers import AttentionCore, MatMul
+from qdiff.layers import AttentionCore, MatMul, attend_sparingly
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
@@ -136,17 +136,19 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` [N, C, H, W] to the same shape."""
-        scale, width = x.shape[1] ** -0.5, x.shape[3]
-        h = self.norm(x)
+        h, width = self.norm(x), x.shape[3]
         q, k, v = (rearrange(layer(h), "n c h w -> n c (h w)") for layer in (self.q, self.k, self.v))
         if self.core is not None:
             q, k, v = (rearrange(part, "n c t -> n t 1 c") for part in (q, k, v))
-            h = self.core(q, k, v, scale, 1.0)
+            h = self.core(q, k, v, q.shape[3] ** -0.5, 1.0)
             return x + self.proj_out(rearrange(h, "n (h w) 1 c -> n c h w", w=width))
-        logits = self.qk(rearrange(q, "n c t -> n t c"), k) * scale  # [N, HW (query), HW (key)]
-        probabilities = torch.softmax(logits, dim=2)
-        h = self.av(v, rearrange(probabilities, "n query key -> n key query"))
+        h = attend_sparingly(self._attend, q, k, v)
         return x + self.proj_out(rearrange(h, "n c (h w) -> n c h w", w=width))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        logits = self.qk(rearrange(q, "n c t -> n t c"), k) * q.shape[1] ** -0.5  # [N, HW (query), HW (key)]
+        probabilities = torch.softmax(logits, dim=2)
+        return self.av(v, rearrange(probabilities, "n query key -> n key query"))
 
 
 class TimeEmbedding(nn.Module):

@@ -7,7 +7,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qdiff.layers import AttentionCore, MatMul
+from qdiff.layers import AttentionCore, MatMul, attend_sparingly
 
 SLICE_BYTES = 2**28  # the largest matrix of attention probabilities that is in memory at a time
 
@@ -32,8 +32,9 @@ def sliced(
     bytes_per_entry = q.shape[1] * k.shape[1] * q.element_size()
     size = max(1, SLICE_BYTES // bytes_per_entry)
     if size >= len(q) or any(matmul.whole_batch for matmul in matmuls):
-        return attend(q, k, v)
-    return torch.cat([attend(q[i : i + size], k[i : i + size], v[i : i + size]) for i in range(0, len(q), size)])
+        return attend_sparingly(attend, q, k, v)
+    slices = (slice(start, start + size) for start in range(0, len(q), size))
+    return torch.cat([attend_sparingly(attend, q[part], k[part], v[part]) for part in slices])
 
 
 class QKVAttention(nn.Module):

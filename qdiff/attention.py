@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from qdiff.layers import MatMul
+from qdiff.layers import MatMul, attend_sparingly
 
 MatMulFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -155,15 +155,18 @@ def _attention(
         probabilities = _probabilities(matmuls[0](q, k.transpose(-2, -1)), mask)
         return matmuls[1](F.dropout(probabilities, dropout_p) if dropout_p else probabilities, v)
 
+    def sparingly(*parts: Tensor | None) -> Tensor:
+        return attend(*parts) if dropout_p else attend_sparingly(attend, *parts)  # type: ignore[arg-type]  # q, k, v, mask
+
     size = _slice_size(query, key, value, matmuls)
     if size >= len(query):
-        return attend(query, key, value, attn_mask)
+        return sparingly(query, key, value, attn_mask)
     slices = []
     for start in range(0, len(query), size):
         part = slice(start, start + size)
         sliced_mask = attn_mask is not None and attn_mask.dim() == query.dim() and len(attn_mask) > 1
         mask = attn_mask[part] if sliced_mask and attn_mask is not None else attn_mask
-        slices.append(attend(query[part], key[part], value[part], mask))
+        slices.append(sparingly(query[part], key[part], value[part], mask))
     return torch.cat(slices)
 
 

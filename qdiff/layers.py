@@ -14,6 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from qdiff import quantizers as Q
 from qdiff.scale_rules import choose_qparams
@@ -242,6 +243,7 @@ class QuantLayer(_Float32Buffers):
         quantized: whether the weight is that of the integers.
         dtype: the precision that the layer computes in.
         rounding: AdaRound's alpha of each half while it is learned, else None.
+        learned_weight: gives the weight while it is fine-tuned, anew in each forward pass; else None.
         shape: the shape of the whole weight, valid after `drop_weight` too.
         smoothing: float32 [C], a factor for each input channel (SmoothQuant, arXiv 2211.10438): the input is divided by
             it before it is quantized, and the weight is that of the layer times it. None: there is none.
@@ -271,9 +273,9 @@ class QuantLayer(_Float32Buffers):
         bias = layer.bias
         assert bias is None or isinstance(bias, Tensor)
         weight = self.weight_of(layer)
-        self.split = split
-        self.quantized = False
+        self.split, self.quantized = split, False
         self.rounding: list[Tensor] | None = None
+        self.learned_weight: Callable[[], Tensor] | None = None
         self.shape, self.dtype = weight.shape, weight.dtype
         self.register_buffer("_weight", weight, persistent=False)
         self.register_buffer("smoothing", None)
@@ -337,9 +339,7 @@ class QuantLayer(_Float32Buffers):
 
     def _along_channels(self, values: Tensor, dims: int) -> Tensor:
         """`values` [C] in a shape that broadcasts along the input channels of a tensor of `dims` dimensions."""
-        shape = [1] * dims
-        shape[self.channels] = -1
-        return values.view(shape)
+        return values.view([-1 if dim == self.channels % dims else 1 for dim in range(dims)])
 
     def set_integers(self, integers: list[Tensor]) -> None:
         """Fix the weight to `integers`, one tensor for each half; from now on `weight` is their dequantized value."""
@@ -351,7 +351,7 @@ class QuantLayer(_Float32Buffers):
         """Let the integers define the weight from now on, in the precision of the scales."""
         self._weight = None
         self.quantized = True
-        self.rounding = None
+        self.rounding = self.learned_weight = None
 
     def drop_weight(self) -> None:
         """Free integers and weight, because another module holds them; only `apply_weight` can be used afterwards."""
@@ -362,6 +362,8 @@ class QuantLayer(_Float32Buffers):
     @property
     def weight(self) -> Tensor:
         """The weight in full precision (float32 if it is smoothed), or the dequantized integers once they are set."""
+        if self.learned_weight is not None:
+            return self.learned_weight()
         if self._weight is None:
             with torch.no_grad():
                 whole = self._join([quantizer.dequantize() for quantizer in self.weight_quantizers])
@@ -612,6 +614,17 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, operand_scale
     # PyTorch's fast forms want the channels side by side in memory; otherwise it computes all T x S logits
     q, k, v = (part.transpose(1, 2).contiguous() for part in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, scale=scale * operand_scale**2).transpose(1, 2)
+
+
+def attend_sparingly(attend: Callable[..., Tensor], *parts: Tensor | None) -> Tensor:
+    """`attend(*parts)`, a part of an attention without randomness. On a GPU its activations do not stay in memory.
+
+    They hold several tensors as large as the attention probabilities. If there are gradients, they are computed again
+    in the backward pass (arXiv 1604.06174), one part after the other.
+    """
+    if torch.is_grad_enabled() and parts[0] is not None and parts[0].is_cuda:
+        return checkpoint(attend, *parts, use_reentrant=False, preserve_rng_state=False)
+    return attend(*parts)
 
 
 class QuantMatMul(nn.Module):

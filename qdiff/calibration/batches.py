@@ -58,19 +58,23 @@ def add_gradients(
     Returns:
         The loss over the whole batch, where the parameters are: reading it waits for the device.
     """
-    sums = [torch.zeros_like(parameter) for parameter in parameters]
+    sums: list[Tensor] = []
     device = parameters[0].device
     value = torch.zeros(1, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
 
     def work(part: Tensor) -> None:
         weighted = loss(part) * (len(part) / len(batch))
-        found = torch.autograd.grad(weighted, parameters, allow_unused=True, materialize_grads=True)
-        for total, gradient in zip(sums, found, strict=True):
-            total += gradient
+        found = list(torch.autograd.grad(weighted, parameters, allow_unused=True, materialize_grads=True))
+        added = []
+        for total in sums or map(torch.zeros_like, parameters):
+            # each is freed once it is added: together they may be as large as the network
+            added.append(total.add_(found.pop(0)))
+        sums[:] = added
         value.add_(weighted.detach())
 
     if len(mine := distributed.share(batch)):
         halving(work, mine, fitting)
+    sums = sums or [torch.zeros_like(parameter) for parameter in parameters]
     distributed.sum_over_ranks([*sums, value])
     for parameter, gradient in zip(parameters, sums, strict=True):
         parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient

@@ -21,6 +21,7 @@ from qdiff.scale_rules import search_range
 COMPENSATED = 1 / 8  # what it leaves of the squared error of nearest rounding, as measured
 DAMPING = 0.01  # added to the diagonal of the moments, as a share of its mean
 BLOCK = 128  # columns whose errors are moved together
+MATRICES = 4  # [K, K] in float64 that are in memory at once while a layer is rounded
 ROWS_PER_COLUMN, LEAST_ROWS, MOST_ROWS = 24, 2**14, 2**17  # of the inputs that moments are taken from
 
 
@@ -54,8 +55,8 @@ class Moments:
         weighted, device = quantized * weights[:, None], self.full.device
         self.full += (full * weights[:, None]).double().sum(0).to(device)
         self.quantized += weighted.double().sum(0).to(device)
-        self.cross += (full.T @ weighted).to(device, torch.float64)
-        self.square += (quantized.T @ weighted).to(device, torch.float64)
+        self.cross += (full.T @ weighted).to(device)
+        self.square += (quantized.T @ weighted).to(device)
         self.weight += float(weights.double().sum())
 
     def smooth(self, factors: Tensor) -> None:
@@ -65,12 +66,18 @@ class Moments:
         self.cross = self.cross / factors
         self.square = self.square / torch.outer(factors, factors)
 
-    def centered(self) -> tuple[Tensor, Tensor]:
-        """(cross, square) of the inputs without their means."""
-        return (
-            self.cross - torch.outer(self.full, self.quantized) / self.weight,
-            self.square - torch.outer(self.quantized, self.quantized) / self.weight,
-        )
+    def take(self, centered: bool) -> tuple[Tensor, Tensor]:
+        """(cross, square), which are not held here any more: they are large.
+
+        Args:
+            centered: of the inputs without their means.
+        """
+        cross, square = self.cross, self.square
+        self.cross = self.square = square.new_empty(0)
+        if centered:
+            cross -= torch.outer(self.full, self.quantized).div_(self.weight)
+            square -= torch.outer(self.quantized, self.quantized).div_(self.weight)
+        return cross, square
 
 
 class RowSampler:
@@ -197,7 +204,7 @@ def gather_moments(
     """
     full_layer, layer = layers
     columns = math.prod(layer.shape[1:]) * groups_of(layer)
-    device = torch.device("cpu") if layer.weight.device.type == "mps" else layer.weight.device
+    device = _device_of_moments(layer.weight.device, columns)
     moments, some, share = Moments.zeros(columns, device), [], 0.0
     sampler = RowSampler(layer, 1.0, seed)
     for batch in batches:
@@ -211,6 +218,17 @@ def gather_moments(
             moments.add(rows_full, rows, _row_weights(full_layer, x_full, positions))
             some.append(rows[: max(1, 4096 // len(batches))])
     return moments, torch.cat(some)
+
+
+def _device_of_moments(device: torch.device, columns: int) -> torch.device:
+    """Where moments of `columns` columns lie: with the network if it computes in float64 and has room for them.
+
+    The room is a share of all memory, not of what is free now, because a resumed calibration must choose the same.
+    """
+    size = MATRICES * columns**2 * torch.float64.itemsize
+    if device.type == "mps" or (device.type == "cuda" and size > torch.cuda.mem_get_info(device)[1] / 2):
+        return torch.device("cpu")
+    return device
 
 
 def _row_weights(layer: QuantLayer, x: Tensor, positions: Tensor) -> Tensor:
@@ -243,25 +261,28 @@ def round_compensated(layer: QuantLayer, moments: Moments) -> None:
 
     Args:
         layer: the layer, with its weight in full precision, smoothed.
-        moments: of its inputs, smoothed in the quantized network.
+        moments: of its inputs, smoothed in the quantized network. They are used up.
     """
     device = moments.square.device
     weight = layer.weight.detach().flatten(1).to(device, torch.float64)  # [N, K / groups]
     original = (
         weight if layer.smoothing is None else weight / expand_channels(layer, layer.smoothing.double().to(device))
     )
-    cross, square = moments.centered() if layer.bias is not None else (moments.cross, moments.square)
+    importance = moments.square.diagonal().clone()
+    cross, square = moments.take(centered=layer.bias is not None)
     groups, width = groups_of(layer), weight.shape[1]
     parts = [
         (rows, slice(group * width, (group + 1) * width))
         for group, rows in enumerate(torch.arange(len(weight)).chunk(groups))
     ]
+    outputs = [original[rows] @ cross[columns, columns] for rows, columns in parts]
+    del cross
     solved = [
-        _least_squares(weight[rows], original[rows] @ cross[columns, columns], square[columns, columns])
-        for rows, columns in parts
+        _least_squares(weight[rows], output, square[columns, columns])
+        for (rows, columns), output in zip(parts, outputs, strict=True)
     ]
     target = torch.cat([own for own, _ in solved])
-    scales, zeros = _weight_grids(layer, target, moments.square.diagonal())
+    scales, zeros = _weight_grids(layer, target, importance)
     high = 2**layer.weight_quantizer.n_bits - 1
     values = torch.cat(
         [
@@ -306,7 +327,7 @@ def _least_squares(weight: Tensor, outputs: Tensor, square: Tensor) -> tuple[Ten
     Args:
         weight: the weight as it is, [N, K]; damping pulls towards it.
         outputs: sum of (full-precision outputs)^T (quantized inputs), [N, K].
-        square: moments of the quantized inputs, [K, K].
+        square: moments of the quantized inputs, [K, K]; damped in place.
 
     Returns:
         The weight, and the damped moments; (weight, None) if there were no inputs but zeros.
@@ -315,8 +336,8 @@ def _least_squares(weight: Tensor, outputs: Tensor, square: Tensor) -> tuple[Ten
     if not float(mean) > 0:
         return weight, None
     damping = DAMPING * mean
-    damped = square + torch.eye(len(square), dtype=square.dtype, device=square.device) * damping
-    return torch.linalg.solve(damped, (outputs + damping * weight).T).T, damped
+    square.diagonal().add_(damping)
+    return torch.linalg.solve(square, (outputs + damping * weight).T).T, square
 
 
 def _round_columns(weight: Tensor, hessian: Tensor | None, scales: Tensor, zeros: Tensor, high: int) -> Tensor:
@@ -324,9 +345,24 @@ def _round_columns(weight: Tensor, hessian: Tensor | None, scales: Tensor, zeros
     if hessian is None:
         return torch.clamp((weight / scales).round() + zeros, 0, high)
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    w, scales, zeros = weight[:, order].clone(), scales[:, order], zeros[:, order]
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
-    factor = torch.linalg.cholesky(inverse, upper=True)
+    factor = torch.linalg.cholesky(
+        torch.cholesky_inverse(torch.linalg.cholesky(hessian[order[:, None], order])), upper=True
+    )
+    integers = _move_errors(weight[:, order], factor, scales[:, order], zeros[:, order], high)
+    return integers[:, torch.argsort(order)]
+
+
+def _move_errors(weight: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, high: int) -> Tensor:
+    """The integers of a weight [N, K], column by column; what a column's error does is taken from the later ones.
+
+    Args:
+        weight: the weight, [N, K].
+        factor: the upper Cholesky factor of the inverse moments, [K, K].
+        scales: of every element, [N, K].
+        zeros: of every element, [N, K].
+        high: the largest integer.
+    """
+    w = weight.clone()
     integers = torch.empty_like(w)
     for start in range(0, w.shape[1], BLOCK):
         stop = min(start + BLOCK, w.shape[1])
@@ -342,7 +378,7 @@ def _round_columns(weight: Tensor, hessian: Tensor | None, scales: Tensor, zeros
             errors[:, i] = (own[:, i] - (q - zero) * scale) / upper[i, i]
             own[:, i + 1 :] -= errors[:, i, None] * upper[i, i + 1 :]
         w[:, stop:] -= errors @ factor[start:stop, stop:]
-    return integers[:, torch.argsort(order)]
+    return integers
 
 
 def _shift_bias(layer: QuantLayer, original: Tensor, moments: Moments, groups: int) -> None:

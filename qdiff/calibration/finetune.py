@@ -11,6 +11,7 @@ Everything is trained in steps relative to its size, so the result does not depe
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -86,12 +87,17 @@ class LayerWeight:
         self.trained += [Trained(value, 1.0, rate) for value in self.values]
 
     def apply(self, learning: bool) -> None:
-        """Put the weight into the layer, with gradients if `learning`, else as integers."""
+        """Let the layer take its weight from here. Whether there are gradients, the forward pass decides."""
+        self.layer.freeze()  # its weight of before is not needed
+        self.layer.learned_weight = self.weight
+
+    def weight(self) -> Tensor:
+        """The weight, computed in the layer's forward pass, because those of all layers would fill the memory."""
         parts = []
         for quantizer, factor, value in zip(self.quantizers, self.factors, self.values, strict=True):
             integers = Q.round_ste(value.clamp(*Q.integer_range(quantizer.n_bits, symmetric=False)))
             parts.append(dequantize(integers, quantizer.scale * factor.exp(), quantizer.zero_point))
-        self.layer.weight = self.layer._join(parts if learning else [part.detach() for part in parts])
+        return self.layer._join(parts)
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -136,6 +142,7 @@ class FineTuner:
         self.groups += [LayerWeight(layer, config.lr_tune) for layer in layers]
         self.trained = [one for group in self.groups for one in group.trained]
         self.trained += self._affine_parameters()
+        self.unneeded = self._unneeded() if self.device.type == "cuda" else []
 
     def run(self, on_iteration: OnIteration) -> UnitResult:
         """Train by Adam; the parameters with the least validation loss stay, the first ones included.
@@ -145,18 +152,21 @@ class FineTuner:
         Args:
             on_iteration: called with the loss after every iteration.
         """
+        self.targets = self._find_targets()
+        with _on_cpu(self.unneeded, self.device):
+            return self._run(on_iteration)
+
+    def _run(self, on_iteration: OnIteration) -> UnitResult:
         config, tensors = self.config, [one.tensor for one in self.trained]
         iterations = config.iters_tune if self.trains_weights else config.iters_tune_a
-        self.targets = self._find_targets()
         before = best = self.validation_loss()
-        best_values = [tensor.detach().clone() for tensor in tensors]
+        best_values = _copies(tensors)
         generator = torch.Generator().manual_seed(config.seed)
         groups = [{"params": [one.tensor], "lr": one.rate * one.size} for one in self.trained]
-        optimizer = torch.optim.Adam(groups)
+        optimizer = torch.optim.Adam(groups, foreach=False)  # all at once takes more memory
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=iterations)
         for iteration in range(iterations):
             batch = torch.randint(0, len(self.data.train), (config.batch_tune,), generator=generator)
-            optimizer.zero_grad()
             try:
                 loss = add_gradients(self.training_loss, batch, tensors, self.fitting)
             except (RuntimeError, MemoryError) as failure:
@@ -168,12 +178,13 @@ class FineTuner:
                 assert one.tensor.grad is not None  # set by add_gradients
                 one.tensor.grad *= one.size
             optimizer.step()
+            optimizer.zero_grad()
             schedule.step()
             done = iteration + 1
             if done % max(1, iterations // VALIDATIONS) == 0 or done == iterations:
                 error = self.validation_loss()
                 if error < best:
-                    best, best_values = error, [tensor.detach().clone() for tensor in tensors]
+                    best, best_values = error, _copies(tensors)
             on_iteration(loss)
         self._finish(best_values)
         return UnitResult(before, best)
@@ -229,6 +240,12 @@ class FineTuner:
             group.finish()
         self.quantized.requires_grad_(False)
 
+    def _unneeded(self) -> list[nn.Module]:
+        """The layers of the full-precision network that share nothing with the quantized one."""
+        shared = {id(parameter) for parameter in self.quantized.parameters()}
+        layers = [self.model.get_submodule(path) for path in quant_layers(self.quantized)]
+        return [layer for layer in layers if shared.isdisjoint(map(id, layer.parameters()))]
+
     def _affine_parameters(self) -> list[Trained]:
         """Biases and norm affines as parameters of their own, not shared with the full-precision network."""
         rate, found = self.config.lr_tune * AFFINE_SHARE, []
@@ -244,6 +261,23 @@ class FineTuner:
     def _run_few(self) -> None:
         few = torch.arange(min(SIZE_SAMPLES, len(self.data)))
         self.data.run(self.quantized, few, self.device)
+
+
+def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies of tensors, in the CPU's memory."""
+    return [tensor.detach().to("cpu", copy=True) for tensor in tensors]
+
+
+@contextmanager
+def _on_cpu(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    """Keep modules that the work inside does not need in the CPU's memory."""
+    try:
+        for module in modules:
+            module.to("cpu")
+        yield
+    finally:
+        for module in modules:
+            module.to(device)
 
 
 def affine_names(quantized: nn.Module) -> Iterator[tuple[str, str]]:

@@ -7,23 +7,19 @@ from functools import partial
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from qdiff.layers import QuantMatMul
-
-
-def attentions(unit: nn.Module) -> list[nn.Module]:
-    """The modules inside `unit` that hold attention matmuls; their activations are as large as T x T."""
-    return [module for module in unit.modules() if any(isinstance(child, QuantMatMul) for child in module.children())]
-
 
 @contextmanager
 def recomputed(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Forward passes inside keep the inputs of these modules alone for the backward pass (arXiv 1604.06174).
 
-    The modules must not change between the forward and the backward pass, and have no random part.
+    The modules must not change between the forward and the backward pass, and have no random part. One inside another
+    is computed again with it.
     """
+    modules = list(modules)
+    inner = {id(part) for module in modules for part in module.modules() if part is not module}
     with ExitStack() as stack:
         for module in modules:
-            if "forward" in vars(module):  # it is replaced already, by a caller
+            if id(module) in inner or "forward" in vars(module):  # the latter is replaced already, by a caller
                 continue
             forward = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
             module.forward = forward

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from qdiff import quantizers as Q
 from qdiff.calibration.batches import add_gradients, in_batches, mean_loss
-from qdiff.calibration.recompute import attentions, recomputed
 from qdiff.config import CalibrationConfig
 from qdiff.layers import ActQuantizer, QuantLayer, QuantLinear
 from qdiff.utils import distributed
@@ -52,8 +51,7 @@ class UnitData:
 
         def loss(part: Tensor) -> Tensor:
             inputs, target = self.read(part)
-            with recomputed(attentions(unit) if target.is_cuda else ()):
-                return reconstruction_loss(self.call(unit, inputs).float(), target, p)
+            return reconstruction_loss(self.call(unit, inputs).float(), target, p)
 
         return add_gradients(loss, batch, parameters, self.fitting)
 

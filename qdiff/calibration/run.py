@@ -412,8 +412,7 @@ class _Run:
 
     def _finetune(self, on_iteration: OnIteration, weights: bool) -> UnitResult:
         calibration = self.calibration
-        units = [self.quantized.get_submodule(path) for path in self.order.units]
-        blocks = [unit for unit in units if not isinstance(unit, QuantLayer)]
+        blocks = [self.quantized.get_submodule(path) for path in self.order.units]
         tuner = FineTuner(
             calibration.model, self.quantized, self.data, self.config, calibration.prediction, weights, blocks
         )

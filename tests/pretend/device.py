@@ -2,12 +2,16 @@
 
 A tensor "on cuda" is a wrapper whose device says cuda:0 and that holds a CPU tensor. Every operator is checked by the
 rules of CUDA (all operands on one device, except for CPU scalars in pointwise operators, CPU indices and copies), then
-run on the CPU tensors inside. So a mixture of devices raises, and synchronizations, copies between devices, launches
-and the memory formats of convolutions are counted.
+run on the CPU tensors inside. So a mixture of devices raises, and synchronizations, copies between devices, launches,
+the memory formats of convolutions and live memory are counted.
+
+With `sizes_only` the tensors inside are on the meta device: nothing is computed, so full-size networks can be counted.
+Every number that reaches the CPU is then 1, and `any` is false: nothing differs, and nothing is not a number.
 """
 
 import contextlib
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 
@@ -35,6 +39,49 @@ class DeviceMismatch(RuntimeError):
     """An operator of CUDA would have refused these operands."""
 
 
+class Memory:
+    """Live memory on the pretended device, in blocks of 512 bytes as PyTorch's allocator for CUDA hands them out.
+
+    What the libraries of CUDA hold themselves (workspaces, kernels) and what fragmentation wastes is not counted.
+
+    Attributes:
+        live: bytes now.
+        peak: the most bytes since `restart`.
+        limit: bytes of the device; a block beyond it is out of memory.
+    """
+
+    BLOCK = 512
+
+    def __init__(self) -> None:
+        self.blocks: dict[int, int] = {}
+        self.live = self.peak = 0
+        self.limit: float = float("inf")
+
+    def restart(self) -> None:
+        """The peak begins again from here."""
+        self.peak = self.live
+
+    def hold(self, inner: Tensor) -> None:
+        """Count the storage of a tensor until it is freed; views share one."""
+        storage = inner.untyped_storage()
+        key = storage._cdata
+        if key in self.blocks:
+            return
+        size = -(-storage.nbytes() // self.BLOCK) * self.BLOCK
+        if self.live + size > self.limit:
+            raise torch.OutOfMemoryError(f"CUDA out of memory: {size} bytes beyond {self.live} of {self.limit}")
+        self.blocks[key] = size
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._free, key)
+
+    def _free(self, key: int) -> None:
+        self.live -= self.blocks.pop(key)
+
+
+MEMORY = Memory()
+
+
 class Counts:
     """What was counted.
 
@@ -44,9 +91,11 @@ class Counts:
         copies: from the CPU to the GPU without waiting.
         formats: of the outputs of convolutions.
         bytes: that launches read and write.
+        sizes_only: tensors have no numbers.
     """
 
     def __init__(self) -> None:
+        self.sizes_only = False
         self.reset()
 
     def reset(self) -> None:
@@ -83,6 +132,7 @@ class Pretended(Tensor):
             requires_grad=False,
         )
         result.inner = inner
+        MEMORY.hold(inner)
         return result
 
     def __repr__(self) -> str:
@@ -97,7 +147,7 @@ class Pretended(Tensor):
 
     def tolist(self):
         COUNTS.waits["read", _place()] += 1
-        return self.inner.tolist()
+        return _to_cpu(self.inner).tolist()
 
     def __format__(self, form: str) -> str:
         return format(self.item(), form) if self.dim() == 0 else object.__format__(self, form)
@@ -115,7 +165,20 @@ def _place() -> str:
 
 
 def _unwrap(x):
-    return x.inner if isinstance(x, Pretended) else x
+    if isinstance(x, Pretended):
+        return x.inner
+    return x.to("meta") if COUNTS.sizes_only and isinstance(x, Tensor) else x
+
+
+def _on_cpu(x: Tensor) -> Tensor:
+    return _to_cpu(x.inner) if isinstance(x, Pretended) else x
+
+
+def _to_cpu(inner: Tensor) -> Tensor:
+    """The numbers of a tensor on the CPU; ones if there are none, zeros for results of `any`."""
+    if not inner.is_meta:
+        return inner
+    return torch.full(inner.shape, 0 if getattr(inner, "is_any", False) else 1, dtype=inner.dtype)
 
 
 def _wrap(x):
@@ -145,8 +208,16 @@ def _run(func, args: tuple, kwargs: dict):
     if name in WAITS or masks or (name == "repeat_interleave" and len(args) == 1):
         COUNTS.waits["wait " + name, _place()] += 1
     named = {key: _unwrap(value) for key, value in kwargs.items() if key not in ("device", "pin_memory")}
+    if name == "_local_scalar_dense":
+        return func(_to_cpu(args[0].inner))
+    if COUNTS.sizes_only and target is not None:
+        named["device"] = "meta"
+    if COUNTS.sizes_only and name.endswith("_") and torch.Tag.pointwise in func.tags and isinstance(args[0], Pretended):
+        return _account(func, name, args, kwargs, here, args[0].inner)  # it would change nothing but numbers
     out = func(*_half_to_float(name, tree_map(_unwrap, args)), **tree_map(_unwrap, named))
-    return out if name == "_local_scalar_dense" else _account(func, name, args, kwargs, here, out)
+    if COUNTS.sizes_only and name == "any":
+        out.is_any = True
+    return _account(func, name, args, kwargs, here, out)
 
 
 def _half_to_float(name: str, args: tuple) -> tuple:
@@ -158,13 +229,17 @@ def _convert(func, source: Tensor, kwargs: dict):
     """`to`: between devices and types."""
     target = torch.device(kwargs.get("device") or source.device)
     named = {key: value for key, value in kwargs.items() if key not in ("device", "non_blocking", "pin_memory")}
-    out = func(_unwrap(source), **named)
-    _count_copy(target.type == "cuda", isinstance(source, Pretended), kwargs.get("non_blocking", False), source, out)
-    return _wrap(out) if target.type == "cuda" else out
+    to_cuda, from_cuda = target.type == "cuda", isinstance(source, Pretended)
+    out = func(_unwrap(source) if to_cuda else _on_cpu(source), **named)
+    _count_copy(to_cuda, from_cuda, kwargs.get("non_blocking", False), source, out)
+    return _wrap(out) if to_cuda else out
 
 
 def _copy(func, target: Tensor, source: Tensor, non_blocking: bool = False):
-    func(_unwrap(target), _unwrap(source))
+    if isinstance(target, Pretended):
+        func(target.inner, _unwrap(source))
+    else:
+        func(target, _on_cpu(source))
     _count_copy(isinstance(target, Pretended), isinstance(source, Pretended), non_blocking, source, target)
     return target
 
@@ -242,6 +317,11 @@ class _Mode(TorchDispatchMode):
         return _run(func, args, kwargs or {})
 
 
+def _free_and_total(*_args) -> tuple[int, int]:
+    total = min(MEMORY.limit, 80 * 2**30)
+    return int(total - MEMORY.live), int(total)
+
+
 class _Stream:
     """A stream on which nothing waits."""
 
@@ -253,8 +333,13 @@ class _Stream:
 
 
 @contextlib.contextmanager
-def pretended_cuda() -> Iterator[Counts]:
-    """Inside, `cuda` is a device that works; what happens is counted from 0."""
+def pretended_cuda(sizes_only: bool = False, limit: float = float("inf")) -> Iterator[Counts]:
+    """Inside, `cuda` is a device that works; what happens is counted from 0.
+
+    Args:
+        sizes_only: tensors have no numbers.
+        limit: bytes of the device.
+    """
     from torch.amp import autocast_mode
     from torch.cuda.amp import common
 
@@ -272,15 +357,14 @@ def pretended_cuda() -> Iterator[Counts]:
         (torch.cuda, "is_current_stream_capturing", lambda: False),
         (torch.cuda, "get_device_capability", lambda *_: (7, 5)),
         (torch.cuda, "get_device_name", lambda *_: "pretended card"),
-        *((torch.cuda, name, nothing) for name in ("empty_cache", "reset_peak_memory_stats", "memory_allocated")),
-        *(
-            (torch.cuda, name, nothing)
-            for name in ("max_memory_allocated", "synchronize", "current_device", "set_device")
-        ),
+        *((torch.cuda, name, nothing) for name in ("empty_cache", "synchronize", "current_device", "set_device")),
+        (torch.cuda, "memory_allocated", lambda *_: MEMORY.live),
+        (torch.cuda, "max_memory_allocated", lambda *_: MEMORY.peak),
+        (torch.cuda, "reset_peak_memory_stats", lambda *_: MEMORY.restart()),
         (torch.cuda, "Stream", _Stream),
         (torch.cuda, "stream", lambda _: contextlib.nullcontext()),
         (torch.cuda, "current_stream", _Stream),
-        (torch.cuda, "mem_get_info", lambda *_: (80 * 2**30, 80 * 2**30)),
+        (torch.cuda, "mem_get_info", _free_and_total),
         (common, "amp_definitely_not_available", lambda: False),
         (autocast_mode, "amp_definitely_not_available", lambda: False),
     ]
@@ -293,10 +377,13 @@ def pretended_cuda() -> Iterator[Counts]:
     lift = torch._C._only_lift_cpu_tensors()
     torch._C._set_only_lift_cpu_tensors(True)
     COUNTS.reset()
+    COUNTS.sizes_only, MEMORY.limit = sizes_only, MEMORY.live + limit
+    MEMORY.restart()
     try:
         with torch.autograd.set_multithreading_enabled(False), _Mode():
             yield COUNTS
     finally:
+        COUNTS.sizes_only, MEMORY.limit = False, float("inf")
         torch._C._set_only_lift_cpu_tensors(lift)
         torch.__future__.set_overwrite_module_params_on_conversion(overwrite)
         for owner, name, value in before:

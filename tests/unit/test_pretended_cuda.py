@@ -41,8 +41,11 @@ def guard() -> Path:
 @pytest.mark.multiprocess
 @pytest.mark.skipif(torch.backends.cuda.is_built(), reason="this build of PyTorch has CUDA: `make test-gpu` tests it")
 @pytest.mark.skipif(sys.platform != "linux", reason="the guard is loaded in the way of Linux")
-def test_all_paths_run_on_a_pretended_device():
+@pytest.mark.parametrize("chosen", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_all_paths_run_on_a_pretended_device(chosen):
+    """The slow ones count the memory of full-size networks."""
     command = [sys.executable, str(FOLDER / "run.py"), str(guard()), "-q", "-o", "addopts=", "-p", "no:cacheprovider"]
-    result = subprocess.run([*command, str(FOLDER)], capture_output=True, text=True, timeout=900, cwd=REPOSITORY)
+    command += ["-m", chosen, str(FOLDER)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=1800, cwd=REPOSITORY)
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-1000:]
     assert "skipped" not in result.stdout.splitlines()[-1]
