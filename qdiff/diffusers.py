@@ -509,8 +509,8 @@ def export_network(path: str | Path, network: nn.Module, batch_size: int | None 
     """
     call = getattr(getattr(network, "hf_quantizer", None), "call", None)
     if call is None or has_engine(network):
-        reason = "runs on an engine" if has_engine(network) else "does not say its inputs"
-        raise ConfigError(f": it {reason}: expected the simulated network of quantize_pipeline", field="network")
+        reason = "runs on an engine" if has_engine(network) else "its inputs are not known"
+        raise ConfigError(f": {reason}: expected the simulated network of quantize_pipeline", field="network")
     free: list[dict[int, str]] = []  # of each tensor
 
     def example(spec: dict[str, Any], name: str) -> Any:

@@ -245,7 +245,7 @@ def export_onnx(
             )
     except torch.onnx.OnnxExporterError as error:
         free = sorted({name for axes in dynamic for name in axes.values()})
-        sizes = f" with any {', '.join(free)}" if free else ""
+        sizes = f" with any {', '.join(free)} (fixed sizes may work)" if free else ""
         raise ConfigError(f"the network cannot be exported{sizes}: {_reason(error)}") from error
     assert program is not None  # it is None only if the export writes the file itself
     proto = program.model_proto
