@@ -264,6 +264,8 @@ def _read_first_stage(folder: DiffusersFolder, image_size: int) -> tuple[ModuleS
     }
     # older files of VQModel do not have the factor, because latents were not scaled
     scale_factor = settings.get("scaling_factor", float, 0.18215 if is_kl else 1.0)
+    if not scale_factor > 0:
+        settings.refuse("scaling_factor", ": expected a positive number", scale_factor)
     params: dict[str, Any] = {"embed_dim": channels, "ddconfig": networks}
     if not is_kl:
         params["embed_dim"] = settings.get("vq_embed_dim", int | None, None) or channels

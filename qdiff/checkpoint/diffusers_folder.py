@@ -201,9 +201,16 @@ class Part:
         return str(name)
 
     def settings(self, *classes: str) -> Settings:
-        """Return the settings of a part that has one of these classes. ConfigError if it has another."""
+        """Return the settings of a part that has one of these classes.
+
+        Raises:
+            ConfigError: it has another class, or its weights are quantized.
+        """
         if self.class_name not in classes:
             raise ConfigError(f"{self.file}: class {self.class_name}: expected {' or '.join(classes)}")
+        if isinstance(quantization := self.values.get("quantization_config"), Mapping):
+            found = quantization.get("quant_method")
+            raise ConfigError(f"{self.file}: weights quantized by {found}: expected full precision")
         return Settings(self.file, self.values)
 
     def tensors(self) -> dict[str, Tensor]:

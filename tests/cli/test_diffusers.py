@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import inspect
 import json
 import logging
 import re
@@ -23,16 +24,17 @@ from ddim.config import load_config
 from ddim.weights import load_unet
 from qdiff.calls import map_leaves
 from qdiff.checkpoint.packed import PackedFile
-from qdiff.diffusers import quantize_pipeline
+from qdiff.diffusers import export_network, quantize_pipeline
 from qdiff.engines import probe
-from qdiff.engines.onnx import export_onnx
+from qdiff.engines.onnx import NestedCall
 from qdiff.engines.select import apply_engine
 from qdiff.errors import CheckpointError, ConfigError, MissingExtra
 from qdiff.layers import LAYER_TYPES
 from qdiff.model import enable_activations, quant_layers
 from qdiff.structure import describe
 from tests.cli.test_docs import blocks
-from tests.support.commands import REPOSITORY
+from tests.support import commands
+from tests.support.commands import REPOSITORY, fails, succeeded
 from tests.support.pipelines import CASES, LENGTH, PROMPTS, QUICK, quantized
 
 NAMES = list(CASES)
@@ -488,22 +490,70 @@ def test_compiled_networks_give_the_same(name):
     assert compiled_error(nn.Module.double(model), call, "inductor") < 1e-6
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["ddim", "sd"])
-def test_the_unet_becomes_onnx(name, tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    model = network(name, shared(name))
-    inputs = [torch.randn(2, model.config.in_channels, 8, 8), torch.full((2,), 500.0), torch.randn(2, LENGTH, 16)]
-    axes = [{0: "batch"}, {0: "batch"}, {0: "batch", 1: "length"}]
-    count = 3 if name == "sd" else 2
-    export_onnx(tmp_path / "unet.onnx", model, inputs[:count], axes[:count])
-    session = onnxruntime.InferenceSession(tmp_path / "unet.onnx", providers=["CPUExecutionProvider"])
-    names = [entry.name for entry in session.get_inputs()]
-    assert names == ["x", "t", "context"][:count]
-    (found,) = session.run(None, {key: tensor.numpy() for key, tensor in zip(names, inputs, strict=False)})
+SLOW_EXPORTS = [pytest.param(name, marks=pytest.mark.slow) for name in NAMES if name not in ("ddpm", "dit")]
+
+
+@pytest.mark.parametrize("name", ["dit", *SLOW_EXPORTS])
+def test_the_network_of_a_saved_pipeline_becomes_onnx(name, tmp_path):
+    runtime = pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
+    pipe, file = shared(name), tmp_path / "network.onnx"
+    pipe.save_pretrained(tmp_path)
+    succeeded(commands.run("export.py", "--cali_ckpt", tmp_path, "-o", file))
+    (x, *others), kwargs = map_leaves(in_float32, by_position(name, recorded_call(name)))
+    is_unet = CASES[name].network == "unet"
+    x = torch.cat([x, x.flip(3)], 3) if is_unet else x  # wider than the calibration samples
+    call = [x, *others], kwargs
+    options = runtime.SessionOptions()
+    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL  # node by node, as the file says
+    session = runtime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    given = NestedCall(network(name, pipe), *call).tensors
+    given = {key: tensor if tensor.dim() else tensor.expand(len(x)) for key, tensor in given.items()}
+    assert [entry.name for entry in session.get_inputs()] == list(given)
+    assert session.get_inputs()[0].shape[0] == "batch" and session.get_outputs()[0].name == "out_sample"
+    (found,) = session.run(None, {key: tensor.numpy() for key, tensor in given.items()})
     with torch.no_grad():
-        expected = model(*inputs[:count]).sample
-    assert relative_error(torch.from_numpy(found), expected) < 1e-5
+        (expected,) = network(name, pipe)(*call[0], **call[1])
+    assert relative_error(torch.from_numpy(found), expected) < 1e-3  # a value between two integers may fall elsewhere
+
+
+def by_position(name: str, call: tuple[tuple, dict]) -> tuple[tuple, dict]:
+    """The same call with the first input of the network by position, which some pipelines give by name."""
+    args, kwargs = call
+    first = next(iter(inspect.signature(network(name, original(name)).forward).parameters))
+    return (args, kwargs) if args else ((kwargs[first],), {key: kwargs[key] for key in kwargs if key != first})
+
+
+def test_a_call_is_described_without_its_values():
+    call = shared("sdxl").unet.hf_quantizer.call
+    sample, time = call["args"]
+    assert sample == {"shape": [None, 4, 8, 8], "dtype": "float32"} and time == {"shape": [None], "dtype": "int64"}
+    added = {"text_embeds": [None, 16], "time_ids": [None, 6]}
+    found = call["kwargs"]["added_cond_kwargs"]
+    assert {key: spec["shape"] for key, spec in found.items()} == added and call["kwargs"]["return_dict"] is False
+    ids = shared("flux").transformer.hf_quantizer.call["kwargs"]["img_ids"]
+    assert ids["shape"] == [16, 3]  # it has no samples
+
+
+def test_what_cannot_be_exported_is_refused(saved, tmp_path):
+    full = tmp_path / "full"
+    original("ddim").save_pretrained(full)
+    (tmp_path / "empty").mkdir()
+    shutil.copytree(saved / "dit" / "transformer", tmp_path / "foreign")
+    config = tmp_path / "foreign" / "config.json"
+    config.write_text(config.read_text(encoding="utf-8").replace("DiTTransformer2DModel", "DDIMScheduler"))
+    for folder, words, message in (
+        (full, [], "not quantized: expected a network that quantize_pipeline has quantized"),
+        (tmp_path / "empty", [], "expected a file, or the folder of a quantized pipeline"),
+        (tmp_path / "foreign", [], "class DDIMScheduler: expected a network of diffusers"),
+        (saved / "dit", ["--weight_bit", 4], "--weight_bit 4: acts only for a calibrated file"),
+        (saved / "dit", ["--H", 32], "--H 32: acts only for a calibrated file"),
+    ):
+        fails(commands.run("export.py", "--cali_ckpt", folder, *words, "-o", tmp_path / "a.onnx"), message)
+    words = ["export.py", "--cali_ckpt", saved / "dit", "-o", tmp_path / "a.pth"]
+    fails(commands.run(*words), "expected a name ending in .onnx")
+    assert not list(tmp_path.glob("a.*"))
+    with pytest.raises(ConfigError, match="network: its inputs are not known"):
+        export_network(tmp_path / "a.onnx", original("dit").transformer)
 
 
 @torch.no_grad()
