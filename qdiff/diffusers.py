@@ -485,7 +485,7 @@ def load_network(folder: str | Path) -> nn.Module:
     method = (config.get("quantization_config") or {}).get("quant_method", "not quantized")
     if method != QuantizationMethod.QDIFF.value:
         raise ConfigError(f"{folder}: {method}: expected a network that quantize_pipeline has quantized")
-    kind = getattr(diffusers, str(config.get("_class_name")), None)
+    kind: Any = getattr(diffusers, str(config.get("_class_name")), None)
     if not (isinstance(kind, type) and issubclass(kind, ModelMixin)):
         raise ConfigError(f"{folder / CONFIG}: class {config.get('_class_name')}: expected a network of diffusers")
     network: nn.Module = kind.from_pretrained(folder, dtype=torch.float32)
