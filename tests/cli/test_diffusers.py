@@ -569,22 +569,23 @@ def test_a_call_is_described_without_its_values():
     assert ids["shape"] == [16, 3]  # it has no samples
 
 
-def test_what_cannot_be_exported_is_refused(saved, tmp_path):
-    full = tmp_path / "full"
+def test_what_cannot_be_exported_is_refused(tmp_path):
+    full, folder_of_dit = tmp_path / "full", tmp_path / "dit"
+    shared("dit").save_pretrained(folder_of_dit)
     original("ddim").save_pretrained(full)
     (tmp_path / "empty").mkdir()
-    shutil.copytree(saved / "dit" / "transformer", tmp_path / "foreign")
+    shutil.copytree(folder_of_dit / "transformer", tmp_path / "foreign")
     config = tmp_path / "foreign" / "config.json"
     config.write_text(config.read_text(encoding="utf-8").replace("DiTTransformer2DModel", "DDIMScheduler"))
     for folder, words, message in (
         (full, [], "not quantized: expected a network that quantize_pipeline has quantized"),
         (tmp_path / "empty", [], "expected a file, or the folder of a quantized pipeline"),
         (tmp_path / "foreign", [], "class DDIMScheduler: expected a network of diffusers"),
-        (saved / "dit", ["--weight_bit", 4], "--weight_bit 4: acts only for a calibrated file"),
-        (saved / "dit", ["--H", 32], "--H 32: acts only for a calibrated file"),
+        (folder_of_dit, ["--weight_bit", 4], "--weight_bit 4: acts only for a calibrated file"),
+        (folder_of_dit, ["--H", 32], "--H 32: acts only for a calibrated file"),
     ):
         fails(commands.run("export.py", "--cali_ckpt", folder, *words, "-o", tmp_path / "a.onnx"), message)
-    words = ["export.py", "--cali_ckpt", saved / "dit", "-o", tmp_path / "a.pth"]
+    words = ["export.py", "--cali_ckpt", folder_of_dit, "-o", tmp_path / "a.pth"]
     fails(commands.run(*words), "expected a name ending in .onnx")
     assert not list(tmp_path.glob("a.*"))
     with pytest.raises(ConfigError, match="network: its inputs are not known"):
