@@ -488,7 +488,7 @@ def load_network(folder: str | Path) -> nn.Module:
     kind: Any = getattr(diffusers, str(config.get("_class_name")), None)
     if not (isinstance(kind, type) and issubclass(kind, ModelMixin)):
         raise ConfigError(f"{folder / CONFIG}: class {config.get('_class_name')}: expected a network of diffusers")
-    network: nn.Module = kind.from_pretrained(folder, dtype=torch.float32)
+    network: nn.Module = kind.from_pretrained(folder, dtype=torch.float32)  # type: ignore[attr-defined]  # a ModelMixin
     return network
 
 
