@@ -3,15 +3,16 @@
     pip install -e .[diffusers]
     python benchmarks/pipeline.py --images 64 -o pipeline
 
-emoji32 becomes a `UNet2DModel` in a `DDIMPipeline`. `quantize_pipeline` quantizes it at W4A8 with the settings of
-models/ddim/emoji32/w4a8.safetensors, unless the folder of the results has it already. The table has the trajectory
-error and the PSNR of both along the sampling of the full-precision pipeline, from noise that neither was calibrated on.
-The picture has a row of images for each network.
+emoji32 becomes a `UNet2DModel` in a `DDIMPipeline`. `quantize_pipeline` quantizes it at W4A8 by the recipe that the
+script's checkpoint names, with as many samples, unless the folder of the results has it already. The table has the
+trajectory error and the PSNR of both along the sampling of the full-precision pipeline, from noise that neither was
+calibrated on. The picture has a row of images for each network.
 """
 
 import argparse
 import re
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import diffusers
@@ -20,7 +21,8 @@ from torch import Tensor, nn
 
 from ddim.config import load_config
 from ddim.weights import load_unet
-from qdiff.checkpoint import load_packed
+from qdiff.checkpoint import PackedFile, load_packed
+from qdiff.config import CalibrationConfig
 from qdiff.diffusers import quantize_pipeline
 from qdiff.evaluation.page import markdown_table
 from qdiff.evaluation.trajectory import Trajectories
@@ -30,8 +32,9 @@ from qdiff_cli.runs import log_to
 
 STEPS = 50
 LEVELS = 3
-SAMPLES = {"n": 64, "images_per_call": 64, "call": {"num_inference_steps": STEPS}}
-SETTINGS = {"weight_bit": 4, "act_bit": 8, "symmetric": True, "preset": "fast"}
+SAMPLES = {"images_per_call": 64, "call": {"num_inference_steps": STEPS}}
+SETTINGS = {"weight_bit": 4, "act_bit": 8, "symmetric": True}
+RECIPE = {field.name for field in fields(CalibrationConfig)} - {"num_timesteps", "samples", "seed"}
 NAMES = (  # of our UNet, and of UNet2DModel
     (r"temb\.dense\.0", "time_embedding.linear_1"),
     (r"temb\.dense\.1", "time_embedding.linear_2"),
@@ -112,6 +115,8 @@ def psnr(images: Tensor, expected: Tensor) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=64)
+    bundled = folder_of("emoji32") / "w4a8.safetensors"
+    parser.add_argument("--checkpoint", type=Path, default=bundled, help="what the script made of emoji32 at W4A8")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("-o", "--output", type=Path, default=Path("pipeline"), help="folder of the results")
     args = parser.parse_args()
@@ -120,11 +125,14 @@ def main() -> None:
     pipe = make_pipeline(load_unet(load_config("configs/emoji32.yml"), None))
     original, folder = pipe.unet, args.output / "quantized"
     if not folder.is_dir():
-        quantize_pipeline(pipe, **SAMPLES, **SETTINGS, seed=1, folder=args.output / "calibration")
+        header = PackedFile.open(args.checkpoint).info.calibration
+        settings = SETTINGS | {name: header[name] for name in RECIPE if name in header}
+        settings |= {"n": header["samples"], "timesteps": header["steps"], "seed": 1}
+        quantize_pipeline(pipe, **SAMPLES, **settings, folder=args.output / "calibration")
         pipe.save_pretrained(folder)
     pipe = diffusers.DDIMPipeline.from_pretrained(folder)
     networks: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-        "script, W4A8": load_packed(folder_of("emoji32") / "w4a8.safetensors")[0],
+        "script, W4A8": load_packed(args.checkpoint)[0],
         "pipeline, W4A8": lambda x, t: pipe.unet(x, t).sample,
     }
     noise = torch.randn(args.images, 3, 32, 32, generator=torch.Generator().manual_seed(0))

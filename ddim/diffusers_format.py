@@ -15,7 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from ddim.config import ModelConfig, PixelConfig, diffusion_config_from_dict, load_config, model_config_from_dict
-from qdiff.checkpoint.diffusers_folder import DiffusersFolder, Settings, errors_name, require_agreement, require_config
+from qdiff.checkpoint import diffusers_folder
+from qdiff.checkpoint.diffusers_folder import DiffusersFolder, Settings, errors_name, require_agreement
 from qdiff.checkpoint.diffusers_schedule import SCHEDULER_CLASSES, read_schedule
 from qdiff.errors import ConfigError
 
@@ -209,23 +210,12 @@ def _comparable(config: PixelConfig) -> dict[str, Any]:
 
 
 def resolve_config(config: Path | None, checkpoint: Path | None) -> PixelConfig:
-    """Return the configuration of a pixel model.
+    """Return the configuration of a pixel model; see `diffusers_folder.resolve_config`."""
+    return diffusers_folder.resolve_config(config, checkpoint, load_config, read_config, _agreed)
 
-    Args:
-        config: a YAML file; None: the checkpoint is a folder of diffusers, which holds the configuration.
-        checkpoint: the full-precision checkpoint. If it is a folder of diffusers, a given YAML file must agree with it.
 
-    Raises:
-        CheckpointError: a file of the folder is missing or damaged.
-        ConfigError: there is no configuration, it cannot be used, or the YAML file does not agree with the folder.
-    """
-    folder = DiffusersFolder.find(checkpoint)
-    if folder is None:
-        return load_config(require_config(config))
-    found = read_config(folder)
-    if config is None:
-        return found
-    given = load_config(config)
+def _agreed(given: PixelConfig, found: PixelConfig, folder: DiffusersFolder) -> PixelConfig:
+    """The configuration of a YAML file, which agrees with that of a folder. ConfigError if it does not."""
     require_agreement(_comparable(given), _comparable(found), given.path, folder.path)
     if found.clip_x0 is not None and math.isfinite(found.clip_x0):
         log.warning(

@@ -24,13 +24,13 @@ from ldm.autoencoder import AutoencoderKL, FirstStage, VQModel
 from ldm.config import LatentConfig, ModuleSpec, load_config, validate
 from ldm.encoders import Conditioner, FrozenCLIPEmbedder, TransformersEmbedder
 from ldm.unet import UNetConfig, unet_config
+from qdiff.checkpoint import diffusers_folder
 from qdiff.checkpoint.diffusers_folder import (
     DiffusersFolder,
     Settings,
     errors_name,
     read_json,
     require_agreement,
-    require_config,
 )
 from qdiff.checkpoint.diffusers_schedule import SCHEDULER_CLASSES, read_schedule
 from qdiff.errors import CheckpointError, ConfigError
@@ -264,6 +264,8 @@ def _read_first_stage(folder: DiffusersFolder, image_size: int) -> tuple[ModuleS
     }
     # older files of VQModel do not have the factor, because latents were not scaled
     scale_factor = settings.get("scaling_factor", float, 0.18215 if is_kl else 1.0)
+    if not scale_factor > 0:
+        settings.refuse("scaling_factor", ": expected a positive number", scale_factor)
     params: dict[str, Any] = {"embed_dim": channels, "ddconfig": networks}
     if not is_kl:
         params["embed_dim"] = settings.get("vq_embed_dim", int | None, None) or channels
@@ -343,23 +345,12 @@ def _text_values(conditioning: ModuleSpec[Conditioner] | None) -> dict[str, Any]
 
 
 def resolve_config(config: Path | None, checkpoint: Path | None) -> LatentConfig:
-    """Return the configuration of a latent model.
+    """Return the configuration of a latent model; see `diffusers_folder.resolve_config`."""
+    return diffusers_folder.resolve_config(config, checkpoint, load_config, read_config, _agreed)
 
-    Args:
-        config: a YAML file; None: the checkpoint is a folder of diffusers, which holds the configuration.
-        checkpoint: the full-precision checkpoint. If it is a folder of diffusers, a given YAML file must agree with it.
 
-    Raises:
-        CheckpointError: a file of the folder is missing or damaged.
-        ConfigError: there is no configuration, it cannot be used, or the YAML file does not agree with the folder.
-    """
-    folder = DiffusersFolder.find(checkpoint)
-    if folder is None:
-        return load_config(require_config(config))
-    found = read_config(folder)
-    if config is None:
-        return found
-    given = load_config(config)
+def _agreed(given: LatentConfig, found: LatentConfig, folder: DiffusersFolder) -> LatentConfig:
+    """The configuration of a folder, named by the YAML file, which agrees with it. ConfigError if it does not."""
     expected = _comparable(found)
     if given.scale_factor is None:  # the YAML file leaves it to the checkpoint
         del expected["scale_factor"]

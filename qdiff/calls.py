@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -177,3 +177,52 @@ def output_tensor(output: Any, samples: int) -> Tensor:
         f"the network returns {type(output).__name__} ({shapes}) for {samples} samples: "
         "expected a floating-point tensor with the samples first"
     )
+
+
+def describe_call(
+    network: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], shared: Collection[str] = ()
+) -> dict[str, Any]:
+    """Describe a call of a network, without the values of its tensors, in a form that JSON can hold.
+
+    A tensor becomes {"shape": [null, 4, 8, 8], "dtype": "float32"}; null stands for the number of samples. A time step
+    that all samples share becomes a tensor with one for each sample, which networks take as well. An object becomes
+    {"class": its name}.
+
+    Args:
+        network: the network.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        shared: the names of keyword arguments that have no samples.
+
+    Returns:
+        {"args": a list, "kwargs": a dict}.
+    """
+    samples = next(
+        (len(leaf) for _, leaf in named_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim()), None
+    )
+    time = time_argument(network, args, kwargs)
+
+    def describe(place: int | str, value: Any) -> Any:
+        if place == time and (isinstance(value, int | float) or (isinstance(value, Tensor) and not value.dim())):
+            return {"shape": [None], "dtype": _dtype_name(torch.as_tensor(value).dtype)}
+        return _described(value, None if place in shared else samples)
+
+    return {
+        "args": [describe(place, value) for place, value in enumerate(args)],
+        "kwargs": {name: describe(name, value) for name, value in kwargs.items()},
+    }
+
+
+def _described(value: Any, samples: int | None) -> Any:
+    items = _items(value)
+    if items is not None:
+        parts = {str(key): _described(part, samples) for key, part in items}
+        return list(parts.values()) if isinstance(value, list | tuple) else parts
+    if isinstance(value, Tensor):
+        shape = [None if dim == 0 and size == samples else size for dim, size in enumerate(value.shape)]
+        return {"shape": shape, "dtype": _dtype_name(value.dtype)}
+    return value if value is None or isinstance(value, bool | int | float | str) else {"class": type(value).__name__}
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

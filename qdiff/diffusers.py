@@ -5,12 +5,14 @@ pipeline then writes the packed format (`qdiff.checkpoint.packed`), and `Diffusi
 """
 
 import inspect
+import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -20,8 +22,10 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from qdiff.api import quantize, validate_settings
 from qdiff.calibration.data import spread
-from qdiff.calls import map_leaves, time_argument
+from qdiff.calls import describe_call, map_leaves, time_argument
+from qdiff.checkpoint.diffusers_folder import CONFIG, INDEX, read_json
 from qdiff.checkpoint.packed import PackedFile, pack, remembered_info
+from qdiff.engines.onnx import NestedCall, export_onnx
 from qdiff.engines.proxy import has_engine
 from qdiff.errors import ConfigError
 from qdiff.model import quant_layers
@@ -31,7 +35,8 @@ from qdiff.utils.extras import require_extra
 require_extra("diffusers", "diffusers", "accelerate", "peft")
 make_torchvision_importable()
 
-from diffusers import DiffusionPipeline, ModelMixin  # noqa: E402  # needs torchvision
+import diffusers  # noqa: E402  # needs torchvision
+from diffusers import DiffusionPipeline, ModelMixin  # noqa: E402
 from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING  # noqa: E402
 from diffusers.quantizers.base import DiffusersQuantizer  # noqa: E402
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin  # noqa: E402
@@ -48,6 +53,15 @@ LORA = (
 )
 QKV = "the projections of a quantized network cannot be fused: expected fuse_qkv_projections before quantize_pipeline"
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}  # of networks, by their names in files
+# Inputs of ONNX networks by the names of their types in files; half precision becomes float32.
+INPUT_TYPES = dict.fromkeys(("float64", "float32", *PRECISIONS), torch.float32) | {
+    "int64": torch.int64,
+    "int32": torch.int32,
+    "bool": torch.bool,
+}
+# Dimensions of the inputs of UNets that an ONNX network leaves free; transformers have them in their embeddings.
+OUTPUT = "out_sample"  # of ONNX networks
+FREE = {"sample": {2: "height", 3: "width"}, "encoder_hidden_states": {1: "length"}}
 # Methods of networks that would add layers in full precision to a quantized network.
 REFUSED = {
     "load_lora_adapter": LORA,
@@ -116,7 +130,9 @@ def quantize_pipeline(
     log.info("calibration samples: %d calls of the %s", len(calls), name)
     settings.setdefault("shared", [name for name in WITHOUT_SAMPLES if name in calls[0][1]])
     quantized = quantize(network, calls, **settings)
-    _adopt(quantized, QDiffQuantizer(QDiffConfig(weight_bit, act_bit)))
+    quantizer = QDiffQuantizer(QDiffConfig(weight_bit, act_bit))
+    quantizer.call = describe_call(network, *calls[0], shared=settings["shared"])
+    _adopt(quantized, quantizer)
     setattr(pipe, name, quantized)
 
 
@@ -355,6 +371,7 @@ class QDiffQuantizer(DiffusersQuantizer):
 
     Attributes:
         network: the quantized network that it belongs to.
+        call: the inputs of the network, see `describe_call`; None: the file does not say them.
     """
 
     requires_calibration = True
@@ -367,6 +384,7 @@ class QDiffQuantizer(DiffusersQuantizer):
             raise ConfigError(": qdiff needs calibration; expected quantize_pipeline", field="quantization_config")
         super().__init__(quantization_config, **kwargs)
         self.network: nn.Module | None = None
+        self.call: dict[str, Any] | None = None
         self.file: PackedFile | None = None
         self.tensors: dict[str, Tensor] = {}
         self.dtype: torch.dtype | None = None
@@ -388,6 +406,7 @@ class QDiffQuantizer(DiffusersQuantizer):
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         """Read the header of the weights. diffusers itself loads no tensor, so it expects none."""
         self.file = PackedFile.open(checkpoint_files[0])
+        self.call = json.loads(self.file.metadata.get("call", "null"))
         return []
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
@@ -425,7 +444,8 @@ class QDiffQuantizer(DiffusersQuantizer):
         if not safe_serialization:
             raise ConfigError(" False: packed weights need safetensors, expected True", field="safe_serialization")
         tensors, metadata = pack(self.network, info)
-        return tensors, metadata | {"dtype": str(self.network.dtype).removeprefix("torch.")}
+        dtype = str(self.network.dtype).removeprefix("torch.")
+        return tensors, metadata | {"dtype": dtype, "call": json.dumps(self.call)}
 
 
 def _adopt(network: nn.Module, quantizer: QDiffQuantizer) -> None:
@@ -440,6 +460,86 @@ def _adopt(network: nn.Module, quantizer: QDiffQuantizer) -> None:
 
 def _refuse(reason: str, *_: Any, **__: Any) -> NoReturn:
     raise ConfigError(reason)
+
+
+# --- export -----------------------------------------------------------------------------------------
+
+
+def load_network(folder: str | Path) -> nn.Module:
+    """Load the quantized network of a pipeline in float32.
+
+    Args:
+        folder: the folder of a pipeline that `quantize_pipeline` quantized, or of its network.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+        ConfigError: there is no network in the folder that `quantize_pipeline` quantized.
+    """
+    folder = Path(folder)
+    if (folder / INDEX).is_file():
+        found = [name for name in NETWORKS if (folder / name / CONFIG).is_file()]
+        if not found:
+            raise ConfigError(f"{folder}: expected a pipeline with {' or '.join(NETWORKS)}")
+        folder = folder / found[0]
+    config = read_json(folder / CONFIG)
+    method = (config.get("quantization_config") or {}).get("quant_method", "not quantized")
+    if method != QuantizationMethod.QDIFF.value:
+        raise ConfigError(f"{folder}: {method}: expected a network that quantize_pipeline has quantized")
+    kind: Any = getattr(diffusers, str(config.get("_class_name")), None)
+    if not (isinstance(kind, type) and issubclass(kind, ModelMixin)):
+        raise ConfigError(f"{folder / CONFIG}: class {config.get('_class_name')}: expected a network of diffusers")
+    network: nn.Module = kind.from_pretrained(folder, dtype=torch.float32)  # type: ignore[attr-defined]  # a ModelMixin
+    return network
+
+
+def export_network(path: str | Path, network: nn.Module, batch_size: int | None = None) -> None:
+    """Write the quantized network of a pipeline as ONNX. Its inputs have the names and types of the pipeline's call.
+
+    Inputs in dicts become inputs of their own. A UNet takes any height, width and length of the context; the network
+    of another class takes those of the calibration samples.
+
+    Args:
+        path: the file to write.
+        network: the network, simulated, in float32.
+        batch_size: the number of samples of a call; None: any.
+
+    Raises:
+        MissingExtra: onnx or onnxscript is not installed.
+        ConfigError: `quantize_pipeline` has not made the network; and see `qdiff.engines.onnx.export_onnx`.
+    """
+    call = getattr(getattr(network, "hf_quantizer", None), "call", None)
+    if call is None or has_engine(network):
+        reason = "runs on an engine" if has_engine(network) else "its inputs are not known"
+        raise ConfigError(f": {reason}: expected the simulated network of quantize_pipeline", field="network")
+    free: list[dict[int, str]] = []  # of each tensor
+
+    def example(spec: dict[str, Any], name: str) -> Any:
+        """A tensor as `spec` describes it. Values do not matter: ones are a class, and an open mask."""
+        if "class" in spec or spec["dtype"] not in INPUT_TYPES:
+            raise ConfigError(f": its input {name} is a {spec.get('class') or spec['dtype']}", field="network")
+        sides = FREE.get(name, {}) if type(network).__name__.startswith("UNet2D") else {}
+        batch = {dim: "batch" for dim, size in enumerate(spec["shape"]) if size is None and batch_size is None}
+        free.append(batch | sides)
+        # 3: the export may take 2 for the size of something else
+        shape = [(batch_size or 3) if size is None else size for size in spec["shape"]]
+        return torch.ones(shape, dtype=INPUT_TYPES[spec["dtype"]])
+
+    names = list(inspect.signature(network.forward).parameters)
+    kwargs = dict(zip(names, call["args"], strict=False)) | call["kwargs"]
+    kwargs = {name: _with_tensors(value, partial(example, name=name)) for name, value in kwargs.items()}
+    nested = NestedCall(network, (), kwargs, [index for index, axes in enumerate(free) if 0 in axes])
+    export_onnx(path, nested, list(nested.tensors.values()), free, OUTPUT, list(nested.tensors))
+
+
+def _with_tensors(value: Any, make: Callable[[dict[str, Any]], Any]) -> Any:
+    """The arguments of a call from their description, see `describe_call`; `make` is called for tensors and objects."""
+    if isinstance(value, list):
+        return [_with_tensors(part, make) for part in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() in ({"shape", "dtype"}, {"class"}):
+        return make(value)
+    return {name: _with_tensors(part, make) for name, part in value.items()}
 
 
 AUTO_QUANTIZER_MAPPING["qdiff"] = QDiffQuantizer

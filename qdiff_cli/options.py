@@ -23,7 +23,7 @@ OptionGroup = TypeVar("OptionGroup")
 
 # The option that sets each field of the library's configurations, for error messages.
 SAME_NAME = (
-    *("a_sym", "act_bit", "ckpt", "classes", "clip", "config", "device", "engine", "eta"),
+    *("a_sym", "act_bit", "cali_ckpt", "ckpt", "classes", "clip", "config", "device", "engine", "eta"),
     *("keep", "layer_bits", "quant_act", "quant_mode", "resume_w", "sample_type", "skip_type", "sm_abit", "split"),
     *("timestep_groups", "use_pretrained", "weight_bit", "weight_scale_method"),
 )

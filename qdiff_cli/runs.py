@@ -5,6 +5,7 @@ import logging
 import shutil
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from qdiff.utils.files import write_text
 from qdiff_cli.images import load_metadata, save_png
 
 log = logging.getLogger(__name__)
+EARLY_RECORDS = 1000
 _handlers: list[logging.Handler] = []  # the handlers that `log_to` added to the root logger
 
 # Settings that may differ when a run is continued.
@@ -157,14 +159,26 @@ class _LogFile(logging.FileHandler):
         log.warning("%s: cannot be written (%s): the run goes on without it", self.baseFilename, sys.exc_info()[1])
 
 
+class _Early(logging.Handler):
+    """Keeps the last records until there is a log file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: deque[logging.LogRecord] = deque(maxlen=EARLY_RECORDS)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
 def log_to(folder: Path | None, verbose: bool) -> None:
     """Log to stderr and to a file. An earlier call has no effect any more.
 
     Args:
-        folder: the folder of `run.log`; None: log to stderr only.
+        folder: the folder of `run.log`; None: log to stderr, and keep the records for the file of a later call.
         verbose: log details.
     """
     root = logging.getLogger()
+    early = [record for handler in _handlers if isinstance(handler, _Early) for record in handler.records]
     for handler in _handlers:
         root.removeHandler(handler)
         handler.close()
@@ -174,11 +188,15 @@ def log_to(folder: Path | None, verbose: bool) -> None:
     formatter = logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
     handlers: list[logging.Handler] = [logging.StreamHandler()]
     handlers[0].setLevel(logging.INFO if verbose else logging.WARNING)
-    if folder is not None:
+    if folder is None:
+        handlers.append(_Early())
+    else:
         handlers.append(_LogFile(folder / "run.log", encoding="utf-8", errors="backslashreplace"))
     for handler in handlers:
         handler.setFormatter(formatter)
         root.addHandler(handler)
+    for record in early if folder is not None else []:
+        handlers[-1].handle(record)
     _handlers[:] = handlers
 
 

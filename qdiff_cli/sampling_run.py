@@ -185,12 +185,13 @@ class SamplingCommand(ABC):
         """The same command with another number of sampling steps."""
 
     def make_run(self) -> SamplingRun:
-        """Check the options, and make the run that they describe.
+        """Check the options, and make the run that they describe. What is logged goes to `run.log` once it is open.
 
         Raises:
             ConfigError: options cannot work together or with this model.
             CheckpointError: a file cannot be used.
         """
+        log_to(None, self.run.verbose)
         try:
             return self._make_run()
         except (ConfigError, CheckpointError) as error:

@@ -22,6 +22,7 @@ def squared_effects(
     run: Callable[[Tensor], Tensor],
     samples: Tensor,
     vectors: int,
+    on_sample: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
     """Estimate how far changes of the outputs of modules, each alone, move the output of the network.
 
@@ -36,6 +37,7 @@ def squared_effects(
         run: runs the network on some samples.
         samples: numbers of samples, [S].
         vectors: random directions of the output for each sample.
+        on_sample: is called after every sample.
 
     Returns:
         {path: the mean of ||J d||^2 / ||y||^2 over the samples, for each of its changes}, in order of execution.
@@ -52,6 +54,7 @@ def squared_effects(
             for path, moved in watch.moved(output, signs, keep=number + 1 < vectors).items():
                 total = sums.setdefault(path, [0.0] * len(moved))
                 sums[path] = [old + (new / norm) ** 2 for old, new in zip(total, moved, strict=True)]
+        on_sample()
     return {path: [total / len(samples) / vectors for total in totals] for path, totals in sums.items()}
 
 

@@ -140,7 +140,7 @@ def layer_effects(
         model: the full-precision network.
         network: the quantized network, in the mode that is judged.
         data: the samples, with their splits.
-        on_sample: called with every sample.
+        on_sample: is called after every sample.
 
     Returns:
         {layer or attention matmul: ||J d|| / ||y||}, the root of the mean square over the samples, in order of
@@ -156,11 +156,10 @@ def layer_effects(
     def run(index: Tensor) -> Tensor:
         if groups is not None:
             groups.set(data.timesteps(index))
-        on_sample()
         return data.run(reference, index, device)
 
     chosen = _spread(data.validation, EFFECT_SAMPLES)
-    squares = squared_effects(reference, list(modules), change, run, chosen, EFFECT_VECTORS)
+    squares = squared_effects(reference, list(modules), change, run, chosen, EFFECT_VECTORS, on_sample)
     return {path: math.sqrt(square) for path, (square,) in squares.items()}
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from qdiff.architecture import Architecture
 from qdiff.calibration.compensation import COMPENSATED
@@ -90,9 +92,16 @@ def measure_sensitivity(
             smooth_layers(wrapped, data, chosen, device)
         largest_fitting(lambda part: set_ranges(wrapped, data, part, FITTED_RULE, device), chosen)
     changes = _Changes(modules, quant.quant_act)
-    squares = squared_effects(
-        wrapped, list(modules), changes, lambda index: data.run(wrapped, index, device), chosen, VECTORS
-    )
+    with logging_redirect_tqdm(), tqdm(total=len(chosen), desc="sensitivity", unit="sample") as progress:
+        squares = squared_effects(
+            wrapped,
+            list(modules),
+            changes,
+            lambda index: data.run(wrapped, index, device),
+            chosen,
+            VECTORS,
+            progress.update,
+        )
     found = {path: Sensitivity(macs=macs / len(chosen)) for path, macs in changes.macs.items()}
     for path, (of_input, of_weight) in squares.items():
         found[path].of_input, found[path].of_weight = of_input, of_weight

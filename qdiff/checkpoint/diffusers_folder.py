@@ -7,12 +7,12 @@ repositories google/ddpm-* hold the files of the UNet and of the scheduler at th
 import json
 import logging
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from torch import Tensor
 
@@ -21,6 +21,7 @@ from qdiff.errors import CheckpointError, ConfigError
 from qdiff.utils.settings import typed
 
 log = logging.getLogger(__name__)
+Config = TypeVar("Config")
 
 INDEX, CONFIG, SCHEDULER_CONFIG = "model_index.json", "config.json", "scheduler_config.json"
 IGNORED_PARTS = ("safety_checker", "feature_extractor")
@@ -200,9 +201,16 @@ class Part:
         return str(name)
 
     def settings(self, *classes: str) -> Settings:
-        """Return the settings of a part that has one of these classes. ConfigError if it has another."""
+        """Return the settings of a part that has one of these classes.
+
+        Raises:
+            ConfigError: it has another class, or its weights are quantized.
+        """
         if self.class_name not in classes:
             raise ConfigError(f"{self.file}: class {self.class_name}: expected {' or '.join(classes)}")
+        if isinstance(quantization := self.values.get("quantization_config"), Mapping):
+            found = quantization.get("quant_method")
+            raise ConfigError(f"{self.file}: weights quantized by {found}: expected full precision")
         return Settings(self.file, self.values)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -346,11 +354,33 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def require_config(config: Path | None) -> Path:
-    """Return the YAML file of a checkpoint that is no folder of diffusers. ConfigError if there is none."""
-    if config is None:
-        raise ConfigError(": expected a YAML file; only a folder of diffusers does not need it", field="config")
-    return config
+def resolve_config(
+    config: Path | None,
+    checkpoint: Path | None,
+    read_yaml: Callable[[Path], Config],
+    read_folder: Callable[[DiffusersFolder], Config],
+    agreed: Callable[[Config, Config, DiffusersFolder], Config],
+) -> Config:
+    """Return the configuration of a model.
+
+    Args:
+        config: a YAML file; None: the checkpoint is a folder of diffusers, which holds the configuration.
+        checkpoint: the full-precision checkpoint. If it is a folder of diffusers, a given YAML file must agree with it.
+        read_yaml: reads a YAML file.
+        read_folder: reads the configuration in a folder of diffusers.
+        agreed: compares the configurations of the YAML file and of the folder, and returns the one to take.
+
+    Raises:
+        CheckpointError: a file of the folder is missing or damaged.
+        ConfigError: there is no configuration, it cannot be used, or the YAML file does not agree with the folder.
+    """
+    folder = DiffusersFolder.find(checkpoint)
+    if folder is None:
+        if config is None:
+            raise ConfigError(": expected a YAML file; only a folder of diffusers does not need it", field="config")
+        return read_yaml(config)
+    found = read_folder(folder)
+    return found if config is None else agreed(read_yaml(config), found, folder)
 
 
 def require_agreement(given: Mapping[str, Any], found: Mapping[str, Any], config: Path, folder: Path) -> None:

@@ -84,10 +84,13 @@ def read_schedule(folder: DiffusersFolder, beta_schedule: str, clipping: Collect
     clips = settings.get("clip_sample", bool, part.class_name.startswith(("DDIM", "DDPM")))
     if clips not in clipping:
         settings.refuse("clip_sample", f": expected {' or '.join(str(value).lower() for value in clipping)}", clips)
+    clip_x0 = settings.get("clip_sample_range", float, 1.0) if clips else math.inf
+    if not clip_x0 > 0:
+        settings.refuse("clip_sample_range", ": expected a positive number", clip_x0)
     return NoiseSchedule(
         beta_start=settings.get("beta_start", float, 1e-4),
         beta_end=settings.get("beta_end", float, 0.02),
         num_timesteps=settings.get("num_train_timesteps", int, 1000),
         parameterization=PREDICTION_TYPES[prediction],
-        clip_x0=settings.get("clip_sample_range", float, 1.0) if clips else math.inf,
+        clip_x0=clip_x0,
     )

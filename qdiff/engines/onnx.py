@@ -7,6 +7,7 @@ needs the packages onnx and onnxscript.
 """
 
 import copy
+import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qdiff import quantizers as Q
+from qdiff.calls import TensorArg, map_leaves, named_leaves
 from qdiff.errors import ConfigError
 from qdiff.layers import HALF, ActQuantizer, QuantLayer, QuantMatMul, WeightQuantizer, dequantize
 from qdiff.model import replace_modules
@@ -26,6 +28,7 @@ if TYPE_CHECKING:  # onnx is an optional dependency
     import onnx
 
 OPSET = 21
+NAMES = ("x", "t", "context")  # of the inputs of our networks
 _FOUR_BITS = "_as_uint4"  # ends the names of buffers that are to be stored as UINT4
 
 
@@ -159,44 +162,91 @@ def exportable(model: nn.Module) -> nn.Module:
     return result
 
 
+class NestedCall(nn.Module):
+    """A network as a function of the tensors among the arguments of a call. All other arguments stay as they are.
+
+    Its output is the first floating-point tensor that the network returns.
+
+    Args:
+        network: the network.
+        args: the positional arguments, with nested tuples, lists and dicts.
+        kwargs: the keyword arguments.
+        alike: the numbers of tensors whose first dimensions are equal, which the export does not find for all networks.
+
+    Attributes:
+        tensors: the tensors of the call by name, in the order in which `forward` takes them.
+    """
+
+    def __init__(
+        self, network: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], alike: Sequence[int] = ()
+    ) -> None:
+        super().__init__()
+        self.network, self.alike = network, alike
+        parameters = list(inspect.signature(network.forward).parameters)
+        named = dict(zip(parameters, args, strict=False)) | dict(kwargs)
+        found = [(path, leaf) for path, leaf in named_leaves(named) if isinstance(leaf, Tensor)]
+        short = [path.rpartition(".")[2] for path, _ in found]
+        names = short if len(set(short)) == len(short) else [path.replace(".", "_") for path, _ in found]
+        self.tensors = dict(zip(names, (leaf for _, leaf in found), strict=True))
+        indices = iter(range(len(found)))
+        self.call = map_leaves(lambda leaf: TensorArg(next(indices)) if isinstance(leaf, Tensor) else leaf, named)
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        for index in self.alike[1:]:
+            torch._check(tensors[index].shape[0] == tensors[self.alike[0]].shape[0])
+        kwargs = map_leaves(lambda leaf: tensors[leaf.index] if isinstance(leaf, TensorArg) else leaf, self.call)
+        outputs = [leaf for _, leaf in named_leaves(self.network(**kwargs)) if isinstance(leaf, Tensor)]
+        return next(tensor for tensor in outputs if tensor.is_floating_point())
+
+
 def export_onnx(
     path: str | Path,
     model: nn.Module,
     inputs: Sequence[Tensor],
     dynamic: Sequence[Mapping[int, str]] = (),
     output: str = "eps",
+    names: Sequence[str] = NAMES,
 ) -> None:
     """Write a quantized network as ONNX.
 
     Args:
         path: the file to write.
-        model: the network, simulated.
+        model: the network, simulated; a `NestedCall` of it if it takes more than tensors by position.
         inputs: example inputs: x [N, C, H, W], t [N] and, for a network with text, the context [N, L, D].
         dynamic: for each input the dimensions that may have any size, {dimension: its name}. The example must have at
             least 2 in each of these. An empty sequence fixes the sizes of the example.
         output: the name of the output, which says what the network predicts.
+        names: the names of the inputs.
 
     Raises:
         MissingExtra: onnx or onnxscript is not installed.
-        ConfigError: ONNX cannot express timestep groups, or a width or zero point of the network.
+        ConfigError: ONNX cannot express timestep groups, or a width or zero point of the network; or PyTorch cannot
+            export the network, as it is or with these dimensions.
     """
     require_extra("export", "onnx", "onnxscript")
     import onnx
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the export warns that dimensions of two inputs share a name
-        program = torch.onnx.export(
-            exportable(model),
-            tuple(inputs),
-            dynamo=True,
-            optimize=False,
-            opset_version=OPSET,
-            custom_translation_table=_translations(),
-            input_names=["x", "t", "context"][: len(inputs)],
-            output_names=[output],
-            dynamic_shapes=tuple(dict(axes) for axes in dynamic) or None,
-            verbose=False,
-        )
+    shapes: tuple[Any, ...] | None = tuple(dict(axes) for axes in dynamic) or None
+    exported = exportable(model)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the export warns that dimensions of two inputs share a name
+            program = torch.onnx.export(
+                exported,
+                tuple(inputs),
+                dynamo=True,
+                optimize=False,
+                opset_version=OPSET,
+                custom_translation_table=_translations(),
+                input_names=list(names[: len(inputs)]),
+                output_names=[output],
+                dynamic_shapes=(shapes,) if isinstance(model, NestedCall) and shapes else shapes,
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        free = sorted({name for axes in dynamic for name in axes.values()})
+        sizes = f" with any {', '.join(free)} (fixed sizes may work)" if free else ""
+        raise ConfigError(f"the network cannot be exported{sizes}: {_reason(error)}") from error
     assert program is not None  # it is None only if the export writes the file itself
     proto = program.model_proto
     _pack_four_bits(proto)
@@ -205,8 +255,14 @@ def export_onnx(
     onnx.checker.check_model(str(path))
 
 
+def _reason(error: Exception) -> str:
+    """What the exporter found, without its advice."""
+    summary = str(error).partition("## Exception summary")[2].strip() or str(error)
+    return summary.splitlines()[0]
+
+
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """The ONNX nodes of our custom operators."""
+    """The ONNX nodes of our custom operators, and of one of PyTorch's."""
     from onnxscript import opset21 as op
 
     def activation(x: Any, scale: Any, zero_point: Any) -> Any:
@@ -215,7 +271,14 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     def weight(integers: Any, scale: Any, zero_point: Any) -> Any:
         return op.DequantizeLinear(integers, scale, zero_point, axis=0)
 
-    return {torch.ops.qdiff.activation.default: activation, torch.ops.qdiff.weight.default: weight}
+    def squeeze(x: Any, dim: int) -> Any:  # onnxscript's own fails at a dimension that is not 1
+        return op.Squeeze(x, [dim]) if x.shape and x.shape[dim] == 1 else op.Identity(x)
+
+    return {
+        torch.ops.qdiff.activation.default: activation,
+        torch.ops.qdiff.weight.default: weight,
+        torch.ops.aten.squeeze.dim: squeeze,
+    }
 
 
 def _pack_four_bits(proto: "onnx.ModelProto") -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import inspect
 import json
 import logging
 import re
@@ -23,16 +24,17 @@ from ddim.config import load_config
 from ddim.weights import load_unet
 from qdiff.calls import map_leaves
 from qdiff.checkpoint.packed import PackedFile
-from qdiff.diffusers import quantize_pipeline
+from qdiff.diffusers import export_network, quantize_pipeline
 from qdiff.engines import probe
-from qdiff.engines.onnx import export_onnx
+from qdiff.engines.onnx import NestedCall
 from qdiff.engines.select import apply_engine
 from qdiff.errors import CheckpointError, ConfigError, MissingExtra
 from qdiff.layers import LAYER_TYPES
 from qdiff.model import enable_activations, quant_layers
 from qdiff.structure import describe
 from tests.cli.test_docs import blocks
-from tests.support.commands import REPOSITORY
+from tests.support import commands
+from tests.support.commands import REPOSITORY, fails, succeeded
 from tests.support.pipelines import CASES, LENGTH, PROMPTS, QUICK, quantized
 
 NAMES = list(CASES)
@@ -427,8 +429,8 @@ def test_projections_are_not_fused_afterwards():
         pipe.fuse_qkv_projections()
 
 
-def recorded_call(name: str) -> tuple[tuple, dict]:
-    """The inputs of the network of a pipeline at the second time step, in float64."""
+def recorded_calls(name: str) -> list[tuple[tuple, dict]]:
+    """The inputs of the network of a pipeline at each time step, in float64, with a tuple for output."""
     calls, pipe = [], original(name)
 
     def record(_, args, kwargs):
@@ -437,8 +439,7 @@ def recorded_call(name: str) -> tuple[tuple, dict]:
     hook = network(name, pipe).register_forward_pre_hook(record, with_kwargs=True)
     CASES[name].sample(pipe)
     hook.remove()
-    args, kwargs = calls[1]
-    return args, kwargs | {"return_dict": False}
+    return [(args, kwargs | {"return_dict": False}) for args, kwargs in calls]
 
 
 def in_float64(leaf: object) -> object:
@@ -471,39 +472,124 @@ def compiled_error(model: nn.Module, call: tuple[tuple, dict], backend: str) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_no_graph_breaks(name):
-    model, call = nn.Module.double(copy.deepcopy(network(name, shared(name)))), recorded_call(name)
+    model, call = nn.Module.double(copy.deepcopy(network(name, shared(name)))), recorded_calls(name)[1]
     if name in ("ddpm", "ddim"):  # with one sample the full-precision UNet2DModel cannot be traced either
         call = map_leaves(twice, call)
     assert compiled_error(model, call, "aot_eager") < 1e-6
 
 
+def smallest(name: str) -> tuple[nn.Module, tuple[tuple, dict]]:
+    """A quantized network of one block, which the C++ compiler takes a minute for, and a call of it."""
+    torch.manual_seed(0)
+    kwargs = {"timestep": torch.tensor([500, 500]), "return_dict": False}
+    if name == "dit":
+        model = diffusers.DiTTransformer2DModel(
+            num_attention_heads=1,
+            attention_head_dim=8,
+            in_channels=4,
+            out_channels=4,
+            num_layers=1,
+            norm_num_groups=4,
+            sample_size=4,
+            patch_size=2,
+            num_embeds_ada_norm=10,
+        )
+        kwargs["class_labels"] = torch.tensor([3, 5])
+    else:
+        model = diffusers.UNet2DModel(
+            sample_size=4,
+            in_channels=4,
+            block_out_channels=(8,),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D",),
+            up_block_types=("UpBlock2D",),
+            norm_num_groups=4,
+        )
+    call = (torch.randn(2, 4, 4, 4),), kwargs
+    return qdiff.quantize(model.eval(), [call], weight_bit=4, act_bit=8, **QUICK), call
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
-@pytest.mark.parametrize("name", ["dit", "flux"])
+@pytest.mark.parametrize("name", ["dit", "unet"])
 def test_compiled_networks_give_the_same(name):
-    model, call = copy.deepcopy(network(name, shared(name))), recorded_call(name)
+    model, call = smallest(name)
+    assert describe(model).matmuls
     enable_activations(model, False)
-    assert compiled_error(model, map_leaves(in_float32, call), "inductor") < 1e-5
+    assert compiled_error(model, call, "inductor") < 1e-5
     enable_activations(model, True)
-    assert compiled_error(nn.Module.double(model), call, "inductor") < 1e-6
+    assert compiled_error(nn.Module.double(model), map_leaves(in_float64, call), "inductor") < 1e-6
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["ddim", "sd"])
-def test_the_unet_becomes_onnx(name, tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    model = network(name, shared(name))
-    inputs = [torch.randn(2, model.config.in_channels, 8, 8), torch.full((2,), 500.0), torch.randn(2, LENGTH, 16)]
-    axes = [{0: "batch"}, {0: "batch"}, {0: "batch", 1: "length"}]
-    count = 3 if name == "sd" else 2
-    export_onnx(tmp_path / "unet.onnx", model, inputs[:count], axes[:count])
-    session = onnxruntime.InferenceSession(tmp_path / "unet.onnx", providers=["CPUExecutionProvider"])
-    names = [entry.name for entry in session.get_inputs()]
-    assert names == ["x", "t", "context"][:count]
-    (found,) = session.run(None, {key: tensor.numpy() for key, tensor in zip(names, inputs, strict=False)})
-    with torch.no_grad():
-        expected = model(*inputs[:count]).sample
-    assert relative_error(torch.from_numpy(found), expected) < 1e-5
+SLOW_EXPORTS = [pytest.param(name, marks=pytest.mark.slow) for name in NAMES if name not in ("ddpm", "dit")]
+
+
+@pytest.mark.parametrize("name", ["dit", *SLOW_EXPORTS])
+def test_the_network_of_a_saved_pipeline_becomes_onnx(name, tmp_path):
+    runtime = pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
+    pipe, file = shared(name), tmp_path / "network.onnx"
+    pipe.save_pretrained(tmp_path)
+    succeeded(commands.run("export.py", "--cali_ckpt", tmp_path, "-o", file))
+    options = runtime.SessionOptions()
+    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL  # node by node, as the file says
+    session = runtime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    assert session.get_inputs()[0].shape[0] == "batch" and session.get_outputs()[0].name == "out_sample"
+    calls = [map_leaves(in_float32, by_position(name, call)) for call in recorded_calls(name)]
+    if CASES[name].network == "unet":  # wider than the calibration samples
+        (x, *others), kwargs = calls[0]
+        calls.append(([torch.cat([x, x.flip(3)], 3), *others], kwargs))
+    errors = [error_of_runtime(session, network(name, pipe), *call) for call in calls]
+    assert min(errors) < 1e-5 and max(errors) < 0.05  # a value between two integers may fall to either side
+
+
+@torch.no_grad()
+def error_of_runtime(session, model: nn.Module, args, kwargs) -> float:
+    tensors = NestedCall(model, args, kwargs).tensors
+    given = {key: tensor if tensor.dim() else tensor.expand(len(args[0])) for key, tensor in tensors.items()}
+    assert [entry.name for entry in session.get_inputs()] == list(given)
+    (found,) = session.run(None, {key: tensor.numpy() for key, tensor in given.items()})
+    return relative_error(torch.from_numpy(found), model(*args, **kwargs)[0])
+
+
+def by_position(name: str, call: tuple[tuple, dict]) -> tuple[tuple, dict]:
+    """The same call with the first input of the network by position, which some pipelines give by name."""
+    args, kwargs = call
+    first = next(iter(inspect.signature(network(name, original(name)).forward).parameters))
+    return (args, kwargs) if args else ((kwargs[first],), {key: kwargs[key] for key in kwargs if key != first})
+
+
+def test_a_call_is_described_without_its_values():
+    call = shared("sdxl").unet.hf_quantizer.call
+    sample, time = call["args"]
+    assert sample == {"shape": [None, 4, 8, 8], "dtype": "float32"} and time == {"shape": [None], "dtype": "int64"}
+    added = {"text_embeds": [None, 16], "time_ids": [None, 6]}
+    found = call["kwargs"]["added_cond_kwargs"]
+    assert {key: spec["shape"] for key, spec in found.items()} == added and call["kwargs"]["return_dict"] is False
+    ids = shared("flux").transformer.hf_quantizer.call["kwargs"]["img_ids"]
+    assert ids["shape"] == [16, 3]  # it has no samples
+
+
+def test_what_cannot_be_exported_is_refused(tmp_path):
+    full, folder_of_dit = tmp_path / "full", tmp_path / "dit"
+    shared("dit").save_pretrained(folder_of_dit)
+    original("ddim").save_pretrained(full)
+    (tmp_path / "empty").mkdir()
+    shutil.copytree(folder_of_dit / "transformer", tmp_path / "foreign")
+    config = tmp_path / "foreign" / "config.json"
+    config.write_text(config.read_text(encoding="utf-8").replace("DiTTransformer2DModel", "DDIMScheduler"))
+    for folder, words, message in (
+        (full, [], "not quantized: expected a network that quantize_pipeline has quantized"),
+        (tmp_path / "empty", [], "expected a file, or the folder of a quantized pipeline"),
+        (tmp_path / "foreign", [], "class DDIMScheduler: expected a network of diffusers"),
+        (folder_of_dit, ["--weight_bit", 4], "--weight_bit 4: acts only for a calibrated file"),
+        (folder_of_dit, ["--H", 32], "--H 32: acts only for a calibrated file"),
+    ):
+        fails(commands.run("export.py", "--cali_ckpt", folder, *words, "-o", tmp_path / "a.onnx"), message)
+    words = ["export.py", "--cali_ckpt", folder_of_dit, "-o", tmp_path / "a.pth"]
+    fails(commands.run(*words), "expected a name ending in .onnx")
+    assert not list(tmp_path.glob("a.*"))
+    with pytest.raises(ConfigError, match="network: its inputs are not known"):
+        export_network(tmp_path / "a.onnx", original("dit").transformer)
 
 
 @torch.no_grad()

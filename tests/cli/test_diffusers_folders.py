@@ -170,6 +170,18 @@ def test_calibration_sets_without_a_yaml_file(folders, tmp_path, name):
     assert len(content["xs"]) == 2 and ("cs" in content) == (name == "text2")
 
 
+def test_the_log_of_the_run_names_the_file_of_weights(copy, tmp_path):
+    for name, sample, part in (("pixel", pixel, "unet"), ("latent", ldm, "vqvae"), ("text", text, "text_encoder")):
+        folder = copy(name)
+        (file,) = (folder / part).glob("*.safetensors")
+        half = file.with_name(file.name.replace(".safetensors", ".fp16.safetensors"))
+        shutil.copy(file, half)
+        result = succeeded(sample(folder, tmp_path / "out" / name))
+        line = f"{folder / part}: the weights are those of {file.name} (beside it: {half.name})"
+        (log,) = (tmp_path / "out" / name).rglob("run.log")
+        assert result.stderr.count(line) == log.read_text().count(line) == 1
+
+
 # --- against the pipelines of diffusers
 
 

@@ -243,6 +243,7 @@ WRONG_AUTOENCODER = {
     "latents_mean": [0.0],
     "use_quant_conv": False,
     "mid_block_add_attention": False,
+    "scaling_factor": 0,
     "down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"],
 }
 WRONG_TEXT = {"hidden_act": "relu", "hidden_size": 24, "use_attention_mask": True}
@@ -265,7 +266,7 @@ def cases(name: str, file: str, wrong: dict) -> list:
     ("name", "file", "key", "value"),
     [
         *cases("pixel", "unet/config.json", WRONG_PIXEL),
-        *cases("pixel", "scheduler/scheduler_config.json", WRONG_SCHEDULER),
+        *cases("pixel", "scheduler/scheduler_config.json", WRONG_SCHEDULER | {"clip_sample_range": -1}),
         *cases("latent", "unet/config.json", {"norm_eps": 1e-6, "downsample_padding": 0, "freq_shift": 1}),
         *cases("latent", "vqvae/config.json", {"norm_type": "spatial", "lookup_from_codebook": True}),
         *cases("text", "unet/config.json", WRONG_CONDITION),
@@ -293,6 +294,13 @@ def test_a_missing_setting_means_the_default_of_diffusers(copy, key):
     folder = copy("pixel")
     change(folder / "unet/config.json", **{key: ...})
     with pytest.raises(ConfigError, match=rf"{key} .*missing"):
+        pixel_format.read_config(DiffusersFolder(folder))
+
+
+def test_quantized_folders_are_refused(copy):
+    folder = copy("pixel")
+    change(folder / "unet/config.json", quantization_config={"quant_method": "qdiff", "weight_bit": 4})
+    with pytest.raises(ConfigError, match="weights quantized by qdiff: expected full precision"):
         pixel_format.read_config(DiffusersFolder(folder))
 
 

@@ -14,7 +14,7 @@ from qdiff.calibration.compensation import Moments, receptive_fields, round_comp
 from qdiff.calibration.data import CalibrationData
 from qdiff.calibration.finetune import FineTuner
 from qdiff.calibration.rounding import UnitPair, compensate_unit
-from qdiff.calibration.sensitivity import Sensitivity, choose_policy, measure_sensitivity
+from qdiff.calibration.sensitivity import SAMPLES, Sensitivity, choose_policy, measure_sensitivity
 from qdiff.calibration.smoothing import choose_smoothing
 from qdiff.config import PRESETS, CalibrationConfig, QuantConfig
 from qdiff.layers import QuantConv2d, QuantLinear
@@ -193,7 +193,7 @@ def test_smoothing_is_taken_for_outliers_alone():
     assert choose_smoothing(wide, outliers) == 0  # 16 bits hold the outliers
 
 
-def test_measured_sensitivity_is_the_error_that_a_layer_makes(chain, samples):
+def test_measured_sensitivity_is_the_error_that_a_layer_makes(chain, samples, capsys):
     quant = QuantConfig(weight_bit=4, quant_act=True)
     architecture = Architecture("test", make_unet=lambda _: chain, blocks={})
     data = CalibrationData((samples,))
@@ -206,6 +206,8 @@ def test_measured_sensitivity_is_the_error_that_a_layer_makes(chain, samples):
         error = (network(samples) - target).flatten(1).norm(dim=1) / target.flatten(1).norm(dim=1)
         measured = math.sqrt(found[path].of_weight)
         assert 0.5 < measured / error.square().mean().sqrt().item() < 2, path
+    shown = capsys.readouterr().err  # the progress bar
+    assert "sensitivity: 100%" in shown and f"{min(SAMPLES, len(samples))}/{min(SAMPLES, len(samples))} [" in shown
 
 
 def sensitivities():
