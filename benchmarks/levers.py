@@ -1,7 +1,7 @@
 """The levers of the preset `fast`, one by one, on a bundled model: the trajectory error with each of them taken away.
 
     python benchmarks/levers.py --model emoji64
-    python benchmarks/levers.py --model emoji64-text --levers fast no_smoothing no_policy --widths W8A8
+    python benchmarks/levers.py --model emoji64-text --levers fast no_smoothing no_policy --widths W8A8 --iters_tune 0
 
 One seed, 16 images, the formats of the bundled checkpoints, 20 time steps with 32 samples each. Every network is
 measured with quantized activations and without them. `nearest` is nearest rounding with the scale rules of `fast` and
@@ -10,6 +10,7 @@ nothing else. The seconds are CPU time.
 
 import argparse
 import time
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -40,13 +41,17 @@ HEADER = ["widths", "lever", "A8", "A32", "CPU s"]
 
 
 @torch.no_grad()
-def trajectory_error(run: SamplingRun, model: nn.Module, network: nn.Module, activations: bool) -> float:
-    """The trajectory error of a network with or without quantized activations."""
-    enable_activations(network, activations)
+def trajectory_errors(run: SamplingRun, model: nn.Module, quantized: nn.Module) -> list[float]:
+    """The trajectory errors of a network with quantized activations and without them."""
+    networks = {activations: deepcopy(quantized) for activations in (True, False)}
+    for activations, network in networks.items():
+        enable_activations(network, activations)
     trajectories = Trajectories()
     for batch in run.batches(run.total):
-        run.sample(model, batch, trajectories.watch({"network": run.denoiser(network, batch)}))
-    return trajectories.eps_errors()["network"].mean
+        denoisers = {str(activations): run.denoiser(network, batch) for activations, network in networks.items()}
+        run.sample(model, batch, trajectories.watch(denoisers))
+    found = trajectories.eps_errors()
+    return [found[str(activations)].mean for activations in networks]
 
 
 def calibrate(calibration: Calibration, lever: str) -> nn.Module:
@@ -66,12 +71,15 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--widths", nargs="+", choices=["W8A8", "W4A8"], default=["W8A8", "W4A8"])
     parser.add_argument("--levers", nargs="+", choices=[*LEVERS], default=[*LEVERS])
+    parser.add_argument(
+        "--iters_tune", type=int, help="iterations of fine-tuning of all levers; those of fast if unset"
+    )
     parser.add_argument("--seed", type=int, default=40, help="seed of the calibration")
     args = parser.parse_args()
     torch.set_num_threads(1)
     run = sampling_command(args.model, args.images).on("cpu", 1).make_run()
     model, task = run.load_full_precision().requires_grad_(False), run.task
-    options = replace(quantization_options(args.model), preset="fast", cali_n=SAMPLES)
+    options = replace(quantization_options(args.model), preset="fast", cali_n=SAMPLES, cali_iters_tune=args.iters_tune)
     samples = None
     rows = []
     for widths in args.widths:
@@ -87,8 +95,8 @@ def main() -> None:
             began = time.process_time()
             network = calibrate(calibration, lever)
             seconds = time.process_time() - began
-            errors = [trajectory_error(run, model, network, activations) for activations in (True, False)]
-            rows.append([widths, lever, *(f"{error:.4f}" for error in errors), f"{seconds:.0f}"])
+            errors = [f"{error:.4f}" for error in trajectory_errors(run, model, network)]
+            rows.append([widths, lever, *errors, f"{seconds:.0f}"])
             print(rows[-1], flush=True)
     print(markdown_table(HEADER, rows))
 
