@@ -71,9 +71,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--widths", nargs="+", choices=["W8A8", "W4A8"], default=["W8A8", "W4A8"])
     parser.add_argument("--levers", nargs="+", choices=[*LEVERS], default=[*LEVERS])
-    parser.add_argument(
-        "--iters_tune", type=int, help="iterations of fine-tuning of all levers; those of fast if unset"
-    )
+    parser.add_argument("--iters_tune", type=int, help="iterations of fine-tuning; those of fast if unset")
     parser.add_argument("--seed", type=int, default=40, help="seed of the calibration")
     args = parser.parse_args()
     torch.set_num_threads(1)
