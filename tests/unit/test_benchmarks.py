@@ -3,6 +3,7 @@
 import argparse
 import importlib
 from collections import Counter
+from dataclasses import replace
 from importlib import metadata
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from qdiff.config import PRESETS
 from qdiff.errors import ConfigError
 from tests.support.commands import REPOSITORY
 
@@ -97,3 +99,27 @@ def test_bytes_of_a_tensor_that_is_made_of_others(benchmark):
 def test_peers_are_skipped_where_they_are_not_installed(benchmark):
     is_installed = benchmark("peer_tools").is_installed
     assert is_installed("torch") and not is_installed("not_there") and not is_installed("not_there.nor_here")
+
+
+def test_levers_change_settings_of_fast(benchmark):
+    levers = benchmark("levers")
+    changed = {name: replace(PRESETS["fast"], **settings).validate() for name, settings in levers.LEVERS.items()}
+    same = {name for name, recipe in changed.items() if recipe == PRESETS["fast"]}
+    assert same == {"fast", levers.GROUPS, levers.NEAREST}
+
+
+def test_noise_has_the_size_that_is_asked_for(benchmark):
+    noisy = benchmark("isolated_pixels").WithNoise(nn.Identity(), 0.01)
+    scales = torch.tensor([1e-3, 1.0, 1e3]).view(3, 1, 1, 1)
+    x = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * scales
+    relative = (noisy(x) - x).flatten(1).norm(dim=1) / x.flatten(1).norm(dim=1)
+    torch.testing.assert_close(relative, torch.full((3,), 0.01), rtol=0.02, atol=0)
+
+
+def test_isolated_pixels_of_images_that_keep_their_identity_are_counted_apart(benchmark):
+    images = torch.zeros(3, 3, 16, 16, dtype=torch.uint8)
+    reference = images.clone()
+    images[1, :, 5, 5] = 255  # one pixel of 256: 24 dB
+    reference[2], images[2, 0, 3::4, 3::4] = 200, 255  # another image
+    row = benchmark("isolated_pixels").row("name", images, reference)
+    assert row == ["name", "17", "1", "2", "16 (image 2)", "67%"]
