@@ -104,7 +104,7 @@ def test_a_pixel_network_with_a_policy_smoothing_and_timestep_groups(launched):
     assert type(integer.conv_out) is nn.Conv2d and set(layers.find_obstacles(simulated).values()) == {None}
     exact = copy.deepcopy(simulated).double()
     groups = set()
-    for chosen, mixed in ((slice(0, 2), False), (slice(48, 50), False), (slice(0, None, 21), True)):
+    for chosen, mixed in ((slice(0, 1), False), (slice(48, 49), False), (slice(0, None, 21), True)):
         launched.clear()
         inputs = tuple(part[chosen] for part in rows.inputs)
         found, expected = integer(*inputs), exact(*(part.double() for part in inputs))
