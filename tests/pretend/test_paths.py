@@ -268,3 +268,19 @@ def test_a_sampling_step_makes_the_cpu_wait_no_more_than_before(tmp_path, counts
     counts.reset()
     network(*inputs)
     assert counts.waits.total() == STEP_WAITS[form], counts.waits
+
+
+LAUNCHES = {"pixel": 978, "none": 862, "text": 1546}  # of one forward pass on packed weights, as counted
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", list(LAUNCHES))
+def test_a_forward_pass_on_packed_weights_keeps_to_its_launches(tmp_path, counts, kind):
+    network, architecture, rows = network_of(kind, tmp_path)
+    inputs = moved(part[:2] for part in rows.inputs)
+    simulated = Calibration(network, architecture, LINEAR, CalibrationConfig(), rows).run().to(CUDA)
+    packed = apply_engine(simulated, "auto")
+    packed(*inputs)
+    counts.reset()
+    packed(*inputs)
+    assert counts.launches.total() <= LAUNCHES[kind] + 5, counts.launches
