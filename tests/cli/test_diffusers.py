@@ -521,7 +521,7 @@ def test_compiled_networks_give_the_same(name):
     assert compiled_error(nn.Module.double(model), map_leaves(in_float64, call), "inductor") < 1e-6
 
 
-SLOW_EXPORTS = [pytest.param(name, marks=pytest.mark.slow) for name in NAMES if name not in ("ddpm", "dit")]
+SLOW_EXPORTS = [pytest.param(name, marks=pytest.mark.slow) for name in ("ddim", "sd", "sdxl", "pixart")]
 
 
 @pytest.mark.parametrize("name", ["dit", *SLOW_EXPORTS])
