@@ -479,7 +479,7 @@ def test_no_graph_breaks(name):
 
 
 def smallest(name: str) -> tuple[nn.Module, tuple[tuple, dict]]:
-    """A quantized network of one block, which the C++ compiler takes a minute for, and a call of it."""
+    """A quantized network of one block, so that the C++ compiler has little to do, and a call of it."""
     torch.manual_seed(0)
     kwargs = {"timestep": torch.tensor([500, 500]), "return_dict": False}
     if name == "dit":
