@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ldm import unet
+
 CUDA = torch.device("cuda", 0)
 WAITS = {"_local_scalar_dense", "nonzero", "_unique2", "unique_dim", "masked_select", "unique_consecutive", "equal"}
 TAKES_CPU_SCALARS = {"where", "fill_", "masked_fill", "masked_fill_", "full_like", "index_put_", "lerp", "lerp_"} | {
@@ -383,6 +385,7 @@ def pretended_cuda(sizes_only: bool = False, limit: float = float("inf")) -> Ite
         with torch.autograd.set_multithreading_enabled(False), _Mode():
             yield COUNTS
     finally:
+        unet._FREQUENCIES.clear()  # tensors of this device, which may have no values
         COUNTS.sizes_only, MEMORY.limit = False, float("inf")
         torch._C._set_only_lift_cpu_tensors(lift)
         torch.__future__.set_overwrite_module_params_on_conversion(overwrite)
