@@ -2,7 +2,7 @@
 
     python benchmarks/cpu_table.py
     ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI python benchmarks/cpu_table.py
-    ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python benchmarks/cpu_table.py
+    ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 python benchmarks/cpu_table.py
 
 The second and the third emulate a processor with VNNI and one with neither. One thread, CPU time, W4A8; each line is
 the median over runs in turn. Quantizing the input and correcting the result count. Networks are the bundled pixel
