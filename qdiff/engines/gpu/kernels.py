@@ -113,13 +113,23 @@ def quantize_kernel(
 
 @triton.jit
 def _finish(
-    acc, rm, rn, n, y, scale, bias, shift, residual, x_scale, M, OC, TERM: tl.constexpr,
-    BIAS: tl.constexpr, SHIFT: tl.constexpr, RESIDUAL: tl.constexpr,
+    acc, rm, rn, n, row, sums, weight_sums, weight_zero, scale, bias, shift, residual, x_scale, x_zero, group, y,
+    M, OC, WP,
+    KH: tl.constexpr, KW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, OFFSET: tl.constexpr, ROOM: tl.constexpr,
+    TERM: tl.constexpr, CORRECT: tl.constexpr, BIAS: tl.constexpr, SHIFT: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """Dequantize sums, add bias [OC], shift [N, OC] and residual [M, OC], and store them."""
+    """Correct sums for the zero points, dequantize them, add bias, shift [N, OC] and residual [M, OC]; store them."""
     o = tl.minimum(rn, OC - 1)
-    factor = x_scale * 256.0 if TERM == _HIGH else x_scale
-    out = acc.to(tl.float32) * (factor * tl.load(scale + o))[None, :]
+    at = tl.load(group)
+    acc -= (stored_zero(tl.load(x_zero + at), OFFSET, ROOM, TERM) * tl.load(weight_sums + o))[None, :]
+    if CORRECT:
+        field = tl.zeros_like(rm)
+        for tap in range(0, KH * KW):
+            field += tl.load(sums + row + tap // KW * DH * WP + tap % KW * DW)
+        acc += field[:, None] * tl.load(weight_zero + o)[None, :]
+    step = tl.load(x_scale + at)
+    step = step * 256.0 if TERM == _HIGH else step
+    out = acc.to(tl.float32) * (step * tl.load(scale + o))[None, :]
     where = rm.to(tl.int64)[:, None] * OC + rn[None, :]
     both = (rm < M)[:, None] & (rn < OC)[None, :]
     if BIAS:
@@ -177,15 +187,10 @@ def product_kernel(
         where = (part * M + rm).to(tl.int64)[:, None] * OC + rn[None, :]
         tl.store(scratch + where, acc, mask=(rm < M)[:, None] & (rn < OC)[None, :])
     else:
-        at_group = tl.load(group)
-        acc -= (stored_zero(tl.load(x_zero + at_group), OFFSET, ROOM, TERM) * tl.load(weight_sums + o))[None, :]
-        if CORRECT:
-            field = tl.zeros((BM,), dtype=tl.int32)
-            for tap in range(0, KH * KW):
-                field += tl.load(sums + row + tap // KW * DH * WP + tap % KW * DW)
-            acc += field[:, None] * tl.load(weight_zero + o)[None, :]
-        step_x = tl.load(x_scale + at_group)
-        _finish(acc, rm, rn, n, y, scale, bias, shift, residual, step_x, M, OC, TERM, BIAS, SHIFT, RESIDUAL)
+        _finish(
+            acc, rm, rn, n, row, sums, weight_sums, weight_zero, scale, bias, shift, residual, x_scale, x_zero, group,
+            y, M, OC, WP, KH, KW, DH, DW, OFFSET, ROOM, TERM, CORRECT, BIAS, SHIFT, RESIDUAL,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -200,7 +205,7 @@ def finish_kernel(
     M = N * OH * OW
     rm = tl.program_id(0) * BM + tl.arange(0, BM)
     rn = tl.program_id(1) * BN + tl.arange(0, BN)
-    m, o = tl.minimum(rm, M - 1), tl.minimum(rn, OC - 1)
+    m = tl.minimum(rm, M - 1)
     n, p = m // (OH * OW), m % (OH * OW)
     row = (n * HP + p // OW * SH) * WP + p % OW * SW
     both = (rm < M)[:, None] & (rn < OC)[None, :]
@@ -208,15 +213,10 @@ def finish_kernel(
     for part in range(0, SPLITS):
         where = (part * M + rm).to(tl.int64)[:, None] * OC + rn[None, :]
         acc += tl.load(scratch + where, mask=both, other=0)
-    at_group = tl.load(group)
-    acc -= (stored_zero(tl.load(x_zero + at_group), OFFSET, ROOM, TERM) * tl.load(weight_sums + o))[None, :]
-    if CORRECT:
-        field = tl.zeros((BM,), dtype=tl.int32)
-        for tap in range(0, KH * KW):
-            field += tl.load(sums + row + tap // KW * DH * WP + tap % KW * DW)
-        acc += field[:, None] * tl.load(weight_zero + o)[None, :]
-    step_x = tl.load(x_scale + at_group)
-    _finish(acc, rm, rn, n, y, scale, bias, shift, residual, step_x, M, OC, TERM, BIAS, SHIFT, RESIDUAL)
+    _finish(
+        acc, rm, rn, n, row, sums, weight_sums, weight_zero, scale, bias, shift, residual, x_scale, x_zero, group, y,
+        M, OC, WP, KH, KW, DH, DW, OFFSET, ROOM, TERM, CORRECT, BIAS, SHIFT, RESIDUAL,
+    )  # fmt: skip
 
 
 @triton.jit
