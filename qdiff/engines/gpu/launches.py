@@ -260,13 +260,8 @@ def _(
     padding: Sequence[int],
     stored: int,
     sums: bool,
-    a: Tensor | None = None,
-    b: Tensor | None = None,
-    layer_norm: float | None = None,
-    silu: bool = False,
-    geglu: bool = False,
-    divisor: Tensor | None = None,
-    factor: float = 1.0,
+    *_: Any,
+    **__: Any,
 ) -> list[Tensor]:
     return _quantized_like(x, ByteFormat(n_bits, symmetric), padding, stored, sums)
 
@@ -454,11 +449,8 @@ def _(
     stride: Sequence[int],
     dilation: Sequence[int],
     dtype: torch.dtype,
-    sums: Tensor | None = None,
-    weight_zero: Tensor | None = None,
-    bias: Tensor | None = None,
-    shift: Tensor | None = None,
-    residual: Tensor | None = None,
+    *_: Any,
+    **__: Any,
 ) -> Tensor:
     return torch.empty(len(q), *_output_shape(q, weight, stride, dilation), len(weight), dtype=dtype, device=q.device)
 
