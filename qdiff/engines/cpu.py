@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from qdiff.engines import probe
 from qdiff.engines.cpu_kernels import ChannelsLastView
 from qdiff.engines.deferred import DeferredTensor, Epilogue, deferred, group_norm, plain_output
-from qdiff.engines.operands import InputGrid, Int8Weight, QuantizedRows, Term
+from qdiff.engines.operands import InputGrid, Int8Weight, QuantizedRows, Term, padding_sides
 from qdiff.engines.proxy import ModuleProxy, has_engine
 from qdiff.layers import QuantConv1d, QuantConv2d, QuantLayer, QuantLinear, QuantMatMul
 from qdiff.model import has_own_behavior, replace_modules
@@ -218,16 +218,8 @@ def _input_grids(layer: QuantLayer) -> list[InputGrid]:
 
 def _padding(layer: QuantConv2d) -> list[int] | None:
     """The padding of each dimension, the same on both sides; None for `same` with an odd total, or not with zeros."""
-    padding = layer.geometry["padding"]
-    if layer.padding_mode != "zeros":
-        return None
-    if padding == "valid":
-        return [0, 0]
-    if padding == "same":
-        sides = zip(layer.geometry["dilation"], layer.shape[2:], strict=True)
-        totals = [dilation * (size - 1) for dilation, size in sides]
-        return None if any(total % 2 for total in totals) else [total // 2 for total in totals]
-    return list(padding)
+    sides = padding_sides(layer)
+    return sides[::2] if sides is not None and sides[::2] == sides[1::2] else None
 
 
 class IntegerConv2d(CpuProxy):

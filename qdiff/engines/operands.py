@@ -18,7 +18,7 @@ from qdiff import quantizers as Q
 from qdiff.engines import probe
 from qdiff.engines.cpu_kernels import ChannelsLastView, IntegerGrid
 from qdiff.engines.deferred import Epilogue
-from qdiff.layers import ActQuantizer, WeightQuantizer
+from qdiff.layers import ActQuantizer, QuantConv2d, WeightQuantizer
 
 
 class QuantizedRows(NamedTuple):
@@ -185,3 +185,17 @@ class Int8Weight:
         if bias is None:
             return None
         return F.pad(bias.detach().float().clone(), (0, len(self.scales) - len(bias)))
+
+
+def padding_sides(layer: QuantConv2d) -> list[int] | None:
+    """The padding of a convolution at the top, bottom, left and right; None: it is not with zeros."""
+    if layer.padding_mode != "zeros":
+        return None
+    padding = layer.geometry["padding"]
+    if padding == "valid":
+        return [0, 0, 0, 0]
+    if padding == "same":
+        sides = zip(layer.geometry["dilation"], layer.shape[2:], strict=True)
+        totals = [dilation * (size - 1) for dilation, size in sides]
+        return [side for total in totals for side in (total // 2, total - total // 2)]
+    return [side for size in padding for side in (size, size)]

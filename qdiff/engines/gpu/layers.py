@@ -28,7 +28,7 @@ from qdiff.engines.gpu.activations import (
     TokenWork,
     placeholder,
 )
-from qdiff.engines.operands import Int8Weight
+from qdiff.engines.operands import Int8Weight, padding_sides
 from qdiff.engines.proxy import ModuleProxy, plain
 from qdiff.layers import (
     HALF,
@@ -150,20 +150,6 @@ def _span(quantizer: ActQuantizer) -> float:
     return max((bound - _zeros(quantizer)).abs().max().item() for bound in bounds)
 
 
-def _padding(layer: QuantConv2d) -> list[int] | None:
-    """The padding at the top, bottom, left and right; None: not with zeros."""
-    if layer.padding_mode != "zeros":
-        return None
-    padding = layer.geometry["padding"]
-    if padding == "valid":
-        return [0, 0, 0, 0]
-    if padding == "same":
-        sides = zip(layer.geometry["dilation"], layer.shape[2:], strict=True)
-        totals = [dilation * (size - 1) for dilation, size in sides]
-        return [side for total in totals for side in (total // 2, total - total // 2)]
-    return [side for size in padding for side in (size, size)]
-
-
 def find_obstacle(layer: QuantLayer) -> str | None:
     """Why a layer has no integer form, or why its products would not be exact; None: it has one."""
     if has_own_behavior(layer):
@@ -182,7 +168,7 @@ def find_obstacle(layer: QuantLayer) -> str | None:
             return "a 1-D convolution that is no linear map"
     padded = False
     if isinstance(layer, QuantConv2d):
-        if (padding := _padding(layer)) is None:
+        if (padding := padding_sides(layer)) is None:
             return "padding that is not with zeros"
         padded = any(padding)
     pairs = zip(layer.act_quantizers, layer.weight_quantizers, strict=True)
@@ -391,7 +377,7 @@ class IntegerConv2d(IntegerConv):
 
     def __init__(self, layer: QuantConv2d, index: GroupIndex) -> None:
         super().__init__(layer, index)
-        self.padding = tuple(_padding(layer) or NO_PADDING)
+        self.padding = tuple(padding_sides(layer) or NO_PADDING)
         self.stride, self.dilation = (tuple(layer.geometry[name]) for name in ("stride", "dilation"))
 
     def _shape(self, shape: torch.Size) -> tuple[int, ...]:
