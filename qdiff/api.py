@@ -46,8 +46,9 @@ def load(
         model: only for files that `save` wrote of a network of `quantize`: the full-precision network, whose
             structure is used. Its parameters are neither used nor changed.
         device: `auto` (the best one present), `cpu`, `cuda`, `mps`, or a torch.device.
-        engine: `simulated` (fake quantization), `integer` (products on integers), or `auto`, which chooses by device,
-            number formats and processor and says so in the log.
+        engine: `simulated` (fake quantization), `integer` (products on integers), `integer_packed` (the same on CUDA,
+            4-bit weights stay packed), or `auto`, which chooses by device, number formats and processor and says so in
+            the log.
 
     Returns:
         The network, in eval mode: called with (x_t [N, C, H, W], t [N]) and, for text models, contexts [N, L, D].

@@ -241,7 +241,10 @@ def add_run_options(parser: Parser, precision: str = "full") -> None:
     add_device_options(group)
     help_text = "continue the newest run in the output folder"
     group.add_argument("--continue", dest="continue_run", action="store_true", help=help_text)
-    help_text = "arithmetic of a quantized network: integer (CPU) or simulated; auto: integer if it is exact and fast"
+    help_text = (
+        "arithmetic of a quantized network: integer, integer_packed (CUDA, 4-bit weights stay packed) or simulated; "
+        "auto: integer if it is exact and fast"
+    )
     group.add_argument("--engine", default="auto", choices=ENGINES, help=help_text)
     help_text = "autocast: float16 on GPUs, bfloat16 on CPUs that support it"
     group.add_argument("--precision", default=precision, choices=["full", "autocast"], help=help_text)

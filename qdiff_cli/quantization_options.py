@@ -356,6 +356,6 @@ RULES = (
         "engine",
         lambda args: args.ptq and args.quant_act,
         "with --ptq and --quant_act: integer arithmetic needs quantized activations",
-        lambda args, value: value != "integer",
+        lambda args, value: value not in ("integer", "integer_packed"),
     ),
 )

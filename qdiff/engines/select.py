@@ -16,7 +16,7 @@ from qdiff.model import half_precision, quant_layers
 
 log = logging.getLogger(__name__)
 
-ENGINES = ("auto", "integer", "simulated")
+ENGINES = ("auto", "integer", "integer_packed", "simulated")
 MIN_SHARE = 0.5  # of the weights that `auto` wants in layers that multiply int8 on CUDA
 MAX_NAMES = 8  # of layers in a log line, for each reason
 
@@ -28,15 +28,16 @@ def apply_engine(model: nn.Module, engine: str = "auto") -> nn.Module:
         model: the network, quantized or not, on its device. A network that an engine has prepared is returned as it
             is. On CUDA, every engine but `simulated` prepares it for the card (`on_gpu`), and a network that is not
             quantized is changed in place.
-        engine: `simulated` leaves the network as it is. `integer` multiplies integers. `auto` uses integers where they
-            are exact and fast, and logs its choice. An input of an integer product that is NaN becomes a number,
-            because 8-bit integers have no NaN.
+        engine: `simulated` leaves the network as it is. `integer` multiplies integers. `integer_packed` does so on
+            CUDA with weights of up to 4 bits packed in memory. `auto` uses integers where they are exact and fast, and
+            logs its choice. An input of an integer product that is NaN becomes a number, because 8-bit integers have
+            no NaN.
 
     Returns:
         The network to sample with.
 
     Raises:
-        ConfigError: `integer` cannot run here, or no engine has this name.
+        ConfigError: `integer` or `integer_packed` cannot run here, or no engine has this name.
     """
     if engine not in ENGINES:
         raise ConfigError(f" {engine}: expected one of {', '.join(ENGINES)}", field="engine")
@@ -46,6 +47,8 @@ def apply_engine(model: nn.Module, engine: str = "auto") -> nn.Module:
     if (place := next(tensors).device).type == "cuda":
         return on_gpu(model, engine, place)
     device = place.type
+    if engine == "integer_packed":
+        raise ConfigError(f" integer_packed: it is for CUDA, the network is on {device}", field="engine")
     if engine == "auto" and not any(isinstance(module, QuantLayer) for module in model.modules()):
         return model
     reason = _why_not_integer(model, device)
@@ -80,16 +83,16 @@ def on_gpu(model: nn.Module, engine: str, device: torch.device) -> nn.Module:
 
     Args:
         model: the network, quantized or not; attentions of a full-precision network are fused too, in place.
-        engine: `integer`, or `auto`, which takes integers where they are expected to be faster and a check on the card
-            has passed.
+        engine: `integer`, `integer_packed`, or `auto`, which takes integers where they are expected to be faster and a
+            check on the card has passed.
         device: the card.
 
     Raises:
-        ConfigError: `integer`, but the card cannot, or no layer of the network can.
+        ConfigError: the engine is not `auto`, but the card cannot run it, or no layer of the network can.
     """
     if not any(isinstance(module, QuantLayer) for module in model.modules()):
-        if engine == "integer":
-            raise ConfigError(" integer: the network is not quantized", field="engine")
+        if engine != "auto":
+            raise ConfigError(f" {engine}: the network is not quantized", field="engine")
         return cuda.keep_channels_last(cuda.fuse_attention(model))
     faster = engine == "auto"
     reason = card.why_unavailable(device)
@@ -101,9 +104,11 @@ def on_gpu(model: nn.Module, engine: str, device: torch.device) -> nn.Module:
         obstacles = layers.find_obstacles(model)
         reason = _why_useless_on_gpu(model, obstacles, faster) or card.why_wrong(device)
         if reason is None:
-            return cuda.keep_channels_last(cuda.fuse_attention(_int8(model, device, obstacles)))
-    if engine == "integer":
-        raise ConfigError(f" integer: {reason}", field="engine")
+            return cuda.keep_channels_last(
+                cuda.fuse_attention(_int8(model, device, obstacles, engine == "integer_packed"))
+            )
+    if not faster:
+        raise ConfigError(f" {engine}: {reason}", field="engine")
     log.info("engine: packed weights, dequantized on use (%s)", reason)
     return cuda.keep_channels_last(cuda.fuse_attention(cuda.to_packed(model)))
 
@@ -127,11 +132,11 @@ def _why_useless_on_gpu(model: nn.Module, obstacles: Mapping[str, str | None], f
     return None
 
 
-def _int8(model: nn.Module, device: torch.device, obstacles: Mapping[str, str | None]) -> nn.Module:
+def _int8(model: nn.Module, device: torch.device, obstacles: Mapping[str, str | None], packed: bool) -> nn.Module:
     """A copy of a quantized network that multiplies integers on a card; the log says which layers do not."""
     from qdiff.engines.gpu import graphs, layers  # needs triton
 
-    network = layers.to_integer(model, obstacles)
+    network = layers.to_integer(model, obstacles, packed)
     count = sum(obstacle is None for obstacle in obstacles.values())
     log.info(
         "engine: integer (%d of %d layers and attentions) for %s%s",

@@ -179,9 +179,10 @@ def _validate_effect(commands: TableCommands, given: frozenset[str] | set[str]) 
             f"{commands.table.name}: it acts only {reasons[ineffective[0]]}"
         )
     without_integers = [row.slug for row in commands.rows if row.act_bit == 32]
-    if command.run.engine == "integer" and without_integers:
+    engine = command.run.engine
+    if engine not in ("auto", "simulated") and without_integers:
         raise ConfigError(
-            f"--engine integer: {', '.join(without_integers)} of the table {commands.table.name} have no quantized "
+            f"--engine {engine}: {', '.join(without_integers)} of the table {commands.table.name} have no quantized "
             "activations; choose other rows by --rows"
         )
 

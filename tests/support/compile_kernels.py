@@ -30,7 +30,8 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 CAPABILITIES = (80, 86, 89, 90, 120)
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")  # of the compiler, among the arguments of a launch
 POINTERS = {
-    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int8: "*i8", torch.int32: "*i32"
+    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int8: "*i8", torch.uint8: "*u8",
+    torch.int32: "*i32",
 }  # fmt: skip
 
 
@@ -136,18 +137,31 @@ def _bytes(*shape: int) -> Tensor:
 
 
 def multiply(
-    image: tuple[int, int, int], c: int, oc: int, kernel: int = 3, bits: int = 8, full: bool = True, term: int = 0
+    image: tuple[int, int, int],
+    c: int,
+    oc: int,
+    kernel: int = 3,
+    bits: int = 8,
+    full: bool = True,
+    term: int = 0,
+    packed: bool = False,
 ) -> None:
-    """A product of N, H, W = `image`; `full`: with a correction for the weight, bias, shift and residual."""
+    """A product of N, H, W = `image`.
+
+    `full`: with a correction for the weight, bias, shift and residual. `packed`: the weight has 4 bits.
+    """
     n, h, w = image
+    c = launches.stored_channels(c, packed)
     q = _bytes(n, h + kernel - 1, w + kernel - 1, c)
-    common = (_bytes(oc, kernel, kernel, c), _ints(oc), torch.empty(oc), torch.empty(4), torch.empty(4), _ints(1))
+    weight = launches.pack_nibbles(_bytes(oc, kernel, kernel, c)) if packed else _bytes(oc, kernel, kernel, c)
+    common = (weight, _ints(oc), torch.empty(oc), torch.empty(4), torch.empty(4), _ints(1))
     added = {
         "sums": _ints(*q.shape[:3]), "weight_zero": _ints(oc), "bias": torch.empty(oc),
         "shift": torch.empty(n, oc, dtype=torch.float16),
         "residual": torch.empty(n, h, w, oc, dtype=torch.float16),
     }  # fmt: skip
-    launches.product(q, *common, bits, False, term, (1, 1), (1, 1), torch.float16, **(added if full else {}))
+    named = (added if full else {}) | ({"weight_zero": None, "nibble_zero": _bytes(oc)} if packed else {})
+    launches.product(q, *common, bits, False, term, (1, 1), (1, 1), torch.float16, **named)
 
 
 def quantize(c: int = 320, bits: int = 8, norm: bool = False, **work: Any) -> None:
@@ -189,6 +203,7 @@ VARIANTS = {
     "full": {},
     "upper bytes": {"bits": 16, "term": kernels.HIGH},
     "lower bytes": {"bits": 12, "term": kernels.LOW},
+    "packed": {"packed": True},
 }
 CASES: dict[str, Callable[[], None]] = {
     **{f"product, {n}, {kind}": partial(f, **v) for (n, f), (kind, v) in product(PRODUCTS.items(), VARIANTS.items())},

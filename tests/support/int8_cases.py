@@ -58,6 +58,13 @@ def exact_cases(device: torch.device) -> dict[str, Tensor]:
                 (stride, stride), (1, 1), dtype, sums=sums, weight_zero=missing, bias=random.normal(oc),
                 shift=random.normal(n, oc), residual=random.normal(n, height, width, oc).to(dtype),
             )  # fmt: skip
+        results[f"packed product {index}"] = launches.product(
+            random.integers(-128, 128, n, h, w, stored := launches.stored_channels(c, packed=True)),
+            launches.pack_nibbles(random.integers(0, 16, oc, k, k, stored)),
+            random.integers(-99, 99, oc, dtype=torch.int32), random.normal(oc).abs(),
+            random.constant(0.5, 0.013), random.constant(3.0, 91.0), _group(random), 8, False, 0,
+            (stride, stride), (1, 1), torch.float16, nibble_zero=random.integers(0, 16, oc), bias=random.normal(oc),
+        )  # fmt: skip
     return results
 
 

@@ -105,6 +105,14 @@ def test_networks_without_a_layer_for_integers_are_refused(pretended):
         on_gpu(nn.Conv2d(3, 3, 1), "integer", CPU)
 
 
+def test_weights_stay_packed_on_request_alone(pretended):
+    for engine, packed in (("integer", False), ("integer_packed", True)):
+        network = on_gpu(Network(), engine, CPU).network
+        assert [layer.parts[0].nibble_zero is not None for layer in (network.conv, network.linear)] == [packed] * 2
+    with pytest.raises(ConfigError, match="integer_packed: it is for CUDA, the network is on cpu"):
+        apply_engine(Network(), "integer_packed")
+
+
 @torch.no_grad()
 def test_a_pass_is_recorded_once_for_each_shape(recorded):
     network = Network()
@@ -204,7 +212,7 @@ def test_timestep_groups_change_without_a_new_recording(recorded, simulated):
 
 
 def test_the_check_of_a_card_finds_wrong_numbers(monkeypatch):
-    monkeypatch.setattr(card, "SHAPES", [shape for shape in card.SHAPES if shape[3] == 96])
+    monkeypatch.setattr(card, "SHAPES", [shape for shape in card.SHAPES if shape[3] in (96, 2560)])
     assert card.products_are_exact(CPU) and card.functions_are_near(CPU)
     for name, check in (("product", card.products_are_exact), ("attention", card.functions_are_near)):
         right = getattr(launches, name)

@@ -70,6 +70,38 @@ def small_latent(kind: str) -> tuple[nn.Module, CalibrationData]:
     return network.eval().requires_grad_(False), CalibrationData(tuple(inputs if text else inputs[:2]))
 
 
+class Chain(nn.Module):
+    """Convolutions of 4 bits, of 3 bits and of 8 bits."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self.first = quantized_layer(nn.Conv2d(64, 32, 3, padding=1), QuantConv2d, 4, False, "max", x)
+        self.second = quantized_layer(nn.Conv2d(32, 64, 1), QuantConv2d, 3, False, "max", x[:, :32])
+        self.third = quantized_layer(nn.Conv2d(64, 40, 3), QuantConv2d, 8, False, "max", x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.third(self.second(self.first(x)))
+
+
+@torch.no_grad()
+def test_packed_weights_give_the_same_bits_in_half_the_memory(launched):
+    """Layers of 8 bits, and zero points that are no 4-bit integers, keep a byte for each weight."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 64, 6, 6)
+    network = Chain(x)
+    expanded, packed = layers.to_integer(network), layers.to_integer(network, packed=True)
+    assert torch.equal(packed(x), expanded(x)) and launched.count(("product",)) == 6
+    weights = [[found.get_submodule(name).parts[0].flat for found in (expanded, packed)] for name, _ in WEIGHTS]
+    assert [(new.dtype, new.numel() / old.numel()) for old, new in weights] == [kind for _, kind in WEIGHTS]
+    assert all(torch.equal(packed.get_submodule(n).weight, expanded.get_submodule(n).weight) for n, _ in WEIGHTS)
+    network.first.weight_quantizer.zero_point -= 20
+    assert layers.to_integer(network, packed=True).first.parts[0].nibble_zero is None
+
+
+# the type and the size of a packed weight; the second layer has 32 input channels, which are stored as 64
+WEIGHTS = (("first", (torch.uint8, 0.5)), ("second", (torch.uint8, 1.0)), ("third", (torch.int8, 1.0)))
+
+
 # --- networks --------------------------------------------------------------------------------------
 
 

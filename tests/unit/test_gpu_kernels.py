@@ -30,6 +30,7 @@ class Product:
     symmetric: bool = False
     zero: float = 100
     correct: bool = False  # for a weight of 8 bits, which has a zero point
+    packed: bool = False  # for a weight of 4 bits
     added: bool = False  # bias, shift and residual
     dtype: torch.dtype = torch.float32
 
@@ -51,6 +52,9 @@ PRODUCTS = [
     Product("12 bits, signed", bits=12, symmetric=True, zero=0, kernel=1, padding=NO_PADDING),
     Product("9 bits", bits=9, zero=301, kernel=1, padding=NO_PADDING),
     Product("linear, split sums", kernel=1, padding=NO_PADDING, channels=(512, 40), image=(1, 1, 19), added=True),
+    Product("packed", packed=True, added=True),
+    Product("packed, signed, 12 bits", packed=True, bits=12, symmetric=True, zero=0, channels=(96, 24)),
+    Product("packed, split sums", packed=True, kernel=1, padding=NO_PADDING, channels=(1000, 40), image=(1, 1, 19)),
     Product("no sums to split", kernel=1, padding=NO_PADDING, channels=(32, 8), image=(1, 1, 1), zero=3),
 ]
 
@@ -68,7 +72,7 @@ class Operands:
         self.case, self.form = case, launches.ByteFormat(case.bits, case.symmetric)
         n, h, w = case.image
         c, oc = case.channels
-        k, stored = case.kernel, launches.stored_channels(c)
+        k, stored = case.kernel, launches.stored_channels(c, case.packed)
         self.x = torch.randn(n, 1, h, w, c)
         self.x_scale = torch.tensor([77.0, 6 / 2**case.bits])
         self.x_zero = torch.tensor([5.0, case.zero])
@@ -76,6 +80,9 @@ class Operands:
         self.stored = launches.quantize(self.x, *common, case.padding, stored, True)
         self.common = common
         self.weight = torch.randint(-128 if case.correct else -15, 128 if case.correct else 16, (oc, k, k, stored))
+        self.nibble_zero = torch.randint(0, 16, (oc,), dtype=torch.int8) if case.packed else None
+        if self.nibble_zero is not None:
+            self.weight = torch.randint(0, 16, self.weight.shape) - self.nibble_zero.view(-1, 1, 1, 1)
         self.weight[..., c:] = 0
         self.missing = torch.randint(-90, 90, (oc,), dtype=torch.int32) if case.correct else None
         self.scale = torch.rand(oc) / 50 + 0.01
@@ -130,11 +137,14 @@ class Operands:
         case, form, residual = self.case, self.form, self.residual
         stored = self.stored[:2][::-1] if form.wide else self.stored[:1]
         weight = self.weight.to(torch.int8)
-        weights = (weight, weight.flatten(1).sum(1, dtype=torch.int32), self.scale)
+        sums = weight.flatten(1).sum(1, dtype=torch.int32)
+        if self.nibble_zero is not None:
+            weight = launches.pack_nibbles(weight + self.nibble_zero.view(-1, 1, 1, 1))
+        weights = (weight, sums, self.scale)
         for term, q, total in zip(form.terms, stored, self.totals(), strict=True):
             last = term == form.terms[-1]
             args = (q, *weights, *self.common, term, (case.stride,) * 2, (case.dilation,) * 2)
-            named = {"sums": total, "weight_zero": self.missing} if case.correct else {}
+            named = {"sums": total, "weight_zero": self.missing} if case.correct else {"nibble_zero": self.nibble_zero}
             named |= {"bias": self.bias, "shift": self.shift} if last else {}
             dtype = case.dtype if last else torch.float32
             launch = launches.product if tile is None else launches.launch_product
@@ -377,7 +387,13 @@ def quantize_arguments(
 
 
 def product_arguments(
-    shape: tuple[int, ...], oc: int, kernel: int = 3, stride: int = 1, full: bool = False, half: bool = False
+    shape: tuple[int, ...],
+    oc: int,
+    kernel: int = 3,
+    stride: int = 1,
+    full: bool = False,
+    half: bool = False,
+    packed: bool = False,
 ) -> tuple[tuple, dict]:
     n, h, w, c = shape
     dtype = torch.float16 if half else torch.float32
@@ -387,7 +403,11 @@ def product_arguments(
         "sums": integers(n, h, w, dtype=torch.int32), "weight_zero": integers(oc, dtype=torch.int32),
         "bias": torch.rand(oc), "shift": torch.rand(n, oc).to(dtype), "residual": torch.rand(n, *rows, oc).to(dtype),
     }  # fmt: skip
-    return (integers(*shape), *weight, *SCALE, 8, False, 0, (stride,) * 2, (1, 1), dtype), added if full else {}
+    added = added if full else {}
+    if packed:
+        weight = (launches.pack_nibbles(weight[0] & 15), *weight[1:])
+        added = {"nibble_zero": integers(oc), "residual": torch.rand(n, *rows, oc).to(dtype)}
+    return (integers(*shape), *weight, *SCALE, 8, False, 0, (stride,) * 2, (1, 1), dtype), added
 
 
 def norm_arguments(shape: tuple[int, ...], groups: int) -> tuple[tuple, dict]:
@@ -402,6 +422,7 @@ def attention_arguments(t: int, keys: int, width: int, n_bits: int = 8) -> tuple
     return (*operands, scales, zeros, SCALE[2], bits, [False] * 4, 2, width, 0.2, torch.float16), {}
 
 
+SPLIT = (1, 6, 6, 256)
 # operator, what makes its arguments, what that takes; blocks of products get larger the fewer multiprocessors there are
 LAUNCHES = [
     ("quantize", quantize_arguments, {"shape": (2, 1, 9, 7, 40), "padding": (1, 1, 1, 1), "sums": True}, 108),
@@ -409,9 +430,12 @@ LAUNCHES = [
     ("quantize", quantize_arguments, {"shape": (1, 2, 1, 50, 80), "geglu": True, "divisor": torch.ones(40)}, 108),
     ("quantize", quantize_arguments, {"shape": (2, 1, 1, 50, 72), "layer_norm": 1e-5}, 108),
     ("product", product_arguments, {"shape": (2, 9, 7, 64), "oc": 72, "full": True}, 4),
-    ("product", product_arguments, {"shape": (1, 6, 6, 256), "oc": 70, "full": True, "half": True}, 108),  # split sums
+    ("product", product_arguments, {"shape": SPLIT, "oc": 70, "full": True, "half": True}, 108),
     ("product", product_arguments, {"shape": (1, 17, 18, 32), "oc": 40, "stride": 2}, 108),
     ("product", product_arguments, {"shape": (1, 1, 150, 96), "oc": 150, "kernel": 1, "full": True}, 4),
+    ("product", product_arguments, {"shape": (1, 9, 7, 128), "oc": 72, "packed": True}, 108),
+    ("product", product_arguments, {"shape": SPLIT, "oc": 70, "packed": True, "half": True}, 108),
+    ("product", product_arguments, {"shape": (2, 17, 18, 64), "oc": 150, "stride": 2, "packed": True}, 4),
     ("group_norm_map", norm_arguments, {"shape": (2, 9, 7, 40), "groups": 4}, 108),
     ("group_norm_map", norm_arguments, {"shape": (1, 40, 40, 32), "groups": 2}, 108),
     ("group_norm_map", norm_arguments, {"shape": (3, 4, 4, 96), "groups": 8}, 108),
@@ -431,7 +455,7 @@ def test_the_traffic_is_what_the_interpreter_loads_and_stores(index, monkeypatch
     with counting() as counter:
         found = getattr(launches, name)(*args, **named)
     stated, counted = getattr(launches, f"{name}_traffic")(*args, **named), counter.traffic()
-    assert stated.launches == counted.launches == (2 if index == 5 else 1)
+    assert stated.launches == counted.launches == (2 if sizes.get("shape") == SPLIT else 1)
     for field in ("loads", "stores", "distinct"):
         assert getattr(stated, field) == pytest.approx(getattr(counted, field), rel=0.05), (field, stated, counted)
     meta = getattr(launches, name)(*on_meta(args), **{key: on_meta(value) for key, value in named.items()})

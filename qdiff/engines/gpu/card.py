@@ -22,14 +22,15 @@ MIN_CAPABILITY = 80  # Triton has no int8 products for older cards
 EXPECTED_FASTER = (80, 86, 89)
 MEASURED: tuple[str, ...] = ()  # the names of cards that have a row in docs/engines.md
 
-# images, height, width and channels of the input, output channels, kernel, stride, padding, weights of 8 bits
+# images, height, width and channels of the input, output channels, kernel, stride, padding, weights
+FOUR, PACKED, EIGHT = "4 bits", "4 bits, packed", "8 bits"
 SHAPES = (
-    *((2, 16, 16, 32, 32, 3, 1, 1, wide) for wide in (False, True)),
-    *((1, 8, 8, 320, 320, 3, 1, 1, wide) for wide in (False, True)),
-    *((1, 9, 7, 96, 40, 3, 2, 1, wide) for wide in (False, True)),
-    *((2, 8, 8, 2560, 64, 1, 1, 0, wide) for wide in (False, True)),
-    *((1, 1, 77, 768, 320, 1, 1, 0, wide) for wide in (False, True)),
-    *((8, 32, 32, 128, 256, 3, 1, 1, wide) for wide in (False, True)),
+    *((2, 16, 16, 32, 32, 3, 1, 1, weights) for weights in (FOUR, EIGHT)),
+    *((1, 8, 8, 320, 320, 3, 1, 1, weights) for weights in (FOUR, PACKED, EIGHT)),
+    *((1, 9, 7, 96, 40, 3, 2, 1, weights) for weights in (FOUR, EIGHT)),
+    *((2, 8, 8, 2560, 64, 1, 1, 0, weights) for weights in (FOUR, PACKED, EIGHT)),
+    *((1, 1, 77, 768, 320, 1, 1, 0, weights) for weights in (FOUR, EIGHT)),
+    *((8, 32, 32, 128, 256, 3, 1, 1, weights) for weights in (FOUR, PACKED, EIGHT)),
 )
 
 
@@ -99,7 +100,7 @@ def _record_path(device: torch.device) -> Path:
 
 
 def products_are_exact(device: torch.device) -> bool:
-    """Compare a dozen products on a device with integers that are computed on the CPU."""
+    """Compare products on a device with integers that are computed on the CPU."""
     generator = torch.Generator().manual_seed(0)
     return all(_product_is_exact(device, generator, *shape) for shape in SHAPES)
 
@@ -115,13 +116,16 @@ def _product_is_exact(
     kernel: int,
     stride: int,
     pad: int,
-    wide: bool,
+    weights: str,
 ) -> bool:
     from qdiff.engines.gpu import kernels, launches  # needs triton
 
-    span = 128 if wide else 16
+    wide = weights == EIGHT
     q = torch.randint(-128, 128, (n, height + 2 * pad, width + 2 * pad, channels), generator=generator)
-    w = torch.randint(-span, span, (outputs, kernel, kernel, channels), generator=generator)
+    low, high = (-128, 128) if wide else (0, 16)
+    integers = torch.randint(low, high, (outputs, kernel, kernel, channels), generator=generator)
+    nibble_zero = torch.randint(0, 1 if wide else 16, (outputs,), generator=generator, dtype=torch.int8)
+    w = integers - nibble_zero.view(-1, 1, 1, 1)
     missing = torch.randint(-100, 100, (outputs,), generator=generator)
     zero = -37  # of the stored bytes
     exact = F.conv2d(
@@ -130,12 +134,14 @@ def _product_is_exact(
         stride=stride,
     )
     sums = (q - zero).sum(3, dtype=torch.int32).to(device) if wide else None
-    one, bytes_q, bytes_w = torch.ones(1, device=device), q.to(device, torch.int8), w.to(device, torch.int8)
+    one, bytes_q = torch.ones(1, device=device), q.to(device, torch.int8)
+    bytes_w = (launches.pack_nibbles(integers) if weights == PACKED else w.to(torch.int8)).to(device)
     found = launches.product(
         bytes_q, bytes_w, w.flatten(1).sum(1, dtype=torch.int32).to(device), torch.ones(outputs, device=device),
         one, torch.full((1,), zero + 128.0, device=device), torch.zeros(1, dtype=torch.int32, device=device), 8, False,
         kernels.ONE_BYTE, (stride, stride), (1, 1), torch.float32,
         sums=sums, weight_zero=missing.to(device, torch.int32) if wide else None,
+        nibble_zero=nibble_zero.to(device) if weights == PACKED else None,
     )  # fmt: skip
     return torch.equal(found.cpu(), exact.permute(0, 2, 3, 1).float())
 

@@ -143,18 +143,21 @@ def _finish(
 
 @triton.jit
 def product_kernel(
-    q, sums, weight, weight_sums, weight_zero, scale, bias, shift, residual, x_scale, x_zero, group, y, scratch,
+    q, sums, weight, nibble_zero, weight_sums, weight_zero, scale, bias, shift, residual, x_scale, x_zero, group, y,
+    scratch,
     N, HP, WP, OH, OW, OC,
     C: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, DH: tl.constexpr,
     DW: tl.constexpr, OFFSET: tl.constexpr, ROOM: tl.constexpr, TERM: tl.constexpr, CORRECT: tl.constexpr,
-    BIAS: tl.constexpr, SHIFT: tl.constexpr, RESIDUAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, SPLITS: tl.constexpr, GROUPED: tl.constexpr,
+    BIAS: tl.constexpr, SHIFT: tl.constexpr, RESIDUAL: tl.constexpr, NIBBLES: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, GROUPED: tl.constexpr,
 ):  # fmt: skip
     """Convolve padded bytes [N, HP, WP, C] with a weight [OC, KH, KW, C]; a linear map has HP = 1 and one tap.
 
     sum (q - zx) (w + zw), where weight_sums [OC] are the sums of w, and zw (weight_zero [OC]) is 0 unless CORRECT; then
     sums [N, HP, WP] holds the sums of q - zx. With SPLITS > 1, program_id(1) sums a part of the channels into scratch
-    [SPLITS, M, OC], and `finish_kernel` does the rest.
+    [SPLITS, M, OC], and `finish_kernel` does the rest. With NIBBLES the weight is uint8 [OC, KH, KW, C / 2]: in each
+    block of BK channels a byte holds w + nibble_zero [OC] of channel i in its lower half, of channel i + BK / 2 in its
+    upper half.
     """
     M = N * OH * OW
     pid = tl.program_id(0)
@@ -166,22 +169,29 @@ def product_kernel(
     m, o = tl.minimum(rm, M - 1), tl.minimum(rn, OC - 1)  # those beyond the end repeat the last one, and are not stored
     n, p = m // (OH * OW), m % (OH * OW)
     row = (n * HP + p // OW * SH) * WP + p % OW * SW
-    k = tl.arange(0, BK)
     part = tl.program_id(1)
     acc = tl.zeros((BM, BN), dtype=tl.int32)
     steps: tl.constexpr = C // BK
+    # loads of weights: the bytes of an output channel, and those of BK input channels
+    channel: tl.constexpr = KH * KW * C // 2 if NIBBLES else KH * KW * C
+    depth: tl.constexpr = BK // 2 if NIBBLES else BK
+    k = tl.arange(0, depth)
+    if NIBBLES:
+        zero = tl.load(nibble_zero + o)
     share: tl.constexpr = (KH * KW * steps + SPLITS - 1) // SPLITS
+    even: tl.constexpr = SPLITS * share == KH * KW * steps
+    other: tl.constexpr = None if even else 0
     for i in range(0, share):
         step = part * share + i
         tap = step // steps
         at = (row + tap // KW * DH * WP + tap % KW * DW) * C + step % steps * BK
-        if SPLITS * share == KH * KW * steps:
-            xs = tl.load(q + at[:, None] + k[None, :])
-            ws = tl.load(weight + (o * (KH * KW * C) + step * BK)[None, :] + k[:, None])
-        else:
-            live = step < KH * KW * steps
-            xs = tl.load(q + at[:, None] + k[None, :], mask=live, other=0)
-            ws = tl.load(weight + (o * (KH * KW * C) + step * BK)[None, :] + k[:, None], mask=live, other=0)
+        live = None if even else step < KH * KW * steps
+        xs = tl.load(q + at[:, None] + k[None, :], mask=live, other=other)
+        ws = tl.load(weight + (o * channel + step * depth)[None, :] + k[:, None], mask=live, other=other)
+        if NIBBLES:
+            acc = tl.dot(xs, (ws & 15).to(tl.int8) - zero[None, :], acc, out_dtype=tl.int32)
+            xs = tl.load(q + at[:, None] + (depth + k)[None, :], mask=live, other=other)
+            ws = (ws >> 4).to(tl.int8) - zero[None, :]
         acc = tl.dot(xs, ws, acc, out_dtype=tl.int32)
     if SPLITS > 1:
         where = (part * M + rm).to(tl.int64)[:, None] * OC + rn[None, :]

@@ -9,7 +9,7 @@ Tiles come from `product_tile`, a function of shape and card alone. They do not 
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from qdiff import quantizers as Q
 from qdiff.engines.gpu import kernels
 
 CHANNEL_MULTIPLE = 32  # of stored bytes: the shortest sum of the matrix instructions for int8
+NIBBLE_CHANNELS = 2 * CHANNEL_MULTIPLE  # of the input, in a block of a packed weight
 MAX_HEAD = 256  # channels of an attention head, at most: more of them do not fit into the registers of a block
 SUM_LIMIT = 2**31 // 128**2  # products of signed bytes in a sum that cannot leave int32 before it is corrected
 MULTIPROCESSORS = 108  # of an A100, which the rules for tiles are made for
@@ -164,9 +165,10 @@ def _or(x: Tensor | None, other: Tensor) -> Tensor:
 # --- quantization ----------------------------------------------------------------------------------
 
 
-def stored_channels(c: int) -> int:
-    """The channels of the bytes of a product with `c` input channels."""
-    return triton.cdiv(c, CHANNEL_MULTIPLE) * CHANNEL_MULTIPLE
+def stored_channels(c: int, packed: bool = False) -> int:
+    """The channels of the bytes of a product with `c` input channels; `packed`: its weight is packed."""
+    multiple = NIBBLE_CHANNELS if packed else CHANNEL_MULTIPLE
+    return triton.cdiv(c, multiple) * multiple
 
 
 def stored_head(c: int) -> int:
@@ -319,7 +321,27 @@ def _output_shape(q: Tensor, weight: Tensor, stride: Sequence[int], dilation: Se
 def _tile(q: Tensor, weight: Tensor, stride: Sequence[int], dilation: Sequence[int]) -> Tile:
     height, width = _output_shape(q, weight, stride, dilation)
     taps = weight.shape[1] * weight.shape[2]
-    return product_tile(len(q) * height * width, len(weight), q.shape[3], taps, capability_of(q))
+    tile = product_tile(len(q) * height * width, len(weight), q.shape[3], taps, capability_of(q))
+    return replace(tile, depth=NIBBLE_CHANNELS) if weight.dtype == torch.uint8 else tile
+
+
+def pack_nibbles(integers: Tensor) -> Tensor:
+    """Pack integers of 4 bits as `product` reads them: two in a byte, those that are 32 channels apart.
+
+    Args:
+        integers: 0 to 15, any integer type [OC, KH, KW, C], where C is a multiple of 64.
+
+    Returns:
+        uint8 [OC, KH, KW, C / 2].
+    """
+    low, high = integers.unflatten(3, (-1, 2, NIBBLE_CHANNELS // 2)).to(torch.uint8).unbind(4)
+    return (low | high << 4).flatten(3)
+
+
+def unpack_nibbles(weight: Tensor) -> Tensor:
+    """The integers of `pack_nibbles`, uint8."""
+    halves = weight.unflatten(3, (-1, NIBBLE_CHANNELS // 2))
+    return torch.stack((halves & 15, halves >> 4), dim=4).flatten(3)
 
 
 @torch.library.custom_op("qdiff::int8_product", mutates_args=())
@@ -339,6 +361,7 @@ def product(
     dtype: torch.dtype,
     sums: Tensor | None = None,
     weight_zero: Tensor | None = None,
+    nibble_zero: Tensor | None = None,
     bias: Tensor | None = None,
     shift: Tensor | None = None,
     residual: Tensor | None = None,
@@ -347,8 +370,8 @@ def product(
 
     Args:
         q: padded bytes [N, HP, WP, C]; those of a linear map are [1, 1, rows, C].
-        weight: int8 [OC, KH, KW, C].
-        weight_sums: the sums of `weight` for each output channel, int32 [OC].
+        weight: int8 [OC, KH, KW, C]; with `nibble_zero` uint8 [OC, KH, KW, C / 2], see `pack_nibbles`.
+        weight_sums: the sums of the weight for each output channel, int32 [OC].
         scale: the scale of the weight, float32 [OC].
         x_scale: see `quantize`, as for the next four.
         x_zero: see there.
@@ -361,6 +384,7 @@ def product(
         dtype: the type of the result.
         sums: the sums of `q` less its zero point; needed with `weight_zero`.
         weight_zero: int32 [OC], what is missing in `weight` to be the integers less their zero point; None: nothing.
+        nibble_zero: int8 [OC], the zero points of integers of 4 bits that are packed; None: a byte for each integer.
         bias: float32 [OC].
         shift: [N, OC].
         residual: [N, OH, OW, OC], contiguous.
@@ -370,7 +394,7 @@ def product(
     """
     return launch_product(
         _tile(q, weight, stride, dilation), q, weight, weight_sums, scale, x_scale, x_zero, group, n_bits, symmetric,
-        term, stride, dilation, dtype, sums, weight_zero, bias, shift, residual,
+        term, stride, dilation, dtype, sums, weight_zero, nibble_zero, bias, shift, residual,
     )  # fmt: skip
 
 
@@ -391,6 +415,7 @@ def launch_product(
     dtype: torch.dtype,
     sums: Tensor | None = None,
     weight_zero: Tensor | None = None,
+    nibble_zero: Tensor | None = None,
     bias: Tensor | None = None,
     shift: Tensor | None = None,
     residual: Tensor | None = None,
@@ -422,8 +447,9 @@ def launch_product(
     grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(oc, tile.columns), tile.splits)
     with _on(q):
         kernels.product_kernel[grid](
-            q, tensors[0], weight, *tensors[1:], scratch, *sizes, C=c, **common, BM=tile.rows, BN=tile.columns,
-            BK=tile.depth, GROUPED=8, num_warps=tile.warps, num_stages=tile.stages,
+            q, tensors[0], weight, _or(nibble_zero, scale), *tensors[1:], scratch, *sizes, C=c, **common,
+            NIBBLES=nibble_zero is not None, BM=tile.rows, BN=tile.columns, BK=tile.depth, GROUPED=8,
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         if tile.splits > 1:
             grid = (triton.cdiv(rows, FINISH[0]), triton.cdiv(oc, FINISH[1]))
@@ -471,6 +497,7 @@ def product_traffic(
     dtype: torch.dtype,
     sums: Tensor | None = None,
     weight_zero: Tensor | None = None,
+    nibble_zero: Tensor | None = None,
     bias: Tensor | None = None,
     shift: Tensor | None = None,
     residual: Tensor | None = None,
@@ -478,17 +505,22 @@ def product_traffic(
     """The traffic of `product`; see there for the arguments."""
     tile = _tile(q, weight, stride, dilation)
     height, width = _output_shape(q, weight, stride, dilation)
-    oc, kh, kw, c = weight.shape
+    oc, kh, kw, _ = weight.shape
+    c, packed = q.shape[3], nibble_zero is not None
     rows = len(q) * height * width
     result = rows * oc * DTYPES[dtype]
     added = sum(
-        part.numel() * part.element_size() for part in (sums, bias, shift, residual, weight_zero) if part is not None
+        part.numel() * part.element_size()
+        for part in (sums, bias, shift, residual, weight_zero, nibble_zero)
+        if part is not None
     )
     distinct = q.numel() + weight.numel() + 8 * oc + added + 12 + result
     blocks_m, blocks_n = triton.cdiv(rows, tile.rows), triton.cdiv(oc, tile.columns)
     share = triton.cdiv(kh * kw * c // tile.depth, tile.splits) * tile.splits
     share = min(share, kh * kw * c // tile.depth)  # what lies beyond the end is masked
-    loads = blocks_m * blocks_n * share * tile.depth * (tile.rows + tile.columns)
+    columns = tile.columns // 2 if packed else tile.columns  # in bytes of the weight for each input channel
+    loads = blocks_m * blocks_n * share * tile.depth * (tile.rows + columns)
+    loads += blocks_m * blocks_n * tile.splits * tile.columns if packed else 0
     stores = result
     if tile.splits > 1:
         partial = 4 * tile.splits * rows * oc

@@ -3,7 +3,8 @@
 `to_integer` copies a network and replaces its quantized layers by the proxies below, its normalizations by deferred
 ones, and the cores of its attentions. Weights are expanded to one int8 for each integer: q - z where that fits, as it
 always does at 4 bits, so no zero point of the weight is left; otherwise q - 128, and the product is corrected by the
-sums of its inputs. What has no integer form stays a packed layer, which dequantizes its weight on use.
+sums of its inputs. On request those of up to 4 bits stay packed. What has no integer form stays a packed layer, which
+dequantizes its weight on use.
 """
 
 import copy
@@ -72,12 +73,13 @@ class GroupIndex(nn.Module):
             self.index.fill_(self.groups.current)
 
 
-def to_integer(model: nn.Module, obstacles: Mapping[str, str | None] | None = None) -> nn.Module:
+def to_integer(model: nn.Module, obstacles: Mapping[str, str | None] | None = None, packed: bool = False) -> nn.Module:
     """Copy a quantized network and let it multiply integers on its card.
 
     Args:
         model: the quantized network.
         obstacles: what `find_obstacles` said of it; None: it is asked now.
+        packed: keep weights of up to 4 bits packed, which takes half the memory and more instructions.
 
     Returns:
         A copy that shares scales, biases and norms with `model`. Its attribute `group_index` is the timestep group that
@@ -99,7 +101,7 @@ def to_integer(model: nn.Module, obstacles: Mapping[str, str | None] | None = No
             layer.__class__ = DeviceLayerNorm
         if not isinstance(layer, QuantLayer) or has_own_behavior(layer):
             return None
-        return PackedLayer(layer) if obstacles[path] else _PROXIES[type(layer)](layer, index)
+        return PackedLayer(layer) if obstacles[path] else _PROXIES[type(layer)](layer, index, packed)
 
     cores = list(_quantized_attentions(result))
     replace_modules(result, replacement)
@@ -195,40 +197,56 @@ def _inexact(act: ActQuantizer, weight: Int8Weight, padded: bool) -> str | None:
     return None
 
 
-class ExpandedWeight(nn.Module):
+class IntegerWeight(nn.Module):
     """The integers of a weight as the kernels read them.
 
     Args:
         quantizer: the weight quantizer; its integers are [OC, C], [OC, C, K] or [OC, C, KH, KW].
+        packed: keep integers of up to 4 bits packed, two in a byte, if their zero points are of 4 bits too.
+
+    Attributes:
+        channels: the input channels with those that are added, whose integers are 0.
+        missing: see `launches.product`, `weight_zero`.
+        nibble_zero: see there.
     """
 
     flat: Tensor
     sums: Tensor
     scale: Tensor
     missing: Tensor | None
+    nibble_zero: Tensor | None
 
-    def __init__(self, quantizer: WeightQuantizer) -> None:
+    def __init__(self, quantizer: WeightQuantizer, packed: bool = False) -> None:
         super().__init__()
         weight = Int8Weight(quantizer)
         self.shape = tuple(weight.integers.shape)
         taps = weight.integers.reshape(*self.shape[:2], *([1, 1, *self.shape[2:]][-2:]))
-        self.taps = (*taps.shape[2:], launches.stored_channels(self.shape[1]))
-        integers = taps.new_zeros(len(taps), *self.taps)
+        zeros = quantizer.zero_point.flatten()
+        packed = packed and quantizer.n_bits <= 4 and bool(((zeros >= 0) & (zeros <= 15)).all())
+        self.channels = launches.stored_channels(self.shape[1], packed)
+        integers = taps.new_zeros(len(taps), *taps.shape[2:], self.channels)
         integers[..., : self.shape[1]] = taps.permute(0, 2, 3, 1)
-        # flat, because a conversion of the network to channels_last memory reorders what has four dimensions
-        self.register_buffer("flat", integers.flatten(1))
-        self.register_buffer("sums", self.flat.sum(1, dtype=torch.int32))
+        self.taps = tuple(taps.shape[2:])
+        self.register_buffer("sums", integers.flatten(1).sum(1, dtype=torch.int32))
         self.register_buffer("scale", weight.scales)
         self.register_buffer("missing", None if weight.zeros is None else -weight.zeros)
+        self.register_buffer("nibble_zero", zeros.to(torch.int8) if packed else None)
+        if self.nibble_zero is not None:
+            integers = launches.pack_nibbles(integers + self.nibble_zero.view(-1, 1, 1, 1))
+        # flat, because a conversion of the network to channels_last memory reorders what has four dimensions
+        self.register_buffer("flat", integers.flatten(1))
 
     @property
-    def integers(self) -> Tensor:
-        """int8 [OC, KH, KW, C to 32]."""
-        return self.flat.view(-1, *self.taps)
+    def operand(self) -> Tensor:
+        """The argument `weight` of `launches.product`."""
+        return self.flat.view(len(self.flat), *self.taps, -1)
 
     def dequantize(self) -> Tensor:
         """The weight in float32."""
-        integers = self.integers[..., : self.shape[1]].permute(0, 3, 1, 2).float()
+        integers = self.operand
+        if self.nibble_zero is not None:
+            integers = launches.unpack_nibbles(integers).to(torch.int8) - self.nibble_zero.view(-1, 1, 1, 1)
+        integers = integers[..., : self.shape[1]].permute(0, 3, 1, 2).float()
         if self.missing is not None:
             integers = integers + self.missing.view(-1, 1, 1, 1)
         return (integers * self.scale.view(-1, 1, 1, 1)).reshape(self.shape)
@@ -251,14 +269,15 @@ class IntegerProduct(ModuleProxy):
     Args:
         layer: the layer, without an obstacle; its own integers are freed.
         index: the current timestep group.
+        packed: see `IntegerWeight`.
     """
 
     layer: QuantLayer
     proxied = "layer"
 
-    def __init__(self, layer: QuantLayer, index: GroupIndex) -> None:
+    def __init__(self, layer: QuantLayer, index: GroupIndex, packed: bool = False) -> None:
         super().__init__()
-        self.parts = nn.ModuleList([ExpandedWeight(quantizer) for quantizer in layer.weight_quantizers])
+        self.parts = nn.ModuleList([IntegerWeight(quantizer, packed) for quantizer in layer.weight_quantizers])
         self.layer, self.index = layer, index
         self.padding: tuple[int, ...] = NO_PADDING
         self.stride, self.dilation = (1, 1), (1, 1)
@@ -267,7 +286,7 @@ class IntegerProduct(ModuleProxy):
     @property
     def weight(self) -> Tensor:
         """The dequantized weight."""
-        return self.layer._join([part.dequantize() for part in self.parts if isinstance(part, ExpandedWeight)])
+        return self.layer._join([part.dequantize() for part in self.parts if isinstance(part, IntegerWeight)])
 
     def is_ready(self, x: Tensor, channels: int, pixels: int) -> bool:
         """Whether the samples that come next share their scales, and the kernels take them.
@@ -279,7 +298,8 @@ class IntegerProduct(ModuleProxy):
         """
         quantized = all(quantizer.enabled for quantizer in self.layer.act_quantizers)
         fits = x.dtype in launches.DTYPES and channels == self.layer.shape[1] and x.numel() > 0
-        largest = pixels * max(launches.stored_channels(channels), self.layer.shape[0], 2 * channels)
+        stored = [part.channels for part in self.parts if isinstance(part, IntegerWeight)]
+        largest = pixels * max(*stored, self.layer.shape[0], 2 * channels)
         return quantized and self.index.is_one_group() and fits and largest < launches.LARGEST
 
     def simulate(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -310,16 +330,16 @@ class IntegerProduct(ModuleProxy):
         terms: list[tuple[tuple, dict[str, Tensor | None]]] = []
         halves = zip(self._halves(x), works, layer.act_quantizers, self.parts, strict=True)
         for values, pointwise, act, weight in halves:
-            assert isinstance(weight, ExpandedWeight)
+            assert isinstance(weight, IntegerWeight)
             form, corrects = launches.ByteFormat(act.n_bits, act.symmetric), weight.missing is not None
             common = (act.scale.reshape(-1), act.zero_point.reshape(-1), index.index, act.n_bits, act.symmetric)
-            stored = weight.integers.shape[3]
-            out = launches.quantize(values, *common, self.padding, stored, corrects, **pointwise)
+            out = launches.quantize(values, *common, self.padding, weight.channels, corrects, **pointwise)
             low_first = [out[0]] if not form.wide else [out[1], out[0]]  # in the order of `terms`
             sums = ([out[-1]] if not form.wide else [out[-1], out[-2]]) if corrects else [None] * len(low_first)
             for term, q, total in zip(form.terms, low_first, sums, strict=True):
-                arguments = (q, weight.integers, weight.sums, weight.scale, *common, term, self.stride, self.dilation)
-                terms.append((arguments, {"sums": total, "weight_zero": weight.missing}))
+                arguments = (q, weight.operand, weight.sums, weight.scale, *common, term, self.stride, self.dilation)
+                zeros = {"weight_zero": weight.missing, "nibble_zero": weight.nibble_zero}
+                terms.append((arguments, {"sums": total} | zeros))
         return _Chain(terms, layer.bias, dtype)
 
 
@@ -375,8 +395,8 @@ class IntegerConv(IntegerProduct):
 class IntegerConv2d(IntegerConv):
     """A 2-D convolution."""
 
-    def __init__(self, layer: QuantConv2d, index: GroupIndex) -> None:
-        super().__init__(layer, index)
+    def __init__(self, layer: QuantConv2d, index: GroupIndex, packed: bool = False) -> None:
+        super().__init__(layer, index, packed)
         self.padding = tuple(padding_sides(layer) or NO_PADDING)
         self.stride, self.dilation = (tuple(layer.geometry[name]) for name in ("stride", "dilation"))
 
