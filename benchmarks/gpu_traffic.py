@@ -5,7 +5,7 @@
 
 Each network runs on the meta device in float16, with PyTorch's fused attention, and on the integer engine (W4A8), and
 its operators are counted. Operators of PyTorch move each of their tensors once; those of the integer engine state
-what they move (`qdiff.engines.gpu.launches`). "GB" counts each byte that a launch touches once, as if the cache held
+what they move (`qdiff.engines.gpu.traffic`). "GB" counts each byte that a launch touches once, as if the cache held
 what the launch reads again; "GB with re-reads" counts every load. The times are a roofline, not a measurement: the
 sum over all launches of the longer of two times, that for the bytes at 85 % of a card's bandwidth and that for the
 products at half of its peak, and 3 microseconds a launch in eager mode, which CUDA graphs save.
@@ -31,8 +31,8 @@ from ldm.family import LATENT
 from ldm.unet import UNetModel
 from qdiff.config import QuantConfig
 from qdiff.engines.cuda import attentions, fuse_attention, keep_channels_last, set_core
-from qdiff.engines.gpu import launches
 from qdiff.engines.gpu.layers import to_integer
+from qdiff.engines.gpu.traffic import TRAFFIC, Traffic
 from qdiff.model import enable_activations, quantize_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,7 +74,7 @@ class Counted:
     """One operator: its name, traffic, and products (multiply-accumulates) with the bits of their operands."""
 
     name: str
-    traffic: launches.Traffic
+    traffic: Traffic
     products: int = 0
     bits: int = 16
 
@@ -97,18 +97,18 @@ class Counter(TorchDispatchMode):
         out = func(*args, **named)
         tensors = [leaf for leaf in tree_leaves((args, named)) if isinstance(leaf, Tensor)]
         results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        if name in launches.TRAFFIC:
-            self.counted.append(Counted(name, launches.TRAFFIC[name](*args, **named), _products(name, args, out), 8))
+        if name in TRAFFIC:
+            self.counted.append(Counted(name, TRAFFIC[name](*args, **named), _products(name, args, out), 8))
         elif not func.is_view and name not in NO_LAUNCH:
             size = sum(tensor.numel() * tensor.element_size() for tensor in [*tensors, *results])
             read = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-            traffic = launches.Traffic(1, read, size - read, size)
+            traffic = Traffic(1, read, size - read, size)
             self.counted.append(Counted(name, traffic, _products(name, args, out)))
         return out
 
-    def total(self) -> launches.Traffic:
+    def total(self) -> Traffic:
         """The sum over all operators."""
-        return sum((one.traffic for one in self.counted), launches.Traffic(0, 0, 0, 0))
+        return sum((one.traffic for one in self.counted), Traffic(0, 0, 0, 0))
 
     def seconds(self, card: str, graphs: bool) -> float:
         """The roofline of a pass."""

@@ -279,9 +279,9 @@ def _account(func, name: str, args: tuple, kwargs: dict, here: list[Tensor], out
     if name == "convolution" and out.dim() == 4:
         out = _in_format(out, args[0].inner, args[1].inner)
     if func.namespace == "qdiff":
-        from qdiff.engines.gpu import launches
+        from qdiff.engines.gpu.traffic import TRAFFIC
 
-        traffic = launches.TRAFFIC[name](*tree_map(_unwrap, args), **tree_map(_unwrap, kwargs))
+        traffic = TRAFFIC[name](*tree_map(_unwrap, args), **tree_map(_unwrap, kwargs))
         COUNTS.launches[name] += traffic.launches
         COUNTS.bytes += traffic.distinct
     elif not func.is_view and name not in NO_LAUNCH:

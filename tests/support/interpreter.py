@@ -19,9 +19,9 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from triton.runtime.interpreter import interpreter_builder
 
-from qdiff.engines.gpu import launches, layers
+from qdiff.engines.gpu import launches, layers, traffic
 
-__all__ = ["counting", "launches", "layers"]
+__all__ = ["counting", "launches", "layers", "traffic"]
 
 
 class Counter:
@@ -43,10 +43,10 @@ class Counter:
             self.loads += addresses.size * size
             self.loaded.append(moved)
 
-    def traffic(self) -> launches.Traffic:
+    def traffic(self) -> traffic.Traffic:
         """What has been counted."""
         distinct = sum(int((np.unique(np.concatenate(moved)) % 16).sum()) for moved in (self.loaded, self.stored))
-        return launches.Traffic(self.launches, self.loads, self.stores, distinct)
+        return traffic.Traffic(self.launches, self.loads, self.stores, distinct)
 
 
 @contextmanager

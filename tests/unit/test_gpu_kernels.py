@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qdiff.quantizers import integer_range
-from tests.support.interpreter import counting, launches
+from tests.support.interpreter import counting, launches, traffic
 
 GROUP = torch.tensor([1], dtype=torch.int32)  # timestep group 1 of 2
 NO_PADDING = (0, 0, 0, 0)  # top, bottom, left, right
@@ -454,7 +454,7 @@ def test_the_traffic_is_what_the_interpreter_loads_and_stores(index, monkeypatch
     args, named = make(**sizes)
     with counting() as counter:
         found = getattr(launches, name)(*args, **named)
-    stated, counted = getattr(launches, f"{name}_traffic")(*args, **named), counter.traffic()
+    stated, counted = getattr(traffic, f"{name}_traffic")(*args, **named), counter.traffic()
     assert stated.launches == counted.launches == (2 if sizes.get("shape") == SPLIT else 1)
     for field in ("loads", "stores", "distinct"):
         assert getattr(stated, field) == pytest.approx(getattr(counted, field), rel=0.05), (field, stated, counted)

@@ -1,13 +1,12 @@
-"""The launches of the Triton kernels as custom operators of PyTorch, and what each of them moves.
+"""The launches of the Triton kernels as custom operators of PyTorch.
 
 A custom operator can be traced, counted by a dispatch mode and run on the meta device, which a bare launch cannot.
-Beside each operator stands a function of the same arguments that states its `Traffic`; tests compare it with the loads
-and stores of Triton's interpreter, and the estimates in the documentation are sums of it.
+`traffic.py` says what each of them moves.
 
 Tiles come from `product_tile`, a function of shape and card alone. They do not change a bit of a result.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -72,32 +71,6 @@ class ByteFormat:
             return [stored]
         stored += (128 - stored) % 256 if self.room else 0
         return [(stored >> 8) - 128, (stored & 255) - 128]
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """What one operator moves between memory and the card's processors.
-
-    Attributes:
-        launches: kernels that are launched.
-        loads: bytes that all programs load, those that several of them load counted each time; most of these come from
-            the cache.
-        stores: bytes that all programs store.
-        distinct: bytes that are loaded or stored at least once: the traffic if the cache holds all that is read again.
-    """
-
-    launches: int
-    loads: int
-    stores: int
-    distinct: int
-
-    def __add__(self, other: "Traffic") -> "Traffic":
-        return Traffic(
-            self.launches + other.launches,
-            self.loads + other.loads,
-            self.stores + other.stores,
-            self.distinct + other.distinct,
-        )
 
 
 @dataclass(frozen=True)
@@ -176,7 +149,7 @@ def stored_head(c: int) -> int:
     return max(CHANNEL_MULTIPLE, triton.next_power_of_2(c))
 
 
-def _quantize_blocks(pixels: int, stored: int, layer_norm: bool) -> tuple[int, int]:
+def quantize_blocks(pixels: int, stored: int, layer_norm: bool) -> tuple[int, int]:
     """Pixels and channels of a block of `quantize_kernel`."""
     if layer_norm:
         block = triton.next_power_of_2(stored)
@@ -236,7 +209,7 @@ def quantize(
     _, heads, h, w, c = x.shape
     c //= 2 if geglu else 1
     images, height, width, _ = q.shape
-    pixels, channels = _quantize_blocks(height * width, stored, layer_norm is not None)
+    pixels, channels = quantize_blocks(height * width, stored, layer_norm is not None)
     grid = (triton.cdiv(height * width, pixels), images)
     with _on(x):
         kernels.quantize_kernel[grid](
@@ -276,50 +249,18 @@ def _quantized_like(x: Tensor, form: ByteFormat, padding: Sequence[int], stored:
     return out + [torch.empty(shape, dtype=torch.int32, device=x.device) for _ in range(count if sums else 0)]
 
 
-def quantize_traffic(
-    x: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    group: Tensor,
-    n_bits: int,
-    symmetric: bool,
-    padding: Sequence[int],
-    stored: int,
-    sums: bool,
-    a: Tensor | None = None,
-    b: Tensor | None = None,
-    layer_norm: float | None = None,
-    silu: bool = False,
-    geglu: bool = False,
-    divisor: Tensor | None = None,
-    factor: float = 1.0,
-) -> Traffic:
-    """The traffic of `quantize`; see there for the arguments."""
-    n, heads, h, w, c = x.shape
-    form = ByteFormat(n_bits, symmetric)
-    width = c // (2 if geglu else 1)
-    height, wide = h + padding[0] + padding[1], w + padding[2] + padding[3]
-    pixels, _ = _quantize_blocks(height * wide, stored, layer_norm is not None)
-    programs = triton.cdiv(height * wide, pixels) * n * heads
-    values = x.numel() * x.element_size()
-    vectors = 4 * width * sum(part is not None for part in (a, b, divisor))
-    written = n * heads * height * wide * (stored + (4 if sums else 0)) * (2 if form.wide else 1)
-    read = sum(4 * part.numel() for part in (a, b, divisor) if part is not None)
-    return Traffic(1, values + programs * (vectors + 12), written, values + read + 12 + written)
-
-
 # --- products --------------------------------------------------------------------------------------
 
 
-def _output_shape(q: Tensor, weight: Tensor, stride: Sequence[int], dilation: Sequence[int]) -> tuple[int, int]:
+def output_shape(q: Tensor, weight: Tensor, stride: Sequence[int], dilation: Sequence[int]) -> tuple[int, int]:
     """Height and width of the result of a convolution of padded bytes."""
     sides = zip(q.shape[1:3], weight.shape[1:3], stride, dilation, strict=True)
     height, width = ((side - d * (k - 1) - 1) // s + 1 for side, k, s, d in sides)
     return height, width
 
 
-def _tile(q: Tensor, weight: Tensor, stride: Sequence[int], dilation: Sequence[int]) -> Tile:
-    height, width = _output_shape(q, weight, stride, dilation)
+def tile_of(q: Tensor, weight: Tensor, stride: Sequence[int], dilation: Sequence[int]) -> Tile:
+    height, width = output_shape(q, weight, stride, dilation)
     taps = weight.shape[1] * weight.shape[2]
     tile = product_tile(len(q) * height * width, len(weight), q.shape[3], taps, capability_of(q))
     return replace(tile, depth=NIBBLE_CHANNELS) if weight.dtype == torch.uint8 else tile
@@ -393,7 +334,7 @@ def product(
         [N, OH, OW, OC].
     """
     return launch_product(
-        _tile(q, weight, stride, dilation), q, weight, weight_sums, scale, x_scale, x_zero, group, n_bits, symmetric,
+        tile_of(q, weight, stride, dilation), q, weight, weight_sums, scale, x_scale, x_zero, group, n_bits, symmetric,
         term, stride, dilation, dtype, sums, weight_zero, nibble_zero, bias, shift, residual,
     )  # fmt: skip
 
@@ -424,7 +365,7 @@ def launch_product(
     form = ByteFormat(n_bits, symmetric)
     n, hp, wp, c = q.shape
     oc, kh, kw, _ = weight.shape
-    height, width = _output_shape(q, weight, stride, dilation)
+    height, width = output_shape(q, weight, stride, dilation)
     y = torch.empty(n, height, width, oc, dtype=dtype, device=q.device)
     rows = n * height * width
     tensors: tuple[Tensor, ...] = (
@@ -478,63 +419,7 @@ def _(
     *_: Any,
     **__: Any,
 ) -> Tensor:
-    return torch.empty(len(q), *_output_shape(q, weight, stride, dilation), len(weight), dtype=dtype, device=q.device)
-
-
-def product_traffic(
-    q: Tensor,
-    weight: Tensor,
-    weight_sums: Tensor,
-    scale: Tensor,
-    x_scale: Tensor,
-    x_zero: Tensor,
-    group: Tensor,
-    n_bits: int,
-    symmetric: bool,
-    term: int,
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    dtype: torch.dtype,
-    sums: Tensor | None = None,
-    weight_zero: Tensor | None = None,
-    nibble_zero: Tensor | None = None,
-    bias: Tensor | None = None,
-    shift: Tensor | None = None,
-    residual: Tensor | None = None,
-) -> Traffic:
-    """The traffic of `product`; see there for the arguments."""
-    tile = _tile(q, weight, stride, dilation)
-    height, width = _output_shape(q, weight, stride, dilation)
-    oc, kh, kw, _ = weight.shape
-    c, packed = q.shape[3], nibble_zero is not None
-    rows = len(q) * height * width
-    result = rows * oc * DTYPES[dtype]
-    added = sum(
-        part.numel() * part.element_size()
-        for part in (sums, bias, shift, residual, weight_zero, nibble_zero)
-        if part is not None
-    )
-    distinct = q.numel() + weight.numel() + 8 * oc + added + 12 + result
-    blocks_m, blocks_n = triton.cdiv(rows, tile.rows), triton.cdiv(oc, tile.columns)
-    share = triton.cdiv(kh * kw * c // tile.depth, tile.splits) * tile.splits
-    share = min(share, kh * kw * c // tile.depth)  # what lies beyond the end is masked
-    columns = tile.columns // 2 if packed else tile.columns  # in bytes of the weight for each input channel
-    loads = blocks_m * blocks_n * share * tile.depth * (tile.rows + columns)
-    loads += blocks_m * blocks_n * tile.splits * tile.columns if packed else 0
-    stores = result
-    if tile.splits > 1:
-        partial = 4 * tile.splits * rows * oc
-        distinct, stores, loads = distinct + 2 * partial, stores + partial, loads + partial
-        block = FINISH
-    else:
-        block = (tile.rows, tile.columns)
-    programs = triton.cdiv(rows, block[0]) * triton.cdiv(oc, block[1])
-    vectors = 2 + (bias is not None) + (weight_zero is not None)
-    field = 4 * kh * kw * block[0] if weight_zero is not None else 0
-    shifts = block[0] * block[1] * shift.element_size() if shift is not None else 0
-    loads += programs * (4 * block[1] * vectors + field + shifts + 12)
-    loads += residual.numel() * residual.element_size() if residual is not None else 0
-    return Traffic(2 if tile.splits > 1 else 1, loads, stores, distinct)
+    return torch.empty(len(q), *output_shape(q, weight, stride, dilation), len(weight), dtype=dtype, device=q.device)
 
 
 # --- normalization ---------------------------------------------------------------------------------
@@ -577,19 +462,12 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple
     return a, b
 
 
-def group_norm_map_traffic(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Traffic:
-    """The traffic of `group_norm_map`; see there for the arguments."""
-    n, _, _, c = x.shape
-    values = x.numel() * x.element_size()
-    return Traffic(1, values + 8 * n * c, 8 * n * c, values + 8 * c + 8 * n * c)
-
-
 # --- attention -------------------------------------------------------------------------------------
 
 KEYS = 64  # keys of a block. The sums of a softmax depend on it: it must not be tuned
 
 
-def _queries(stored: int, wide: bool) -> int:
+def query_block(stored: int, wide: bool) -> int:
     """Queries of a block; two sums for each of 64 channels or more leave too few registers for 64 queries."""
     return 32 if wide and stored >= 64 else 64
 
@@ -636,7 +514,7 @@ def attention(
     forms = [ByteFormat(*pair) for pair in zip(n_bits, symmetric, strict=True)]
     b, t, stored = q.shape
     y = torch.empty(b // heads, t, heads, width, dtype=dtype, device=q.device)
-    rows = _queries(stored, forms[3].wide)
+    rows = query_block(stored, forms[3].wide)
     qparams = [part for pair in zip(scales, zeros, strict=True) for part in pair]
     with _on(q):
         kernels.attention_kernel[(triton.cdiv(t, rows), b)](
@@ -665,34 +543,3 @@ def _(
     dtype: torch.dtype,
 ) -> Tensor:
     return torch.empty(len(q) // heads, q.shape[1], heads, width, dtype=dtype, device=q.device)
-
-
-def attention_traffic(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scales: Sequence[Tensor],
-    zeros: Sequence[Tensor],
-    group: Tensor,
-    n_bits: Sequence[int],
-    symmetric: Sequence[bool],
-    heads: int,
-    width: int,
-    factor: float,
-    dtype: torch.dtype,
-) -> Traffic:
-    """The traffic of `attention`; see there for the arguments."""
-    programs = triton.cdiv(q.shape[1], _queries(q.shape[2], n_bits[3] > 8)) * len(q)
-    result = len(q) * q.shape[1] * width * DTYPES[dtype]
-    keys = k.shape[1] * k.shape[2]
-    distinct = q.numel() + k.numel() + v.numel() + 36 + result
-    return Traffic(1, q.numel() + programs * (3 * keys + 36), result, distinct)
-
-
-# what each operator moves, by its name; the functions take the arguments of the operator
-TRAFFIC: dict[str, Callable[..., Traffic]] = {
-    "int8_quantize": quantize_traffic,
-    "int8_product": product_traffic,
-    "group_norm_map": group_norm_map_traffic,
-    "int8_attention": attention_traffic,
-}
