@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from qdiff.layers import MatMul, attend_sparingly
+from qdiff.layers import AttentionCore, MatMul, attend_sparingly
 
 MatMulFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -170,6 +170,29 @@ def _attention(
     return torch.cat(slices)
 
 
+def _attend_at_once(
+    core: AttentionCore,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor | None:
+    """The attention by an engine's function; None: the function does not know its form."""
+    if attn_mask is not None or dropout_p or is_causal or enable_gqa:
+        return None
+    shapes = [(*part.shape[:-2], part.shape[-1]) for part in (query, key, value)]
+    if query.dim() != 4 or shapes.count(shapes[0]) != 3:
+        return None
+    query = query * (query.shape[-1] ** -0.5 if scale is None else scale)  # as in `_attention`
+    q, k, v = (part.transpose(1, 2) for part in (query, key, value))
+    return core(q, k, v, 1.0, 1.0).transpose(1, 2)
+
+
 def _probabilities(logits: Tensor, mask: Tensor | None) -> Tensor:
     """The softmax of masked logits; rows without a single key give 0, as in PyTorch's operator."""
     if mask is None:
@@ -278,6 +301,10 @@ class AttentionForward:
         calls: the names of its calls in a forward pass, in order.
         path: its path in the network, for messages.
 
+    Attributes:
+        names: for each call the names of its matmuls.
+        cores: what an engine computes a whole attention with, by the number of the call.
+
     Raises:
         RuntimeError: at run time, if the calls are not those that were traced.
     """
@@ -290,6 +317,7 @@ class AttentionForward:
         self.function: Callable[..., Any] = own or type(owner).forward
         self.leading: tuple[nn.Module, ...] = () if own else (owner,)
         self.names = matmul_names(calls)
+        self.cores: dict[int, AttentionCore] = {}
 
     @property
     def __code__(self) -> CodeType:
@@ -306,6 +334,10 @@ class AttentionForward:
         if frame is not None:
             frame.finish()
         return output
+
+    def attentions(self) -> list[tuple[int, tuple[str, ...]]]:
+        """The calls that are whole attentions: their numbers, and the names of their two matmuls."""
+        return [(number, self.names[number]) for number, name in enumerate(self.calls) if name == SDPA]
 
     def matmuls(self, number: int) -> list[MatMulFunction]:
         """What computes the matmuls of a call: attention matmuls, or `torch.matmul` in full precision."""
@@ -339,6 +371,10 @@ class _Frame:
         matmuls = self.forward.matmuls(number)
         if all(matmul is torch.matmul for matmul in matmuls):
             return func(*args, **kwargs)
+        if (core := self.forward.cores.get(number)) is not None:
+            output = _attend_at_once(core, *args, **kwargs)
+            if output is not None:
+                return output
         return rewrite(func, matmuls, args, kwargs)
 
     def finish(self) -> None:

@@ -512,7 +512,8 @@ def smallest(name: str) -> tuple[nn.Module, tuple[tuple, dict]]:
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 @pytest.mark.parametrize("name", ["dit", "unet"])
-def test_compiled_networks_give_the_same(name):
+def test_compiled_networks_give_the_same(name, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     model, call = smallest(name)
     assert describe(model).matmuls
     enable_activations(model, False)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import qdiff
 from ldm.family import LATENT
 from ldm.unet import UNetConfig, UNetModel
 from qdiff.calibration.data import CalibrationData
@@ -18,6 +19,7 @@ from qdiff.config import CalibrationConfig
 from qdiff.engines.cuda import PackedLayer
 from qdiff.layers import ActQuantizer, QuantConv1d, QuantConv2d, QuantLinear, QuantMatMul
 from tests.support import golden, tiny
+from tests.support.attentions import FusedAttention
 from tests.support.engines import LINEAR, attention_matmul, factors, network_of, network_of_policy, quantized_layer
 from tests.support.interpreter import launches, layers
 
@@ -311,6 +313,38 @@ def matmuls(
 )
 def test_attentions_that_have_no_integer_form_are_named(options, text):
     assert layers.IntegerAttention.find_obstacle(*matmuls(**options)) == text
+
+
+class Attending(nn.Module):
+    """Attention by PyTorch's operator to itself, to a context, and with a mask, one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own, self.cross, self.masked = FusedAttention(16), FusedAttention(16), FusedAttention(16)
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor) -> Tensor:
+        x = x + self.own(x)
+        x = x + self.cross(x, context)
+        return x + self.masked(x, context, mask)
+
+
+@torch.no_grad()
+def test_attentions_of_function_calls_run_in_the_kernel_unless_they_have_a_mask(launched):
+    torch.manual_seed(0)
+    inputs = (torch.randn(2, 10, 16), torch.randn(2, 7, 16), torch.rand(2, 1, 10, 7) > 0.3)
+    simulated = qdiff.quantize(
+        Attending().eval(), inputs, weight_bit=4, act_bit=8,
+        rounding="nearest", iters_tune=0, policy_budget=0, smoothing=False,
+    )  # fmt: skip
+    obstacles = layers.find_obstacles(simulated)
+    assert {f"{name}.matmul_0" for name in ("own", "cross", "masked")} <= set(obstacles)
+    network = layers.to_integer(simulated, obstacles)
+    exact = copy.deepcopy(simulated).double()(*(part.double() if part.is_floating_point() else part for part in inputs))
+    for prepared in (network, copy.deepcopy(network)):
+        launched.clear()
+        assert golden.relative_error(prepared(*inputs).double(), exact) < 1e-6
+        assert launched.count(("attention",)) == 2
+    assert layers.find_obstacles(Chain(torch.randn(2, 64, 6, 6))) == dict.fromkeys(("first", "second", "third"))
 
 
 class Reshaped(nn.Module):

@@ -8,13 +8,15 @@ dequantizes its weight on use.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qdiff.attention import AttentionForward
 from qdiff.engines.cuda import PackedLayer, attentions, set_core
 from qdiff.engines.deferred import Epilogue, plain_output
 from qdiff.engines.gpu import launches
@@ -34,6 +36,7 @@ from qdiff.engines.proxy import ModuleProxy, plain
 from qdiff.layers import (
     HALF,
     ActQuantizer,
+    AttentionCore,
     QuantConv1d,
     QuantConv2d,
     QuantLayer,
@@ -105,20 +108,32 @@ def to_integer(model: nn.Module, obstacles: Mapping[str, str | None] | None = No
 
     cores = list(_quantized_attentions(result))
     replace_modules(result, replacement)
-    for path, module, qk, av in cores:
+    for path, qk, av, give in cores:
         if obstacles[path] is None:
-            set_core(module, IntegerAttention(qk, av, index))
+            give(IntegerAttention(qk, av, index))
     result.register_forward_pre_hook(index.update)
     result.register_forward_hook(lambda _, __, output: plain_result(output))
     return result
 
 
-def _quantized_attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module, QuantMatMul, QuantMatMul]]:
-    """The attentions of a network whose matmuls are quantized: path, module and the two matmuls."""
+def _quantized_attentions(
+    model: nn.Module,
+) -> Iterator[tuple[str, QuantMatMul, QuantMatMul, Callable[[AttentionCore], None]]]:
+    """The attentions of a network whose matmuls are quantized: path, the two matmuls, and what takes a core."""
+    found: list[tuple[str, list[nn.Module], Callable[[AttentionCore], None]]] = []
     for path, module, matmuls in attentions(model):
+        found.append((path, matmuls, partial(set_core, module)))
+    for path, owner in model.named_modules():
+        forward = vars(owner).get("forward")
+        if isinstance(forward, AttentionForward):
+            for number, names in forward.attentions():
+                matmuls = [getattr(owner, name, nn.Identity()) for name in names]
+                place = ".".join(filter(None, (path, names[0])))
+                found.append((place, matmuls, partial(forward.cores.__setitem__, number)))
+    for path, matmuls, give in found:
         match matmuls:
             case [QuantMatMul() as qk, QuantMatMul() as av]:
-                yield path, module, qk, av
+                yield path, qk, av, give
 
 
 def plain_result(output: Any) -> Any:
@@ -133,7 +148,7 @@ def find_obstacles(model: nn.Module) -> dict[str, str | None]:
         model: the network, before `to_integer`.
     """
     obstacles = {path: find_obstacle(layer) for path, layer in quant_layers(model).items()}
-    attending = {path: IntegerAttention.find_obstacle(qk, av) for path, _, qk, av in _quantized_attentions(model)}
+    attending = {path: IntegerAttention.find_obstacle(qk, av) for path, qk, av, _ in _quantized_attentions(model)}
     return obstacles | attending
 
 
