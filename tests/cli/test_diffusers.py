@@ -522,7 +522,7 @@ def test_compiled_networks_give_the_same(name, monkeypatch, tmp_path):
     assert compiled_error(nn.Module.double(model), map_leaves(in_float64, call), "inductor") < 1e-6
 
 
-SLOW_EXPORTS = [pytest.param(name, marks=pytest.mark.slow) for name in ("ddim", "sd", "sdxl", "pixart")]
+SLOW_EXPORTS = [pytest.param(name, marks=pytest.mark.slow) for name in ("ddim", "sd", "sdxl", "pixart", "sd3", "flux")]
 
 
 @pytest.mark.parametrize("name", ["dit", *SLOW_EXPORTS])
