@@ -153,7 +153,7 @@ def quantize_blocks(pixels: int, stored: int, layer_norm: bool) -> tuple[int, in
     """Pixels and channels of a block of `quantize_kernel`."""
     if layer_norm:
         block = triton.next_power_of_2(stored)
-        return max(1, min(16, 4096 // block)), block
+        return max(1, min(16, 2048 // block)), block  # with 4096 values, registers spill on sm_80
     block = min(64, triton.next_power_of_2(stored))
     return min(32, triton.next_power_of_2(pixels)), block
 
