@@ -201,6 +201,8 @@ def _run(func, args: tuple, kwargs: dict):
         return _copy(func, *args, **kwargs)
     target = kwargs.get("device")
     target = None if target is None else torch.device(target)
+    if name == "_local_scalar_dense" and args[0].is_meta and not here:
+        return func(_to_cpu(args[0]))  # memory of the CPU that is not counted
     if not here and (target is None or target.type != "cuda"):
         return func(*args, **{key: value for key, value in kwargs.items() if key != "pin_memory"})
     if target is not None and target.type == "cpu":
@@ -232,7 +234,7 @@ def _convert(func, source: Tensor, kwargs: dict):
     target = torch.device(kwargs.get("device") or source.device)
     named = {key: value for key, value in kwargs.items() if key not in ("device", "non_blocking", "pin_memory")}
     to_cuda, from_cuda = target.type == "cuda", isinstance(source, Pretended)
-    out = func(_unwrap(source) if to_cuda else _on_cpu(source), **named)
+    out = func(_on_cpu(source) if target.type == "cpu" else _unwrap(source), **named)
     _count_copy(to_cuda, from_cuda, kwargs.get("non_blocking", False), source, out)
     return _wrap(out) if to_cuda else out
 
