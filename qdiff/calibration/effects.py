@@ -33,7 +33,8 @@ def squared_effects(
         network: the network.
         paths: the modules whose outputs are changed.
         changes: from (path, arguments, keyword arguments, output) of a call of a module to the changes of its output
-            that are judged. A module always gives equally many.
+            that are judged, of the output's shape or a scalar. A module always gives equally many. They are kept in
+            bfloat16.
         run: runs the network on some samples.
         samples: numbers of samples, [S].
         vectors: random directions of the output for each sample.
@@ -63,7 +64,7 @@ class _Watch:
 
     def __init__(self, network: nn.Module, paths: Sequence[str], changes: Changes) -> None:
         self.network, self.paths, self.changes = network, paths, changes
-        self.calls: list[tuple[str, Tensor, Sequence[Tensor]]] = []  # (path, zeros added to the output, its changes)
+        self.calls: list[tuple[str, Tensor, Sequence[Tensor]]] = []  # (path, output, its changes)
 
     def __enter__(self) -> "_Watch":
         self.handles = [
@@ -78,16 +79,16 @@ class _Watch:
 
     def _visit(self, path: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         with torch.no_grad():
-            changes = self.changes(path, args, kwargs, output)
-        zeros = torch.zeros_like(output, requires_grad=True)
-        self.calls.append((path, zeros, changes))
-        return output + zeros
+            changes = [change.to(torch.bfloat16) for change in self.changes(path, args, kwargs, output)]
+        output = output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
+        self.calls.append((path, output, changes))
+        return output
 
     def moved(self, output: Tensor, direction: Tensor, keep: bool) -> dict[str, list[float]]:
         """How far the changes move the output of the pass in a direction of the same shape, to first order."""
-        zeros = [zeros for _, zeros, _ in self.calls]
+        outputs = [own for _, own, _ in self.calls]
         gradients = torch.autograd.grad(
-            output, zeros, direction, retain_graph=keep, allow_unused=True, materialize_grads=True
+            output, outputs, direction, retain_graph=keep, allow_unused=True, materialize_grads=True
         )
         found: dict[str, list[float]] = {}
         for (path, _, changes), gradient in zip(self.calls, gradients, strict=True):

@@ -134,7 +134,7 @@ class _Changes:
         self.macs[path] += multiply_accumulates(module, args[0], output)
         if isinstance(module, QuantLayer):
             return self._of_layer(module, self.rounding[path], args, kwargs)
-        no_change = torch.zeros_like(output)
+        no_change = output.new_zeros(())
         if not self.activations:
             return [no_change, no_change]
         with _quantizing(module):
@@ -147,9 +147,9 @@ class _Changes:
         bias, layer.bias = layer.bias, None
         try:
             exact = layer.quantize_input(x)
-            of_weight = layer.apply_weight(exact, rounding, *others, **kwargs)
+            of_weight = layer.apply_weight(exact, rounding.to(layer.dtype), *others, **kwargs)
             if not self.activations:
-                return [torch.zeros_like(of_weight), of_weight]
+                return [x.new_zeros(()), of_weight]
             with _quantizing(layer):
                 change = layer.quantize_input(x) - exact
             return [layer.apply_weight(change, layer.effective_weight(), *others, **kwargs), of_weight]
@@ -168,13 +168,13 @@ def _quantizing(module: nn.Module) -> Iterator[None]:
 
 
 def _rounding_errors(layer: QuantLayer) -> Tensor:
-    """What nearest rounding adds to the weight of a layer in full precision, in the layer's precision."""
+    """What nearest rounding adds to the weight of a layer in full precision, in bfloat16."""
     parts = []
     for part, quantizer in zip(layer._parts(layer.weight.float()), layer.weight_quantizers, strict=True):
         rows = part.flatten(1)
         rounded = fake_quantize(rows, *search_range(rows, quantizer.n_bits, False, False), quantizer.n_bits, False)
         parts.append((rounded - rows).view_as(part))
-    return layer._join(parts).to(layer.dtype)
+    return layer._join(parts).to(torch.bfloat16)
 
 
 def choose_policy(sensitivities: Mapping[str, Sensitivity], quant: QuantConfig, budget: float) -> Policy:
