@@ -85,7 +85,7 @@ def measure_sensitivity(
     """
     wrapped = quantize_model(model, architecture, quant).requires_grad_(False)
     modules = {path: module for path, module in wrapped.named_modules() if isinstance(module, QuantLayer | QuantMatMul)}
-    chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:SAMPLES]
+    chosen = _over_time(data, SAMPLES)
     enable_activations(wrapped, False)
     if quant.quant_act:
         if smoothing:
@@ -109,6 +109,17 @@ def measure_sensitivity(
         if isinstance(layer := modules[path], QuantLayer):
             found[path].elements = layer.shape.numel()
     return found
+
+
+def _over_time(data: CalibrationData, count: int) -> Tensor:
+    """The numbers of at most `count` samples, spread evenly over the time steps up to the first and the last one.
+
+    Some layers disturb the output at the last steps of a trajectory alone, which a few random samples may miss.
+    """
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+    if data.spec.time is not None:
+        order = order[data.timesteps(order).argsort(stable=True)]
+    return order[torch.linspace(0, len(order) - 1, min(count, len(order))).round().long()]
 
 
 class _Changes:

@@ -14,7 +14,7 @@ from qdiff.calibration.compensation import Moments, receptive_fields, round_comp
 from qdiff.calibration.data import CalibrationData
 from qdiff.calibration.finetune import FineTuner
 from qdiff.calibration.rounding import UnitPair, compensate_unit
-from qdiff.calibration.sensitivity import SAMPLES, Sensitivity, choose_policy, measure_sensitivity
+from qdiff.calibration.sensitivity import SAMPLES, Sensitivity, _over_time, choose_policy, measure_sensitivity
 from qdiff.calibration.smoothing import choose_smoothing
 from qdiff.config import PRESETS, CalibrationConfig, QuantConfig
 from qdiff.layers import QuantConv2d, QuantLinear
@@ -191,6 +191,14 @@ def test_smoothing_is_taken_for_outliers_alone():
     assert choose_smoothing(quantized, outliers) > 0 and quantized.smoothing is not None
     wide = QuantLinear(layer, 8, 16, False)
     assert choose_smoothing(wide, outliers) == 0  # 16 bits hold the outliers
+
+
+def test_the_samples_of_the_measurement_are_spread_over_all_time_steps():
+    steps = torch.arange(0, 1000, 50).repeat_interleave(30)[torch.randperm(600)]
+    data = CalibrationData((torch.randn(600, 2), steps.float()))
+    chosen = _over_time(data, 20)
+    assert data.timesteps(chosen).tolist() == sorted(set(steps.tolist()))
+    assert len(_over_time(data, 1000)) == 600 == len(set(_over_time(data, 1000).tolist()))
 
 
 def test_measured_sensitivity_is_the_error_that_a_layer_makes(chain, samples, capsys):
