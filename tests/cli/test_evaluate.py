@@ -19,7 +19,7 @@ from tests.support import commands, pictures, tiny
 from tests.support.commands import fails, succeeded
 
 EMBEDDED = commands.REPOSITORY / "models/ddim/emoji32"
-STEPS = 5  # of DDIM, where 50 would show the same
+STEPS = 3  # of DDIM, where 50 would show the same
 FIGURES = ("fid", "kid", "is", "precision", "recall")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
@@ -86,12 +86,23 @@ def test_the_number_of_processes_changes_nothing(work):
     )
     assert result.returncode == 0, result.stderr
     assert figures(work / "ranks.json") == figures(work / "one.json")
-    shutil.rmtree(work / "cache")
-    (work / "broken").mkdir()
-    for file in (work / "a").iterdir():
-        shutil.copy(file, work / "broken")
-    (work / "broken" / "0011.png").write_bytes(b"")
-    result = torchrun(2, "evaluate.py", *options(work, work / "broken", "--reference", work / "b"))
+
+
+def with_a_broken_image(work: Path, folder: Path) -> list[object]:
+    shutil.copytree(work / "a", folder / "broken")
+    (folder / "broken" / "0011.png").write_bytes(b"")
+    return [*options(work, folder / "broken", "--reference", work / "b"), "--cache", folder / "cache"]
+
+
+def test_a_broken_image_is_named(work, tmp_path):
+    result = commands.run("evaluate.py", *with_a_broken_image(work, tmp_path))
+    assert result.returncode == 1 and "0011.png: a broken image" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_broken_image_of_one_process_ends_all(work, tmp_path):
+    result = torchrun(2, "evaluate.py", *with_a_broken_image(work, tmp_path))
     assert result.returncode != 0 and "0011.png: a broken image" in result.stderr
 
 
@@ -177,7 +188,7 @@ def report(tmp_path_factory):
         EMBEDDED / "w8a8.safetensors",
         EMBEDDED / "w4a8.safetensors",
         "--images",
-        2,
+        1,
         "--no_nearest",
         "--threads",
         1,

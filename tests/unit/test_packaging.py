@@ -118,6 +118,7 @@ import importlib, sys
 import torch, numpy, psutil, filelock, tqdm.contrib.logging, PIL.Image, omegaconf  # of others: not looked at
 from qdiff.utils.compat import make_torchvision_importable
 make_torchvision_importable()
+import torchvision.transforms, torchmetrics  # beside any torch
 import accelerate, peft, diffusers.pipelines.pipeline_utils
 for name in {POSIX_ONLY!r}:
     sys.modules[name] = None
