@@ -257,7 +257,7 @@ def test_calibration_beats_nearest_rounding_and_leaves_the_model_alone(caplog):
     network = tiny.unet(config=replace(tiny.MODEL, ch_mult=(1,), attn_resolutions=(8,)))
     rows = tiny.rows(network)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    recipe = CalibrationConfig(num_timesteps=4, samples=16, batch_size=16, iters=120, lr=3e-2, iters_a=0)
+    recipe = CalibrationConfig(num_timesteps=4, samples=16, batch_size=16, iters=60, lr=3e-2, iters_a=0)
     weights = QuantConfig(weight_bit=4, split=True)
     nearest = Calibration(network, PIXEL, weights, recipe, rows).nearest()
     calibrated = Calibration(network, PIXEL, weights, recipe, rows).run()
