@@ -123,7 +123,7 @@ def test_a_sampling_command_is_evaluated(work):
     ]
     result = commands.run(
         "evaluate.py",
-        *options(work, "--reference", work / "b", "--metrics", "fid", "--output", work / "o.json"),
+        *options(work, "--reference", work / "b", "--metrics", "kid", "--output", work / "o.json"),
         "--",
         *command,
     )
@@ -282,6 +282,7 @@ def test_a_table_is_filled_and_continued(tmp_path):
         3,
     ]
     words += ["--trajectory_images", 2, "--threads", 1, "--output", tmp_path / "out", "--cache", tmp_path / "cache"]
+    words += ["--metrics", "kid"]  # each FID takes a second
     words += ["--", "--timesteps", STEPS]
     result = commands.run("reproduce.py", *words)
     assert result.returncode == 0, result.stderr
@@ -308,8 +309,8 @@ def test_a_table_is_filled_and_continued(tmp_path):
     again = commands.run("reproduce.py", *words)
     assert again.returncode == 0, again.stderr
     assert json.loads((tmp_path / "out/table.json").read_text())["emoji32"]["q-diffusion-w4a8"][0][
-        "fid"
-    ] == pytest.approx(content["q-diffusion-w4a8"][0]["fid"], rel=1e-9)
+        "kid"
+    ] == pytest.approx(content["q-diffusion-w4a8"][0]["kid"], rel=1e-9)
     fewer = commands.run("reproduce.py", *(1 if word == 2 else word for word in words))
     assert fewer.returncode == 0, fewer.stderr
     figures = json.loads((tmp_path / "out/table.json").read_text())["emoji32"]["q-diffusion-w4a8"][0]
@@ -444,7 +445,7 @@ def test_the_table_of_stable_diffusion_takes_captions_and_images_of_any_size(wor
         "--extractor",
         "lite0",
     ]
-    words += ["--threads", 1, "--output", tmp_path / "out", "--cache", work / "cache"]
+    words += ["--threads", 1, "--output", tmp_path / "out", "--cache", work / "cache", "--metrics", "kid"]
     sampling = ["--", *TEXT, "--H", 64, "--W", 64, "--f", 4, "--ddim_steps", 2, "--cali_st", 2, "--cali_n", 2]
     result = commands.run("reproduce.py", *words, *sampling)
     assert result.returncode == 0, result.stderr
