@@ -180,6 +180,7 @@ def killed_and_continued(tmp_path, reference, times, seed):
     return torch.load(folder / "done.pt", weights_only=True)
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_kill_and_continue(tmp_path, reference):
     torch.set_num_threads(1)
