@@ -150,7 +150,14 @@ def test_calibrated_files_of_one_layout_fit_the_other(folders, tmp_path):
         for layout, ckpt in (("original", tmp_path / "original.pth"), ("folder", folders["pixel"])):
             succeeded(pixel(ckpt, tmp_path / layout / name, *widths, "--cali_ckpt", file))
         assert same_images(tmp_path / "original" / name, tmp_path / "folder" / name)
-    # the words after `--` of compare.py, without a YAML file
+
+
+@pytest.mark.slow
+def test_the_words_after_the_dashes_of_compare(folders, tmp_path):
+    """Without a YAML file."""
+    nearest = ["--ptq", "--weight_bit", 4, "--quant_mode", "linear", "--quant_act", "--cali_st", 1, "--cali_n", 2]
+    succeeded(pixel(folders["pixel"], tmp_path / "calibrated", *nearest))
+    (file,) = (tmp_path / "calibrated").rglob("ckpt.safetensors")
     words = ["--checkpoints", file, "-o", tmp_path / "report", "--images", 2, "--no_nearest", "--threads", 1]
     after = [PIXEL, "--ckpt", folders["pixel"], "--timesteps", 2, "--max_images", 2]
     result = succeeded(commands.run("compare.py", *words, "--", *after))

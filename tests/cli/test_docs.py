@@ -262,9 +262,9 @@ def shortened(name: str, options: Sequence[str]) -> list[str]:
 
 
 def is_slow(command: Command) -> bool:
-    """Whether a command takes long even if shortened: calibrations and comparisons, but for those of the README."""
+    """Whether a command takes long even if shortened: calibrations and comparisons."""
     works_long = re.search(r"--ptq\b(?!.*--cali_ckpt)|compare\.py|reproduce\.py", command.text) is not None
-    return SLOW.search(command.text) is not None or (works_long and command.page != README)
+    return SLOW.search(command.text) is not None or works_long
 
 
 def run_parameters() -> list:

@@ -19,7 +19,7 @@ from tests.support import commands, pictures, tiny
 from tests.support.commands import fails, succeeded
 
 EMBEDDED = commands.REPOSITORY / "models/ddim/emoji32"
-STEPS = 5  # of DDIM, where 50 would show the same
+STEPS = 3  # of DDIM, where 50 would show the same
 FIGURES = ("fid", "kid", "is", "precision", "recall")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
@@ -86,12 +86,23 @@ def test_the_number_of_processes_changes_nothing(work):
     )
     assert result.returncode == 0, result.stderr
     assert figures(work / "ranks.json") == figures(work / "one.json")
-    shutil.rmtree(work / "cache")
-    (work / "broken").mkdir()
-    for file in (work / "a").iterdir():
-        shutil.copy(file, work / "broken")
-    (work / "broken" / "0011.png").write_bytes(b"")
-    result = torchrun(2, "evaluate.py", *options(work, work / "broken", "--reference", work / "b"))
+
+
+def with_a_broken_image(work: Path, folder: Path) -> list[object]:
+    shutil.copytree(work / "a", folder / "broken")
+    (folder / "broken" / "0011.png").write_bytes(b"")
+    return [*options(work, folder / "broken", "--reference", work / "b"), "--cache", folder / "cache"]
+
+
+def test_a_broken_image_is_named(work, tmp_path):
+    result = commands.run("evaluate.py", *with_a_broken_image(work, tmp_path))
+    assert result.returncode == 1 and "0011.png: a broken image" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_broken_image_of_one_process_ends_all(work, tmp_path):
+    result = torchrun(2, "evaluate.py", *with_a_broken_image(work, tmp_path))
     assert result.returncode != 0 and "0011.png: a broken image" in result.stderr
 
 
@@ -112,7 +123,7 @@ def test_a_sampling_command_is_evaluated(work):
     ]
     result = commands.run(
         "evaluate.py",
-        *options(work, "--reference", work / "b", "--metrics", "fid", "--output", work / "o.json"),
+        *options(work, "--reference", work / "b", "--metrics", "kid", "--output", work / "o.json"),
         "--",
         *command,
     )
@@ -177,7 +188,7 @@ def report(tmp_path_factory):
         EMBEDDED / "w8a8.safetensors",
         EMBEDDED / "w4a8.safetensors",
         "--images",
-        2,
+        1,
         "--no_nearest",
         "--threads",
         1,
@@ -271,6 +282,7 @@ def test_a_table_is_filled_and_continued(tmp_path):
         3,
     ]
     words += ["--trajectory_images", 2, "--threads", 1, "--output", tmp_path / "out", "--cache", tmp_path / "cache"]
+    words += ["--metrics", "kid"]  # each FID takes a second
     words += ["--", "--timesteps", STEPS]
     result = commands.run("reproduce.py", *words)
     assert result.returncode == 0, result.stderr
@@ -297,8 +309,8 @@ def test_a_table_is_filled_and_continued(tmp_path):
     again = commands.run("reproduce.py", *words)
     assert again.returncode == 0, again.stderr
     assert json.loads((tmp_path / "out/table.json").read_text())["emoji32"]["q-diffusion-w4a8"][0][
-        "fid"
-    ] == pytest.approx(content["q-diffusion-w4a8"][0]["fid"], rel=1e-9)
+        "kid"
+    ] == pytest.approx(content["q-diffusion-w4a8"][0]["kid"], rel=1e-9)
     fewer = commands.run("reproduce.py", *(1 if word == 2 else word for word in words))
     assert fewer.returncode == 0, fewer.stderr
     figures = json.loads((tmp_path / "out/table.json").read_text())["emoji32"]["q-diffusion-w4a8"][0]
@@ -433,7 +445,7 @@ def test_the_table_of_stable_diffusion_takes_captions_and_images_of_any_size(wor
         "--extractor",
         "lite0",
     ]
-    words += ["--threads", 1, "--output", tmp_path / "out", "--cache", work / "cache"]
+    words += ["--threads", 1, "--output", tmp_path / "out", "--cache", work / "cache", "--metrics", "kid"]
     sampling = ["--", *TEXT, "--H", 64, "--W", 64, "--f", 4, "--ddim_steps", 2, "--cali_st", 2, "--cali_n", 2]
     result = commands.run("reproduce.py", *words, *sampling)
     assert result.returncode == 0, result.stderr

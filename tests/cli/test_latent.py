@@ -14,7 +14,8 @@ from tests.support import commands, tiny_latent
 from tests.support.commands import fails, succeeded
 
 LDM, TEXT = "sample_diffusion_ldm.py", "txt2img.py"
-QUICK = ["--cali_st", 2, "--cali_n", 4, "--cali_iters", 3, "--cali_iters_a", 3, "--threads", 1]
+QUICK = ["--cali_st", 2, "--cali_n", 4, "--cali_iters", 1, "--cali_iters_a", 1, "--threads", 1]
+NEAREST = ["--quant_mode", "linear", "--cali_st", 2, "--cali_n", 4]
 PUBLISHED_LDM = [
     "-r {model} -n 20 --batch_size 10 -c 200 -e 1.0 --seed 41 --ptq --weight_bit 4 -l {out} --cali_ckpt {none}",
     "-r {model} -n 20 --batch_size 10 -c 400 -e 0.0 --seed 41 --ptq --weight_bit 8 --quant_act --act_bit "
@@ -99,7 +100,7 @@ def test_classes_and_guidance_change_the_images(models, tmp_path):
     assert (images["a"] != images["b"]).any() and (images["a"] != images["c"]).any()
 
 
-@pytest.mark.parametrize("split", [[], ["--split"]])
+@pytest.mark.parametrize("split", [["--split"], pytest.param([], marks=pytest.mark.slow)])
 def test_calibration_and_both_formats(models, tmp_path, split):
     options = ["--ptq", "--weight_bit", 4, "--quant_act", *split]
     succeeded(ldm(models["none"], tmp_path / "a", *options, *QUICK, images=2))
@@ -123,7 +124,8 @@ def test_calibration_and_both_formats(models, tmp_path, split):
 
 def test_packed_files_load_without_the_model(models, tmp_path):
     options = ["--ptq", "--weight_bit", 8, "--quant_act", "--sm_abit", 16, "--split", "--plms"]
-    succeeded(text(models["text"], tmp_path / "a", *options, *QUICK))
+    options += ["--quant_mode", "linear"]
+    succeeded(text(models["text"], tmp_path / "a", *options, *NEAREST))
     run = only(tmp_path / "a")
     alone = tmp_path / "alone"
     alone.mkdir()
@@ -154,7 +156,7 @@ def test_text_images_carry_their_settings(models, tmp_path):
 
 
 def test_the_calibration_set_holds_both_contexts(models, tmp_path):
-    succeeded(text(models["text"], tmp_path, "--ptq", "--quant_act", "--plms", *QUICK))
+    succeeded(text(models["text"], tmp_path, "--ptq", "--quant_act", "--plms", *NEAREST))
     content = torch.load(only(tmp_path) / "calibration_set.pt", weights_only=True)
     assert set(content) == {"xs", "ts", "cs", "ucs"} and len(content["xs"]) == 2
     assert content["cs"][0].shape == content["ucs"][0].shape == (4, 8, 16)
@@ -235,7 +237,7 @@ def test_the_bundled_latent_model_runs_quantized(tmp_path):
     assert images.shape == (4, 64, 64, 3) and corners.mean() > 200 and images.std() > 30  # something on white
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_the_bundled_text_model_follows_its_prompt(tmp_path, bits):
     folder = commands.REPOSITORY / "models/ldm/emoji64-text"
     prompts = tmp_path / "prompts.txt"

@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import save_file
 
 from tests.support import commands, tiny, tiny_latent
 from tests.support.commands import fails, stops, succeeded
@@ -421,8 +423,12 @@ SLOW_PLACES = [pytest.param(place, marks=pytest.mark.slow) for place in ("sync",
 
 
 @pytest.mark.parametrize("place", ["create", *SLOW_PLACES])
-def test_a_full_disk_at_any_point_is_one_line(models, tmp_path, monkeypatch, place):
+def test_a_full_disk_at_any_point_is_one_line(tmp_path, monkeypatch, place):
     """A calibration with its resume log, reports, both formats and images; it continues once there is room."""
+    small = {"ch_mult": (1,), "attn_resolutions": ()}
+    config, weights = tiny.config_file(tmp_path, ch_mult=[1], attn_resolutions=[]), tmp_path / "small.safetensors"
+    save_file(tiny.unet(config=replace(tiny.MODEL, **small)).state_dict(), weights)
+    models = {"config": config, "weights": weights}
     short = [
         "--ptq",
         "--weight_bit",

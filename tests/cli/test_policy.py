@@ -198,20 +198,33 @@ def test_a_table_refuses_widths_that_its_preset_cannot_store(tmp_path):
         fails(commands.run(*words, "--", *more), f"{more[0]}: has no effect", "table cifar10", "with --preset fast")
 
 
-def test_reports_name_the_nominal_widths_and_count_the_others(model, calibrated, tmp_path):
-    command = ["--config", model["config"], "--ckpt", model["ckpt"], "--timesteps", 2, "--batch_size", 2]
-    words = ["compare.py", "--checkpoints", calibrated[0] / "ckpt.safetensors", "-o", tmp_path, "--images", 2]
-    result = succeeded(commands.run(*words, "--threads", 1, "--", SAMPLE, *command))
+def names_with_counts() -> tuple[str, str]:
+    """What the quantized network is called, with activations and without."""
     modules = list(tiny.unet().modules())
     layers = sum(isinstance(module, nn.Conv2d | nn.Linear) for module in modules)
     matmuls = sum(isinstance(module, MatMul) for module in modules)
     full = f"W4A8 (4 of {layers + matmuls} layers at other widths)"  # conv_in, conv_out, and two of temb
-    for name in (full, f"{full} nearest", f"W4A32 (3 of {layers} layers at other widths)"):
+    return full, f"W4A32 (3 of {layers} layers at other widths)"
+
+
+@pytest.mark.slow
+def test_reports_name_the_nominal_widths_and_count_the_others(model, calibrated, tmp_path):
+    command = ["--config", model["config"], "--ckpt", model["ckpt"], "--timesteps", 2, "--batch_size", 2]
+    words = ["compare.py", "--checkpoints", calibrated[0] / "ckpt.safetensors", "-o", tmp_path, "--images", 2]
+    result = succeeded(commands.run(*words, "--threads", 1, "--", SAMPLE, *command))
+    full, weights = names_with_counts()
+    for name in (full, f"{full} nearest", weights):
         assert f"| {name} |" in result.stdout
+
+
+@pytest.mark.slow
+def test_tables_name_the_nominal_widths_and_count_the_others(model, tmp_path):
+    full, weights = names_with_counts()
     pictures.save(pictures.make(4, 3), tmp_path / "reference")
     words = ["reproduce.py", "--table", "cifar10", "--rows", "q-diffusion-w4a8", "q-diffusion-w4a32", "--images", 2]
     words += ["--trajectory_images", 1, "--reference", tmp_path / "reference", "--extractor", "lite0", "--metrics"]
     words += ["kid", "--preset", "fast", "--output", tmp_path / "out", "--cache", tmp_path / "cache", "--threads", 1]
-    result = succeeded(commands.run(*words, "--", *command[:4], "--timesteps", 4, *POLICY, *FAST[2:]))
-    for name in (full, f"W4A32 (3 of {layers} layers at other widths)"):
+    command = ["--config", model["config"], "--ckpt", model["ckpt"], "--timesteps", 4]
+    result = succeeded(commands.run(*words, "--", *command, *POLICY, *FAST[2:]))
+    for name in (full, weights):
         assert f"| Q-Diffusion {name}" in result.stdout

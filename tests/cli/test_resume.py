@@ -1,6 +1,9 @@
 """Calibrations that are interrupted, damaged, or run by two processes; the Python call."""
 
+import os
+import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,7 +25,7 @@ from tests.support import commands, golden, tiny
 from tests.support.foreign import INPUTS, QUICK, Denoiser, Residual
 
 W4A8 = QuantConfig(weight_bit=4, quant_act=True, a_sym=True, split=True)
-SHORT = CalibrationConfig(num_timesteps=4, samples=16, batch_size=8, iters=4, lr=1e-2, iters_a=4, iters_tune=2)
+SHORT = CalibrationConfig(num_timesteps=4, samples=16, batch_size=8, iters=2, lr=1e-2, iters_a=2, iters_tune=2)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +61,10 @@ def kept(before, folder):
     return same_files.index(False)
 
 
-@pytest.mark.parametrize("lines", [1, 9, 27, 28, 29, 40, 54, 55])
+SLOW_LINES = [pytest.param(lines, marks=pytest.mark.slow) for lines in (1, 27, 29, 40)]
+
+
+@pytest.mark.parametrize("lines", [9, 28, 54, 55, *SLOW_LINES])
 def test_a_calibration_continues_with_the_same_bits(network, rows, reference, tmp_path, lines):
     state, folder = reference
     target = cut(folder, tmp_path / "cut", lines)
@@ -170,14 +176,15 @@ def killed_and_continued(tmp_path, reference, times, seed):
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    subprocess.run([sys.executable, path], check=True, capture_output=True, timeout=300)
+    runpy.run_path(str(path))  # what a new process does
     return torch.load(folder / "done.pt", weights_only=True)
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_kill_and_continue(tmp_path, reference):
     torch.set_num_threads(1)
-    assert same(killed_and_continued(tmp_path, reference, 2, 0), reference[0])
+    assert same(killed_and_continued(tmp_path, reference, 1, 0), reference[0])
 
 
 @pytest.mark.slow
@@ -232,6 +239,7 @@ def test_two_processes_end_within_the_spread_of_seeds(tmp_path, network, rows):
 
 
 GRADIENTS = """
+import os
 import sys
 import torch
 import torch.distributed as dist
@@ -239,26 +247,41 @@ from torch import nn
 from qdiff.utils import distributed
 from qdiff.calibration.reconstruct import UnitData
 
-dist.init_process_group("gloo")
+world = int(os.environ.get("WORLD_SIZE", "1"))
+if world > 1:
+    dist.init_process_group("gloo")
 torch.manual_seed(0)
 layer = nn.Linear(6, 5)
 x, target = torch.randn(32, 6), torch.randn(32, 5)
 data = UnitData(lambda index: ((x[index],), target[index]), range(28), range(28, 32), 9)
 batch = data.random_batch(torch.Generator().manual_seed(0))
 loss = data.add_gradients(layer, batch, 2.0, [layer.weight, layer.bias])
-path = f"{sys.argv[1]}/{dist.get_world_size()}-{dist.get_rank()}.pt"
+path = f"{sys.argv[1]}/{world}-{os.environ.get('RANK', '0')}.pt"
 torch.save({"weight": layer.weight.grad, "bias": layer.bias.grad, "loss": loss}, path)
-dist.destroy_process_group()
+if world > 1:
+    dist.destroy_process_group()
 """
 
 
 @pytest.mark.multiprocess
-def test_gradients_of_two_processes_are_those_of_one(tmp_path):
+def test_gradients_of_two_processes_are_those_of_one(tmp_path, monkeypatch):
     """Each process takes its share of a batch; the sums, on both, are the gradients of the whole batch to 1e-5."""
-    (tmp_path / "gradients.py").write_text(GRADIENTS)
-    for world in (1, 2):
-        command = commands.torchrun(world, tmp_path / "gradients.py")
-        subprocess.run([*command, tmp_path], check=True, capture_output=True, timeout=300)
+    path = tmp_path / "gradients.py"
+    path.write_text(GRADIENTS)
+    monkeypatch.setattr(sys, "argv", [str(path), str(tmp_path)])
+    runpy.run_path(str(path))  # one process: this one
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    common = {**os.environ, "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    started = [
+        subprocess.Popen([sys.executable, path, tmp_path], env={**common, "RANK": str(rank)}) for rank in range(2)
+    ]
+    try:
+        assert [process.wait(300) for process in started] == [0, 0]
+    finally:
+        for process in started:
+            process.kill()
     whole = torch.load(tmp_path / "1-0.pt", weights_only=True)
     for rank in range(2):
         found = torch.load(tmp_path / f"2-{rank}.pt", weights_only=True)
@@ -369,10 +392,10 @@ def test_other_blocks_do_not_continue_a_calibration(tmp_path):
 def test_a_lost_line_of_the_manifest_is_noticed(tmp_path, network, rows, reference, caplog):
     folder = cut(reference[1], tmp_path / "cut", 1000)
     text = (folder / MANIFEST).read_text().splitlines(keepends=True)
-    (folder / MANIFEST).write_text("".join(text[:5] + text[6:]))
+    (folder / MANIFEST).write_text("".join(text[:30] + text[31:]))
     before = written(folder)
     again = Calibration(network, PIXEL, W4A8, SHORT, rows, directory=CalibrationDir(folder)).run().state_dict()
-    assert "line 6" in caplog.text and kept(before, folder) == 4 and same(again, reference[0])
+    assert "line 31" in caplog.text and kept(before, folder) == 29 and same(again, reference[0])
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def samples() -> tuple[Tensor, Tensor]:
     return x, torch.randint(0, 1000, (48,), generator=generator)
 
 
-QUICK = {"iters": 10, "iters_a": 6, "iters_tune": 6, "batch_size": 16}
+QUICK = {"iters": 4, "iters_a": 2, "iters_tune": 2, "batch_size": 16}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])

@@ -142,11 +142,12 @@ def one_gradient(bench: Bench) -> float:
 @pytest.fixture
 def small():
     """A tiny network of the latent family with attention over 4,096 pixels."""
-    config = unet_config(tiny_latent.UNET | tiny_latent.CONDITIONED)
+    one_resolution = {"model_channels": 32, "channel_mult": [1], "attention_resolutions": [1]}
+    config = unet_config(tiny_latent.UNET | tiny_latent.CONDITIONED | one_resolution)
     with pretended_cuda(sizes_only=True):
         with CUDA:
             network = UNetModel(config)
-        yield Bench(network, (torch.zeros(12, 4, 128, 128), torch.linspace(0, 999, 12), torch.zeros(12, 8, 16)))
+        yield Bench(network, (torch.zeros(12, 4, 64, 64), torch.linspace(0, 999, 12), torch.zeros(12, 8, 16)))
 
 
 def test_a_unit_with_attention_stays_within_its_budget(small, monkeypatch):

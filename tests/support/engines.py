@@ -1,6 +1,7 @@
 """Quantized layers, attention matmuls and tiny networks for the tests of the engines."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -141,14 +142,14 @@ def network_of_policy(policy: Policy, model: ModelConfig = tiny.MODEL, grouped: 
     return quantized, rows, quant
 
 
-def network_of(kind, folder):
-    """A tiny network of a family: (network, architecture, calibration samples)."""
+def network_of(kind, folder, **changes):
+    """A tiny network of a family, with changes of its configuration: (network, architecture, calibration samples)."""
     if kind == "pixel":
-        network = tiny.unet()
+        network = tiny.unet(config=replace(tiny.MODEL, **changes))
         return network, PIXEL, tiny.rows(network)
     torch.manual_seed(0)
     config = load_config(tiny_latent.model_folder(folder / kind, kind) / "config.yaml")
-    unet = UNetModel(config.unet).eval().requires_grad_(False)
+    unet = UNetModel(replace(config.unet, **changes)).eval().requires_grad_(False)
     inputs = [torch.randn(32, 4, 8, 8), torch.linspace(0, 999, 32)]
     if kind == "text":
         inputs.append(torch.randn(32, 8, 16))

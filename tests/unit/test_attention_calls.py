@@ -80,8 +80,11 @@ def test_attention_and_shortcuts_of_a_guided_diffusion_network_are_found():
         assert [call.probabilities for call in calls] == [(None,), (0,)]
 
 
+NEAREST = {"rounding": "nearest", "policy_budget": 0, "smoothing": False, "iters_tune": 0}
+
+
 def test_one_call_quantizes_it_all(tmp_path):
-    network = qdiff.quantize(made(GuidedUNet), UNET_INPUTS, **QUICK)
+    network = qdiff.quantize(made(GuidedUNet), UNET_INPUTS, **NEAREST)
     summary = describe(network)
     assert (len(summary.matmuls), len(summary.splits)) == (8, 4)
     assert not summary.kept_layers and not summary.kept_matmuls and not summary.unsplit

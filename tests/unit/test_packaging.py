@@ -26,12 +26,15 @@ IMPORTED_AS = {  # distributions whose module has another name
 }
 NEVER_IMPORTED = {"onnxruntime"}  # runs what is exported
 COMES_WITH_PYTORCH = {"triton"}  # with its builds for CUDA; elsewhere only tests need it
-NEED_TRITON = {f"qdiff.engines.gpu.{name}" for name in ("activations", "graphs", "kernels", "launches", "layers")}
+NEED_TRITON = {
+    f"qdiff.engines.gpu.{name}" for name in ("activations", "graphs", "kernels", "launches", "layers", "traffic")
+}
 USERS_EXTRAS = ("eval", "export", "diffusers")
 MADE_FOR = {  # modules that import an extra when they are imported
     "qdiff.diffusers": {"diffusers", "peft"},
     "qdiff.engines.gpu.kernels": {"triton"},
     "qdiff.engines.gpu.launches": {"triton"},
+    "qdiff.engines.gpu.traffic": {"triton"},
 }
 POSIX_ONLY = ("fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "syslog", "posix")
 
@@ -118,6 +121,7 @@ import importlib, sys
 import torch, numpy, psutil, filelock, tqdm.contrib.logging, PIL.Image, omegaconf  # of others: not looked at
 from qdiff.utils.compat import make_torchvision_importable
 make_torchvision_importable()
+import torchvision.transforms, torchmetrics  # beside any torch
 import accelerate, peft, diffusers.pipelines.pipeline_utils
 for name in {POSIX_ONLY!r}:
     sys.modules[name] = None

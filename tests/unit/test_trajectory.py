@@ -1,15 +1,13 @@
 """Trajectory errors and image similarity against their definitions."""
 
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from qdiff.evaluation.similarity import IDENTITY, ISOLATED, isolated_pixels, keeps_identity, psnr, ssim
 from qdiff.evaluation.trajectory import trajectory_errors
-from tests.support import commands, pictures, tiny
+from tests.support import pictures, tiny
 
 
 def test_psnr_and_ssim():
@@ -106,13 +104,3 @@ def test_trajectory_error_of_a_scaled_network_is_its_scale():
     run = lambda callback: tiny.sampler(5)(network, range(4), 0, callback)  # noqa: E731
     errors = trajectory_errors(run, {"scaled": Scaled(), "same": network})
     assert errors["scaled"].per_step == pytest.approx([0.1] * 5, rel=1e-4) and errors["same"].mean == 0
-
-
-@pytest.mark.multiprocess
-def test_torchvision_becomes_importable_beside_any_torch():
-    code = """
-from qdiff.utils.compat import make_torchvision_importable
-make_torchvision_importable()
-import torchvision.transforms, torchmetrics
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=commands.REPOSITORY)

@@ -39,9 +39,10 @@ there = pytest.mark.skipif(HAS_VNNI, reason="this processor has VNNI; the tests 
 
 @pytest.mark.multiprocess
 @pytest.mark.skipif(not HAS_VNNI, reason="this processor has no VNNI: the tests run in this process")
-def test_all_of_this_file_passes_in_a_process_without_vnni():
+@pytest.mark.parametrize("chosen", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_all_of_this_file_passes_in_a_process_without_vnni(chosen):
     environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=", __file__]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=", "-m", chosen, __file__]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout[-3000:]
     assert " passed, 1 skipped" in result.stdout  # none but this one
@@ -102,8 +103,13 @@ def test_8_bit_weights_and_attentions_are_simulated():
 
 @there
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["pixel", "none", "text"])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("kind", "bits"),
+    [
+        *(("pixel", 4), ("none", 8), ("text", 4)),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("pixel", 8), ("none", 4), ("text", 8))),
+    ],
+)
 def test_whole_networks_are_as_near_to_float64_as_float32_is(tmp_path, kind, bits):
     network, architecture, rows = network_of(kind, tmp_path)
     quant = replace(LINEAR, weight_bit=bits)
