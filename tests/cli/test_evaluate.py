@@ -188,7 +188,7 @@ def report(tmp_path_factory):
         EMBEDDED / "w8a8.safetensors",
         EMBEDDED / "w4a8.safetensors",
         "--images",
-        1,
+        2,
         "--no_nearest",
         "--threads",
         1,
