@@ -1,9 +1,9 @@
-"""Time of one forward pass on a card: float16 eager, float16 compiled, and W4A8 on the integer engine.
+"""Time of one forward pass on a card: float16 eager, float16 compiled, and W4A8 on the integer engines.
 
     python benchmarks/gpu.py            # CIFAR-10 batch 64, LSUN bedrooms batch 8, Stable Diffusion batch 2
 
 It prints a row for the table of docs/engines.md. Random weights; CUDA events, medians of passes after a warm-up; all
-three in channels_last memory under autocast in float16, and in one run.
+of them in channels_last memory under autocast in float16, and in one run.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from qdiff.calibration.run import Calibration
 from qdiff.config import CalibrationConfig, QuantConfig
 from qdiff.engines.cuda import fuse_attention, halve_weights, keep_channels_last
 from qdiff.engines.gpu import card
-from qdiff.engines.select import apply_engine
+from qdiff.engines.select import INTEGER_ENGINES, apply_engine
 
 ROOT = Path(__file__).resolve().parents[1]
 NETWORKS = (
@@ -53,11 +53,12 @@ def prepared(path: Path, batch: int, device: torch.device) -> tuple[dict[str, nn
     quant = QuantConfig(weight_bit=4, quant_act=True, split=True, quant_mode="linear")
     few = CalibrationData(tuple(part[:1] for part in inputs))
     quantized = Calibration(model.eval().requires_grad_(False), architecture, quant, CalibrationConfig(), few).run()
-    integer = apply_engine(quantized.to(device), "integer")
+    quantized = quantized.to(device)
+    integer = {f"W4A8 {engine}": apply_engine(quantized, engine) for engine in INTEGER_ENGINES}
     full = keep_channels_last(fuse_attention(copy.deepcopy(model).to(device)))
     halve_weights(full, torch.float16)
     return (
-        {"float16 eager": full, "float16 compiled": torch.compile(full), "W4A8 integer": integer},
+        {"float16 eager": full, "float16 compiled": torch.compile(full)} | integer,
         tuple(part.to(device) for part in inputs),
     )
 

@@ -15,14 +15,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from types import CodeType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from qdiff.layers import AttentionCore, MatMul, attend_sparingly
+from qdiff.layers import MatMul, attend_sparingly
 
 MatMulFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -170,8 +170,20 @@ def _attention(
     return torch.cat(slices)
 
 
+class WholeAttention(Protocol):
+    """What an engine computes a whole attention with."""
+
+    def takes(self, q: Tensor, k: Tensor) -> bool:
+        """Whether it knows the form of these queries and keys, [N, T, heads, d] and [N, S, heads, d]."""
+        ...
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, operand_scale: float) -> Tensor:
+        """See `qdiff.layers.fused_attention`."""
+        ...
+
+
 def _attend_at_once(
-    core: AttentionCore,
+    core: WholeAttention,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -186,11 +198,14 @@ def _attend_at_once(
     if attn_mask is not None or dropout_p or is_causal or enable_gqa:
         return None
     shapes = [(*part.shape[:-2], part.shape[-1]) for part in (query, key, value)]
-    if query.dim() != 4 or shapes.count(shapes[0]) != 3:
+    if query.dim() not in (3, 4) or shapes.count(shapes[0]) != 3:
         return None
     query = query * (query.shape[-1] ** -0.5 if scale is None else scale)  # as in `_attention`
-    q, k, v = (part.transpose(1, 2) for part in (query, key, value))
-    return core(q, k, v, 1.0, 1.0).transpose(1, 2)
+    heads = [part[:, None] if part.dim() == 3 else part for part in (query, key, value)]  # one head, or several
+    q, k, v = (part.transpose(1, 2) for part in heads)
+    if not core.takes(q, k):
+        return None
+    return core(q, k, v, 1.0, 1.0).transpose(1, 2).reshape(query.shape)
 
 
 def _probabilities(logits: Tensor, mask: Tensor | None) -> Tensor:
@@ -317,7 +332,7 @@ class AttentionForward:
         self.function: Callable[..., Any] = own or type(owner).forward
         self.leading: tuple[nn.Module, ...] = () if own else (owner,)
         self.names = matmul_names(calls)
-        self.cores: dict[int, AttentionCore] = {}
+        self.cores: dict[int, WholeAttention] = {}
 
     @property
     def __code__(self) -> CodeType:

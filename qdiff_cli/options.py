@@ -216,7 +216,7 @@ class RunOptions(DeviceOptions):
 
     Attributes:
         continue_run: continue the newest run in the output folder.
-        engine: auto | integer | simulated (`qdiff.engines.select`).
+        engine: auto | integer | integer_packed | simulated (`qdiff.engines.select`).
         precision: full | autocast (float16 on GPUs; bfloat16 on CPUs that support it, else float32).
         verbose: log details.
     """

@@ -10,6 +10,7 @@ import torch
 from qdiff.calibration.data import validate_num_timesteps
 from qdiff.checkpoint import PackedFile
 from qdiff.config import MODES, PRESETS, CalibrationConfig, QuantConfig
+from qdiff.engines.select import INTEGER_ENGINES
 from qdiff.errors import ConfigError
 from qdiff.model import QuantPlan
 from qdiff.policy import KEEP, Policy, make_policy
@@ -356,6 +357,6 @@ RULES = (
         "engine",
         lambda args: args.ptq and args.quant_act,
         "with --ptq and --quant_act: integer arithmetic needs quantized activations",
-        lambda args, value: value not in ("integer", "integer_packed"),
+        lambda args, value: value not in INTEGER_ENGINES,
     ),
 )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qdiff.checkpoint.diffusers_folder import DiffusersFolder
 from qdiff.engines.cuda import halve_weights
-from qdiff.engines.select import apply_engine
+from qdiff.engines.select import apply_engine, validate_engine
 from qdiff.errors import CheckpointError, ConfigError
 from qdiff.samplers import Callback, Denoiser
 from qdiff.task import QuantizationTask
@@ -104,8 +104,10 @@ class SamplingRun:
             The folder of the images.
 
         Raises:
-            ConfigError: the run cannot be continued, or images are missing at the end.
+            ConfigError: the engine is for another device, the run cannot be continued, or images are missing at the
+                end.
         """
+        validate_engine(self.options.engine, self.device)
         distributed.connect(self.device)
         options, output, is_first = self.options, self.output, distributed.rank() == 0
         folder = distributed.run_on_first(lambda: output.open(self.settings, options.continue_run))

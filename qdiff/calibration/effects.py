@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 Changes = Callable[[str, tuple[Any, ...], dict[str, Any], Tensor], Sequence[Tensor]]
 
@@ -64,7 +65,7 @@ class _Watch:
 
     def __init__(self, network: nn.Module, paths: Sequence[str], changes: Changes) -> None:
         self.network, self.paths, self.changes = network, paths, changes
-        self.calls: list[tuple[str, Tensor, Sequence[Tensor]]] = []  # (path, output, its changes)
+        self.calls: list[tuple[str, GradientEdge, Sequence[Tensor]]] = []  # (path, where its gradient is, its changes)
 
     def __enter__(self) -> "_Watch":
         self.handles = [
@@ -81,17 +82,18 @@ class _Watch:
         with torch.no_grad():
             changes = [change.to(torch.bfloat16) for change in self.changes(path, args, kwargs, output)]
         output = output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
-        self.calls.append((path, output, changes))
+        self.calls.append((path, get_gradient_edge(output), changes))  # before what may change the output in place
         return output
 
     def moved(self, output: Tensor, direction: Tensor, keep: bool) -> dict[str, list[float]]:
         """How far the changes move the output of the pass in a direction of the same shape, to first order."""
-        outputs = [own for _, own, _ in self.calls]
-        gradients = torch.autograd.grad(
-            output, outputs, direction, retain_graph=keep, allow_unused=True, materialize_grads=True
-        )
+        edges = [edge for _, edge, _ in self.calls]
+        gradients = torch.autograd.grad(output, edges, direction, retain_graph=keep, allow_unused=True)
         found: dict[str, list[float]] = {}
         for (path, _, changes), gradient in zip(self.calls, gradients, strict=True):
-            moved = [(gradient.float() * change.float()).sum().item() for change in changes]
+            if gradient is None:  # the output does not depend on it
+                moved = [0.0] * len(changes)
+            else:
+                moved = [(gradient.float() * change.float()).sum().item() for change in changes]
             found[path] = [old + new for old, new in zip(found.get(path, [0.0] * len(moved)), moved, strict=True)]
         return found

@@ -112,14 +112,18 @@ def measure_sensitivity(
 
 
 def _over_time(data: CalibrationData, count: int) -> Tensor:
-    """The numbers of at most `count` samples, spread evenly over the time steps up to the first and the last one.
+    """The numbers of at most `count` samples, spread evenly from the first time step to the last one, in random order.
 
     Some layers disturb the output at the last steps of a trajectory alone, which a few random samples may miss.
     """
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(data), generator=generator)
     if data.spec.time is not None:
-        order = order[data.timesteps(order).argsort(stable=True)]
-    return order[torch.linspace(0, len(order) - 1, min(count, len(order))).round().long()]
+        times = data.timesteps(order).cpu()
+        if times.numel() == len(order):  # else the second input is no time step
+            order = order[times.argsort(stable=True)]
+    chosen = order[torch.linspace(0, len(order) - 1, min(count, len(order))).round().long()]
+    return chosen[torch.randperm(len(chosen), generator=generator)]
 
 
 class _Changes:

@@ -16,7 +16,8 @@ from qdiff.model import half_precision, quant_layers
 
 log = logging.getLogger(__name__)
 
-ENGINES = ("auto", "integer", "integer_packed", "simulated")
+INTEGER_ENGINES = ("integer", "integer_packed")  # an error where they cannot run
+ENGINES = ("auto", *INTEGER_ENGINES, "simulated")
 MIN_SHARE = 0.5  # of the weights that `auto` wants in layers that multiply int8 on CUDA
 MAX_NAMES = 8  # of layers in a log line, for each reason
 
@@ -39,16 +40,14 @@ def apply_engine(model: nn.Module, engine: str = "auto") -> nn.Module:
     Raises:
         ConfigError: `integer` or `integer_packed` cannot run here, or no engine has this name.
     """
-    if engine not in ENGINES:
-        raise ConfigError(f" {engine}: expected one of {', '.join(ENGINES)}", field="engine")
+    tensors = itertools.chain(model.parameters(), model.buffers(), [torch.zeros(0)])
+    place = next(tensors).device
+    validate_engine(engine, place)
     if engine == "simulated" or has_engine(model):
         return model
-    tensors = itertools.chain(model.parameters(), model.buffers(), [torch.zeros(0)])
-    if (place := next(tensors).device).type == "cuda":
+    if place.type == "cuda":
         return on_gpu(model, engine, place)
     device = place.type
-    if engine == "integer_packed":
-        raise ConfigError(f" integer_packed: it is for CUDA, the network is on {device}", field="engine")
     if engine == "auto" and not any(isinstance(module, QuantLayer) for module in model.modules()):
         return model
     reason = _why_not_integer(model, device)
@@ -74,6 +73,18 @@ def apply_engine(model: nn.Module, engine: str = "auto") -> nn.Module:
         raise ConfigError(f" integer: {reason}", field="engine")
     log.info("engine: simulated (%s)", reason)
     return model
+
+
+def validate_engine(engine: str, device: torch.device) -> None:
+    """Check what can be known of an engine before there is a network.
+
+    Raises:
+        ConfigError: no engine has this name, or it is for another device.
+    """
+    if engine not in ENGINES:
+        raise ConfigError(f" {engine}: expected one of {', '.join(ENGINES)}", field="engine")
+    if engine == "integer_packed" and device.type != "cuda":
+        raise ConfigError(f" integer_packed: it is for CUDA, found {device.type}", field="engine")
 
 
 def on_gpu(model: nn.Module, engine: str, device: torch.device) -> nn.Module:
@@ -139,10 +150,11 @@ def _int8(model: nn.Module, device: torch.device, obstacles: Mapping[str, str | 
     network = layers.to_integer(model, obstacles, packed)
     count = sum(obstacle is None for obstacle in obstacles.values())
     log.info(
-        "engine: integer (%d of %d layers and attentions) for %s%s",
+        "engine: integer (%d of %d layers and attentions) for %s%s%s",
         count,
         len(obstacles),
         card.origin(device),
+        f"; weights of {layers.count_packed(network)} layers stay packed" if packed else "",
         _describe(obstacles, "in floating point"),
     )
     return graphs.GraphedNetwork(network)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qdiff.config import PRESETS
+from qdiff.engines.select import INTEGER_ENGINES
 from qdiff.errors import ConfigError
 from qdiff.evaluation.features import EXTRACTORS, default_cache
 from qdiff.evaluation.images import Selected
@@ -160,7 +161,7 @@ def _commands(
 def _validate_effect(commands: TableCommands, given: frozenset[str] | set[str]) -> None:
     """Raise ConfigError for a quantization option without an effect on any row of the table.
 
-    `--engine integer` must be possible for every row, because it is an error where it is not.
+    An engine of integers must be possible for every row, because it is an error where it is not.
     """
     command = commands.table.command
     names = {name for name in given if name in QuantizationOptions.__dataclass_fields__}
@@ -180,7 +181,7 @@ def _validate_effect(commands: TableCommands, given: frozenset[str] | set[str]) 
         )
     without_integers = [row.slug for row in commands.rows if row.act_bit == 32]
     engine = command.run.engine
-    if engine not in ("auto", "simulated") and without_integers:
+    if engine in INTEGER_ENGINES and without_integers:
         raise ConfigError(
             f"--engine {engine}: {', '.join(without_integers)} of the table {commands.table.name} have no quantized "
             "activations; choose other rows by --rows"

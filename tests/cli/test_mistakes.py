@@ -205,6 +205,7 @@ QUANTIZED = ["--ptq", "--weight_bit", 4]
         ([*QUANTIZED, "--cali_ckpt", "no.pth", "--cali_iters", 6], ("--cali_iters 6", "--cali_ckpt")),
         ([*QUANTIZED, "--engine", "integer"], ("--engine integer", "--quant_act")),
         (["--engine", "integer"], ("--engine integer", "--ptq")),
+        ([*QUANTIZED, "--quant_act", "--engine", "integer_packed", "--device", "cpu"], ("it is for CUDA", "found cpu")),
         (["--sample_type", "dpm_solver", "--eta", 0.5], ("--eta 0.5", "generalized")),
         (["--sample_type", "ddpm_noisy", "--eta", 0.5], ("--eta 0.5", "generalized")),
         (["--sample_type", "dpm_solver", "--skip_type", "quad"], ("--skip_type quad", "uniform")),

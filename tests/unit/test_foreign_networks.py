@@ -263,7 +263,9 @@ def test_wrong_numbers_of_channels_are_the_layers_own_errors():
 
 def test_engines_that_cannot_be_are_named():
     network = Network(lambda network, x: network.conv(x))
-    with pytest.raises(ConfigError, match=r"^engine integers: expected one of auto, integer, integer_packed, simulated"):
+    with pytest.raises(
+        ConfigError, match=r"^engine integers: expected one of auto, integer, integer_packed, simulated"
+    ):
         apply_engine(network, "integers")
     depthwise = nn.Sequential(convolution(groups=8))
     with pytest.raises(ConfigError, match="no layer has a form"):

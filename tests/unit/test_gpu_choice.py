@@ -105,11 +105,13 @@ def test_networks_without_a_layer_for_integers_are_refused(pretended):
         on_gpu(nn.Conv2d(3, 3, 1), "integer", CPU)
 
 
-def test_weights_stay_packed_on_request_alone(pretended):
+def test_weights_stay_packed_on_request_alone(pretended, caplog):
+    caplog.set_level(logging.INFO)
     for engine, packed in (("integer", False), ("integer_packed", True)):
         network = on_gpu(Network(), engine, CPU).network
         assert [layer.parts[0].nibble_zero is not None for layer in (network.conv, network.linear)] == [packed] * 2
-    with pytest.raises(ConfigError, match="integer_packed: it is for CUDA, the network is on cpu"):
+        assert ("; weights of 2 layers stay packed" in caplog.text) == packed
+    with pytest.raises(ConfigError, match="integer_packed: it is for CUDA, found cpu"):
         apply_engine(Network(), "integer_packed")
 
 

@@ -121,6 +121,16 @@ def test_small_latent_networks_are_as_near_to_float64_as_float32_is(kind, symmet
     assert set(layers.find_obstacles(simulated).values()) == {None}
 
 
+@torch.no_grad()
+def test_a_whole_network_with_packed_weights_gives_the_same_bits():
+    """Split shortcuts, linear layers, and inputs of 16 bits, which take two products."""
+    simulated, rows, _ = network_of_policy((("*.temb_proj", "A16"),), replace(tiny.MODEL, **SMALL))
+    inputs = tuple(part[:2] for part in rows.inputs)
+    expanded, packed = (layers.to_integer(simulated, packed=packed) for packed in (False, True))
+    assert layers.count_packed(packed) > 8 and not layers.count_packed(expanded)
+    assert torch.equal(packed(*inputs), expanded(*inputs))
+
+
 POLICY = (
     ("conv_out", "keep"),
     ("*.temb_proj", "A9"),
@@ -345,6 +355,45 @@ def test_attentions_of_function_calls_run_in_the_kernel_unless_they_have_a_mask(
         assert golden.relative_error(prepared(*inputs).double(), exact) < 1e-6
         assert launched.count(("attention",)) == 2
     assert layers.find_obstacles(Chain(torch.randn(2, 64, 6, 6))) == dict.fromkeys(("first", "second", "third"))
+
+
+class Plain(nn.Module):
+    """Attention to itself by PyTorch's operator, without projections."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(x, x * 0.5, x + 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("shape", "launches_of_all"), [((3, 6, 32), 1), ((3, 1, 6, 320), 0)])
+def test_attentions_without_heads_run_in_the_kernel_and_large_heads_in_slices(
+    shape, launches_of_all, launched, monkeypatch
+):
+    torch.manual_seed(0)
+    x = torch.randn(shape)
+    simulated = qdiff.quantize(
+        nn.Sequential(nn.Linear(shape[-1], shape[-1]), Plain()).eval(), [x], weight_bit=4, act_bit=8,
+        rounding="nearest", iters_tune=0, policy_budget=0, smoothing=False,
+    )  # fmt: skip
+    network, sizes = layers.to_integer(Outer(simulated)), []
+    monkeypatch.setattr("qdiff.attention.SLICE_BYTES", 1)
+    for module in network.modules():
+        if isinstance(module, QuantMatMul):
+            module.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    exact = copy.deepcopy(simulated).double()(x.double())
+    assert golden.relative_error(network(x).double(), exact) < 1e-6
+    assert launched.count(("attention",)) == launches_of_all and sizes == ([] if launches_of_all else [1] * 6)
+
+
+class Outer(nn.Module):
+    """A network around another one."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
 
 
 class Reshaped(nn.Module):

@@ -180,6 +180,16 @@ def test_tiles_and_split_sums_do_not_change_a_bit(case):
         assert torch.equal(operands.product(tile), expected), tile
 
 
+def test_packed_weights_have_tiles_of_one_depth():
+    operands = Operands(Product("", packed=True, channels=(128, 40)))
+    expected = operands.expected()
+    for tile in TILES:
+        depth64 = (*tile[:2], 64, *tile[3:])
+        assert torch.equal(operands.product(depth64), expected), tile
+    with pytest.raises(ValueError, match="a packed weight needs tiles of depth 64, found 32"):
+        operands.product(TILES[0])
+
+
 def test_the_sums_of_the_largest_bytes_are_exact():
     """Sums of q alone leave float32's 24 bits, and the correction brings them back."""
     c = 512

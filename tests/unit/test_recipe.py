@@ -196,9 +196,24 @@ def test_smoothing_is_taken_for_outliers_alone():
 def test_the_samples_of_the_measurement_are_spread_over_all_time_steps():
     steps = torch.arange(0, 1000, 50).repeat_interleave(30)[torch.randperm(600)]
     data = CalibrationData((torch.randn(600, 2), steps.float()))
-    chosen = _over_time(data, 20)
-    assert data.timesteps(chosen).tolist() == sorted(set(steps.tolist()))
+    chosen = data.timesteps(_over_time(data, 20)).tolist()
+    assert sorted(chosen) == sorted(set(steps.tolist())) != chosen  # a part of them is spread too
     assert len(_over_time(data, 1000)) == 600 == len(set(_over_time(data, 1000).tolist()))
+    for second in (torch.randn(600, 7, 2), torch.randn(600, 3)):  # no time step
+        assert len(_over_time(CalibrationData((torch.randn(600, 2), second)), 20)) == 20
+
+
+def test_activations_in_place_do_not_hide_what_a_layer_does():
+    torch.manual_seed(0)
+    first, second = nn.Linear(8, 32), nn.Linear(32, 8)
+    data = CalibrationData((torch.randn(16, 8),))
+    found = []
+    for inplace in (False, True):
+        network = nn.Sequential(first, nn.SiLU(inplace=inplace), second)
+        architecture = Architecture("test", make_unet=lambda _, network=network: network, blocks={})
+        quant = QuantConfig(weight_bit=4, quant_act=True)
+        found.append(measure_sensitivity(network, architecture, quant, data, CPU))
+    assert found[0] == found[1]
 
 
 def test_measured_sensitivity_is_the_error_that_a_layer_makes(chain, samples, capsys):

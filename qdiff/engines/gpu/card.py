@@ -22,8 +22,8 @@ MIN_CAPABILITY = 80  # Triton has no int8 products for older cards
 EXPECTED_FASTER = (80, 86, 89)
 MEASURED: tuple[str, ...] = ()  # the names of cards that have a row in docs/engines.md
 
-# images, height, width and channels of the input, output channels, kernel, stride, padding, weights
 FOUR, PACKED, EIGHT = "4 bits", "4 bits, packed", "8 bits"
+# images, height, width and channels of the input, output channels, kernel, stride, padding, weights
 SHAPES = (
     *((2, 16, 16, 32, 32, 3, 1, 1, weights) for weights in (FOUR, EIGHT)),
     *((1, 8, 8, 320, 320, 3, 1, 1, weights) for weights in (FOUR, PACKED, EIGHT)),

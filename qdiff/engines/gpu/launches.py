@@ -259,11 +259,12 @@ def output_shape(q: Tensor, weight: Tensor, stride: Sequence[int], dilation: Seq
     return height, width
 
 
-def tile_of(q: Tensor, weight: Tensor, stride: Sequence[int], dilation: Sequence[int]) -> Tile:
+def tile_of(q: Tensor, weight: Tensor, stride: Sequence[int], dilation: Sequence[int], packed: bool) -> Tile:
+    """The tile of a product; see `product` for the arguments. `packed`: its weight is."""
     height, width = output_shape(q, weight, stride, dilation)
     taps = weight.shape[1] * weight.shape[2]
     tile = product_tile(len(q) * height * width, len(weight), q.shape[3], taps, capability_of(q))
-    return replace(tile, depth=NIBBLE_CHANNELS) if weight.dtype == torch.uint8 else tile
+    return replace(tile, depth=NIBBLE_CHANNELS) if packed else tile
 
 
 def pack_nibbles(integers: Tensor) -> Tensor:
@@ -334,8 +335,8 @@ def product(
         [N, OH, OW, OC].
     """
     return launch_product(
-        tile_of(q, weight, stride, dilation), q, weight, weight_sums, scale, x_scale, x_zero, group, n_bits, symmetric,
-        term, stride, dilation, dtype, sums, weight_zero, nibble_zero, bias, shift, residual,
+        tile_of(q, weight, stride, dilation, nibble_zero is not None), q, weight, weight_sums, scale, x_scale, x_zero,
+        group, n_bits, symmetric, term, stride, dilation, dtype, sums, weight_zero, nibble_zero, bias, shift, residual,
     )  # fmt: skip
 
 
@@ -361,7 +362,13 @@ def launch_product(
     shift: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """`product` with a given tile."""
+    """`product` with a given tile.
+
+    Raises:
+        ValueError: the weight is packed for blocks of another depth.
+    """
+    if nibble_zero is not None and tile.depth != NIBBLE_CHANNELS:
+        raise ValueError(f"a packed weight needs tiles of depth {NIBBLE_CHANNELS}, found {tile.depth}")
     form = ByteFormat(n_bits, symmetric)
     n, hp, wp, c = q.shape
     oc, kh, kw, _ = weight.shape

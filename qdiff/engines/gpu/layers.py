@@ -3,7 +3,7 @@
 `to_integer` copies a network and replaces its quantized layers by the proxies below, its normalizations by deferred
 ones, and the cores of its attentions. Weights are expanded to one int8 for each integer: q - z where that fits, as it
 always does at 4 bits, so no zero point of the weight is left; otherwise q - 128, and the product is corrected by the
-sums of its inputs. On request those of up to 4 bits stay packed. What has no integer form stays a packed layer, which
+sums of its inputs. On request weights of up to 4 bits stay packed. What has no integer form stays a packed layer, which
 dequantizes its weight on use.
 """
 
@@ -36,7 +36,6 @@ from qdiff.engines.proxy import ModuleProxy, plain
 from qdiff.layers import (
     HALF,
     ActQuantizer,
-    AttentionCore,
     QuantConv1d,
     QuantConv2d,
     QuantLayer,
@@ -108,19 +107,25 @@ def to_integer(model: nn.Module, obstacles: Mapping[str, str | None] | None = No
 
     cores = list(_quantized_attentions(result))
     replace_modules(result, replacement)
-    for path, qk, av, give in cores:
+    for path, qk, av, assign_core in cores:
         if obstacles[path] is None:
-            give(IntegerAttention(qk, av, index))
+            assign_core(IntegerAttention(qk, av, index))
     result.register_forward_pre_hook(index.update)
     result.register_forward_hook(lambda _, __, output: plain_result(output))
     return result
 
 
+def count_packed(network: nn.Module) -> int:
+    """The layers of a network of `to_integer` with packed weights."""
+    layers = [module for module in network.modules() if isinstance(module, IntegerProduct)]
+    return sum(any(part.flat.dtype == torch.uint8 for part in layer.parts) for layer in layers)
+
+
 def _quantized_attentions(
     model: nn.Module,
-) -> Iterator[tuple[str, QuantMatMul, QuantMatMul, Callable[[AttentionCore], None]]]:
+) -> Iterator[tuple[str, QuantMatMul, QuantMatMul, Callable[["IntegerAttention"], None]]]:
     """The attentions of a network whose matmuls are quantized: path, the two matmuls, and what takes a core."""
-    found: list[tuple[str, list[nn.Module], Callable[[AttentionCore], None]]] = []
+    found: list[tuple[str, list[nn.Module], Callable[[IntegerAttention], None]]] = []
     for path, module, matmuls in attentions(model):
         found.append((path, matmuls, partial(set_core, module)))
     for path, owner in model.named_modules():
@@ -130,10 +135,10 @@ def _quantized_attentions(
                 matmuls = [getattr(owner, name, nn.Identity()) for name in names]
                 place = ".".join(filter(None, (path, names[0])))
                 found.append((place, matmuls, partial(forward.cores.__setitem__, number)))
-    for path, matmuls, give in found:
+    for path, matmuls, assign_core in found:
         match matmuls:
             case [QuantMatMul() as qk, QuantMatMul() as av]:
-                yield path, qk, av, give
+                yield path, qk, av, assign_core
 
 
 def plain_result(output: Any) -> Any:
@@ -502,7 +507,7 @@ class IntegerAttention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, operand_scale: float) -> Tensor:
         q, k, v = (plain(part) for part in (q, k, v))
-        if not self._takes(q, k):
+        if not self.takes(q, k):
             return self._simulate(q * operand_scale, k * operand_scale, v, scale)
         stored = launches.stored_head(q.shape[3])
         parts = []
@@ -519,7 +524,8 @@ class IntegerAttention:
             *parts, scales, zeros, self.index.index, bits, signs, q.shape[2], q.shape[3], scale, _result_dtype(q)
         )
 
-    def _takes(self, q: Tensor, k: Tensor) -> bool:
+    def takes(self, q: Tensor, k: Tensor) -> bool:
+        """Whether the kernels take queries [N, T, heads, d] and keys [N, S, heads, d]."""
         quantized = all(quantizer.enabled for quantizer in self.quantizers)
         spans = [_span_limit(quantizer) for quantizer in self.quantizers]
         sums = max(spans[0] * spans[1] * launches.stored_head(q.shape[3]), spans[2] * spans[3] * k.shape[1])

@@ -102,10 +102,11 @@ def product_traffic(
     residual: Tensor | None = None,
 ) -> Traffic:
     """The traffic of `launches.product`; see there for the arguments."""
-    tile = tile_of(q, weight, stride, dilation)
+    packed = nibble_zero is not None
+    tile = tile_of(q, weight, stride, dilation, packed)
     height, width = output_shape(q, weight, stride, dilation)
     oc, kh, kw, _ = weight.shape
-    c, packed = q.shape[3], nibble_zero is not None
+    c = q.shape[3]
     rows = len(q) * height * width
     result = rows * oc * DTYPES[dtype]
     added = sum(
