@@ -82,7 +82,8 @@ class _Watch:
         with torch.no_grad():
             changes = [change.to(torch.bfloat16) for change in self.changes(path, args, kwargs, output)]
         output = output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
-        self.calls.append((path, get_gradient_edge(output), changes))  # before what may change the output in place
+        if output.requires_grad:  # the edge is taken before anything changes the output in place
+            self.calls.append((path, get_gradient_edge(output), changes))
         return output
 
     def moved(self, output: Tensor, direction: Tensor, keep: bool) -> dict[str, list[float]]:
