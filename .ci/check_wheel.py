@@ -26,7 +26,9 @@ from qdiff.errors import MissingExtra
 
 NEED_EXTRAS = {"qdiff.diffusers": "diffusers"}  # modules that cannot be imported without an extra
 # modules that need Triton, which comes with PyTorch for CUDA
-NEED_TRITON = {f"qdiff.engines.gpu.{name}" for name in ("activations", "graphs", "kernels", "launches", "layers")}
+NEED_TRITON = {
+    f"qdiff.engines.gpu.{name}" for name in ("activations", "graphs", "kernels", "launches", "layers", "traffic")
+}
 
 
 class Denoiser(nn.Module):
