@@ -131,6 +131,18 @@ def _baddbmm(
     return product + beta * input if beta else product  # with beta 0, `input` may be uninitialized memory
 
 
+class WholeAttention(Protocol):
+    """What an engine computes a whole attention with."""
+
+    def takes(self, q: Tensor, k: Tensor) -> bool:
+        """Whether it knows the form of these queries and keys, [N, T, heads, d] and [N, S, heads, d]."""
+        ...
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, operand_scale: float) -> Tensor:
+        """See `qdiff.layers.fused_attention`."""
+        ...
+
+
 def _attention(
     matmuls: Sequence[MatMulFunction],
     query: Tensor,
@@ -142,14 +154,19 @@ def _attention(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
+    core: WholeAttention | None = None,
 ) -> Tensor:
-    """softmax(q k^T scale + mask) v, in slices of the batch whose probabilities fit into SLICE_BYTES."""
+    """softmax(q k^T scale + mask) v, by `core` if it can; else in slices whose probabilities fit into SLICE_BYTES."""
     if enable_gqa:
         key, value = (part.repeat_interleave(query.shape[-3] // part.shape[-3], dim=-3) for part in (key, value))
     if is_causal:
         shape = (query.shape[-2], key.shape[-2])
         attn_mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril()
     query = query * (query.shape[-1] ** -0.5 if scale is None else scale)  # before the product: float16 ends at 65504
+    if core is not None and attn_mask is None and not dropout_p:
+        output = _attend_at_once(core, query, key, value)
+        if output is not None:
+            return output
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         probabilities = _probabilities(matmuls[0](q, k.transpose(-2, -1)), mask)
@@ -170,42 +187,14 @@ def _attention(
     return torch.cat(slices)
 
 
-class WholeAttention(Protocol):
-    """What an engine computes a whole attention with."""
-
-    def takes(self, q: Tensor, k: Tensor) -> bool:
-        """Whether it knows the form of these queries and keys, [N, T, heads, d] and [N, S, heads, d]."""
-        ...
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, operand_scale: float) -> Tensor:
-        """See `qdiff.layers.fused_attention`."""
-        ...
-
-
-def _attend_at_once(
-    core: WholeAttention,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor | None:
-    """The attention by an engine's function; None: the function does not know its form."""
-    if attn_mask is not None or dropout_p or is_causal or enable_gqa:
-        return None
+def _attend_at_once(core: WholeAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
+    """softmax(q k^T) v by an engine; None: it does not know the form of the operands."""
     shapes = [(*part.shape[:-2], part.shape[-1]) for part in (query, key, value)]
     if query.dim() not in (3, 4) or shapes.count(shapes[0]) != 3:
         return None
-    query = query * (query.shape[-1] ** -0.5 if scale is None else scale)  # as in `_attention`
     heads = [part[:, None] if part.dim() == 3 else part for part in (query, key, value)]  # one head, or several
     q, k, v = (part.transpose(1, 2) for part in heads)
-    if not core.takes(q, k):
-        return None
-    return core(q, k, v, 1.0, 1.0).transpose(1, 2).reshape(query.shape)
+    return core(q, k, v, 1.0, 1.0).transpose(1, 2).reshape(query.shape) if core.takes(q, k) else None
 
 
 def _probabilities(logits: Tensor, mask: Tensor | None) -> Tensor:
@@ -387,9 +376,7 @@ class _Frame:
         if all(matmul is torch.matmul for matmul in matmuls):
             return func(*args, **kwargs)
         if (core := self.forward.cores.get(number)) is not None:
-            output = _attend_at_once(core, *args, **kwargs)
-            if output is not None:
-                return output
+            kwargs = {**kwargs, "core": core}
         return rewrite(func, matmuls, args, kwargs)
 
     def finish(self) -> None:
