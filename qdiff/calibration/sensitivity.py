@@ -33,7 +33,7 @@ from qdiff.utils.memory import largest_fitting
 log = logging.getLogger(__name__)
 
 SAMPLES, VECTORS = 16, 2  # of the measurement: samples, and random directions of the output for each of them
-WIDE_ACT, WIDE_WEIGHTS = 16, (5, 6, 8)  # the widths that sensitive layers get
+WIDE_ACTS, WIDE_WEIGHTS = (12, 16), (5, 6, 8)  # the widths that sensitive layers get
 BISECTIONS = 60
 
 
@@ -269,8 +269,8 @@ def _choices(path: str, one: Sensitivity, quant: QuantConfig, nominal: _Nominal)
     if own == usual and not quant.keeps(path):  # else the caller has decided
         if one.elements:
             weights += [wide for wide in WIDE_WEIGHTS if wide > own[0]]
-        if quant.quant_act and own[1] < WIDE_ACT:
-            acts.append(WIDE_ACT)
+        if quant.quant_act:
+            acts += [wide for wide in WIDE_ACTS if wide > own[1]]
     usual_product = _product(one, usual, quant)
     return [
         _Choice(

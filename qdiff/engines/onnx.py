@@ -57,7 +57,10 @@ def _(integers: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
 
 
 class _Activation(nn.Module):
-    """An activation quantizer as a QuantizeLinear and a DequantizeLinear node."""
+    """An activation quantizer as a QuantizeLinear and a DequantizeLinear node.
+
+    ONNX has 8 and 16 bits. For other widths a Clip node before them keeps the values inside the range.
+    """
 
     scale: Tensor
     zero_point: Tensor
@@ -66,23 +69,28 @@ class _Activation(nn.Module):
         super().__init__()
         if quantizer.groups is not None:
             raise ConfigError(f"{path}: timestep groups cannot be exported: an ONNX node holds one scale")
-        if quantizer.n_bits not in (8, 16):
-            raise ConfigError(f"{path}: {quantizer.n_bits}-bit activations: ONNX has 8 and 16 bits")
         low, high = Q.integer_range(quantizer.n_bits, quantizer.symmetric)
         zero = 0 if quantizer.zero_is_fixed else int(quantizer.zero_point.item())
         if bool(quantizer.zero_point != quantizer.zero_point.round()):
             raise ConfigError(f"{path}: an activation zero point of {quantizer.zero_point.item()}: ONNX has whole ones")
         inside = low <= zero <= high
-        dtype = {8: (torch.uint8, torch.int8), 16: (torch.uint16, torch.int16)}[quantizer.n_bits][quantizer.symmetric]
+        stored_bits = 8 if quantizer.n_bits <= 8 else 16
+        dtype = {8: (torch.uint8, torch.int8), 16: (torch.uint16, torch.int16)}[stored_bits][quantizer.symmetric]
         self.register_buffer("scale", quantizer.scale.detach().float().clone())
         self.register_buffer("zero_point", torch.tensor(zero if inside else 0, dtype=dtype))
         # If the zero point is outside the range of the integers, the values are shifted instead, exactly up to float32.
         self.shift = 0.0 if inside else zero * quantizer.scale.item()
+        offset = zero if inside else 0
+        ends = tuple((end - offset) * quantizer.scale.item() for end in (low, high))
+        self.range = None if quantizer.n_bits == stored_bits else ends
 
     def forward(self, x: Tensor) -> Tensor:
         if self.shift:
-            return torch.ops.qdiff.activation(x + self.shift, self.scale, self.zero_point) - self.shift
-        return torch.ops.qdiff.activation(x, self.scale, self.zero_point)
+            x = x + self.shift
+        if self.range:
+            x = x.clamp(*self.range)
+        x = torch.ops.qdiff.activation(x, self.scale, self.zero_point)
+        return x - self.shift if self.shift else x
 
 
 def _stored_integers(quantizer: WeightQuantizer, path: str) -> tuple[Tensor, Tensor]:
