@@ -56,7 +56,7 @@ from qdiff.utils.files import write_text
 log = logging.getLogger(__name__)
 
 # Raise it with every change that gives a calibration other numbers: a folder of another version is not continued.
-RECIPE_VERSION = 5
+RECIPE_VERSION = 6
 POLICY_FILE = "policy.json"
 
 

@@ -244,7 +244,8 @@ def sensitivities():
 def test_the_policy_gives_bits_where_they_help_most_and_stays_in_its_budget():
     quant = QuantConfig(weight_bit=8, quant_act=True)
     assert dict(choose_policy(sensitivities(), quant, 0.05)) == {"small": "W8A16"}
-    assert choose_policy(sensitivities(), quant, 0.005) == ()
+    assert dict(choose_policy(sensitivities(), quant, 0.005)) == {"small": "W8A12"}, "half the cost of 16 bits"
+    assert choose_policy(sensitivities(), quant, 0.002) == ()
     four = dict(choose_policy(sensitivities(), replace(quant, weight_bit=4), 0.05))
     assert four["small"] == "W8A16"
     weights_only = dict(choose_policy(sensitivities(), QuantConfig(weight_bit=4), 0.02))
