@@ -205,5 +205,5 @@ _FAST = CalibrationConfig(
 PRESETS = {
     "published": CalibrationConfig(),
     "fast": _FAST,
-    "best": replace(_FAST, samples=128, unit_samples=1024, iters_tune=1500),
+    "best": replace(_FAST, samples=128, unit_samples=1024, iters_tune=2500),
 }
