@@ -1,7 +1,7 @@
-"""The levers of the preset `fast`, one by one, on a bundled model: the trajectory error with each of them taken away.
+"""The levers of the preset `fast`, one by one, on a bundled model: the trajectory error with one of them changed.
 
     python benchmarks/levers.py --model emoji64
-    python benchmarks/levers.py --model emoji64-text --levers fast no_smoothing no_policy --widths W8A8 --iters_tune 0
+    python benchmarks/levers.py --model emoji64-text --levers fast no_smoothing no_policy --widths W8A8
 
 One seed, 16 images, the formats of the bundled checkpoints, 20 time steps with 32 samples each. Every network is
 measured with quantized activations and without them. `nearest` is nearest rounding with the scale rules of `fast` and
@@ -32,7 +32,7 @@ LEVERS: dict[str, dict[str, Any]] = {  # what replaces settings of `fast`
     "no_smoothing": {"smoothing": False},
     "no_policy": {"policy_budget": 0.0},
     "nearest_rounding": {"rounding": "nearest"},  # smoothing is a part of compensated rounding, and goes with it
-    "no_fine_tuning": {"iters_tune": 0},
+    "fine_tuning": {"iters_tune": 200},
     GROUPS: {},
     NEAREST: {},
 }
@@ -71,13 +71,12 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--widths", nargs="+", choices=["W8A8", "W4A8"], default=["W8A8", "W4A8"])
     parser.add_argument("--levers", nargs="+", choices=[*LEVERS], default=[*LEVERS])
-    parser.add_argument("--iters_tune", type=int, help="iterations of fine-tuning; those of fast if unset")
     parser.add_argument("--seed", type=int, default=40, help="seed of the calibration")
     args = parser.parse_args()
     torch.set_num_threads(1)
     run = sampling_command(args.model, args.images).on("cpu", 1).make_run()
     model, task = run.load_full_precision().requires_grad_(False), run.task
-    options = replace(quantization_options(args.model), preset="fast", cali_n=SAMPLES, cali_iters_tune=args.iters_tune)
+    options = replace(quantization_options(args.model), preset="fast", cali_n=SAMPLES)
     samples = None
     rows = []
     for widths in args.widths:

@@ -199,7 +199,6 @@ _FAST = CalibrationConfig(
     smoothing=True,
     unit_samples=256,
     policy_budget=0.05,
-    iters_tune=200,
     batch_tune=8,
 )
 PRESETS = {
