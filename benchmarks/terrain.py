@@ -3,7 +3,7 @@
     pip install --no-deps adaptive-terrain-diffusion==0.4.2
     pip install onnx onnxruntime
     python benchmarks/terrain.py --settings W8A8 W4A8 W8A32 W4A32
-    python benchmarks/terrain.py --settings W8A8:fast:rounding='nearest',iters_tune=0,policy_budget=0
+    python benchmarks/terrain.py --settings W8A8:fast:rounding='nearest',policy_budget=0
 
 The package has a one-step consistency model (Song et al. 2023, arXiv 2303.01469) of terrain heights; `terrain_unet` has
 its network. Each line of the table is one setting, sampled from the same six noises: the relative L2 error and the PSNR
